@@ -1,0 +1,23 @@
+"""Kernels of polynomial linear attention; knows jax only.
+
+`polynomial_attention` is the whole-sequence operator, differentiable and
+linear in time; `polynomial_attention_step` is one token of it.
+"""
+
+from pallas_kernels.polynomial.api import (
+  IMPLEMENTATIONS as IMPLEMENTATIONS,
+  polynomial_attention as polynomial_attention,
+  polynomial_attention_at as polynomial_attention_at,
+  polynomial_attention_step as polynomial_attention_step,
+  polynomial_attention_weights as polynomial_attention_weights,
+  which_implementation as which_implementation,
+)
+from pallas_kernels.polynomial.sharded import ShardAxes as ShardAxes
+from pallas_kernels.polynomial.spec import (
+  BASED as BASED,
+  REBASED as REBASED,
+  Coefficients as Coefficients,
+  State as State,
+  document_runs as document_runs,
+  zero_state as zero_state,
+)

@@ -1,0 +1,285 @@
+"""The public functions: check the arguments, choose an implementation."""
+
+import math
+from typing import Literal
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from pallas_kernels.polynomial import decode, sharded, spec, xla_chunked
+from pallas_kernels.polynomial.passes import Kernel
+from pallas_kernels.polynomial.sharded import ShardAxes
+from pallas_kernels.polynomial.spec import REBASED, Coefficients, State
+
+Implementation = Literal["xla", "reference"]
+IMPLEMENTATIONS: tuple[str, ...] = ("xla", "reference")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def polynomial_attention(
+  q: Array,
+  k: Array,
+  v: Array,
+  *,
+  coefficients: Coefficients = REBASED,
+  scale: float | None = None,
+  eps: float = 1e-6,
+  segment_ids: Array | None = None,
+  initial_state: State | None = None,
+  return_state: bool = False,
+  axes: ShardAxes | None = None,
+  implementation: Implementation | None = None,
+) -> Array | tuple[Array, State]:
+  """Causal, normalised attention with sim = c0 + c1·s + c2·s², s = scale·q·k.
+
+  Differentiable in q, k, v and the initial state; time and memory are linear
+  in T, and so are those of the gradient.
+
+  Args:
+    q: (B, T, H, F), float32, bfloat16, float16 or float64.
+    k: (B, T, H, F), of q's dtype.
+    v: (B, T, H, P), of q's dtype.
+    coefficients: of sim; `REBASED` (the default) or `BASED`, or your own.
+    scale: of q·k; None is F^(−1/2).
+    eps: added to the denominator Σ sim.
+    segment_ids: integers (B, T). A document is a run of one id; a token sees
+      its own document alone. An Inf or NaN in one stays in it.
+    initial_state: belongs to the document of token 0; a caller whose token 0
+      starts a document passes None or zeros.
+    return_state: return (o, state) with the state after the last token, of
+      the last token's document.
+    axes: the axes of the ambient mesh that split batch, heads and time.
+    implementation: "xla" (chunked, linear), "reference" (quadratic; also for
+      forward mode and higher derivatives) or None, the best one for the device.
+
+  Returns:
+    o (B, T, H, P) in v's dtype, or (o, state).
+
+  Raises:
+    ValueError: an argument does not fit; it names the argument.
+    NotImplementedError: the named implementation cannot do this call.
+  """
+  _check_sequences(q, k, v, segment_ids)
+  kernel = _kernel(q, coefficients, scale, eps)
+  B, T, H, F = q.shape
+  P = v.shape[-1]
+  if initial_state is not None:
+    _check_state(initial_state, B, H, F, P, coefficients, q.dtype)
+  if axes is not None:
+    axes.check(B, H, T)
+  if which_implementation(implementation, axes=axes) == "reference":
+    return _reference(q, k, v, kernel, segment_ids, initial_state, return_state)
+  call = sharded.Call(xla_chunked, kernel, axes, return_state)
+  o, state = sharded.attend(call, q, k, v, segment_ids, initial_state)
+  return (o, state) if return_state else o
+
+
+def polynomial_attention_step(
+  state: State,
+  q: Array,
+  k: Array,
+  v: Array,
+  *,
+  coefficients: Coefficients = REBASED,
+  scale: float | None = None,
+  eps: float = 1e-6,
+) -> tuple[Array, State]:
+  """One token: `polynomial_attention` at T = 1 from a state, at any position.
+
+  Args:
+    state: of the tokens before, from `polynomial_attention(return_state=True)`,
+      from an earlier step, or `zero_state`.
+    q: (B, H, F); k: (B, H, F); v: (B, H, P).
+    coefficients: as in `polynomial_attention`; so are `scale` and `eps`.
+
+  Returns:
+    (o, state): o is (B, H, P), in v's dtype.
+
+  Raises:
+    ValueError: an argument does not fit; it names the argument.
+  """
+  _check_arrays(q, k, v, "(B, H, F)", "(B, H, P)", 3)
+  kernel = _kernel(q, coefficients, scale, eps)
+  B, H, F = q.shape
+  _check_state(state, B, H, F, v.shape[-1], coefficients, q.dtype)
+  return decode.step(state, q, k, v, kernel)
+
+
+def polynomial_attention_at(
+  q: Array,
+  k: Array,
+  v: Array,
+  positions: Array,
+  *,
+  coefficients: Coefficients = REBASED,
+  scale: float | None = None,
+  eps: float = 1e-6,
+  segment_ids: Array | None = None,
+) -> Array:
+  """`polynomial_attention` at chosen positions alone, for few of them.
+
+  Time and memory are of the order M·T; gradients are jax's own.
+
+  Args:
+    q: (B, M, H, F), the queries of these positions.
+    k: (B, T, H, F); v: (B, T, H, P).
+    positions: integers (B, M), each in [0, T), in any order.
+    coefficients: as in `polynomial_attention`; so are scale, eps, segment_ids.
+
+  Returns:
+    o (B, M, H, P), in v's dtype.
+
+  Raises:
+    ValueError: an argument does not fit; it names the argument.
+  """
+  _check_sequences(k, k, v, segment_ids)
+  B, T, H, F = k.shape
+  if q.ndim != 4 or (q.shape[0], *q.shape[2:]) != (B, H, F):
+    raise ValueError(f"q has shape {q.shape}: expected {(B, 'M', H, F)}")
+  if q.dtype != k.dtype:
+    raise ValueError(f"q is {q.dtype}: expected k's dtype, {k.dtype}")
+  if positions.shape != q.shape[:2]:
+    raise ValueError(
+      f"positions has shape {positions.shape}: expected (B, M) = {q.shape[:2]}"
+    )
+  kernel = _kernel(q, coefficients, scale, eps)
+  mask_BMT = positions[:, :, None] >= jnp.arange(T)[None, None]
+  if segment_ids is not None:
+    runs_BT = spec.document_runs(segment_ids)
+    own_BM = jnp.take_along_axis(runs_BT, positions, axis=1)
+    mask_BMT = mask_BMT & (own_BM[:, :, None] == runs_BT[:, None])
+  return spec.reference(
+    q, k, v, mask_BMT, coefficients=kernel.coefficients, eps=kernel.eps
+  )
+
+
+def polynomial_attention_weights(
+  q: Array,
+  k: Array,
+  *,
+  coefficients: Coefficients = REBASED,
+  scale: float | None = None,
+  eps: float = 1e-6,
+) -> Array:
+  """The matrix A (B, H, T, T) with o_t = Σ_s A_ts v_s, to look at.
+
+  Args:
+    q: (B, T, H, F); k: (B, T, H, F).
+    coefficients: as in `polynomial_attention`; so are scale and eps.
+  """
+  _check_arrays(q, k, k, "(B, T, H, F)", "(B, T, H, F)", 4)
+  kernel = _kernel(q, coefficients, scale, eps)
+  T = q.shape[1]
+  mask_BTT = jnp.tril(jnp.ones((1, T, T), bool))
+  sim_BHTT = spec.weights_BHTS(q, k, mask_BTT, kernel.coefficients)
+  return sim_BHTT / (sim_BHTT.sum(axis=-1, keepdims=True) + kernel.eps)
+
+
+def which_implementation(
+  implementation: str | None = None, *, axes: ShardAxes | None = None
+) -> str:
+  """The implementation that a call would run.
+
+  Raises:
+    ValueError: there is no implementation of that name.
+    NotImplementedError: the named one cannot do the call.
+  """
+  if implementation is None:
+    return "xla"
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"implementation={implementation!r}: expected None or one of "
+      f"{IMPLEMENTATIONS}"
+    )
+  if implementation == "reference" and axes is not None and axes.time:
+    raise NotImplementedError(
+      f"implementation='reference' does not split time (axes.time="
+      f"{axes.time!r}); 'xla' does"
+    )
+  return implementation
+
+
+def _reference(q, k, v, kernel, segment_ids, initial_state, return_state):
+  T = q.shape[1]
+  mask_BTS = jnp.tril(jnp.ones((1, T, T), bool))
+  first_BT = last_BT = None
+  if segment_ids is not None:
+    runs_BT = spec.document_runs(segment_ids)
+    mask_BTS = mask_BTS & (runs_BT[:, :, None] == runs_BT[:, None])
+    first_BT, last_BT = runs_BT == 0, runs_BT == runs_BT[:, -1:]
+  o = spec.reference(
+    q,
+    k,
+    v,
+    mask_BTS,
+    coefficients=kernel.coefficients,
+    eps=kernel.eps,
+    initial_state=initial_state,
+    first_BT=first_BT,
+  )
+  if not return_state:
+    return o
+  acc = spec.accumulator(q.dtype)
+  k_BHTF, v_BHTP = (jnp.moveaxis(x.astype(acc), 2, 1) for x in (k, v))
+  last_B1T = None if last_BT is None else last_BT[:, None]
+  state = spec.key_state(k_BHTF, v_BHTP, kernel.coefficients, last_B1T)
+  if initial_state is not None:
+    only = jnp.ones((1,), bool) if first_BT is None else first_BT[:, -1]
+    keep = lambda new, old: new + jnp.where(only[:, None, None, None], old, 0)
+    state = State(*map(keep, state, initial_state))
+  return o, state
+
+
+def _kernel(q, coefficients, scale, eps) -> Kernel:
+  if not isinstance(coefficients, Coefficients):
+    raise ValueError(f"coefficients={coefficients!r}: expected Coefficients")
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  for name, value in (("scale", scale), ("eps", eps)):
+    if not isinstance(value, int | float) or not math.isfinite(value):
+      raise ValueError(f"{name}={value!r}: expected a finite Python number")
+  if eps < 0:
+    raise ValueError(f"eps={eps}: expected a number ≥ 0")
+  return Kernel(coefficients.scaled(float(scale)), float(eps))
+
+
+def _check_arrays(q, k, v, qk_form: str, v_form: str, rank: int) -> None:
+  for name, x, form in (("q", q, qk_form), ("k", k, qk_form), ("v", v, v_form)):
+    if x.ndim != rank or 0 in x.shape:
+      raise ValueError(f"{name} has shape {x.shape}: expected {form}, none 0")
+    if x.dtype not in _DTYPES or x.dtype != q.dtype:
+      raise ValueError(
+        f"{name} has dtype {x.dtype}, q {q.dtype}: expected one dtype of "
+        f"{', '.join(_DTYPES)}"
+      )
+  if k.shape != q.shape:
+    raise ValueError(f"k has shape {k.shape}: expected q's, {q.shape}")
+  if v.shape[:-1] != q.shape[:-1]:
+    expected = (*q.shape[:-1], "P")
+    raise ValueError(f"v has shape {v.shape}: expected {expected}")
+
+
+def _check_sequences(q, k, v, segment_ids) -> None:
+  _check_arrays(q, k, v, "(B, T, H, F)", "(B, T, H, P)", 4)
+  if segment_ids is None:
+    return
+  if segment_ids.shape != q.shape[:2]:
+    raise ValueError(
+      f"segment_ids has shape {segment_ids.shape}: expected (B, T) = "
+      f"{q.shape[:2]}"
+    )
+  if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+    raise ValueError(f"segment_ids is {segment_ids.dtype}: expected integers")
+
+
+def _check_state(state, B, H, F, P, coefficients, dtype) -> None:
+  expected = jax.eval_shape(
+    lambda: spec.zero_state(B, H, F, P, coefficients=coefficients, dtype=dtype)
+  )
+  for name, x, want in zip(State._fields, state, expected, strict=True):
+    if (x.shape, x.dtype) != (want.shape, want.dtype):
+      raise ValueError(
+        f"the state's {name} is {x.dtype}{x.shape}: expected "
+        f"{want.dtype}{want.shape} for B={B}, H={H}, F={F}, P={P}, "
+        f"{coefficients}"
+      )

@@ -1,0 +1,87 @@
+"""What an implementation of polynomial attention provides.
+
+One device's part of the operator is five passes over (B, T, H, ·) arrays. In
+all of them `runs_BT` numbers the documents (None: a single one), the incoming
+`state` belongs to the document of the first token and a state that is returned
+to the document of the last. With g = r·do and r = 1 / (Σ sim + eps), the
+backward of the numerator, and dz = −r·(do·o), that of the denominator:
+
+  forward          o and the state after the last token
+  key_state        that state alone, from a zero state
+  backward_queries dq, r and dz
+  backward_keys    dk, dv and the cotangent of the incoming state
+  query_cotangent  that cotangent alone, from a zero cotangent
+
+`sharded.py` joins them, on one device and over the devices of a mesh.
+"""
+
+import dataclasses
+from typing import Protocol
+
+from jax import Array
+
+from pallas_kernels.polynomial import spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """The static part of a call; the scale is folded into the coefficients."""
+
+  coefficients: spec.Coefficients
+  eps: float
+
+
+class Passes(Protocol):
+  """The five passes; a module that defines them is an implementation."""
+
+  def forward(
+    self,
+    q_BTHF: Array,
+    k_BTHF: Array,
+    v_BTHP: Array,
+    runs_BT: Array | None,
+    state: spec.State | None,
+    kernel: Kernel,
+  ) -> tuple[Array, spec.State]: ...
+
+  def key_state(
+    self,
+    k_BTHF: Array,
+    v_BTHP: Array,
+    runs_BT: Array | None,
+    kernel: Kernel,
+  ) -> spec.State: ...
+
+  def backward_queries(
+    self,
+    q_BTHF: Array,
+    k_BTHF: Array,
+    v_BTHP: Array,
+    do_BTHP: Array,
+    runs_BT: Array | None,
+    state: spec.State | None,
+    kernel: Kernel,
+  ) -> tuple[Array, Array, Array]: ...
+
+  def backward_keys(
+    self,
+    q_BTHF: Array,
+    k_BTHF: Array,
+    v_BTHP: Array,
+    do_BTHP: Array,
+    r_BTH: Array,
+    dz_BTH: Array,
+    runs_BT: Array | None,
+    dstate: spec.State | None,
+    kernel: Kernel,
+  ) -> tuple[Array, Array, spec.State]: ...
+
+  def query_cotangent(
+    self,
+    q_BTHF: Array,
+    do_BTHP: Array,
+    r_BTH: Array,
+    dz_BTH: Array,
+    runs_BT: Array | None,
+    kernel: Kernel,
+  ) -> spec.State: ...

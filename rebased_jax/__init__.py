@@ -1,0 +1,24 @@
+"""ReBased linear attention as Flax modules; knows no mesh and no run.
+
+from rebased_jax import LM, ModelConfig, ReBasedConfig
+"""
+
+from pallas_kernels import ShardAxes as ShardAxes
+from rebased_jax.generate import generate as generate
+from rebased_jax.mixers import (
+  MIXER_CONFIGS as MIXER_CONFIGS,
+  BaseConv as BaseConv,
+  BaseConvConfig as BaseConvConfig,
+  Based as Based,
+  BasedConfig as BasedConfig,
+  Mixer as Mixer,
+  MixerConfig as MixerConfig,
+  ReBased as ReBased,
+  ReBasedConfig as ReBasedConfig,
+)
+from rebased_jax.model import (
+  LM as LM,
+  LMState as LMState,
+  ModelConfig as ModelConfig,
+  parameter_count as parameter_count,
+)

@@ -1,0 +1,21 @@
+"""The mixers: one file each, its config included."""
+
+from rebased_jax.mixers.base import (
+  Mixer as Mixer,
+  MixerConfig as MixerConfig,
+)
+from rebased_jax.mixers.based import Based as Based, BasedConfig as BasedConfig
+from rebased_jax.mixers.conv import (
+  BaseConv as BaseConv,
+  BaseConvConfig as BaseConvConfig,
+)
+from rebased_jax.mixers.rebased import (
+  ReBased as ReBased,
+  ReBasedConfig as ReBasedConfig,
+)
+
+MIXER_CONFIGS: tuple[type[MixerConfig], ...] = (
+  BaseConvConfig,
+  BasedConfig,
+  ReBasedConfig,
+)

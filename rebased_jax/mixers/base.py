@@ -1,0 +1,126 @@
+"""The interface that every sequence mixer has.
+
+A mixer maps x_BTD to y_BTD, causally. Its state is what a document's past
+tokens are to later ones: a pytree of arrays with the batch in front. An
+incoming state belongs to the document of the first token, a returned one to
+that of the last; a row that starts a document starts from `init_state`.
+"""
+
+import abc
+import dataclasses
+import math
+from typing import Any
+
+from flax import nnx
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from pallas_kernels import ShardAxes
+
+MixerState = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+  """Where in a model a mixer stands."""
+
+  width: int  # D
+  layer: int = 0  # counted from 0
+  layers: int = 1
+  dtype: str = "float32"  # of the computation; parameters are float32
+
+
+class Mixer(nnx.Module):
+  """Abstract: y_BTD = mixer(x_BTD), with a state for one token at a time."""
+
+  @abc.abstractmethod
+  def __call__(
+    self,
+    x_BTD: Array,
+    *,
+    segment_ids: Array | None = None,
+    axes: ShardAxes | None = None,
+    query_positions: Array | None = None,
+  ) -> Array:
+    """y_BTD of whole rows; y_BMD where only positions (B, M) are wanted.
+
+    Args:
+      x_BTD: the tokens.
+      segment_ids: integers (B, T); a document is a run of one id, and sees
+        itself alone.
+      axes: the mesh axes that split batch, heads and time.
+      query_positions: integers (B, M), each in [0, T).
+    """
+
+  @abc.abstractmethod
+  def init_state(self, batch: int) -> MixerState:
+    """The state before the first token of a document."""
+
+  @abc.abstractmethod
+  def prefill(
+    self,
+    x_BTD: Array,
+    state: MixerState,
+    *,
+    segment_ids: Array | None = None,
+    axes: ShardAxes | None = None,
+  ) -> tuple[Array, MixerState]:
+    """y_BTD of T more tokens, and the state after them."""
+
+  @abc.abstractmethod
+  def step(self, x_BD: Array, state: MixerState) -> tuple[Array, MixerState]:
+    """y_BD of one more token, and the state after it."""
+
+  def state_size(self, length: int) -> int:
+    """Bytes of state that a sequence of `length` tokens holds."""
+    del length  # constant, unless a mixer says otherwise
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: self.init_state(1)))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class MixerConfig(abc.ABC):
+  """Abstract: what a mixer is, apart from the width it works at."""
+
+  @abc.abstractmethod
+  def make(self, site: Site, *, rngs: nnx.Rngs) -> Mixer:
+    """The mixer, with fresh parameters."""
+
+
+def linear(
+  features_in: int,
+  features_out: int,
+  *,
+  dtype: str,
+  rngs: nnx.Rngs,
+  use_bias: bool = False,
+  stddev: float = 0.02,
+) -> nnx.Linear:
+  """A projection with the paper's initialisation, N(0, 0.02²)."""
+  return nnx.Linear(
+    features_in,
+    features_out,
+    use_bias=use_bias,
+    kernel_init=nnx.initializers.normal(stddev),
+    dtype=jnp.dtype(dtype),
+    param_dtype=jnp.float32,
+    rngs=rngs,
+  )
+
+
+def take_positions(x_BTD: Array, positions_BM: Array | None) -> Array:
+  """x_BMD: the chosen positions of each row, or all of them."""
+  if positions_BM is None:
+    return x_BTD
+  return jnp.take_along_axis(x_BTD, positions_BM[:, :, None], axis=1)
+
+
+def positive(config: object, *names: str) -> None:
+  """Raises ValueError where a named field is not an integer ≥ 1."""
+  for name in names:
+    value = getattr(config, name)
+    if value is not None and (not isinstance(value, int) or value < 1):
+      raise ValueError(
+        f"{type(config).__name__}.{name}={value!r}: expected an integer ≥ 1"
+      )

@@ -1,0 +1,108 @@
+"""BaseConv (arXiv 2312.04927): a gated short convolution.
+
+    c_t = w_0 ∘ u_{t−2} + w_1 ∘ u_{t−1} + w_2 ∘ u_t + b
+    y_t = c_t ∘ (W u_t + b_W) + u_t
+
+with u = 0 before a document's first token. It is written in shifts along
+time, so XLA splits it over a mesh by itself, halo included.
+"""
+
+import dataclasses
+
+from flax import nnx
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from pallas_kernels import ShardAxes, document_runs
+from rebased_jax.mixers import base
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseConvConfig(base.MixerConfig):
+  """The paper's: three taps."""
+
+  taps: int = 3  # K
+
+  def __post_init__(self):
+    base.positive(self, "taps")
+
+  def make(self, site: base.Site, *, rngs: nnx.Rngs) -> "BaseConv":
+    return BaseConv(site.width, self, dtype=site.dtype, rngs=rngs)
+
+
+class BaseConv(base.Mixer):
+  """The short convolution. Parameters: kernel (K, D), bias (D,), gate/….
+
+  The state is the last K − 1 tokens, (B, K − 1, D); a token of another document
+  than the last one's is held as 0, which is what it counts for.
+  """
+
+  def __init__(
+    self,
+    width: int,
+    config: BaseConvConfig,
+    *,
+    dtype: str = "float32",
+    rngs: nnx.Rngs,
+  ):
+    bound = config.taps**-0.5  # PyTorch's default for a depthwise convolution
+    uniform = lambda *shape: jax.random.uniform(
+      rngs.params(), shape, jnp.float32, minval=-bound, maxval=bound
+    )
+    self.kernel = nnx.Param(uniform(config.taps, width))
+    self.bias = nnx.Param(uniform(width))
+    self.gate = base.linear(width, width, dtype=dtype, use_bias=True, rngs=rngs)
+    self.width, self.dtype = width, jnp.dtype(dtype)
+
+  def __call__(
+    self,
+    x_BTD: Array,
+    *,
+    segment_ids: Array | None = None,
+    axes: ShardAxes | None = None,
+    query_positions: Array | None = None,
+  ) -> Array:
+    state = self.init_state(x_BTD.shape[0])
+    y_BTD, _ = self.prefill(x_BTD, state, segment_ids=segment_ids, axes=axes)
+    return base.take_positions(y_BTD, query_positions)
+
+  def init_state(self, batch: int) -> Array:
+    past = self.kernel.shape[-2] - 1
+    return jnp.zeros((batch, past, self.width), self.dtype)
+
+  def prefill(
+    self,
+    x_BTD: Array,
+    state: Array,
+    *,
+    segment_ids: Array | None = None,
+    axes: ShardAxes | None = None,
+  ) -> tuple[Array, Array]:
+    del axes  # XLA splits it
+    T, past = x_BTD.shape[1], state.shape[1]
+    x_BTD = x_BTD.astype(self.dtype)
+    window_BSD = jnp.concatenate([state, x_BTD], axis=1)  # S = K − 1 + T
+    taps = [window_BSD[:, j : j + T] for j in range(past + 1)]
+    after = window_BSD[:, T:]
+    if segment_ids is not None:
+      runs_BT = document_runs(segment_ids)
+      runs_BS = jnp.pad(runs_BT, ((0, 0), (past, 0)))
+      own = lambda x, j, runs: jnp.where(
+        (runs_BS[:, j : j + runs.shape[1]] == runs)[..., None], x, 0
+      )
+      taps = [own(x, j, runs_BT) for j, x in enumerate(taps)]
+      last_BK = runs_BT[:, -1:].repeat(past, axis=1)
+      after = own(after, T, last_BK)
+    return self._mix(taps, x_BTD), after
+
+  def step(self, x_BD: Array, state: Array) -> tuple[Array, Array]:
+    y_B1D, state = self.prefill(x_BD[:, None], state)
+    return y_B1D[:, 0], state
+
+  def _mix(self, taps: list[Array], x_BTD: Array) -> Array:
+    row = lambda p_D: p_D.astype(self.dtype)[None, None]
+    c_BTD = row(self.bias[...])
+    for w_D, tap_BTD in zip(self.kernel[...], taps, strict=True):
+      c_BTD = c_BTD + row(w_D) * tap_BTD
+    return c_BTD * self.gate(x_BTD) + x_BTD

@@ -1,0 +1,1 @@
+"""Data: batches as pure functions of the step."""
