@@ -1,0 +1,177 @@
+"""Blocks of the language model, and what configures them.
+
+    x ← x + mixer(LN(x));   x ← x + mlp(LN(x))
+
+Without an MLP the second line is x ← x + LN(x), as in the paper's MQAR models.
+"""
+
+import dataclasses
+
+from flax import nnx
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from pallas_kernels import ShardAxes
+from rebased_jax.mixers import base
+
+NORM_EPS = 1e-5  # PyTorch's default
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """What an `LM` is."""
+
+  conv: base.MixerConfig  # of the first block of each pair
+  mixer: base.MixerConfig  # of the second
+  vocab_size: int  # V
+  width: int  # D
+  pairs: int = 1  # half the number of layers
+  positions: int | None = None  # rows of the learned table; None: no positions
+  mlp_width: int | None = None  # hidden width of the MLPs; None: no MLP
+  dropout: float = 0.0  # of the embeddings
+  dtype: str = "float32"  # of the computation; parameters are float32
+
+  def __post_init__(self):
+    base.positive(
+      self, "vocab_size", "width", "pairs", "positions", "mlp_width"
+    )
+    if not 0 <= self.dropout < 1:
+      raise ValueError(
+        f"ModelConfig.dropout={self.dropout}: expected a number in [0, 1)"
+      )
+    if self.dtype not in ("float32", "bfloat16", "float16", "float64"):
+      raise ValueError(
+        f"ModelConfig.dtype={self.dtype!r}: expected float32, bfloat16, "
+        "float16 or float64"
+      )
+
+  @property
+  def layers(self) -> int:
+    return 2 * self.pairs
+
+
+class MLP(nnx.Module):
+  """W₂ gelu(W₁ x + b₁) + b₂, with the exact GELU."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    D, hidden = config.width, config.mlp_width
+    depth_scaled = 0.02 * (2 * config.layers) ** -0.5
+    make = lambda i, o, stddev: base.linear(
+      i,
+      o,
+      dtype=config.dtype,
+      rngs=rngs,
+      use_bias=True,
+      stddev=stddev,
+    )
+    self.up = make(D, hidden, 0.02)
+    self.down = make(hidden, D, depth_scaled)
+
+  def __call__(self, x: Array) -> Array:
+    return self.down(jax.nn.gelu(self.up(x), approximate=False))
+
+
+class Block(nnx.Module):
+  """x + mixer(LN(x)), then x + mlp(LN(x)), or x + LN(x) without an MLP."""
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    mixer: base.MixerConfig,
+    layer: int,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    self.norm1 = layer_norm(config, rngs)
+    site = base.Site(config.width, layer, config.layers, config.dtype)
+    self.mixer = mixer.make(site, rngs=rngs)
+    self.norm2 = layer_norm(config, rngs)
+    has_mlp = config.mlp_width is not None
+    self.mlp = MLP(config, rngs=rngs) if has_mlp else None
+
+  def __call__(
+    self,
+    x_BTD: Array,
+    *,
+    segment_ids: Array | None = None,
+    axes: ShardAxes | None = None,
+    query_positions: Array | None = None,
+  ) -> Array:
+    y_BTD = self.mixer(
+      self.norm1(x_BTD),
+      segment_ids=segment_ids,
+      axes=axes,
+      query_positions=query_positions,
+    )
+    return self._rest(base.take_positions(x_BTD, query_positions), y_BTD)
+
+  def prefill(self, x_BTD: Array, state, *, segment_ids=None, axes=None):
+    y_BTD, state = self.mixer.prefill(
+      self.norm1(x_BTD), state, segment_ids=segment_ids, axes=axes
+    )
+    return self._rest(x_BTD, y_BTD), state
+
+  def step(self, x_BD: Array, state):
+    y_BD, state = self.mixer.step(self.norm1(x_BD), state)
+    return self._rest(x_BD, y_BD), state
+
+  def _rest(self, x: Array, y: Array) -> Array:
+    x = x + y.astype(x.dtype)
+    y = self.norm2(x)
+    return x + (y if self.mlp is None else self.mlp(y)).astype(x.dtype)
+
+
+class Pair(nnx.Module):
+  """A block of the short convolution, then a block of the mixer."""
+
+  def __init__(self, config: ModelConfig, index: int, *, rngs: nnx.Rngs):
+    self.conv = Block(config, config.conv, 2 * index, rngs=rngs)
+    self.mixer = Block(config, config.mixer, 2 * index + 1, rngs=rngs)
+
+  def __call__(
+    self,
+    x_BTD: Array,
+    *,
+    segment_ids: Array | None = None,
+    axes: ShardAxes | None = None,
+    query_positions: Array | None = None,
+  ) -> Array:
+    x_BTD = self.conv(x_BTD, segment_ids=segment_ids, axes=axes)
+    return self.mixer(
+      x_BTD,
+      segment_ids=segment_ids,
+      axes=axes,
+      query_positions=query_positions,
+    )
+
+  def init_state(self, batch: int):
+    return (
+      self.conv.mixer.init_state(batch),
+      self.mixer.mixer.init_state(batch),
+    )
+
+  def prefill(self, x_BTD: Array, states, *, segment_ids=None, axes=None):
+    x_BTD, first = self.conv.prefill(
+      x_BTD, states[0], segment_ids=segment_ids, axes=axes
+    )
+    x_BTD, second = self.mixer.prefill(
+      x_BTD, states[1], segment_ids=segment_ids, axes=axes
+    )
+    return x_BTD, (first, second)
+
+  def step(self, x_BD: Array, states):
+    x_BD, first = self.conv.step(x_BD, states[0])
+    x_BD, second = self.mixer.step(x_BD, states[1])
+    return x_BD, (first, second)
+
+
+def layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+  """LN with weight and bias, statistics in float32."""
+  return nnx.LayerNorm(
+    config.width,
+    epsilon=NORM_EPS,
+    dtype=jnp.dtype(config.dtype),
+    use_fast_variance=False,
+    rngs=rngs,
+  )

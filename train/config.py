@@ -1,0 +1,282 @@
+"""What a run is: frozen dataclasses, written to and read from JSON.
+
+A preset is a `RunConfig`; the command line changes its fields; the resolved
+one is in the run folder and in every checkpoint. Nothing rewrites it.
+"""
+
+import abc
+import dataclasses
+import hashlib
+import json
+import math
+from typing import Any, Literal
+
+from rebased_jax import MIXER_CONFIGS, ModelConfig
+from train.data import batches, mqar, mqar_paper
+
+VERSION = 1  # of the JSON form
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW; the defaults are the paper's for MQAR.
+
+  The learning rate rises linearly over `warmup_steps`, then falls as a half
+  cosine from `learning_rate` at `warmup_steps` to `final_fraction` of it at
+  the run's last step. With `epoch_steps` it is held for that many steps at a
+  time, as in a schedule that is stepped once an epoch.
+  """
+
+  learning_rate: float = 1e-3
+  warmup_steps: int = 0
+  final_fraction: float = 0.0
+  epoch_steps: int | None = None
+  beta1: float = 0.9
+  beta2: float = 0.999
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  decay: Literal["all", "matrices"] = "all"  # which parameters decay
+  clip_norm: float | None = None  # of the gradient over all parameters
+
+  def __post_init__(self):
+    check = lambda ok, name, expected: batches.require(
+      ok, f"optimizer.{name}", getattr(self, name), expected
+    )
+    positive = ("learning_rate", "eps") + ("clip_norm",) * (
+      self.clip_norm is not None
+    )
+    for name in positive:
+      value = getattr(self, name)
+      check(0 < value < math.inf, name, "a number above 0")
+    for name in ("beta1", "beta2"):
+      check(0 <= getattr(self, name) < 1, name, "a number in [0, 1)")
+    check(self.weight_decay >= 0, "weight_decay", "a number ≥ 0")
+    check(self.warmup_steps >= 0, "warmup_steps", "an integer ≥ 0")
+    check(0 <= self.final_fraction <= 1, "final_fraction", "0 to 1")
+    check(self.epoch_steps is None or self.epoch_steps >= 1, "epoch_steps", "≥ 1")
+    check(self.decay in ("all", "matrices"), "decay", "'all' or 'matrices'")
+
+
+class DataConfig(abc.ABC):
+  """Abstract: where a run's batches come from."""
+
+  length: int  # tokens of a row
+  vocab_size: int
+
+  @abc.abstractmethod
+  def train_batches(self, rows: int, seed: int) -> batches.Batches:
+    """The training batches, of `rows` rows each."""
+
+  @abc.abstractmethod
+  def eval_batches(self, rows: int, seed: int) -> batches.Batches:
+    """The held-out batches, finitely many, of `rows` rows each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MQARStreamData(DataConfig):
+  """Unlimited MQAR: example i is a function of (seed, i)."""
+
+  vocab_size: int = 256
+  length: int = 32
+  pairs: int = 4
+  power: float = 0.01
+  test_examples: int = 2048
+
+  def __post_init__(self):
+    self.rows()
+    batches.require(
+      self.test_examples >= 1, "data.test_examples", self.test_examples, "≥ 1"
+    )
+
+  def rows(self) -> mqar.MQARConfig:
+    return mqar.MQARConfig(
+      self.vocab_size, self.length, self.pairs, self.power
+    )
+
+  def train_batches(self, rows: int, seed: int) -> batches.Batches:
+    return mqar.MQARStream(self.rows(), seed, rows)
+
+  def eval_batches(self, rows: int, seed: int) -> batches.Batches:
+    return mqar.stream_test_batches(
+      self.rows(), seed=seed, examples=self.test_examples, rows=rows
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MQARPaperData(DataConfig):
+  """The paper's 100,000 training and 3,000 test rows, the same for all seeds."""
+
+  vocab_size: int = 8192
+  length: int = 128
+  pairs: int = 16
+  power: float = 0.01
+  examples: int = 100_000
+  epochs: int = 64
+  drop_last: bool = False  # an epoch's incomplete last batch; paper: T ≥ 512
+
+  def __post_init__(self):
+    self.rows()
+
+  def rows(self) -> mqar.MQARConfig:
+    return mqar.MQARConfig(
+      self.vocab_size, self.length, self.pairs, self.power
+    )
+
+  def train_batches(self, rows: int, seed: int) -> batches.Batches:
+    return mqar_paper.MQARPaper(
+      self.rows(),
+      seed=seed,
+      rows=rows,
+      epochs=self.epochs,
+      drop_last=self.drop_last,
+      examples=self.examples,
+    )
+
+  def eval_batches(self, rows: int, seed: int) -> batches.Batches:
+    return mqar_paper.paper_test_batches(self.rows(), rows=rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """One training run.
+
+  A row of the global batch is one example; steps are updates of the optimiser.
+  """
+
+  model: ModelConfig
+  data: DataConfig
+  optimizer: OptimizerConfig
+  steps: int
+  batch: int  # rows of the global batch
+  accumulate: int = 1  # micro-batches that a batch is cut into
+  seed: int = 0  # of parameters, dropout and data
+  eval_every: int = 100
+  save_every: int = 500
+  log_every: int = 10
+  keep: int = 3  # checkpoints
+  stop_accuracy: float | None = None  # on held-out rows: reaching it ends the run
+  init_from: str | None = None  # a run folder: its weights, a fresh optimiser
+  tensorboard: bool = False
+
+  def __post_init__(self):
+    integers = ("steps", "batch", "accumulate", "eval_every", "save_every")
+    for name in (*integers, "log_every", "keep"):
+      value = getattr(self, name)
+      batches.require(
+        isinstance(value, int) and value >= 1, name, value, "an integer ≥ 1"
+      )
+    batches.require(
+      self.batch % self.accumulate == 0,
+      "batch",
+      self.batch,
+      f"a multiple of accumulate={self.accumulate}",
+    )
+    batches.require(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2³¹ − 1")
+    batches.require(
+      self.optimizer.warmup_steps < self.steps,
+      "optimizer.warmup_steps",
+      self.optimizer.warmup_steps,
+      f"below steps={self.steps}",
+    )
+    positions = self.model.positions
+    batches.require(
+      positions is None or positions >= self.data.length,
+      "model.positions",
+      positions,
+      f"None or at least data.length={self.data.length}",
+    )
+    batches.require(
+      self.model.vocab_size >= self.data.vocab_size,
+      "model.vocab_size",
+      self.model.vocab_size,
+      f"at least data.vocab_size={self.data.vocab_size}",
+    )
+
+
+_CLASSES: dict[str, type] = {
+  cls.__name__: cls
+  for cls in (
+    *MIXER_CONFIGS,
+    ModelConfig,
+    MQARPaperData,
+    MQARStreamData,
+    OptimizerConfig,
+    RunConfig,
+  )
+}
+
+
+class ConfigError(ValueError):
+  """A stored config cannot be read."""
+
+
+def to_dict(config: Any) -> Any:
+  """Plain JSON data; each dataclass carries its type."""
+  if not dataclasses.is_dataclass(config):
+    return config
+  fields = {
+    field.name: to_dict(getattr(config, field.name))
+    for field in dataclasses.fields(config)
+  }
+  return {"type": type(config).__name__, **fields}
+
+
+def from_dict(data: Any, where: str = "config") -> Any:
+  """The inverse of `to_dict`; ConfigError names the place that is wrong."""
+  if not isinstance(data, dict):
+    return data
+  fields = dict(data)
+  name = fields.pop("type", None)
+  if name not in _CLASSES:
+    raise ConfigError(
+      f"{where}.type={name!r}: expected one of {', '.join(sorted(_CLASSES))}"
+    )
+  values = {key: from_dict(x, f"{where}.{key}") for key, x in fields.items()}
+  try:
+    return _CLASSES[name](**values)
+  except (TypeError, ValueError) as error:
+    raise ConfigError(f"{where}: {error}") from error
+
+
+def to_json(config: RunConfig) -> str:
+  """The text of config.json."""
+  return json.dumps(
+    {"version": VERSION, "run": to_dict(config)}, indent=2, allow_nan=False
+  )
+
+
+def from_json(text: str) -> RunConfig:
+  """The run of a config.json.
+
+  Raises:
+    ConfigError: it is no JSON, of another version, or does not fit.
+  """
+  try:
+    data = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ConfigError(f"not JSON: {error}") from error
+  version = data.get("version") if isinstance(data, dict) else None
+  if version != VERSION:
+    raise ConfigError(f"version={version!r}: expected {VERSION}")
+  config = from_dict(data.get("run"), "run")
+  if not isinstance(config, RunConfig):
+    raise ConfigError("run: expected a RunConfig")
+  return config
+
+
+def fingerprint(config: RunConfig) -> str:
+  """Names the config: 16 hexadecimal digits of its JSON's SHA-256."""
+  return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+  """Every field in which two runs differ, as `model.width: 64 → 32`."""
+
+  def walk(a: Any, b: Any, path: str) -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+      keys = [*a, *(key for key in b if key not in a)]
+      rows = (walk(a.get(k), b.get(k), f"{path}.{k}" if path else k) for k in keys)
+      return [row for found in rows for row in found]
+    return [] if a == b else [f"{path}: {a!r} → {b!r}"]
+
+  return walk(to_dict(old), to_dict(new), "")

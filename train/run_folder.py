@@ -1,0 +1,95 @@
+"""The folder of a run: config.json, metrics.jsonl, checkpoints/, pictures.
+
+The folder may be a `gs://` path. A file appears under its name when all of it
+is written.
+"""
+
+import json
+from typing import Any
+
+from etils import epath
+
+from train import config as config_lib
+from train.config import RunConfig
+
+
+class RunFolderError(ValueError):
+  """The folder cannot be used for this run; nothing in it was changed."""
+
+
+class RunFolder:
+  """Where one run keeps what it makes."""
+
+  def __init__(self, path: epath.PathLike):
+    self.path = epath.Path(path)
+    self.config_file = self.path / "config.json"
+    self.metrics_file = self.path / "metrics.jsonl"
+    self.checkpoints = self.path / "checkpoints"
+
+  def open(self, config: RunConfig) -> None:
+    """Claims the folder for a new run, or checks that it is this run's.
+
+    Raises:
+      RunFolderError: it holds another run, or other files.
+    """
+    if self.config_file.exists():
+      changed = config_lib.differences(self.read_config(), config)
+      if changed:
+        raise RunFolderError(
+          f"{self.path} holds a run of another config: {'; '.join(changed)}; "
+          "choose another --run-dir"
+        )
+      return
+    if self.path.exists() and any(self.path.iterdir()):
+      raise RunFolderError(
+        f"{self.path} is not empty and holds no config.json: expected a run "
+        "folder or a new one"
+      )
+    self.path.mkdir(parents=True, exist_ok=True)
+    self.write("config.json", config_lib.to_json(config) + "\n")
+
+  def read_config(self) -> RunConfig:
+    """The run's config.
+
+    Raises:
+      RunFolderError: there is none, or it cannot be read.
+    """
+    if not self.config_file.exists():
+      raise RunFolderError(f"{self.path} is no run folder: no config.json")
+    try:
+      return config_lib.from_json(self.config_file.read_text())
+    except (config_lib.ConfigError, UnicodeDecodeError) as error:
+      raise RunFolderError(f"{self.config_file}: {error}") from error
+
+  def write(self, name: str, text: str) -> None:
+    """Writes a file whole, or not at all."""
+    temporary = self.path / f"{name}.tmp"
+    temporary.write_text(text)
+    temporary.rename(self.path / name)
+
+  def read_metrics(self) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl; a torn last line is left out.
+
+    Raises:
+      RunFolderError: a line before the last is no JSON.
+    """
+    if not self.metrics_file.exists():
+      return []
+    lines = self.metrics_file.read_text().splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+      try:
+        records.append(json.loads(line))
+      except json.JSONDecodeError as error:
+        if number < len(lines):
+          raise RunFolderError(
+            f"{self.metrics_file}, line {number}: {error}"
+          ) from error
+    return records
+
+  def cut_metrics(self, step: int) -> None:
+    """Drops the records of steps beyond `step`: a resume makes them again."""
+    if self.metrics_file.exists():
+      kept = [x for x in self.read_metrics() if x["step"] <= step]
+      lines = "".join(json.dumps(record) + "\n" for record in kept)
+      self.write("metrics.jsonl", lines)

@@ -1,0 +1,132 @@
+"""One step of training, and of evaluation: pure functions of arrays.
+
+    loss = Σ w_t · (−log softmax(logits_t)[target_t]) / Σ w_t
+
+over the positions of the whole batch that carry a target, however many
+micro-batches it is cut into.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+from jax import Array
+import jax.numpy as jnp
+import optax
+
+from rebased_jax import ShardAxes
+
+Batch = dict[str, Array]
+State = dict[str, Any]  # step, ok, params, opt_state
+
+
+class Program(NamedTuple):
+  """The static part of a step."""
+
+  graph: nnx.GraphDef  # of the model
+  tx: optax.GradientTransformation
+  accumulate: int
+  axes: ShardAxes | None
+
+
+def init_state(params: Any, tx: optax.GradientTransformation) -> State:
+  """The state before step 0."""
+  return dict(
+    step=jnp.zeros((), jnp.int32),
+    ok=jnp.ones((), bool),
+    params=params,
+    opt_state=tx.init(params),
+  )
+
+
+def loss_sums(
+  params: Any,
+  batch: Batch,
+  program: Program,
+  dropout_key: Array | None = None,
+) -> tuple[Array, dict[str, Array]]:
+  """Σ of the loss over the targets, and {tokens, correct} summed likewise."""
+  model = nnx.merge(program.graph, params)
+  logits_BMV = model(
+    batch["tokens"],
+    segment_ids=batch.get("segment_ids"),
+    positions_to_predict=batch.get("positions"),
+    axes=program.axes,
+    dropout_key=dropout_key,
+  )
+  weights_BM, targets_BM = batch["weights"], batch["targets"]
+  nll_BM = optax.softmax_cross_entropy_with_integer_labels(
+    logits_BMV, targets_BM
+  )
+  right_BM = (jnp.argmax(logits_BMV, axis=-1) == targets_BM).astype(jnp.float32)
+  sums = dict(tokens=weights_BM.sum(), correct=(weights_BM * right_BM).sum())
+  return (weights_BM * nll_BM).sum(), sums
+
+
+def train_step(
+  state: State, batch: Batch, key: Array, program: Program
+) -> tuple[State, dict[str, Array]]:
+  """The state after one update, and the step's metrics.
+
+  A step whose loss or gradient is not finite changes nothing but `ok`, which
+  becomes False and stops every later update.
+
+  Args:
+    state: of `init_state`.
+    batch: tokens (B, T), targets and weights (B, M), positions (B, M).
+    key: the run's PRNG key.
+    program: model, optimiser and layout.
+  """
+  dropout_key = jax.random.fold_in(key, state["step"])
+  loss, grads, sums = _gradient(state["params"], batch, dropout_key, program)
+  grad_norm = optax.tree.norm(grads)
+  updates, opt_state = program.tx.update(
+    grads, state["opt_state"], state["params"]
+  )
+  new = dict(
+    step=state["step"] + 1,
+    params=optax.apply_updates(state["params"], updates),
+    opt_state=opt_state,
+  )
+  ok = state["ok"] & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  old = {name: state[name] for name in new}
+  kept = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
+  metrics = dict(
+    loss=loss,
+    accuracy=sums["correct"] / sums["tokens"],
+    grad_norm=grad_norm,
+    param_norm=optax.tree.norm(state["params"]),
+  )
+  return dict(kept, ok=ok), metrics
+
+
+def eval_step(params: Any, batch: Batch, program: Program) -> dict[str, Array]:
+  """{loss, tokens, correct}, each summed over the targets of the batch."""
+  loss, sums = loss_sums(params, batch, program)
+  return dict(sums, loss=loss)
+
+
+def _gradient(params, batch, dropout_key, program):
+  """The mean loss, its gradient and the sums, over all micro-batches."""
+  value_and_grad = jax.value_and_grad(
+    functools.partial(loss_sums, program=program), has_aux=True
+  )
+  if program.accumulate == 1:
+    (loss, sums), grads = value_and_grad(
+      params, batch, dropout_key=dropout_key
+    )
+  else:
+    A = program.accumulate
+    # Row b is in micro-batch b mod A, so that each device keeps its rows.
+    split = lambda x_B: jnp.moveaxis(x_B.reshape(-1, A, *x_B.shape[1:]), 1, 0)
+    micro = jax.tree.map(split, batch)
+    keys = jax.random.split(dropout_key, A)
+    run = lambda x: value_and_grad(params, x[0], dropout_key=x[1])
+    first = jax.tree.map(lambda x: x[0], (micro, keys))
+    shapes = jax.eval_shape(run, first)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    add = lambda total, x: (jax.tree.map(jnp.add, total, run(x)), None)
+    ((loss, sums), grads), _ = jax.lax.scan(add, zero, (micro, keys))
+  scale = 1 / sums["tokens"]
+  return loss * scale, jax.tree.map(lambda g: g * scale, grads), sums
