@@ -129,7 +129,7 @@ class LM(nnx.Module):
 
   def state_size(self, length: int) -> int:
     """Bytes of state that a sequence of `length` tokens holds."""
-    pair = nnx.merge(*self._pair(0))
+    pair = nnx.eval_shape(lambda: Pair(self.config, 0, rngs=nnx.Rngs(0)))
     mixers = (pair.conv.mixer, pair.mixer.mixer)
     return 4 + self.config.pairs * sum(m.state_size(length) for m in mixers)
 

@@ -53,7 +53,9 @@ class OptimizerConfig:
     check(self.weight_decay >= 0, "weight_decay", "a number ≥ 0")
     check(self.warmup_steps >= 0, "warmup_steps", "an integer ≥ 0")
     check(0 <= self.final_fraction <= 1, "final_fraction", "0 to 1")
-    check(self.epoch_steps is None or self.epoch_steps >= 1, "epoch_steps", "≥ 1")
+    check(
+      self.epoch_steps is None or self.epoch_steps >= 1, "epoch_steps", "≥ 1"
+    )
     check(self.decay in ("all", "matrices"), "decay", "'all' or 'matrices'")
 
 
@@ -89,9 +91,7 @@ class MQARStreamData(DataConfig):
     )
 
   def rows(self) -> mqar.MQARConfig:
-    return mqar.MQARConfig(
-      self.vocab_size, self.length, self.pairs, self.power
-    )
+    return mqar.MQARConfig(self.vocab_size, self.length, self.pairs, self.power)
 
   def train_batches(self, rows: int, seed: int) -> batches.Batches:
     return mqar.MQARStream(self.rows(), seed, rows)
@@ -104,7 +104,7 @@ class MQARStreamData(DataConfig):
 
 @dataclasses.dataclass(frozen=True)
 class MQARPaperData(DataConfig):
-  """The paper's 100,000 training and 3,000 test rows, the same for all seeds."""
+  """The paper's 100,000 training and 3,000 test rows, one set for all seeds."""
 
   vocab_size: int = 8192
   length: int = 128
@@ -118,9 +118,7 @@ class MQARPaperData(DataConfig):
     self.rows()
 
   def rows(self) -> mqar.MQARConfig:
-    return mqar.MQARConfig(
-      self.vocab_size, self.length, self.pairs, self.power
-    )
+    return mqar.MQARConfig(self.vocab_size, self.length, self.pairs, self.power)
 
   def train_batches(self, rows: int, seed: int) -> batches.Batches:
     return mqar_paper.MQARPaper(
@@ -154,7 +152,9 @@ class RunConfig:
   save_every: int = 500
   log_every: int = 10
   keep: int = 3  # checkpoints
-  stop_accuracy: float | None = None  # on held-out rows: reaching it ends the run
+  stop_accuracy: float | None = (
+    None  # on held-out rows: reaching it ends the run
+  )
   init_from: str | None = None  # a run folder: its weights, a fresh optimiser
   tensorboard: bool = False
 
@@ -275,7 +275,9 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
   def walk(a: Any, b: Any, path: str) -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
       keys = [*a, *(key for key in b if key not in a)]
-      rows = (walk(a.get(k), b.get(k), f"{path}.{k}" if path else k) for k in keys)
+      rows = (
+        walk(a.get(k), b.get(k), f"{path}.{k}" if path else k) for k in keys
+      )
       return [row for found in rows for row in found]
     return [] if a == b else [f"{path}: {a!r} → {b!r}"]
 

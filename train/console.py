@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar on a terminal, lines elsewhere."""
+"""What a person sees of a run: a bar on a terminal, lines elsewhere."""
 
 import time
 
@@ -17,21 +17,22 @@ class Display:
     self._begin, self._start = time.perf_counter(), start
     self._bar = None
     if active and console.is_terminal:
-      self._bar = progress.Progress(
-        progress.TextColumn("step {task.completed:,}/{task.total:,}"),
-        progress.BarColumn(bar_width=None),
-        progress.TextColumn("{task.fields[text]}"),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("left"),
-        progress.TimeRemainingColumn(elapsed_when_finished=False),
-        console=console,
-        expand=True,
+      column = lambda text: progress.TextColumn(
+        text, table_column=table.Column(no_wrap=True)
       )
-      self._task = self._bar.add_task("train", total=steps, completed=start)
-      self._text("compiling")
-
-  def _text(self, text: str) -> None:
-    self._bar.update(self._task, text=text)
+      self._bar = progress.Progress(
+        column("{task.completed:,}/{task.total:,}"),
+        progress.BarColumn(bar_width=8),
+        column("{task.fields[text]}"),
+        progress.TimeRemainingColumn(
+          compact=True, table_column=table.Column(no_wrap=True)
+        ),
+        column("left"),
+        console=console,
+      )
+      self._task = self._bar.add_task(
+        "train", total=steps, completed=start, text="compiling"
+      )
 
   def step(self, step: int, values: dict[str, float] | None) -> None:
     """`step` updates are done; values are there where a record was written."""
@@ -40,8 +41,8 @@ class Display:
     text = None
     if values is not None:
       text = (
-        f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.3f}  "
-        f"held-out {self._held_out}  "
+        f"loss {values['loss']:.4f} accuracy {values['accuracy']:.3f} "
+        f"held-out {self._held_out} "
         f"{values['tokens_per_second'] / 1e3:,.0f}k tokens/s"
       )
     if self._bar is None:
@@ -50,7 +51,7 @@ class Display:
       return
     self._bar.update(self._task, completed=step)
     if text is not None:
-      self._text(text)
+      self._bar.update(self._task, text=text)
 
   def evaluated(self, step: int, values: dict[str, float]) -> None:
     """A held-out result, for the bar or as a line of its own."""

@@ -86,6 +86,7 @@ class Loop:
         self.pending, step = (step, metrics, wait), step + 1
         reason = self.after(state, step, stop)
     self.settle(state)
+    self.record(step)  # of a window that a stop cut short
     return state, step, reason
 
   def after(self, state: Any, step: int, stop: Preemption) -> str | None:
@@ -107,9 +108,7 @@ class Loop:
 
   def save(self, state: Any, step: int, finished: str | None) -> None:
     before = time.perf_counter()
-    self.checkpoints.save(
-      step, build_lib.to_dicts(state), self.meta(finished)
-    )
+    self.checkpoints.save(step, build_lib.to_dicts(state), self.meta(finished))
     self.window.pause(time.perf_counter() - before)
 
   def evaluate(self, state: Any, step: int) -> dict[str, float]:
@@ -134,11 +133,15 @@ class Loop:
       raise TrainingFailed(self.dump(state, step, values))
     tokens = self.config.batch * self.train_data.length
     self.window.add(values, tokens, wait)
-    done, means = step + 1, None
-    if done % self.config.log_every == 0 or done == self.config.steps:
-      means = self.window.flush()
-      self.writer.write("train", done, **means)
-    self.display.step(done, means)
+    done, due = step + 1, (step + 1) % self.config.log_every == 0
+    self.display.step(done, self.record(done) if due else None)
+
+  def record(self, step: int) -> dict[str, float] | None:
+    """Writes the means since the last record, if there are any."""
+    means = self.window.flush()
+    if means is not None:
+      self.writer.write("train", step, **means)
+    return means
 
   def dump(self, state: Any, step: int, values: dict[str, float]) -> str:
     """Keeps the state before a step that failed, its batch and its metrics."""
@@ -206,9 +209,7 @@ def train(config: RunConfig, folder: RunFolder, console) -> Outcome:
       state, start, meta, notes = initial(config, built, checkpoints, folder)
       if first:
         folder.cut_metrics(start)
-      display = Display(
-        console, start=start, steps=config.steps, active=first
-      )
+      display = Display(console, start=start, steps=config.steps, active=first)
       writer = metrics_lib.Writer(
         folder, tensorboard=config.tensorboard, active=first
       )

@@ -63,8 +63,13 @@ class Window:
     """Leaves time spent on other things, as evaluation, out of the rates."""
     self._start += seconds
 
-  def flush(self) -> dict[str, float]:
-    """The means, tokens_per_second, step_time and data_wait; starts anew."""
+  def flush(self) -> dict[str, float] | None:
+    """Means, tokens_per_second, step_time and data_wait; None of no steps.
+
+    The window starts anew.
+    """
+    if not self._steps:
+      return None
     seconds = max(time.perf_counter() - self._start, 1e-9)
     means = {name: x / self._steps for name, x in self._sums.items()}
     rates = dict(

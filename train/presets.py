@@ -1,7 +1,5 @@
 """The named runs of `rebased train`."""
 
-import dataclasses
-
 from rebased_jax import BaseConvConfig, ModelConfig, ReBasedConfig, presets
 from train.config import (
   MQARPaperData,
@@ -73,5 +71,3 @@ def make_presets() -> dict[str, RunConfig]:
       name = f"mqar-paper-ablation-{variant}-{length}"
       runs[name] = paper(variant, length=length, pairs=32, width=48)
   return runs
-
-

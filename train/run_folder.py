@@ -65,7 +65,7 @@ class RunFolder:
     """Writes a file whole, or not at all."""
     temporary = self.path / f"{name}.tmp"
     temporary.write_text(text)
-    temporary.rename(self.path / name)
+    temporary.replace(self.path / name)
 
   def read_metrics(self) -> list[dict[str, Any]]:
     """The records of metrics.jsonl; a torn last line is left out.

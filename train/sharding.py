@@ -62,9 +62,7 @@ def local_rows(rows: int) -> slice:
   return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
 
 
-def put_batch(
-  batch: dict[str, np.ndarray], mesh: Mesh
-) -> dict[str, jax.Array]:
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """This process's rows, as part of the global batch on the mesh."""
   sharding = of_batch(mesh)
   put = lambda x: jax.make_array_from_process_local_data(sharding, x)

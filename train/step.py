@@ -113,9 +113,7 @@ def _gradient(params, batch, dropout_key, program):
     functools.partial(loss_sums, program=program), has_aux=True
   )
   if program.accumulate == 1:
-    (loss, sums), grads = value_and_grad(
-      params, batch, dropout_key=dropout_key
-    )
+    (loss, sums), grads = value_and_grad(params, batch, dropout_key=dropout_key)
   else:
     A = program.accumulate
     # Row b is in micro-batch b mod A, so that each device keeps its rows.

@@ -149,7 +149,7 @@ def _backward(call: Call, q, k, v, ids_BT, state, do, dafter):
     first_DB, last_DB = _document_numbers(ids_BT, runs_BT, time)
     here = jax.lax.axis_index(time)
     after_D = jnp.arange(first_DB.shape[0]) > here
-    joined_DB = (first_DB == last_DB[here]) & after_D[:, None]
+    joined_DB = (first_DB == last_DB[here][None]) & after_D[:, None]
     dafter = _joined(
       part, joined_DB, dafter, last_DB[here] == last_DB[-1], time
     )
@@ -169,7 +169,7 @@ def _state_before(call: Call, k, v, runs_BT, ids_BT, state) -> State:
   first_DB, last_DB = _document_numbers(ids_BT, runs_BT, call.time)
   here = jax.lax.axis_index(call.time)
   before_D = jnp.arange(first_DB.shape[0]) < here
-  joined_DB = (last_DB == first_DB[here]) & before_D[:, None]
+  joined_DB = (last_DB == first_DB[here][None]) & before_D[:, None]
   return _joined(part, joined_DB, state, first_DB[here] == 0, call.time)
 
 

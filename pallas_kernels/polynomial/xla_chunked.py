@@ -85,7 +85,7 @@ def backward_queries(
   kernel: Kernel,
 ) -> tuple[Array, Array, Array]:
   """dq_BTHF, r_BTH = 1 / (Σ sim + eps) and dz_BTH = −r·(do·o)."""
-  T, F = q_BTHF.shape[1], q_BTHF.shape[-1]
+  T = q_BTHF.shape[1]
   chunks = _chunks(T, q_BTHF, k_BTHF, v_BTHP, do_BTHP)
 
   def chunk(state, inputs):

@@ -1,0 +1,5 @@
+"""`python -m train`, the same as `rebased`."""
+
+from train.cli import main
+
+main()

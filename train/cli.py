@@ -1,0 +1,177 @@
+"""The command `rebased`.
+
+    rebased train PRESET [--options]   train, or go on in --run-dir
+    rebased resume RUN                 go on with a run, as it was configured
+    rebased evaluate RUN               held-out loss and accuracy of a run
+    rebased inspect WHAT               a preset, a run or a checkpoint
+    rebased doctor                     devices, versions, implementations
+
+`rebased COMMAND --help` shows the options. Exit codes: 0 done; 2 a wrong
+argument or config, nothing was changed; 1 the run failed; 143 (SIGTERM) or 130
+(SIGINT) it was stopped, saved, and can be resumed.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import datetime
+import difflib
+import shlex
+import sys
+from typing import Annotated
+
+from rich.console import Console
+import tyro
+
+from train.config import RunConfig
+from train.presets import make_presets
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArgs:
+  """Trains the preset, with these fields changed."""
+
+  run: Annotated[RunConfig, tyro.conf.arg(name="")]
+  run_dir: str | None = None  # new, or this run's own; default runs/PRESET-TIME
+
+
+@dataclasses.dataclass(frozen=True)
+class RunArgs:
+  """Works on a run."""
+
+  run_dir: tyro.conf.Positional[str]  # the run's folder
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateArgs:
+  """Held-out loss and accuracy of a run's weights."""
+
+  run_dir: tyro.conf.Positional[str]  # the run's folder
+  step: int | None = None  # of the checkpoint; default the newest
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectArgs:
+  """Shows a preset, a run, or a checkpoint RUN/checkpoints/STEP."""
+
+  what: tyro.conf.Positional[str]  # a preset's name or a folder
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs one command and exits with its code."""
+  args = list(sys.argv[1:] if argv is None else argv)
+  if not args or args[0] in ("-h", "--help"):
+    print(__doc__.strip())
+    sys.exit(0 if args else 2)
+  commands: dict[str, Callable[[list[str]], int]] = dict(
+    train=_train,
+    resume=_resume,
+    evaluate=_evaluate,
+    inspect=_inspect,
+    doctor=_doctor,
+  )
+  command = commands.get(args[0])
+  if command is None:
+    _refuse(_unknown("command", args[0], commands))
+  # Not at the top: jax and orbax take seconds that a wrong word need not wait.
+  from train.checkpoint import CheckpointError
+  from train.loop import TrainingFailed
+
+  try:
+    code = command(args[1:])
+  except (CheckpointError, TrainingFailed, OSError) as error:
+    print(f"rebased: {error}", file=sys.stderr)
+    code = 1
+  except (ValueError, NotImplementedError) as error:
+    _refuse(str(error))
+  sys.exit(code)
+
+
+def _refuse(message: str) -> None:
+  print(f"rebased: {message}", file=sys.stderr)
+  sys.exit(2)
+
+
+def _unknown(kind: str, name: str, known) -> str:
+  near = difflib.get_close_matches(name, known, n=1)
+  hint = f"; did you mean {near[0]!r}?" if near else ""
+  return f"there is no {kind} {name!r}{hint} Known: {', '.join(known)}"
+
+
+def _preset(args: list[str]) -> tuple[str, RunConfig]:
+  presets = make_presets()
+  if not args or args[0].startswith("-"):
+    print("usage: rebased train PRESET [--options]\n\npresets:")
+    print("\n".join(f"  {name}" for name in presets))
+    sys.exit(0 if args else 2)
+  if args[0] not in presets:
+    raise ValueError(_unknown("preset", args[0], presets))
+  return args[0], presets[args[0]]
+
+
+def _train(args: list[str]) -> int:
+  name, preset = _preset(args)
+  parsed = tyro.cli(
+    TrainArgs,
+    prog=f"rebased train {name}",
+    args=args[1:],
+    default=TrainArgs(preset),
+  )
+  time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+  return _run(parsed.run, parsed.run_dir or f"runs/{name}-{time}")
+
+
+def _resume(args: list[str]) -> int:
+  from train.run_folder import RunFolder
+
+  run_dir = tyro.cli(RunArgs, prog="rebased resume", args=args).run_dir
+  return _run(RunFolder(run_dir).read_config(), run_dir)
+
+
+def _run(config: RunConfig, run_dir: str) -> int:
+  from train import loop, report
+  from train.run_folder import RunFolder
+
+  console = Console()
+  folder = RunFolder(run_dir)
+  console.print(f"run folder: {run_dir}", highlight=False, soft_wrap=True)
+  outcome = loop.train(config, folder, console)
+  if outcome.reason == "signal":
+    console.print(
+      f"stopped at step {outcome.step}, saved; go on with\n"
+      f"  rebased resume {shlex.quote(run_dir)}",
+      highlight=False,
+      soft_wrap=True,
+    )
+    return outcome.exit_code
+  report.finish(config, folder, outcome, console)
+  return 0
+
+
+def _evaluate(args: list[str]) -> int:
+  from train import report
+
+  parsed = tyro.cli(EvaluateArgs, prog="rebased evaluate", args=args)
+  return report.evaluate_run(parsed.run_dir, parsed.step, Console())
+
+
+def _inspect(args: list[str]) -> int:
+  from train import inspect_run
+
+  what = tyro.cli(InspectArgs, prog="rebased inspect", args=args).what
+  presets = make_presets()
+  if what in presets:
+    inspect_run.show_config(presets[what], what, Console())
+    return 0
+  return inspect_run.show_folder(what, tuple(presets), Console())
+
+
+def _doctor(args: list[str]) -> int:
+  from train import doctor
+
+  if args:
+    raise ValueError(f"doctor takes no options, not {args[0]!r}")
+  return doctor.show(Console())
+
+
+if __name__ == "__main__":
+  main()

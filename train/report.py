@@ -1,0 +1,66 @@
+"""The end of a run: pictures, a table; and the evaluation of a checkpoint."""
+
+from flax import nnx
+import jax
+from rich.console import Console
+
+from rebased_jax import LM, parameter_count
+from train import build, evaluate, plots, restore, sharding
+from train.config import MQARPaperData, MQARStreamData, RunConfig
+from train.console import rows
+from train.loop import Outcome
+from train.run_folder import RunFolder
+
+
+def finish(
+  config: RunConfig, folder: RunFolder, outcome: Outcome, console: Console
+) -> None:
+  """Draws learning.png and attention.png and prints the run's table."""
+  if jax.process_index() != 0:
+    return
+  graph, _ = nnx.split(build.abstract_model(config))
+  model = nnx.merge(graph, jax.device_get(outcome.state["params"]))
+  records = folder.read_metrics()
+  plots.learning(records, config, folder.path / "learning.png")
+  attention = draw_attention(config, model, folder)
+  reached = "stopped early: accuracy reached" * (outcome.reason == "accuracy")
+  values = {
+    "step": f"{outcome.step:,} of {config.steps:,}  {reached}".rstrip(),
+    "held-out accuracy": f"{outcome.held_out['accuracy']:.4f}",
+    "held-out loss": f"{outcome.held_out['loss']:.4f}",
+    "parameters": f"{parameter_count(model):,}",
+    "training time here": f"{outcome.seconds:.0f} s",
+    "run folder": folder.path,
+    "pictures": "learning.png" + ", attention.png" * attention,
+  }
+  console.print(rows("done", values))
+
+
+def draw_attention(config: RunConfig, model: LM, folder: RunFolder) -> bool:
+  """attention.png of an MQAR run over its first held-out row."""
+  if not isinstance(config.data, MQARStreamData | MQARPaperData):
+    return False
+  batch = config.data.eval_batches(1, config.seed).read(0)
+  A_TT = model.attention_matrix(batch["tokens"])[0].mean(axis=0)
+  plots.attention(jax.device_get(A_TT), batch, folder.path / "attention.png")
+  return True
+
+
+def evaluate_run(run_dir: str, step: int | None, console: Console) -> int:
+  """Prints the held-out results of a run's checkpoint."""
+  config, step, params = restore.params(run_dir, step)
+  mesh = sharding.make_mesh()
+  with jax.set_mesh(mesh):
+    built = build.build(config, mesh)
+    placed = jax.tree.map(lambda x: x.sharding, built.abstract["params"])
+    params = jax.device_put(params, placed)
+    data = config.data.eval_batches(config.batch, config.seed)
+    found = evaluate.evaluate(built, params, data)
+  values = {
+    "step": f"{step:,}",
+    "held-out accuracy": f"{found['accuracy']:.4f}",
+    "held-out loss": f"{found['loss']:.4f}",
+    "targets": f"{found['tokens']:,.0f}",
+  }
+  console.print(rows(str(run_dir), values))
+  return 0
