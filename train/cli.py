@@ -25,6 +25,9 @@ import tyro
 from train.config import RunConfig
 from train.presets import make_presets
 
+_Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+_What = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainArgs:
@@ -38,14 +41,14 @@ class TrainArgs:
 class RunArgs:
   """Works on a run."""
 
-  run_dir: tyro.conf.Positional[str]  # the run's folder
+  run_dir: _Run  # the run's folder
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateArgs:
   """Held-out loss and accuracy of a run's weights."""
 
-  run_dir: tyro.conf.Positional[str]  # the run's folder
+  run_dir: _Run  # the run's folder
   step: int | None = None  # of the checkpoint; default the newest
 
 
@@ -53,7 +56,7 @@ class EvaluateArgs:
 class InspectArgs:
   """Shows a preset, a run, or a checkpoint RUN/checkpoints/STEP."""
 
-  what: tyro.conf.Positional[str]  # a preset's name or a folder
+  what: _What  # a preset's name or a folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:

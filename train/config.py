@@ -191,6 +191,13 @@ class RunConfig:
       self.model.vocab_size,
       f"at least data.vocab_size={self.data.vocab_size}",
     )
+    limit = self.data.train_batches(self.batch, self.seed).num_batches
+    batches.require(
+      limit is None or self.steps <= limit,
+      "steps",
+      self.steps,
+      f"at most the {limit} batches of the data",
+    )
 
 
 _CLASSES: dict[str, type] = {

@@ -14,7 +14,12 @@ import numpy as np
 
 from train import build as build_lib, evaluate, metrics as metrics_lib, sharding
 from train.build import Built
-from train.checkpoint import Checkpoints, NoCheckpointError, restore_params
+from train.checkpoint import (
+  CheckpointError,
+  Checkpoints,
+  NoCheckpointError,
+  restore_params,
+)
 from train.config import RunConfig, fingerprint, to_dict
 from train.console import Display
 from train.data import batches as batches_lib
@@ -155,12 +160,33 @@ class Loop:
         np.savez(file, **batch)
       folder.write("reason.txt", message + "\n")
     with Checkpoints(folder.checkpoints) as kept:
-      kept.save(step, build_lib.to_dicts(state), self.meta(None))
+      if kept.latest() is None:  # else a resume has come to the same step
+        kept.save(step, build_lib.to_dicts(state), self.meta(None))
     return f"{message}; the state before it and its batch are in {folder.path}"
 
 
+def source_weights(config: RunConfig, built: Built) -> tuple[Any, str]:
+  """The parameters of the run `init_from`, and a note of where they are from.
+
+  Raises:
+    RunFolderError: it is no run, has no checkpoint, or another model's.
+  """
+  source = RunFolder(config.init_from)
+  source.read_config()
+  target = build_lib.to_dicts(built.abstract)["params"]
+  try:
+    step, params = restore_params(source.checkpoints, target)
+  except CheckpointError as error:
+    raise RunFolderError(f"init_from={config.init_from}: {error}") from error
+  return params, f"weights of {source.path}, step {step}; fresh optimiser"
+
+
 def initial(
-  config: RunConfig, built: Built, checkpoints: Checkpoints, folder: RunFolder
+  config: RunConfig,
+  built: Built,
+  checkpoints: Checkpoints,
+  folder: RunFolder,
+  weights: tuple[Any, str] | None,
 ) -> tuple[Any, int, dict[str, Any], list[str]]:
   """(state, step, meta, notes): restored, warm or fresh.
 
@@ -174,10 +200,7 @@ def initial(
   except NoCheckpointError:
     if config.init_from is None:
       return build_lib.fresh_state(config, built), 0, {}, []
-    source = RunFolder(config.init_from)
-    source.read_config()
-    step, params = restore_params(source.checkpoints, as_dicts["params"])
-    note = f"weights of {source.path}, step {step}; fresh optimiser"
+    params, note = weights or source_weights(config, built)
     return build_lib.warm_state(params, built), 0, {}, [note]
   data = config.data.train_batches(config.batch, config.seed)
   try:
@@ -201,12 +224,17 @@ def train(config: RunConfig, folder: RunFolder, console) -> Outcome:
   first = jax.process_index() == 0
   with jax.set_mesh(mesh):
     built = build_lib.build(config, mesh)
+    weights = None
+    if config.init_from is not None and not folder.config_file.exists():
+      weights = source_weights(config, built)
     folder.open(config)
     with (
       Checkpoints(folder.checkpoints, keep=config.keep) as checkpoints,
       Preemption() as stop,
     ):
-      state, start, meta, notes = initial(config, built, checkpoints, folder)
+      state, start, meta, notes = initial(
+        config, built, checkpoints, folder, weights
+      )
       if first:
         folder.cut_metrics(start)
       display = Display(console, start=start, steps=config.steps, active=first)

@@ -1,0 +1,126 @@
+"""The presets: the paper's numbers, their models, and configs as JSON."""
+
+import dataclasses
+import json
+
+from flax import nnx
+import jax
+import pytest
+from train_cases import tiny
+
+from rebased_jax import BasedConfig, ReBasedConfig
+from train import build, config as config_lib
+from train.config import MQARPaperData
+from train.presets import make_presets
+
+_PRESETS = make_presets()
+_PAIRS = {128: 16, 256: 64, 512: 128, 1024: 256, 2048: 512}
+_ACCUMULATE = {128: 1, 256: 1, 512: 2, 1024: 4, 2048: 8}
+_VARIANTS = ("based", "x2", "norm", "gamma", "gamma-beta", "rebased")
+
+
+def test_names() -> None:
+  assert set(_PRESETS) == (
+    {"mqar"}
+    | {f"mqar-paper-{s}-{t}" for s in ("rebased", "based") for t in _PAIRS}
+    | {f"mqar-paper-ablation-{v}-{t}" for v in _VARIANTS for t in (256, 2048)}
+  )
+
+
+@pytest.mark.parametrize("name", _PRESETS)
+def test_every_preset_builds_and_survives_json(name: str) -> None:
+  config = _PRESETS[name]
+  text = config_lib.to_json(config)
+  again = config_lib.from_json(text)
+  assert again == config and hash(again) == hash(config)
+  assert config_lib.to_json(again) == text
+  assert config_lib.fingerprint(again) == config_lib.fingerprint(config)
+  state = nnx.state(build.abstract_model(config), nnx.Param)
+  embedding = nnx.to_pure_dict(state)["token_embedding"]
+  assert embedding.shape == (config.data.vocab_size, config.model.width)
+  assert all(x.size for x in jax.tree.leaves(state))
+
+
+def test_fingerprints_differ() -> None:
+  prints = {config_lib.fingerprint(config) for config in _PRESETS.values()}
+  assert len(prints) == len(_PRESETS)
+
+
+@pytest.mark.parametrize("system", ["rebased", "based"])
+@pytest.mark.parametrize("length", _PAIRS)
+def test_paper_numbers(system: str, length: int) -> None:
+  config = _PRESETS[f"mqar-paper-{system}-{length}"]
+  assert config.data == MQARPaperData(
+    vocab_size=8192,
+    length=length,
+    pairs=_PAIRS[length],
+    power=0.01,
+    examples=100_000,
+    epochs=64,
+    drop_last=length >= 512,
+  )
+  assert config.steps == (12_544 if length < 512 else 12_480)
+  assert config.data.train_batches(512, 42).num_batches == config.steps
+  assert (config.batch, config.accumulate) == (512, _ACCUMULATE[length])
+  assert (config.seed, config.stop_accuracy) == (42, 0.99)
+  assert config.optimizer == config_lib.OptimizerConfig(
+    learning_rate=1e-3,
+    warmup_steps=0,
+    final_fraction=0,
+    epoch_steps=config.steps // 64,
+    beta1=0.9,
+    beta2=0.999,
+    eps=1e-8,
+    weight_decay=0.1,
+    decay="all",
+    clip_norm=None,
+  )
+  model, mixer = config.model, config.model.mixer
+  assert (model.width, model.layers, model.positions) == (64, 2, length)
+  assert (model.dropout, model.mlp_width, model.conv.taps) == (0.1, None, 3)
+  assert (mixer.heads, mixer.features, mixer.eps) == (12, 16, 1e-12)
+  assert type(mixer) is dict(rebased=ReBasedConfig, based=BasedConfig)[system]
+
+
+def test_ablations() -> None:
+  switches = {  # normalize, use_gamma, use_beta
+    "x2": (False, False, False),
+    "norm": (True, False, False),
+    "gamma": (False, True, False),
+    "gamma-beta": (False, True, True),
+    "rebased": (True, True, True),
+  }
+  for variant in _VARIANTS:
+    for length in (256, 2048):
+      config = _PRESETS[f"mqar-paper-ablation-{variant}-{length}"]
+      assert (config.model.width, config.data.pairs) == (48, 32)
+      assert config.data.length == length
+      mixer = config.model.mixer
+      assert (mixer.heads, mixer.features, mixer.eps) == (12, 16, 1e-12)
+      if variant != "based":
+        found = mixer.normalize, mixer.use_gamma, mixer.use_beta
+        assert found == switches[variant]
+
+
+def test_differences_name_every_field() -> None:
+  old = tiny()
+  new = dataclasses.replace(
+    tiny(model=dict(width=32), optimizer=dict(clip_norm=None)), keep=2
+  )
+  assert config_lib.differences(old, old) == []
+  assert config_lib.differences(old, new) == [
+    "model.width: 16 → 32",
+    "optimizer.clip_norm: 1.0 → None",
+    "keep: 3 → 2",
+  ]
+  other = dataclasses.replace(old, data=MQARPaperData(32, 16, 2))
+  changed = " ".join(config_lib.differences(old, other))
+  assert "data.type: 'MQARStreamData' → 'MQARPaperData'" in changed
+  assert "data.epochs: None → 64" in changed
+
+
+def test_from_json_refuses_a_field_of_the_wrong_kind() -> None:
+  data = json.loads(config_lib.to_json(tiny()))
+  data["run"]["batch"] = "8"
+  with pytest.raises(config_lib.ConfigError, match="batch='8'"):
+    config_lib.from_json(json.dumps(data))
