@@ -27,13 +27,14 @@ def make_inputs(
   rng = np.random.default_rng([seed, T, F, P])
   q, k = (_keys(rng, (B, T, H, F), keys) for _ in "qk")
   v, do = rng.normal(size=(2, B, T, H, P))
+  acc = np.float64 if dtype == "float64" else np.float32
   before = dafter = None
   if state:
     past = _keys(rng, (B, 5, H, F), keys), rng.normal(size=(B, 5, H, P))
-    before = tuple(map(np.float32, state_of(*past, coefficients)))
+    before = tuple(map(acc, state_of(*past, coefficients)))
   if final:
     shapes = (x.shape for x in state_of(k, v, coefficients))
-    dafter = tuple(np.float32(rng.normal(size=s) / 8) for s in shapes)
+    dafter = tuple(acc(rng.normal(size=s) / 8) for s in shapes)
   q, k, v, do = (np.asarray(jnp.asarray(x, dtype)) for x in (q, k, v, do))
   ids_BT = make_ids(rng, B, T, borders)
   return Inputs(q, k, v, ids_BT, before, do, dafter)

@@ -104,10 +104,11 @@ def oracle(x: Inputs, coefficients, *, scale=None, eps=1e-6) -> Answer:
   q, k, v, do = (np.moveaxis(y, 2, 1) for y in (*x[:3], x.do_BTHP))
 
   sim, slope = _scores(q, k, runs_BT, tab)
-  num, z = sim @ v, sim.sum(-1)
+  num, z, terms = sim @ v, sim.sum(-1), np.abs(sim) @ np.abs(v)
   if x.state is not None:
-    past_num, past_z = _query_state(q, x.state, tab)
+    past_num, past_z, past_terms = _query_state(q, x.state, tab)
     num = num + first_B1T[..., None] * past_num
+    terms = terms + first_B1T[..., None] * past_terms
     z = z + first_B1T * past_z
   r = 1 / (z + eps)
   o = num * r[..., None]
@@ -121,7 +122,7 @@ def oracle(x: Inputs, coefficients, *, scale=None, eps=1e-6) -> Answer:
   dstate, raw = None, {}
   if x.state is not None:
     dq = dq + first_B1T[..., None] * _through_state(q, x.state, g, dz, tab)
-    before_sum = -r * np.abs(do * o).sum(-1)
+    before_sum = r**2 * (np.abs(do) * terms).sum(-1)
     dstate = _d_state(q, g, dz, first_B1T, tab)
     raw["dkk"] = np.linalg.norm(_d_state(q, g, before_sum, first_B1T, tab)[1])
   if x.dafter is not None:
@@ -147,11 +148,12 @@ def _scores(q, k, runs_BT, tab) -> tuple:
 
 
 def _query_state(q, state, tab) -> tuple:
-  """What a state adds to the numerator and to the denominator."""
+  """What a state adds to the numerator and to the denominator, and the first
+  one's terms without their signs."""
   kv, kk = state
-  q1 = _with_one(q, tab.w_GG.shape[0])
+  phi_w, q1 = features(q, tab) * tab.w_E, _with_one(q, tab.w_GG.shape[0])
   z = np.einsum("bhtg,bhgj,bhtj->bht", q1, tab.w_GG * kk, q1)
-  return (features(q, tab) * tab.w_E) @ kv, z
+  return phi_w @ kv, z, np.abs(phi_w) @ np.abs(kv)
 
 
 def _float64(x: Inputs) -> Inputs:

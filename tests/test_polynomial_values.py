@@ -12,6 +12,7 @@ import polynomial_oracle as po
 import pytest
 
 import pallas_kernels as pk
+from pallas_kernels.polynomial import spec
 
 COEFFICIENTS = {"rebased": pk.REBASED, "based": pk.BASED}
 FACTORS = {
@@ -25,6 +26,7 @@ FACTORS = {
   "dtype": ("float32", "bfloat16", "float16"),
   "final": (False, True),
 }
+STATES = ("kv", "kk", "dkv", "dkk")
 
 
 class Cell(NamedTuple):
@@ -86,14 +88,17 @@ def answer(x, coefficients, final: bool, implementation: str):
 
 
 def tolerance(name: str, dtype: str, keys: str) -> float:
-  if dtype == "float32":
+  if dtype == "float64":
+    # The oracle's own dtype: both round at 1e-16, over sums of 200 terms.
+    return 1e-12
+  if dtype == "float32" or (dtype == "float16" and name in STATES):
     # Sums of float32 products. dq, dk and the states' cotangents go through
     # differences as well: of sim' terms of either sign, and of 1/(Σ sim + eps)
-    # where the denominator nearly vanishes.
+    # where the denominator nearly vanishes. States are float32 for float16.
     return 1e-5 if name in ("o", "dv", "kv", "kk") else 5e-5
   if dtype == "float16":
-    # Computed in float32; what is left is the rounding of the outputs, at most
-    # 2⁻¹¹ = 4.9e-4 of each element. States are float32 and are not rounded.
+    # Computed in float32; what is left is the rounding of these outputs, at
+    # most 2⁻¹¹ = 4.9e-4 of each element.
     return 5e-4
   # bfloat16 rounds at 2⁻⁸ = 3.9e-3; sim, the features and da are rounded before
   # they meet v, the states and k. Rows of clustered keys are alike, so these
@@ -112,3 +117,96 @@ def check(cell: Cell, implementation: str = "xla") -> dict:
   for name, error in found.items():
     assert error <= tolerance(name, cell.dtype, cell.keys), (name, found, cell)
   return found
+
+
+CELLS = covering_cells()
+
+
+def test_cells_cover_all_pairs():
+  met = [set(itertools.combinations(enumerate(cell), 2)) for cell in CELLS]
+  levels = [[(i, x) for x in xs] for i, xs in enumerate(FACTORS.values())]
+  for a, b in itertools.combinations(levels, 2):
+    assert set(itertools.product(a, b)) <= set.union(*met)
+  assert len(CELLS) <= 60
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_equals_oracle(cell):
+  check(cell)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", FACTORS["dtype"])
+@pytest.mark.parametrize("P", FACTORS["P"])
+@pytest.mark.parametrize("F", FACTORS["F"])
+@pytest.mark.parametrize("T", FACTORS["T"])
+def test_equals_oracle_on_the_grid(T, F, P, dtype):
+  """All other factors; every second cell asks for the final state."""
+  others = ("coefficients", "keys", "state", "borders")
+  grid = itertools.product(*(FACTORS[name] for name in others))
+  for i, (coefficients, keys, state, borders) in enumerate(grid):
+    final = (i + i // 4) % 2 == 1
+    check(Cell(T, F, P, coefficients, keys, state, borders, dtype, final))
+  jax.clear_caches()  # thousands of cells would fill the memory
+
+
+@pytest.mark.parametrize(
+  "cell",
+  [
+    Cell(17, 5, 5, "based", "random", True, "random", "float32", True),
+    Cell(65, 16, 64, "rebased", "clustered", True, "none", "float32", True),
+    Cell(63, 4, 1, "based", "clustered", False, "own", "float16", False),
+  ],
+  ids=str,
+)
+def test_reference_equals_oracle(cell):
+  check(cell, "reference")
+
+
+@pytest.mark.parametrize("implementation", pk.IMPLEMENTATIONS)
+def test_equals_oracle_in_float64(implementation):
+  """At 1e-12 an error that a tolerance of rounding would hide shows."""
+  with jax.enable_x64(True):
+    cell = Cell(131, 6, 3, "based", "random", True, "random", "float64", True)
+    check(cell, implementation)
+
+
+@pytest.mark.parametrize("coefficients", ["rebased", "based"])
+def test_own_scale_and_eps(coefficients):
+  """At an eps of the denominator's own size."""
+  x = make_inputs(
+    1, 70, 1, 4, 3, coefficients=getattr(po, coefficients.upper())
+  )
+  o = pk.polynomial_attention(
+    *x[:3], coefficients=COEFFICIENTS[coefficients], scale=0.3, eps=2.0
+  )
+  numbers = getattr(po, coefficients.upper())
+  want = po.oracle(x, numbers, scale=0.3, eps=2.0).o
+  np.testing.assert_allclose(o, want, rtol=0, atol=1e-5)  # o is of order 1
+
+
+@pytest.mark.parametrize("F", range(1, 10))
+@pytest.mark.parametrize("name", ["rebased", "based"])
+def test_cyclic_features_are_the_polynomial(F, name):
+  coefficients = COEFFICIENTS[name].scaled(0.7)
+  q_TF, k_TF = np.random.default_rng(F).normal(size=(2, 20, F)).astype("f4")
+  phi_q, phi_k = (
+    spec.features(jnp.asarray(x), coefficients) for x in (q_TF, k_TF)
+  )
+  w_E = spec.weights_E(F, coefficients)
+  E, G = spec.sizes(F, coefficients)
+  assert phi_q.shape == (20, E)
+  assert w_E.size == E
+  assert spec.extend(jnp.asarray(q_TF), coefficients).shape == (20, G)
+  c0, c1, c2 = getattr(po, name.upper())
+  s_T = 0.7 * np.sum(q_TF * k_TF, axis=-1, dtype=np.float64)
+  sim_T = c0 + c1 * s_T + c2 * s_T**2
+  got_T = np.sum(np.asarray(phi_q) * w_E * np.asarray(phi_k), axis=-1)
+  # Products of float32 features, which cancel where s is small.
+  np.testing.assert_allclose(got_T, sim_T, rtol=1e-5, atol=2e-5)
+  W_GG = spec.weights_GG(F, coefficients)
+  q1, k1 = (
+    np.asarray(spec.extend(jnp.asarray(x), coefficients)) for x in (q_TF, k_TF)
+  )
+  z_T = np.einsum("tg,tj,gj,tg,tj->t", q1, q1, W_GG, k1, k1)
+  np.testing.assert_allclose(z_T, sim_T, rtol=1e-5, atol=2e-5)

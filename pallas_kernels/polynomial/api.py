@@ -65,7 +65,9 @@ def polynomial_attention(
   B, T, H, F = q.shape
   P = v.shape[-1]
   if initial_state is not None:
-    _check_state(initial_state, B, H, F, P, coefficients, q.dtype)
+    _check_state(
+      "initial_state", initial_state, B, H, F, P, coefficients, q.dtype
+    )
   if axes is not None:
     axes.check(B, H, T)
   if which_implementation(implementation, axes=axes) == "reference":
@@ -102,7 +104,7 @@ def polynomial_attention_step(
   _check_arrays(q, k, v, "(B, H, F)", "(B, H, P)", 3)
   kernel = _kernel(q, coefficients, scale, eps)
   B, H, F = q.shape
-  _check_state(state, B, H, F, v.shape[-1], coefficients, q.dtype)
+  _check_state("state", state, B, H, F, v.shape[-1], coefficients, q.dtype)
   return decode.step(state, q, k, v, kernel)
 
 
@@ -133,7 +135,7 @@ def polynomial_attention_at(
   Raises:
     ValueError: an argument does not fit; it names the argument.
   """
-  _check_sequences(k, k, v, segment_ids)
+  _check_sequences(k, k, v, segment_ids, names="kkv")
   B, T, H, F = k.shape
   if q.ndim != 4 or (q.shape[0], *q.shape[2:]) != (B, H, F):
     raise ValueError(f"q has shape {q.shape}: expected {(B, 'M', H, F)}")
@@ -143,6 +145,8 @@ def polynomial_attention_at(
     raise ValueError(
       f"positions has shape {positions.shape}: expected (B, M) = {q.shape[:2]}"
     )
+  if not jnp.issubdtype(positions.dtype, jnp.integer):
+    raise ValueError(f"positions is {positions.dtype}: expected integers")
   kernel = _kernel(q, coefficients, scale, eps)
   mask_BMT = positions[:, :, None] >= jnp.arange(T)[None, None]
   if segment_ids is not None:
@@ -243,14 +247,17 @@ def _kernel(q, coefficients, scale, eps) -> Kernel:
   return Kernel(coefficients.scaled(float(scale)), float(eps))
 
 
-def _check_arrays(q, k, v, qk_form: str, v_form: str, rank: int) -> None:
-  for name, x, form in (("q", q, qk_form), ("k", k, qk_form), ("v", v, v_form)):
+def _check_arrays(
+  q, k, v, qk_form: str, v_form: str, rank: int, names: str = "qkv"
+) -> None:
+  forms = (qk_form, qk_form, v_form)
+  for name, x, form in zip(names, (q, k, v), forms, strict=True):
     if x.ndim != rank or 0 in x.shape:
       raise ValueError(f"{name} has shape {x.shape}: expected {form}, none 0")
     if x.dtype not in _DTYPES or x.dtype != q.dtype:
       raise ValueError(
-        f"{name} has dtype {x.dtype}, q {q.dtype}: expected one dtype of "
-        f"{', '.join(_DTYPES)}"
+        f"{name} has dtype {x.dtype}, {names[0]} {q.dtype}: expected one "
+        f"dtype of {', '.join(_DTYPES)}"
       )
   if k.shape != q.shape:
     raise ValueError(f"k has shape {k.shape}: expected q's, {q.shape}")
@@ -259,8 +266,8 @@ def _check_arrays(q, k, v, qk_form: str, v_form: str, rank: int) -> None:
     raise ValueError(f"v has shape {v.shape}: expected {expected}")
 
 
-def _check_sequences(q, k, v, segment_ids) -> None:
-  _check_arrays(q, k, v, "(B, T, H, F)", "(B, T, H, P)", 4)
+def _check_sequences(q, k, v, segment_ids, names: str = "qkv") -> None:
+  _check_arrays(q, k, v, "(B, T, H, F)", "(B, T, H, P)", 4, names)
   if segment_ids is None:
     return
   if segment_ids.shape != q.shape[:2]:
@@ -272,14 +279,14 @@ def _check_sequences(q, k, v, segment_ids) -> None:
     raise ValueError(f"segment_ids is {segment_ids.dtype}: expected integers")
 
 
-def _check_state(state, B, H, F, P, coefficients, dtype) -> None:
+def _check_state(argument, state, B, H, F, P, coefficients, dtype) -> None:
   expected = jax.eval_shape(
     lambda: spec.zero_state(B, H, F, P, coefficients=coefficients, dtype=dtype)
   )
-  for name, x, want in zip(State._fields, state, expected, strict=True):
+  for field, x, want in zip(State._fields, state, expected, strict=True):
     if (x.shape, x.dtype) != (want.shape, want.dtype):
       raise ValueError(
-        f"the state's {name} is {x.dtype}{x.shape}: expected "
+        f"{argument}.{field} is {x.dtype}{x.shape}: expected "
         f"{want.dtype}{want.shape} for B={B}, H={H}, F={F}, P={P}, "
         f"{coefficients}"
       )

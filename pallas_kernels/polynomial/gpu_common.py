@@ -1,0 +1,330 @@
+"""What the three Hopper kernels share: features, tiles, and their layouts.
+
+A warpgroup walks over a slice of one head's tokens in chunks of C = 64. Keys
+and queries are F = 16 wide. The features of a chunk are blocks of 16 columns,
+
+    cyclic r = 0 … 8   x ∘ (x Π_r)      Π_r rolls by r: a product on the tensor
+                                        core, since registers cannot be rolled
+    linear             x                 with c1
+    constant           (1, 1, 0, …)      with c0; weights (hi, lo) on the query
+
+and everything is divided by c2, which cancels: sim' = s'² + c1' s' + c0', with
+eps' = eps / c2. The state is kept transposed in registers, KVᵀ (P × E), beside
+KK (rows: 16 of k̃ k̃ᵀ, then the sum of k twice); the tensor core reads a bf16
+copy of KVᵀ, and of KK a high and a low half, whose sum is exact to 16 bits.
+"""
+
+import dataclasses
+
+from jax import lax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.polynomial.passes import Kernel
+from pallas_kernels.polynomial.spec import State
+
+C = 64  # tokens of a chunk
+F = 16  # query and key features
+V = 64  # value width of the tiles; narrower values leave zeros
+CYCLIC = F // 2 + 1  # blocks
+LAYOUT = plgpu.Layout.WGMMA
+bf16, f32 = jnp.bfloat16, jnp.float32
+
+SWIZZLE_32 = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32))
+SWIZZLE_128 = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """The static part of one kernel launch."""
+
+  B: int
+  T: int
+  H: int
+  P: int  # of v in memory: 16, 32, 48 or 64
+  c0: float  # divided by c2, as are c1 and eps
+  c1: float
+  eps: float
+  slices: int  # of time, each a program of its own
+  chunks: int  # of a slice
+  stages: int = 2
+
+  @property
+  def blocks(self) -> int:
+    return CYCLIC + (self.c1 != 0) + (self.c0 != 0)
+
+  @property
+  def E(self) -> int:
+    return F * self.blocks
+
+  @property
+  def rows(self) -> int:
+    """T of the arrays in memory, a multiple of 8."""
+    return -(-self.T // 8) * 8
+
+  @property
+  def total(self) -> int:
+    """Chunks of a row."""
+    return -(-self.T // C)
+
+  @property
+  def square(self) -> bool:
+    """Whether sim' is the square alone."""
+    return self.c0 == self.c1 == 0
+
+  @property
+  def grid(self):
+    return dict(
+      grid=(self.slices, self.H, self.B), grid_names=("s", "h", "b")
+    )
+
+
+def make_call(B, T, H, P, kernel: Kernel, programs: int) -> Call:
+  """Cuts time into slices where heads leave half of the device idle."""
+  total = -(-T // C)
+  slices = max(1, min(programs // (B * H), total // 8))
+  chunks = -(-total // slices)
+  c0, c1, c2 = dataclasses.astuple(kernel.coefficients)
+  return Call(
+    B,
+    T,
+    H,
+    P,
+    c0 / c2,
+    c1 / c2,
+    kernel.eps / c2,
+    slices=-(-total // chunks),
+    chunks=chunks,
+  )
+
+
+def rolls() -> np.ndarray:
+  """Π (F, 9 F): x Π holds the nine rolled copies of x."""
+  table = np.zeros((F, CYCLIC * F), np.float32)
+  for r in range(CYCLIC):
+    for i in range(F):
+      table[(i + r) % F, r * F + i] = 1
+  return table
+
+
+def weight(r: int) -> float:
+  """Of the cyclic block r in (q·k)²."""
+  return 1.0 if r in (0, CYCLIC - 1) else 2.0
+
+
+def smem(*shape: int, dtype=bf16, swizzle=SWIZZLE_32):
+  return plgpu.SMEM(shape, dtype, transforms=swizzle)
+
+
+def zeros(shape, dtype=f32):
+  return plgpu.layout_cast(jnp.zeros(shape, dtype), LAYOUT)
+
+
+def iota(shape, axis: int):
+  return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=LAYOUT)
+
+
+def block(r: int) -> slice:
+  return slice(r * F, (r + 1) * F)
+
+
+def columns(x_C, width: int):
+  """A value a row, over `width` columns."""
+  return lax.broadcast_in_dim(x_C, (C, width), [0])
+
+
+def mma(*pairs, shape):
+  """Σ A B on the tensor core, in float32."""
+
+  def run(acc):
+    for a, b in pairs:
+      plgpu.wgmma(acc, a, b)
+    return acc[...]
+
+  return pl.run_scoped(run, plgpu.ACC(shape, f32))
+
+
+def two_columns(first, second=None):
+  """(C, F) bf16 with one or two leading columns and zeros behind them."""
+  second = first if second is None else second
+  column = iota((C, F), 1)
+  value = jnp.where(column == 0, first, jnp.where(column == 1, second, 0.0))
+  return value.astype(bf16)
+
+
+def split(value: float) -> tuple[float, float]:
+  """(hi, lo): bf16 numbers whose sum is the value to 16 bits."""
+  half = lambda x: float(np.asarray(x, bf16))
+  return half(value), half(value - half(value))
+
+
+def polynomial(a, call: Call):
+  """sim' of q·k."""
+  sim = a * a
+  if call.c1:
+    sim = sim + call.c1 * a
+  return sim + call.c0 if call.c0 else sim
+
+
+def derivative(a, call: Call):
+  """d sim' / d (q·k)."""
+  return 2.0 * a + call.c1 if call.c1 else 2.0 * a
+
+
+def valid(call: Call, chunk):
+  """1.0 for the tokens of a chunk that exist, (C, F)."""
+  return jnp.where(chunk * C + iota((C, F), 0) < call.T, 1.0, 0.0)
+
+
+def query_features(x_CF, rolled_CE, call: Call) -> list:
+  """The weighted feature blocks of queries, bf16 in registers."""
+  weighted = {1.0: x_CF, 2.0: x_CF + x_CF}
+  blocks = [
+    weighted[weight(r)] * rolled_CE[:, block(r)].astype(bf16)
+    for r in range(CYCLIC)
+  ]
+  if call.c1:
+    blocks.append((x_CF.astype(f32) * call.c1).astype(bf16))
+  if call.c0:
+    blocks.append(two_columns(*split(call.c0)))
+  return blocks
+
+
+def key_features(x_CF, rolled_CE, call: Call, exists=None) -> list:
+  """The feature blocks of keys, bf16 in registers."""
+  blocks = [x_CF * rolled_CE[:, block(r)].astype(bf16) for r in range(CYCLIC)]
+  if call.c1:
+    blocks.append(x_CF)
+  if call.c0:
+    blocks.append(two_columns(1.0 if exists is None else exists))
+  return blocks
+
+
+def store_blocks(ref, blocks: list) -> None:
+  for r, x in enumerate(blocks):
+    ref[:, pl.ds(r * F, F)] = x
+
+
+def store_split(ref, x_VF) -> None:
+  """KK as two bf16 halves, ref (2, V, F)."""
+  hi = x_VF.astype(bf16)
+  ref[0] = hi
+  ref[1] = (x_VF - hi.astype(f32)).astype(bf16)
+
+
+def denominator(x_s, kk_s, call: Call):
+  """(KK q, c1' Σ k): two (C, F); their sum times q is that of the state."""
+  rows = lambda start: [kk_s.at[i, pl.ds(start, F)] for i in (0, 1)]
+  quadratic = mma(*[(x_s, kk) for kk in rows(0)], shape=(C, F))
+  if not call.c1:
+    return quadratic, None
+  ones = two_columns(*split(call.c1))
+  return quadratic, mma(*[(ones, kk) for kk in rows(F)], shape=(C, F))
+
+
+def update(accs, weighted_s, x_s, v_s, features_s):
+  """KK += [k̃ k̃ …]ᵀ k and KVᵀ += vᵀ features, on the tensor core."""
+
+  def run(refs):
+    kv, kk = refs
+    plgpu.wgmma(kk, weighted_s.transpose((1, 0)), x_s)
+    plgpu.wgmma(kv, v_s.transpose((1, 0)), features_s)
+
+  return pl.run_state(run)(tuple(plgpu.ACC.init(x) for x in accs))
+
+
+def prefetch(refs, slots, barriers, chunk, slot):
+  """Starts the copies of one chunk; TMA fills what is beyond T with 0."""
+  b, h = lax.axis_index("b"), lax.axis_index("h")
+  for ref, buffer in zip(refs, slots, strict=True):
+    width = buffer.shape[-1]
+    source = ref.at[b, pl.ds(chunk * C, C), h, pl.ds(0, width)]
+    plgpu.copy_gmem_to_smem(source, buffer.at[slot], barriers.at[slot])
+
+
+def prefetch_rows(refs, slots, barriers, chunk, slot):
+  """The same for (B, H, T) arrays of a value a token."""
+  b, h = lax.axis_index("b"), lax.axis_index("h")
+  for ref, buffer in zip(refs, slots, strict=True):
+    plgpu.copy_gmem_to_smem(
+      ref.at[b, h, pl.ds(chunk * C, C)], buffer.at[slot], barriers.at[slot]
+    )
+
+
+def compiler_params():
+  return plgpu.CompilerParams(
+    approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+  )
+
+
+def load_state(refs, s, b, h, call: Call):
+  """(KVᵀ, KK) in registers and the count of tokens before the slice."""
+  if refs is None:
+    return zeros((V, call.E)), zeros((V, F)), jnp.zeros((), f32)
+  load = lambda ref: plgpu.load(ref.at[s, b, h], layout=LAYOUT, optimized=False)
+  kv_ref, kk_ref, *count_ref = refs
+  count = count_ref[0][s, b, h] if count_ref else jnp.zeros((), f32)
+  return load(kv_ref), load(kk_ref), count
+
+
+def store_keys(k_s, rolls_s, phi_s, wide_s, chunk, call: Call) -> None:
+  """The features of the keys, and k̃ with its ones, for the update."""
+  rolled = mma((k_s, rolls_s), shape=(C, CYCLIC * F))
+  x = plgpu.load(k_s, layout=LAYOUT)
+  exists = valid(call, chunk) if call.c0 or call.c1 else None
+  store_blocks(phi_s, key_features(x, rolled, call, exists))
+  wide_s[:, pl.ds(0, F)] = x
+  if exists is not None:
+    wide_s[:, pl.ds(F, F)] = two_columns(exists)
+
+
+# Between the states of spec.py and those of the kernels.
+
+
+def to_kernel(state: State, call: Call, *, cotangent: bool = False):
+  """KVᵀ (B, H, V, E) and KK (B, H, V, F) of a state, or of its cotangent.
+
+  A state has the constant feature and the sum of k twice, for the high and the
+  low half of a weight; a cotangent once.
+  """
+  kv, kk, E = state.kv_BHEP, state.kk_BHGG, CYCLIC * F
+  parts, E = [kv[:, :, :E]], E
+  if call.c1:
+    parts.append(kv[:, :, E : E + F])
+    E += F
+  if call.c0:
+    constant = [kv[:, :, E:]] * (1 if cotangent else 2)
+    parts += constant
+  kv = jnp.concatenate(parts, axis=2).swapaxes(2, 3)
+  kv = _grow(kv, V, call.E)
+  rows = [(kk[:, :, :F, :F] + kk[:, :, :F, :F].swapaxes(2, 3)) / 2]
+  if kk.shape[-1] > F:
+    line = kk[:, :, F:, :F] + kk[:, :, :F, F:].swapaxes(2, 3)
+    rows += [line] if cotangent else [line / 2, line / 2]
+  return kv, _grow(jnp.concatenate(rows, axis=2), V, F)
+
+
+def from_kernel(
+  kv, kk, count_BH, P: int, call: Call, *, cotangent: bool = False
+) -> State:
+  """The inverse of `to_kernel`; the count is KK's corner."""
+  E = (CYCLIC + bool(call.c1)) * F
+  kv = kv[:, :, :P].swapaxes(2, 3)
+  parts, square = [kv[:, :, :E]], kk[:, :, :F]
+  if call.c0:
+    constant = kv[:, :, E : E + 1]
+    parts.append(constant + kv[:, :, E + 1 : E + 2] * cotangent)
+  kv = jnp.concatenate(parts, axis=2)
+  if not (call.c0 or call.c1):
+    return State(kv, square)
+  line = kk[:, :, F : F + 1] / (2 if cotangent else 1)
+  top = jnp.concatenate([square, line.swapaxes(2, 3)], axis=3)
+  bottom = jnp.concatenate([line, count_BH[:, :, None, None]], axis=3)
+  return State(kv, jnp.concatenate([top, bottom], axis=2))
+
+
+def _grow(x, rows: int, cols: int):
+  pad = ((0, 0), (0, 0), (0, rows - x.shape[2]), (0, cols - x.shape[3]))
+  return jnp.pad(x, pad)

@@ -1,0 +1,301 @@
+"""What every mixer promises, for each of them."""
+
+import functools
+
+from flax import nnx
+import jax
+from jax import Array
+import jax.numpy as jnp
+import mixer_equations
+from mixer_equations import CASES
+import numpy as np
+import pytest
+
+import rebased_jax
+from rebased_jax import presets
+from rebased_jax.mixers import base
+
+# Few shapes: most tests are not jitted, so that an operation compiles once for
+# all the mixers. Whole rows have 12 tokens, parts of them 6 or, in steps, 1.
+B, T, HALF, D = 2, 12, 6, 8
+# Documents are runs of one id: of 3, 6, 3 and of 1, 6, 4, 1 tokens.
+IDS_BT = np.array(
+  [[7] * 3 + [3] * 6 + [5] * 3, [1] + [2] * 6 + [1] * 4 + [2]], np.int32
+)
+DOCUMENTS = ((0, 0, 3), (0, 3, 9), (0, 9, 12), (1, 0, 1), (1, 1, 7), (1, 7, 11))
+LAST = ((0, 9), (1, 11))  # where each row's last document starts
+# Two float32 ways to the same sums of a few dozen terms of size 1: roundings
+# of 6e-8 each, times the condition of a quotient (measured, at most 3e-6).
+CLOSE = dict(rtol=2e-5, atol=2e-5)
+
+each_mixer = pytest.mark.parametrize("name", CASES)
+
+
+# Most of the time is the compiler's: this halves it.
+compiled = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
+
+class Subject:
+  """A mixer, its parameters moved from 0, 1 and N(0, 0.02²); compiled calls."""
+
+  def __init__(self, name: str, dtype: str = "float32"):
+    site = base.Site(D, layer=1, layers=2, dtype=dtype)
+    self.mixer = CASES[name].make(site, rngs=nnx.Rngs(0))
+    self.graph, params = nnx.split(self.mixer)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [
+      p + 0.4 * jax.random.normal(k, p.shape)
+      for k, p in zip(keys, leaves, strict=True)
+    ]
+    self.params = jax.tree.unflatten(tree, moved)
+    nnx.update(self.mixer, self.params)
+    self._gradients = compiled(self._gradients)
+    self._prefill = compiled(
+      lambda p, *args: self.of(p).prefill(*args[:2], segment_ids=args[2])
+    )
+    self._step = compiled(lambda p, *args: self.of(p).step(*args))
+    self.zero = self.mixer.init_state(B)
+
+  def of(self, params) -> base.Mixer:
+    return nnx.merge(self.graph, params)
+
+  def prefill(self, x_BTD, state, ids_BT=None):
+    return self._prefill(self.params, x_BTD, state, ids_BT)
+
+  def step(self, x_BD, state):
+    return self._step(self.params, x_BD, state)
+
+  def steps(self, x_BTD, state):
+    ys = []
+    for t in range(x_BTD.shape[1]):
+      y_BD, state = self.step(x_BTD[:, t], state)
+      ys.append(y_BD)
+    return jnp.stack(ys, axis=1), state
+
+  def gradients(self, x_BTD, w_BMD, ids_BT=None, positions_BM=None):
+    """(dparams, dx_BTD) of Σ w y where w is not 0, and y."""
+    return self._gradients(self.params, x_BTD, w_BMD, ids_BT, positions_BM)
+
+  def _gradients(self, params, x_BTD, w_BMD, ids_BT, positions_BM):
+    def loss(params, x_BTD):
+      y_BMD = self.of(params)(
+        x_BTD, segment_ids=ids_BT, query_positions=positions_BM
+      )
+      return jnp.where(w_BMD == 0, 0, w_BMD * y_BMD).sum(), y_BMD
+
+    return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x_BTD)
+
+  def __call__(self, x_BTD, ids_BT=None):
+    return self.gradients(x_BTD, tokens(13), ids_BT)[1]
+
+
+make = functools.cache(Subject)
+
+
+def tokens(seed: int = 12) -> Array:
+  return jax.random.normal(jax.random.key(seed), (B, T, D))
+
+
+def assert_close(found, wanted, **tolerance) -> None:
+  assert jax.tree.structure(found) == jax.tree.structure(wanted)
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(x, y, **(tolerance or CLOSE))
+
+
+def test_the_list_has_every_mixer() -> None:
+  listed = {type(config) for config in CASES.values()}
+  assert listed == set(rebased_jax.MIXER_CONFIGS)
+  assert CASES.keys() >= presets.VARIANTS.keys()
+
+
+@each_mixer
+def test_equals_the_recurrence(name) -> None:
+  subject = make(name)
+  params = mixer_equations.parameters(subject.mixer)
+  x_BTD = tokens()
+  for x_TD, y_TD in zip(np.asarray(x_BTD), subject(x_BTD), strict=True):
+    wanted_TD = mixer_equations.recurrence(CASES[name], params, x_TD)
+    np.testing.assert_allclose(y_TD, wanted_TD, **CLOSE)
+
+
+@each_mixer
+def test_is_causal(name) -> None:
+  reach = np.zeros((T, T), bool)  # y_t depends on x_s
+  for t in range(T):
+    w_BTD = tokens(13).at[:, :t].set(0).at[:, t + 1 :].set(0)
+    (_, dx_BTD), _ = make(name).gradients(tokens(), w_BTD)
+    assert np.isfinite(dx_BTD).all()
+    reach[t] = np.asarray(dx_BTD != 0).any(axis=(0, 2))
+  assert not np.triu(reach, 1).any()
+  assert np.diagonal(reach).all()
+  has_memory = name != "conv-1"
+  assert (np.diagonal(reach, -1) == has_memory).all()
+
+
+@each_mixer
+def test_prefill_and_steps_equal_the_whole(name) -> None:
+  subject = make(name)
+  x_BTD, state = tokens(), subject.zero
+  y_BTD, after = subject.prefill(x_BTD, state)
+  assert_close(y_BTD, subject(x_BTD))
+  states = [state]
+  for t in range(T):
+    y_BD, state = subject.step(x_BTD[:, t], state)
+    assert_close(y_BD, y_BTD[:, t])
+    states.append(state)
+  assert_close(state, after)
+  # From a state at any point, a prefill ends in the state further on.
+  for start in range(T - HALF + 1):
+    part = slice(start, start + HALF)
+    y_BHD, state = subject.prefill(x_BTD[:, part], states[start])
+    assert_close((y_BHD, state), (y_BTD[:, part], states[start + HALF]))
+
+
+@each_mixer
+def test_documents_do_not_see_each_other(name) -> None:
+  subject = make(name)
+  x_BTD, ids_BT = tokens(), jnp.asarray(IDS_BT)
+  for row, start, stop in DOCUMENTS:
+    own_BT = np.zeros((B, T), bool)
+    own_BT[row, start:stop] = True
+    own_BT1 = jnp.asarray(own_BT)[..., None]
+    w_BTD = jnp.where(own_BT1, tokens(13), 0)
+    (_, before), y_BTD = subject.gradients(x_BTD, w_BTD, ids_BT)
+    assert not before[~own_BT].any()
+    alone, _ = subject.steps(x_BTD[:, start:stop], subject.zero)
+    np.testing.assert_allclose(y_BTD[own_BT], alone[row], **CLOSE)
+    for others in (tokens(14), jnp.full((B, T, D), jnp.nan)):
+      other_BTD = jnp.where(own_BT1, x_BTD, others)
+      (_, after), changed = subject.gradients(other_BTD, w_BTD, ids_BT)
+      np.testing.assert_array_equal(changed[own_BT], y_BTD[own_BT])
+      np.testing.assert_array_equal(after[own_BT], before[own_BT])
+
+
+@each_mixer
+def test_the_state_is_the_last_documents(name) -> None:
+  subject = make(name)
+  x_BTD, ids_BT = tokens(), jnp.asarray(IDS_BT)
+  y_BTD, state = subject.prefill(x_BTD, subject.zero, ids_BT)
+  assert_close(y_BTD, subject(x_BTD, ids_BT))
+  for row, start in LAST:
+    _, alone = subject.steps(x_BTD[:, start:], subject.zero)
+    pick = lambda s, row=row: jax.tree.map(lambda x: x[row], s)
+    assert_close(pick(state), pick(alone))
+  # An earlier document's NaN does not reach it.
+  spoilt = x_BTD.at[:, : LAST[0][1]].set(jnp.nan)
+  _, clean = subject.prefill(spoilt, subject.zero, ids_BT)
+  assert_close(clean, state, rtol=0, atol=0)
+
+
+@each_mixer
+def test_an_incoming_state_is_the_first_documents(name) -> None:
+  subject = make(name)
+  x_BTD, ids_BT = tokens(), jnp.asarray(IDS_BT)
+  whole = subject.prefill(x_BTD, subject.zero, ids_BT)
+  state, ys = subject.zero, []
+  for half in (slice(HALF), slice(HALF, T)):  # cut in a document, in both rows
+    y_BHD, state = subject.prefill(x_BTD[:, half], state, ids_BT[:, half])
+    ys.append(y_BHD)
+  assert_close((jnp.concatenate(ys, axis=1), state), whole)
+
+
+@each_mixer
+def test_every_parameter_has_a_gradient(name) -> None:
+  (grads, _), _ = make(name).gradients(tokens(), tokens(13))
+  assert jax.tree.leaves(grads)
+  # No exception: sim ignores the joint scale of γ and β but for eps, which
+  # makes the gradient orthogonal to them; its entries are not zero.
+  for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+    assert np.isfinite(grad).all() and (grad != 0).all(), path
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    name
+    if name in ("based", "rebased", "conv")
+    else pytest.param(name, marks=pytest.mark.slow)  # of the same classes
+    for name in CASES
+  ],
+)
+def test_works_under_transformations(name) -> None:
+  """vmap, scan and checkpoint, all under jit; gradients pass states."""
+  subject = make(name)
+  x_BTD, w_BTD = tokens(), tokens(13)
+  call = lambda p, x: subject.of(p)(x)
+
+  def split(p, x_BTD):
+    mixer = subject.of(p)
+    left, state = mixer.prefill(x_BTD[:, :HALF], subject.zero)
+    right, _ = mixer.prefill(x_BTD[:, HALF:], state)
+    return jnp.concatenate([left, right], axis=1)
+
+  def scanned(p, x_BTD):
+    mixer = subject.of(p)
+    body = lambda state, x_BD: mixer.step(x_BD, state)[::-1]
+    steps = jnp.moveaxis(x_BTD, 1, 0)
+    return jnp.moveaxis(jax.lax.scan(body, subject.zero, steps)[1], 0, 1)
+
+  def run(p, x_BTD):
+    loss = lambda p, x: (jax.checkpoint(split)(p, x) * w_BTD).sum()
+    twice = jax.vmap(call, in_axes=(None, 0))(p, jnp.stack([x_BTD, x_BTD]))
+    return twice, scanned(p, x_BTD), jax.grad(loss, argnums=(0, 1))(p, x_BTD)
+
+  grads, y_BTD = subject.gradients(x_BTD, w_BTD)
+  wanted = jnp.stack([y_BTD, y_BTD]), y_BTD, grads
+  assert_close(compiled(run)(subject.params, x_BTD), wanted)
+
+
+@each_mixer
+def test_bfloat16_is_close_to_float32(name) -> None:
+  low = make(name, "bfloat16")
+  y_BTD, _ = low.prefill(tokens().astype(jnp.bfloat16), low.zero)
+  assert y_BTD.dtype == jnp.bfloat16
+  wanted_BTD = make(name)(tokens())
+  error = np.linalg.norm(y_BTD.astype(jnp.float32) - wanted_BTD)
+  # A rounding of 2⁻⁹ = 0.2 % after each of some five operations, and q·k is
+  # squared; a first token whose q·k is near 0 is the worst (measured 2 %).
+  assert error <= 0.04 * np.linalg.norm(wanted_BTD)
+
+
+@each_mixer
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_state_size_is_the_bytes_held(name, dtype) -> None:
+  subject = make(name, dtype)
+  x_BTD = tokens().astype(dtype)
+  for state in (
+    subject.zero,
+    subject.prefill(x_BTD, subject.zero)[1],
+    subject.step(x_BTD[:, 0], subject.zero)[1],
+  ):
+    held = sum(x.nbytes for x in jax.tree.leaves(state)) / B
+    mixer = subject.mixer
+    assert mixer.state_size(T) == mixer.state_size(1000) == held
+
+
+@each_mixer
+@pytest.mark.parametrize(
+  ("count", "documents"),  # one by one up to 64
+  [
+    (5, True),
+    (65, True),
+    pytest.param(5, False, marks=pytest.mark.slow),
+    pytest.param(65, False, marks=pytest.mark.slow),
+  ],
+)
+def test_query_positions_are_rows_of_the_whole(name, count, documents) -> None:
+  ids_BT = jnp.asarray(IDS_BT) if documents else None
+  positions_BM = jax.random.randint(jax.random.key(5), (B, count), 0, T)
+  w_BMD = jax.random.normal(jax.random.key(6), (B, count, D))
+  found = make(name).gradients(tokens(), w_BMD, ids_BT, positions_BM)
+  # The same loss over all positions has the sum of each one's weights.
+  w_BTD = np.zeros((B, T, D), np.float32)
+  for row in range(B):
+    np.add.at(w_BTD[row], positions_BM[row], w_BMD[row])
+  grads, y_BTD = make(name).gradients(tokens(), jnp.asarray(w_BTD), ids_BT)
+  rows = zip(y_BTD, positions_BM, strict=True)
+  y_BMD = jnp.stack([y_TD[positions_M] for y_TD, positions_M in rows])
+  assert_close(found, (grads, y_BMD))

@@ -1,0 +1,293 @@
+"""The language model: sizes, causality, documents, positions, dropout."""
+
+import dataclasses
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+import numpy as np
+import pytest
+
+from rebased_jax import (
+  LM,
+  BaseConvConfig,
+  ModelConfig,
+  ReBasedConfig,
+  ShardAxes,
+  parameter_count,
+  presets,
+)
+
+B, T, V, D = 2, 16, 11, 8
+CONFIG = ModelConfig(
+  conv=BaseConvConfig(),
+  mixer=ReBasedConfig(heads=2, features=4),
+  vocab_size=V,
+  width=D,
+  pairs=3,
+  positions=T,
+  mlp_width=12,
+  dropout=0.25,
+)
+ONE_PAIR = dataclasses.replace(CONFIG, pairs=1)  # where gradients compile
+TOKENS_BT = jax.random.randint(jax.random.key(1), (B, T), 0, V)
+IDS_BT = jnp.asarray([[4] * 5 + [2] * 11, [1] * 9 + [2] * 3 + [1] * 4])
+# Two float32 orders of the same sums: roundings of 6e-8 through six blocks,
+# whose norms divide by values below 1 (measured, at most 3e-6).
+CLOSE = dict(rtol=3e-5, atol=3e-5)
+# Most of the time is the compiler's: this halves it.
+compiled = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
+
+@functools.cache
+def make(config: ModelConfig = CONFIG):
+  """(graph, params); the parameters moved from 0, 1 and N(0, 0.02²)."""
+  graph, params = nnx.split(LM(config, rngs=nnx.Rngs(0)))
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(2), len(leaves))
+  moved = [
+    p + 0.3 * jax.random.normal(k, p.shape)
+    for k, p in zip(keys, leaves, strict=True)
+  ]
+  return graph, jax.tree.unflatten(tree, moved)
+
+
+@compiled
+def logits(params, tokens_BT, **kwargs):
+  return nnx.merge(make()[0], params)(tokens_BT, **kwargs)
+
+
+def loss(params, tokens_BT, w_BMV, **kwargs):
+  """Σ w logits, and the logits."""
+  logits_BMV = nnx.merge(make(ONE_PAIR)[0], params)(tokens_BT, **kwargs)
+  return (logits_BMV * w_BMV).sum(), logits_BMV
+
+
+gradient = compiled(jax.grad(loss, has_aux=True))  # of one pair
+
+
+def weights(length: int = T):
+  return jax.random.normal(jax.random.key(3), (B, length, V))
+
+
+def assert_close(found, wanted) -> None:
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(x, y, **CLOSE)
+
+
+def assert_near(found, wanted) -> None:
+  """Relative to each array's norm: a gradient sums over all the positions."""
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y)
+
+
+def count(config: ModelConfig) -> int:
+  make = lambda: nnx.state(LM(config, rngs=nnx.Rngs(0)), nnx.Param)
+  return sum(x.size for x in jax.tree.leaves(jax.eval_shape(make)))
+
+
+_TABLE_4 = {64: 577984, 128: 1179520, 256: 2459392, 512: 5307904}
+_TABLE_1 = {
+  256: {16: 142192, 24: 214056, 32: 285664, 48: 431568},
+  2048: {16: 170864, 24: 257064, 32: 343008, 48: 517584},
+}
+# Above Based: γ and β of 192 numbers, for queries and keys.
+_EXTRA = {
+  "based": 0,
+  "x2": 0,
+  "norm": 0,
+  "gamma": 384,
+  "gamma-beta": 768,
+  "rebased": 768,
+}
+
+
+@pytest.mark.parametrize("name", ["based", "rebased"])
+@pytest.mark.parametrize(("width", "wanted"), _TABLE_4.items())
+def test_parameter_counts_of_table_4(width, wanted, name) -> None:
+  config = presets.mqar(presets.VARIANTS[name], width=width, length=256)
+  assert count(config) == wanted + _EXTRA[name]
+
+
+@pytest.mark.parametrize("name", presets.VARIANTS)
+@pytest.mark.parametrize("length", _TABLE_1)
+def test_parameter_counts_of_table_1(length, name) -> None:
+  for width, wanted in _TABLE_1[length].items():
+    config = presets.mqar(presets.VARIANTS[name], width=width, length=length)
+    assert count(config) == wanted + _EXTRA[name]
+
+
+def test_parameter_counts_of_table_9() -> None:
+  assert count(presets.pile(presets.VARIANTS["based"])) == 156955392
+  assert count(presets.pile(presets.VARIANTS["rebased"])) == 156992256
+  assert parameter_count(LM(CONFIG, rngs=nnx.Rngs(0))) == count(CONFIG)
+
+
+def test_is_causal() -> None:
+  reach = np.zeros((T, T), bool)  # the logits at t depend on position s
+  for t in range(T):
+    w_BTV = weights().at[:, :t].set(0).at[:, t + 1 :].set(0)
+    grads, _ = gradient(make(ONE_PAIR)[1], TOKENS_BT, w_BTV)
+    reach[t] = np.asarray(grads.position_embedding[...] != 0).any(axis=-1)
+  np.testing.assert_array_equal(reach, np.tri(T, dtype=bool))
+
+
+def test_the_scan_equals_a_loop_and_the_head_is_tied() -> None:
+  graph, params = make()
+  model = nnx.merge(graph, params)
+  x_BTD = model.token_embedding[...][TOKENS_BT]
+  x_BTD = x_BTD + model.position_embedding[...][None]
+  stack = nnx.split(model.pairs)
+  for i in range(CONFIG.pairs):
+    pair = nnx.merge(stack[0], jax.tree.map(lambda p, i=i: p[i], stack[1]))
+    for block in (pair.conv, pair.mixer):
+      x_BTD = x_BTD + block.mixer(block.norm1(x_BTD))
+      h_BTM = block.mlp.up(block.norm2(x_BTD))
+      h_BTM = h_BTM * (1 + jax.lax.erf(h_BTM / 2**0.5)) / 2
+      x_BTD = x_BTD + block.mlp.down(h_BTM)
+  wanted_BTV = model.norm(x_BTD) @ model.token_embedding[...].T
+  assert_close(logits(params, TOKENS_BT), wanted_BTV)
+  assert wanted_BTV.std() > 0.1  # the comparison is of something
+
+
+def test_positions_to_predict_are_rows_of_the_whole() -> None:
+  params, count = make(ONE_PAIR)[1], 5
+  positions_BM = jax.random.randint(jax.random.key(4), (B, count), 0, T)
+  w_BMV = weights(count)
+  found = gradient(
+    params,
+    TOKENS_BT,
+    w_BMV,
+    positions_to_predict=positions_BM,
+    segment_ids=IDS_BT,
+  )
+  w_BTV = np.zeros((B, T, V), np.float32)
+  for row in range(B):
+    np.add.at(w_BTV[row], positions_BM[row], w_BMV[row])
+  grads, logits_BTV = gradient(
+    params, TOKENS_BT, jnp.asarray(w_BTV), segment_ids=IDS_BT
+  )
+  rows = zip(logits_BTV, positions_BM, strict=True)
+  wanted = grads, jnp.stack([row_TV[p_M] for row_TV, p_M in rows])
+  assert_near(found, wanted)
+
+
+def test_documents_do_not_see_each_other() -> None:
+  params = make()[1]
+  wanted_BTV = logits(params, TOKENS_BT, segment_ids=IDS_BT)
+  other_BT = jax.random.randint(jax.random.key(5), (B, T), 0, V)
+  for row, start, stop in ((0, 0, 5), (0, 5, 16), (1, 0, 9), (1, 9, 12)):
+    own = (row, slice(start, stop))
+    for others in (other_BT, jnp.full((B, T), V)):  # V has NaN logits
+      tokens_BT = others.at[own].set(TOKENS_BT[own])
+      found_BTV = logits(params, tokens_BT, segment_ids=IDS_BT)
+      np.testing.assert_array_equal(found_BTV[own], wanted_BTV[own])
+  # Alone, a first document has the same logits.
+  alone_BTV = logits(params, TOKENS_BT)
+  assert_close(alone_BTV[0, :5], wanted_BTV[0, :5])
+  assert np.abs(alone_BTV[0, 5:] - wanted_BTV[0, 5:]).max() > 1e-2
+
+
+def test_prefill_and_steps_equal_the_whole() -> None:
+  graph, params = make()
+  wanted_BTV = logits(params, TOKENS_BT)
+  prefill = compiled(lambda p, x, s: nnx.merge(graph, p).prefill(x, s))
+  step = compiled(lambda p, x, s: nnx.merge(graph, p).step(x, s))
+  state = nnx.merge(graph, params).init_state(B)
+  for half in (slice(T // 2), slice(T // 2, T)):
+    before = state
+    found_BV, state = prefill(params, TOKENS_BT[:, half], state)
+    assert_close(found_BV, wanted_BTV[:, half.stop - 1])
+  after, state = state, before
+  for t in range(T // 2, T):
+    found_BV, state = step(params, TOKENS_BT[:, t], state)
+    assert_close(found_BV, wanted_BTV[:, t])
+  assert_close(state, after)
+  # Past the table there is no position: NaN, as a traced step cannot raise.
+  beyond_BV, _ = step(params, TOKENS_BT[:, 0], state)
+  assert np.isnan(beyond_BV).all()
+  held = sum(x.nbytes for x in jax.tree.leaves(state)) / B
+  model = nnx.merge(graph, params)
+  assert model.state_size(T) == model.state_size(10 * T) == held
+
+
+def test_a_row_past_the_table_is_named() -> None:
+  model = nnx.merge(*make())
+  long_BT = jnp.zeros((B, T + 1), jnp.int32)
+  message = rf"{T + 1} tokens: .* {T} rows \(ModelConfig.positions\)"
+  with pytest.raises(ValueError, match=message):
+    model(long_BT)
+  with pytest.raises(ValueError, match=message):
+    model.prefill(long_BT, model.init_state(B))
+
+
+@pytest.mark.parametrize("token", [-1, V])
+def test_a_token_out_of_the_vocabulary_is_nan(token) -> None:
+  found_BTV = logits(make()[1], TOKENS_BT.at[0, 7].set(token))
+  wanted_BTV = logits(make()[1], TOKENS_BT)
+  assert np.isnan(found_BTV[0, 7:]).all()
+  np.testing.assert_array_equal(found_BTV[1], wanted_BTV[1])
+
+
+def test_dropout() -> None:
+  params = make()[1]
+  call = lambda seed: logits(
+    params, TOKENS_BT, dropout_key=jax.random.key(seed)
+  )
+  np.testing.assert_array_equal(call(1), call(1))
+  assert (call(1) != call(2)).any()
+  assert (call(1) != logits(params, TOKENS_BT)).any()
+  model = nnx.merge(*make())
+  position_1T = jnp.arange(T)[None]
+  x_BTD = model._embed(TOKENS_BT, position_1T)
+  keys = jax.random.split(jax.random.key(6), 4096)
+  embed = lambda key: model._embed(TOKENS_BT, position_1T, key)
+  y_NBTD = compiled(jax.vmap(embed))(keys)
+  # A mean of n drops of p = ¼ has a deviation of |x| √(p / (1 − p) / n).
+  sigma_BTD = np.abs(x_BTD) * np.sqrt(1 / 3 / len(keys))
+  assert (np.abs(y_NBTD.mean(axis=0) - x_BTD) <= 5 * sigma_BTD).all()
+  assert np.mean(y_NBTD == 0) == pytest.approx(0.25, abs=0.01)
+
+
+def test_works_under_nnx_transformations() -> None:
+  graph, params = make(ONE_PAIR)
+  call = lambda model: jnp.square(model(TOKENS_BT)).sum()
+  value, grads = nnx.jit(nnx.value_and_grad(call))(nnx.merge(graph, params))
+  wanted = compiled(
+    jax.value_and_grad(lambda params: call(nnx.merge(graph, params)))
+  )(params)
+  assert_near((value, grads), wanted)
+
+
+def test_a_mesh_gives_what_one_device_gives() -> None:
+  params = make(ONE_PAIR)[1]
+  wanted = gradient(params, TOKENS_BT, weights(), segment_ids=IDS_BT)
+  axes = ShardAxes(batch="data", time="time")
+  mesh = jax.make_mesh(
+    (2, 4), ("data", "time"), axis_types=(AxisType.Auto,) * 2
+  )
+  call = lambda *args: loss(*args, segment_ids=IDS_BT, axes=axes)
+  with jax.set_mesh(mesh):
+    found = compiled(jax.grad(call, has_aux=True))(params, TOKENS_BT, weights())
+  assert_near(found, wanted)
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("vocab_size", 0),
+    ("width", 0),
+    ("pairs", 0),
+    ("positions", 0),
+    ("mlp_width", 0),
+    ("dropout", 1.0),
+    ("dtype", "int8"),
+  ],
+)
+def test_a_wrong_field_is_named(field, value) -> None:
+  with pytest.raises(ValueError, match=rf"ModelConfig\.{field}="):
+    dataclasses.replace(CONFIG, **{field: value})

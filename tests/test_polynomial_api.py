@@ -1,0 +1,166 @@
+"""The public functions: transformations, memory, small calls, bad input."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from polynomial_cases import make_inputs
+import polynomial_oracle as po
+import pytest
+
+import pallas_kernels as pk
+
+SHAPE = dict(B=2, T=70, H=2, F=4, P=3)  # two chunks
+
+
+def close(a, b, tolerance=1e-5):
+  """‖a − b‖ ≤ tolerance ‖b‖: float32 sums in another order."""
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    assert x.shape == y.shape
+    assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y)
+
+
+# Transformations of jax.
+
+
+@functools.cache
+def example():
+  x = make_inputs(**SHAPE, borders="random")
+  return x, po.oracle(x, po.REBASED)
+
+
+def loss(q, k, v, ids, do):
+  o = pk.polynomial_attention(q, k, v, segment_ids=ids)
+  return jnp.vdot(o, do, precision="highest")
+
+
+def gradients(loss):
+  x, _ = example()
+  return jax.grad(loss, argnums=(0, 1, 2))(*x[:4], x.do_BTHP)
+
+
+def test_jit_of_grad_of_checkpoint():
+  _, want = example()
+  remat = jax.jit(jax.checkpoint(loss))
+  # 5e-5: differences, as in test_polynomial_values.py.
+  close(gradients(remat), (want.dq, want.dk, want.dv), 5e-5)
+
+
+def test_vmap_over_other_axes():
+  """q's last axis, v's first, k not mapped: as one call for each."""
+  x, _ = example()
+  q = np.stack([x.q_BTHF, 2 * x.q_BTHF + 1], axis=-1)
+  v = np.stack([x.v_BTHP, -x.v_BTHP[::-1]])
+  mapped = jax.vmap(
+    jax.value_and_grad(loss, argnums=(0, 1, 2)),
+    in_axes=(-1, None, 0, None, None),
+  )
+  values, (dq, dk, dv) = jax.jit(mapped)(q, x.k_BTHF, v, x.ids_BT, x.do_BTHP)
+  for i in range(2):
+    each = x._replace(q_BTHF=q[..., i], v_BTHP=v[i])
+    want = po.oracle(each, po.REBASED)
+    np.testing.assert_allclose(values[i], np.vdot(want.o, x.do_BTHP), rtol=1e-4)
+    close((dq[i], dk[i], dv[i]), (want.dq, want.dk, want.dv), 5e-5)
+
+
+def test_scan_over_layers():
+  """Three layers in a scan give the loss and gradients of three calls."""
+  x, _ = example()
+  scales_L = jnp.array([0.5, 1.0, 2.0])
+
+  def layer(v, scale):
+    o = pk.polynomial_attention(x.q_BTHF * scale, x.k_BTHF, v)
+    return v + o, None
+
+  def scanned(v, scales_L):
+    return jnp.sum(jax.lax.scan(layer, v, scales_L)[0] ** 2)
+
+  def unrolled(v, scales_L):
+    for scale in scales_L:
+      v, _ = layer(v, scale)
+    return jnp.sum(v**2)
+
+  both = [
+    jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(x.v_BTHP, scales_L)
+    for f in (scanned, unrolled)
+  ]
+  close(*both)
+
+
+# Memory.
+
+
+def compiled_temp_bytes(T: int, F: int, P: int) -> int:
+  """XLA's temporaries of the forward and the backward, one head."""
+  shapes = [jax.ShapeDtypeStruct((1, T, 1, n), jnp.float32) for n in (F, F, P)]
+
+  def both(q, k, v, do):
+    o, vjp = jax.vjp(pk.polynomial_attention, q, k, v)
+    return o, vjp(do)
+
+  compiled = jax.jit(both).lower(*shapes, shapes[2]).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_is_linear_in_time():
+  """At most 2.2 for a doubling, and no state kept for each chunk.
+
+  2 and room for the rounding of buffers; a chunk of 64 tokens adds about its
+  own q, k, v, do, r, dz and gradients, a third of a state at these sizes.
+  """
+  F, P = 32, 64
+  temps = [compiled_temp_bytes(T, F, P) for T in (1024, 2048, 4096)]
+  assert temps[1] <= 2.2 * temps[0] and temps[2] <= 2.2 * temps[1], temps
+  state = 4 * F * (F // 2 + 1) * P
+  chunk = (temps[2] - temps[1]) / (2048 / 64)
+  assert chunk < 0.7 * state, (chunk, state)
+
+
+def test_backward_keeps_the_inputs_alone():
+  q, k, v = (
+    jax.ShapeDtypeStruct((1, 640, 2, n), jnp.float32) for n in (8, 8, 4)
+  )
+  pull = jax.eval_shape(
+    lambda *x: jax.vjp(pk.polynomial_attention, *x)[1], q, k, v
+  )
+  kept = sum(x.size for x in jax.tree.leaves(pull))
+  assert kept == q.size + k.size + v.size
+
+
+# Small calls.
+
+
+@pytest.mark.parametrize("borders", ["none", "random"])
+def test_chosen_positions_are_rows_of_the_whole(borders):
+  x = make_inputs(**SHAPE, coefficients=po.BASED, borders=borders)
+  want_BTHP = po.oracle(x, po.BASED).o
+  positions_BM = jnp.array([[69, 0, 33, 33], [1, 68, 2, 40]])
+  rows = np.asarray(positions_BM)[:, :, None, None]
+  o_BMHP = jax.jit(
+    functools.partial(pk.polynomial_attention_at, coefficients=pk.BASED)
+  )(
+    np.take_along_axis(x.q_BTHF, rows, axis=1),
+    x.k_BTHF,
+    x.v_BTHP,
+    positions_BM,
+    segment_ids=x.ids_BT,
+  )
+  close(o_BMHP, np.take_along_axis(want_BTHP, rows, axis=1))
+
+
+@pytest.mark.parametrize("name", ["REBASED", "BASED"])
+def test_weights_are_those_of_the_output(name):
+  x = make_inputs(**SHAPE)
+  A_BHTT = pk.polynomial_attention_weights(
+    x.q_BTHF, x.k_BTHF, coefficients=getattr(pk, name)
+  )
+  A_BHTT = np.asarray(A_BHTT, np.float64)
+  assert (np.triu(A_BHTT, 1) == 0).all()
+  assert (A_BHTT >= 0).all()  # (1 + s)²/2 + ½ is not negative either
+  # 1e-6: the rounding of 70 float32 terms. Below 1 by eps's part alone.
+  sums_BHT = A_BHTT.sum(-1)
+  assert (sums_BHT <= 1 + 1e-6).all() and np.median(sums_BHT) > 1 - 1e-4
+  o_BTHP = np.einsum("bhts,bshp->bthp", A_BHTT, x.v_BTHP)
+  close(o_BTHP, po.oracle(x, getattr(po, name)).o)

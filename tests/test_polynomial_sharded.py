@@ -1,0 +1,165 @@
+"""Polynomial attention over the axes of a mesh of eight devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import numpy as np
+from polynomial_cases import errors, make_inputs, value_and_gradients
+import polynomial_oracle as po
+import pytest
+
+import pallas_kernels as pk
+
+NAMES = ("data", "model", "sequence")
+AXES = pk.ShardAxes(*NAMES)
+# Documents of rows of 160: over the devices of a mesh that cuts time in two
+# parts of 80, or in eight of 20. The last one spans four of the eight.
+BORDERS = [
+  (),
+  (80,),  # on a border of both meshes
+  (20, 40, 60, 80, 100, 120, 140),  # on all of the eight
+  (7, 80, 81, 90),  # on and off, and two in one device
+  (79, 159),  # a last token alone
+  (1, 30, 75),
+  (50, 51, 52, 53, 100),
+  tuple(range(1, 160)),  # every token its own
+]
+
+
+def mesh_of(*shape, names=NAMES):
+  types = (AxisType.Auto,) * len(shape)
+  return jax.make_mesh(shape, names, axis_types=types)
+
+
+@functools.cache
+def case(coefficients, documents: bool):
+  """(Inputs, the oracle's Answer): B=8, T=160, H=2, F=4, P=3."""
+  x = make_inputs(
+    8, 160, 2, 4, 3, coefficients=coefficients, state=True, final=True
+  )
+  if documents:
+    borders_BT = np.zeros((8, 160), np.int32)
+    for b, borders in enumerate(BORDERS):
+      borders_BT[b, list(borders)] = 1
+    x = x._replace(ids_BT=np.cumsum(borders_BT, axis=1, dtype=np.int32) % 2)
+  return x, po.oracle(x, coefficients)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def answer(x, coefficients, axes):
+  def attention(q, k, v, ids, state):
+    return pk.polynomial_attention(
+      q,
+      k,
+      v,
+      coefficients=coefficients,
+      segment_ids=ids,
+      initial_state=None if state is None else pk.State(*state),
+      return_state=True,
+      axes=axes,
+    )
+
+  return value_and_gradients(attention, x)
+
+
+def check(got, want):
+  for name, error in errors(got, want).items():
+    # As on one device, test_polynomial_values.py.
+    assert error <= (5e-5 if name.startswith("d") else 1e-5), (name, error)
+
+
+@pytest.mark.parametrize(
+  ("shape", "documents"),
+  [
+    ((2, 2, 2), True),
+    ((1, 1, 8), True),
+    ((1, 1, 8), False),
+    ((8, 1, 1), False),
+  ],
+)
+def test_equals_one_device(shape, documents):
+  """Values, all gradients and the states; and the results are split."""
+  numbers, coefficients = (po.BASED, pk.BASED)
+  if shape == (1, 1, 8):
+    numbers, coefficients = (po.REBASED, pk.REBASED)
+  x, want = case(numbers, documents)
+  mesh = mesh_of(*shape)
+  with jax.set_mesh(mesh):
+    got = answer(x, coefficients, AXES)
+  check(got, want)
+  time_first = NamedSharding(mesh, PartitionSpec("data", "sequence", "model"))
+  for name in ("o", "dq", "dk", "dv"):
+    y = getattr(got, name)
+    assert y.sharding.is_equivalent_to(time_first, 4), (name, y.sharding)
+    assert {s.data.size for s in y.addressable_shards} == {y.size // 8}
+  of_state = NamedSharding(mesh, PartitionSpec("data", "model"))
+  for y in (*got.after, *got.dstate):
+    assert y.sharding.is_equivalent_to(of_state, 4), y.sharding
+
+
+def test_without_states_and_over_two_axes_of_time():
+  """No initial state, none returned; time split by a pair of axes."""
+  x, _ = case(po.REBASED, True)
+  x = x._replace(state=None, dafter=None)
+  want = po.oracle(x, po.REBASED)
+  axes = pk.ShardAxes(time=("a", "b"))
+
+  @jax.jit
+  def run(x):
+    f = lambda q, k, v, ids, _: (
+      pk.polynomial_attention(q, k, v, segment_ids=ids, axes=axes),
+      None,
+    )
+    return value_and_gradients(f, x)
+
+  with jax.set_mesh(mesh_of(2, 4, names=("a", "b"))):
+    check(run(x), want)
+
+
+def test_a_document_is_isolated_across_devices():
+  """An Inf stays in its document, which ends within another device."""
+  x, _ = case(po.REBASED, True)
+  v = x.v_BTHP.copy()
+  v[3, 10, 0, 1] = np.inf  # of tokens 7 … 79
+  with jax.set_mesh(mesh_of(1, 1, 8)):
+    clean = answer(x, pk.REBASED, AXES)
+    got = answer(x._replace(v_BTHP=v), pk.REBASED, AXES)
+  for name in ("o", "dq", "dk", "dv"):
+    a, b = np.array(getattr(got, name)), np.array(getattr(clean, name))
+    a[3, 7:80], b[3, 7:80] = 0, 0
+    assert a.tobytes() == b.tobytes(), name
+  assert not np.isfinite(np.asarray(got.o)[3, 10:80, 0]).all(axis=-1).any()
+
+
+def test_no_mesh():
+  with pytest.raises(ValueError, match=r"axes=.*no mesh.*jax\.set_mesh"):
+    attend_shapes(pk.ShardAxes(time="sequence"))
+
+
+@pytest.mark.parametrize(
+  ("axes", "message"),
+  [
+    (pk.ShardAxes(heads="ghost"), r"axes\.heads='ghost'.*not 'ghost'"),
+    (pk.ShardAxes(time=("model", "x")), r"axes\.time=\('model', 'x'\).*'x'"),
+    (pk.ShardAxes(batch="data"), r"axes\.batch='data' splits 3 .* of 2"),
+    (pk.ShardAxes(heads="model"), r"axes\.heads='model' splits 5 .* of 2"),
+    (
+      pk.ShardAxes(time=("model", "sequence")),
+      r"axes\.time=\('model', 'sequence'\) splits 6 .* multiple of 4",
+    ),
+  ],
+  ids=lambda x: str(x)[:30],
+)
+def test_axes_that_do_not_fit(axes, message):
+  with jax.set_mesh(mesh_of(2, 2, 2)), pytest.raises(ValueError, match=message):
+    attend_shapes(axes)
+
+
+def attend_shapes(axes):
+  """A call on shapes alone: B=3, T=6, H=5; the check comes before any work."""
+  x = jax.ShapeDtypeStruct((3, 6, 5, 4), jnp.float32)
+  jax.eval_shape(
+    lambda q, k, v: pk.polynomial_attention(q, k, v, axes=axes), x, x, x
+  )

@@ -1,0 +1,139 @@
+"""What is true of ReBased alone: its switches, its norm, its kernel."""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import mixer_equations
+import numpy as np
+import pytest
+
+from rebased_jax import BasedConfig, ReBasedConfig, parameter_count, presets
+from rebased_jax.mixers import base
+
+D, H, F = 8, 2, 4
+SITE = base.Site(D)
+
+
+def make(**fields):
+  config = ReBasedConfig(heads=H, features=F, **fields)
+  return config, config.make(SITE, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+  ("name", "affine"),
+  {
+    "x2": set(),
+    "norm": set(),
+    "gamma": {"gamma"},  # no β that would never be used
+    "gamma-beta": {"gamma", "beta"},
+    "rebased": {"gamma", "beta"},
+  }.items(),
+)
+def test_the_switches_choose_the_parameters(name, affine) -> None:
+  config = dataclasses.replace(presets.VARIANTS[name], heads=H, features=F)
+  mixer = config.make(SITE, rngs=nnx.Rngs(0))
+  projections = {f"project/{x}/kernel" for x in "qkvo"}
+  kernel = {f"{side}_affine/{p}" for side in ("query", "key") for p in affine}
+  assert mixer_equations.parameters(mixer).keys() == projections | kernel
+  based = BasedConfig(heads=H, features=F).make(SITE, rngs=nnx.Rngs(0))
+  extra = 2 * H * F * len(affine)
+  assert parameter_count(mixer) == parameter_count(based) + extra
+  assert parameter_count(based) == 2 * D * H * F + 2 * D * H * (D // H)
+
+
+def test_gamma_starts_at_one_and_beta_at_zero() -> None:
+  params = mixer_equations.parameters(make()[1])
+  for side in ("query", "key"):
+    assert (params[f"{side}_affine/gamma"] == 1).all()
+    assert (params[f"{side}_affine/beta"] == 0).all()
+  # N(0, 0.02²); 64 draws have a deviation within 30 % but for 1 in 1000.
+  assert params["project/q/kernel"].std() == pytest.approx(0.02, rel=0.3)
+
+
+@pytest.mark.parametrize("scope", ["joint", "head"])
+def test_the_norm_of_each_scope(scope) -> None:
+  config, mixer = make(norm_scope=scope)
+  x_D = jax.random.normal(jax.random.key(1), (D,)) * 100
+  params = mixer_equations.parameters(mixer)
+  for side, project, call in (
+    ("query", "q", mixer.query),
+    ("key", "k", mixer.key),
+  ):
+    z = np.asarray(x_D, np.float64) @ params[f"project/{project}/kernel"]
+    wanted = mixer_equations.kernel_map(config, params, side, z).reshape(H, F)
+    found = np.asarray(call(x_D))
+    # Float32 sums of 8 terms of size 1.
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    means = found.mean(axis=-1)
+    assert found.mean() == pytest.approx(0, abs=1e-6)
+    assert (np.abs(means) < 1e-6).all() == (scope == "head")
+
+
+def test_the_scopes_differ() -> None:
+  x_BTD = jax.random.normal(jax.random.key(1), (1, 6, D))
+  (_, joint), (_, head) = make(), make(norm_scope="head")
+  found = np.abs(joint.query(x_BTD) - head.query(x_BTD)).max()
+  assert found > 0.01
+
+
+@pytest.mark.parametrize("name", presets.VARIANTS)
+def test_the_weights_are_a_causal_average(name) -> None:
+  config = dataclasses.replace(presets.VARIANTS[name], heads=H, features=F)
+  mixer = config.make(SITE, rngs=nnx.Rngs(0))
+  x_BTD = jax.random.normal(jax.random.key(1), (2, 6, D)) * 10
+  A_BHTT = np.asarray(mixer.attention_matrix(x_BTD))
+  assert A_BHTT.shape == (2, H, 6, 6)
+  assert (A_BHTT >= 0).all()  # sim ≥ 0, of Based too
+  assert not np.triu(A_BHTT, 1).any()
+  np.testing.assert_allclose(A_BHTT.sum(axis=-1), 1, rtol=1e-5)  # float32 sum
+  v_BTHP = mixer.value(x_BTD)
+  o_BTHP = jnp.einsum("bhts,bshp->bthp", A_BHTT, v_BTHP)
+  # The same sums of six terms in another order.
+  np.testing.assert_allclose(
+    mixer.project.out(o_BTHP), mixer(x_BTD), rtol=1e-4, atol=1e-6
+  )
+
+
+def test_a_joint_scale_of_the_kernel_changes_nothing() -> None:
+  _, mixer = make(eps=0.0)
+  x_BTD = jax.random.normal(jax.random.key(1), (2, 6, D))
+  before = mixer(x_BTD)
+  affine = mixer.query_affine
+  affine.gamma[...] = 4 * affine.gamma[...]
+  affine.beta[...] = 4 * affine.beta[...]
+  # A power of two scales float32 exactly.
+  np.testing.assert_array_equal(mixer(x_BTD), before)
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("heads", 0),
+    ("heads", 2.0),
+    ("features", -1),
+    ("value_features", 0),
+    ("eps", -1e-9),
+    ("eps", float("nan")),
+    ("norm_scope", "heads"),
+  ],
+)
+def test_a_wrong_field_is_named(field, value) -> None:
+  with pytest.raises(ValueError, match=rf"ReBasedConfig\.{field}="):
+    ReBasedConfig(**{field: value})
+
+
+@pytest.mark.parametrize("config", [ReBasedConfig(heads=12), BasedConfig()])
+def test_more_heads_than_width_is_named(config) -> None:
+  name = type(config).__name__
+  with pytest.raises(ValueError, match=rf"{name}\.heads=12 at width 8"):
+    config.make(SITE, rngs=nnx.Rngs(0))
+  wide = dataclasses.replace(config, value_features=2)
+  assert wide.make(SITE, rngs=nnx.Rngs(0)).project.shape.value_features == 2
+
+
+def test_an_unknown_implementation_is_named() -> None:
+  _, mixer = make(implementation="fast")
+  with pytest.raises(ValueError, match="implementation='fast'"):
+    mixer(jnp.ones((1, 2, D)))
