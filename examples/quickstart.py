@@ -1,6 +1,7 @@
 from flax import nnx
 import jax
 import optax
+
 from rebased_jax import LM, BaseConvConfig, ModelConfig, ReBasedConfig, generate
 
 config = ModelConfig(BaseConvConfig(), ReBasedConfig(heads=4), 256, width=64)

@@ -74,7 +74,9 @@ def test_files_and_functions_are_short(file) -> None:
       if ast.get_docstring(node):
         text = node.body[0]
         length -= text.end_lineno - text.lineno + 1
-      assert length <= 60, f"{file}: {node.name} has {length} lines"
+      kernel = Path(file).name.startswith(("gpu_", "tpu_"))
+      limit = 120 if kernel else 60
+      assert length <= limit, f"{file}: {node.name} has {length} lines"
 
 
 def test_importing_needs_no_trainer() -> None:

@@ -167,8 +167,11 @@ def test_reference_does_not_split_time():
 
 
 def test_which_implementation():
-  assert pk.which_implementation() == "xla"
-  for name in pk.IMPLEMENTATIONS:
-    assert pk.which_implementation(name) == name
-  with pytest.raises(ValueError, match="implementation='flash'"):
+  name, reason = pk.which_implementation()
+  assert name == "xla" and "cpu" in reason
+  for name in ("xla", "reference"):
+    assert pk.which_implementation(name)[0] == name
+  with pytest.raises(ValueError, match="flash"):
     pk.which_implementation("flash")
+  with pytest.raises(NotImplementedError, match="Hopper.*cpu"):
+    pk.which_implementation("gpu")

@@ -1,20 +1,18 @@
 """The public functions: check the arguments, choose an implementation."""
 
-import math
 from typing import Literal
+import warnings
 
-import jax
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels.polynomial import decode, sharded, spec, xla_chunked
-from pallas_kernels.polynomial.passes import Kernel
+from pallas_kernels import _compat
+from pallas_kernels.polynomial import checks, decode, sharded, spec, xla_chunked
 from pallas_kernels.polynomial.sharded import ShardAxes
 from pallas_kernels.polynomial.spec import REBASED, Coefficients, State
 
-Implementation = Literal["xla", "reference"]
-IMPLEMENTATIONS: tuple[str, ...] = ("xla", "reference")
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
+Implementation = Literal["gpu", "xla", "reference"]
+IMPLEMENTATIONS: tuple[str, ...] = ("gpu", "xla", "reference")
 
 
 def polynomial_attention(
@@ -50,8 +48,9 @@ def polynomial_attention(
     return_state: return (o, state) with the state after the last token, of
       the last token's document.
     axes: the axes of the ambient mesh that split batch, heads and time.
-    implementation: "xla" (chunked, linear), "reference" (quadratic; also for
-      forward mode and higher derivatives) or None, the best one for the device.
+    implementation: "gpu" (Hopper kernels), "xla" (chunked, linear; everywhere),
+      "reference" (quadratic; also for forward mode and higher derivatives) or
+      None: the device's kernels, or "xla" with a warning where they cannot.
 
   Returns:
     o (B, T, H, P) in v's dtype, or (o, state).
@@ -60,19 +59,21 @@ def polynomial_attention(
     ValueError: an argument does not fit; it names the argument.
     NotImplementedError: the named implementation cannot do this call.
   """
-  _check_sequences(q, k, v, segment_ids)
-  kernel = _kernel(q, coefficients, scale, eps)
+  checks.sequences(q, k, v, segment_ids)
+  kernel = checks.kernel(q, coefficients, scale, eps)
   B, T, H, F = q.shape
   P = v.shape[-1]
   if initial_state is not None:
-    _check_state(
+    checks.state(
       "initial_state", initial_state, B, H, F, P, coefficients, q.dtype
     )
   if axes is not None:
     axes.check(B, H, T)
-  if which_implementation(implementation, axes=axes) == "reference":
+  states = initial_state is not None or return_state
+  name = _choose(implementation, q, v, kernel, segment_ids, states, axes)
+  if name == "reference":
     return _reference(q, k, v, kernel, segment_ids, initial_state, return_state)
-  call = sharded.Call(xla_chunked, kernel, axes, return_state)
+  call = sharded.Call(_passes(name), kernel, axes, return_state)
   o, state = sharded.attend(call, q, k, v, segment_ids, initial_state)
   return (o, state) if return_state else o
 
@@ -101,10 +102,10 @@ def polynomial_attention_step(
   Raises:
     ValueError: an argument does not fit; it names the argument.
   """
-  _check_arrays(q, k, v, "(B, H, F)", "(B, H, P)", 3)
-  kernel = _kernel(q, coefficients, scale, eps)
+  checks.arrays(q, k, v, "(B, H, F)", "(B, H, P)", 3)
+  kernel = checks.kernel(q, coefficients, scale, eps)
   B, H, F = q.shape
-  _check_state("state", state, B, H, F, v.shape[-1], coefficients, q.dtype)
+  checks.state("state", state, B, H, F, v.shape[-1], coefficients, q.dtype)
   return decode.step(state, q, k, v, kernel)
 
 
@@ -135,7 +136,7 @@ def polynomial_attention_at(
   Raises:
     ValueError: an argument does not fit; it names the argument.
   """
-  _check_sequences(k, k, v, segment_ids, names="kkv")
+  checks.sequences(k, k, v, segment_ids, names="kkv")
   B, T, H, F = k.shape
   if q.ndim != 4 or (q.shape[0], *q.shape[2:]) != (B, H, F):
     raise ValueError(f"q has shape {q.shape}: expected {(B, 'M', H, F)}")
@@ -147,7 +148,7 @@ def polynomial_attention_at(
     )
   if not jnp.issubdtype(positions.dtype, jnp.integer):
     raise ValueError(f"positions is {positions.dtype}: expected integers")
-  kernel = _kernel(q, coefficients, scale, eps)
+  kernel = checks.kernel(q, coefficients, scale, eps)
   mask_BMT = positions[:, :, None] >= jnp.arange(T)[None, None]
   if segment_ids is not None:
     runs_BT = spec.document_runs(segment_ids)
@@ -172,8 +173,8 @@ def polynomial_attention_weights(
     q: (B, T, H, F); k: (B, T, H, F).
     coefficients: as in `polynomial_attention`; so are scale and eps.
   """
-  _check_arrays(q, k, k, "(B, T, H, F)", "(B, T, H, F)", 4)
-  kernel = _kernel(q, coefficients, scale, eps)
+  checks.arrays(q, k, k, "(B, T, H, F)", "(B, T, H, F)", 4)
+  kernel = checks.kernel(q, coefficients, scale, eps)
   T = q.shape[1]
   mask_BTT = jnp.tril(jnp.ones((1, T, T), bool))
   sim_BHTT = spec.weights_BHTS(q, k, mask_BTT, kernel.coefficients)
@@ -182,26 +183,59 @@ def polynomial_attention_weights(
 
 def which_implementation(
   implementation: str | None = None, *, axes: ShardAxes | None = None
-) -> str:
-  """The implementation that a call would run.
+) -> tuple[str, str]:
+  """(name, reason): what calls run on this device, unless a call is special.
 
   Raises:
     ValueError: there is no implementation of that name.
-    NotImplementedError: the named one cannot do the call.
+    NotImplementedError: the named one cannot run here.
   """
   if implementation is None:
-    return "xla"
+    try:
+      _compat.check_gpu()
+    except NotImplementedError as error:
+      return "xla", str(error)
+    return "gpu", "a Hopper GPU; calls that its kernels cannot do run 'xla'"
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f"implementation={implementation!r}: expected None or one of "
       f"{IMPLEMENTATIONS}"
     )
+  if implementation == "gpu":
+    _compat.check_gpu()
   if implementation == "reference" and axes is not None and axes.time:
     raise NotImplementedError(
       f"implementation='reference' does not split time (axes.time="
       f"{axes.time!r}); 'xla' does"
     )
-  return implementation
+  return implementation, "it was named"
+
+
+def _choose(
+  implementation, q, v, kernel, segment_ids, states: bool, axes
+) -> str:
+  """The implementation of this call, which is known to be able to do it."""
+  name, _ = which_implementation(implementation, axes=axes)
+  if name != "gpu":
+    return name
+  states = states or (axes is not None and axes.time is not None)
+  try:
+    _passes("gpu").supports(q, v, segment_ids, kernel, states=states)
+  except NotImplementedError as error:
+    if implementation == "gpu":
+      raise
+    warnings.warn(f"polynomial_attention runs 'xla': {error}", stacklevel=3)
+    return "xla"
+  return "gpu"
+
+
+def _passes(name: str):
+  if name == "xla":
+    return xla_chunked
+  # Not at the top: older jax cannot import what it is written with.
+  from pallas_kernels.polynomial import gpu
+
+  return gpu
 
 
 def _reference(q, k, v, kernel, segment_ids, initial_state, return_state):
@@ -233,60 +267,3 @@ def _reference(q, k, v, kernel, segment_ids, initial_state, return_state):
     keep = lambda new, old: new + jnp.where(only[:, None, None, None], old, 0)
     state = State(*map(keep, state, initial_state))
   return o, state
-
-
-def _kernel(q, coefficients, scale, eps) -> Kernel:
-  if not isinstance(coefficients, Coefficients):
-    raise ValueError(f"coefficients={coefficients!r}: expected Coefficients")
-  scale = q.shape[-1] ** -0.5 if scale is None else scale
-  for name, value in (("scale", scale), ("eps", eps)):
-    if not isinstance(value, int | float) or not math.isfinite(value):
-      raise ValueError(f"{name}={value!r}: expected a finite Python number")
-  if eps < 0:
-    raise ValueError(f"eps={eps}: expected a number ≥ 0")
-  return Kernel(coefficients.scaled(float(scale)), float(eps))
-
-
-def _check_arrays(
-  q, k, v, qk_form: str, v_form: str, rank: int, names: str = "qkv"
-) -> None:
-  forms = (qk_form, qk_form, v_form)
-  for name, x, form in zip(names, (q, k, v), forms, strict=True):
-    if x.ndim != rank or 0 in x.shape:
-      raise ValueError(f"{name} has shape {x.shape}: expected {form}, none 0")
-    if x.dtype not in _DTYPES or x.dtype != q.dtype:
-      raise ValueError(
-        f"{name} has dtype {x.dtype}, {names[0]} {q.dtype}: expected one "
-        f"dtype of {', '.join(_DTYPES)}"
-      )
-  if k.shape != q.shape:
-    raise ValueError(f"k has shape {k.shape}: expected q's, {q.shape}")
-  if v.shape[:-1] != q.shape[:-1]:
-    expected = (*q.shape[:-1], "P")
-    raise ValueError(f"v has shape {v.shape}: expected {expected}")
-
-
-def _check_sequences(q, k, v, segment_ids, names: str = "qkv") -> None:
-  _check_arrays(q, k, v, "(B, T, H, F)", "(B, T, H, P)", 4, names)
-  if segment_ids is None:
-    return
-  if segment_ids.shape != q.shape[:2]:
-    raise ValueError(
-      f"segment_ids has shape {segment_ids.shape}: expected (B, T) = "
-      f"{q.shape[:2]}"
-    )
-  if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-    raise ValueError(f"segment_ids is {segment_ids.dtype}: expected integers")
-
-
-def _check_state(argument, state, B, H, F, P, coefficients, dtype) -> None:
-  expected = jax.eval_shape(
-    lambda: spec.zero_state(B, H, F, P, coefficients=coefficients, dtype=dtype)
-  )
-  for field, x, want in zip(State._fields, state, expected, strict=True):
-    if (x.shape, x.dtype) != (want.shape, want.dtype):
-      raise ValueError(
-        f"{argument}.{field} is {x.dtype}{x.shape}: expected "
-        f"{want.dtype}{want.shape} for B={B}, H={H}, F={F}, P={P}, "
-        f"{coefficients}"
-      )

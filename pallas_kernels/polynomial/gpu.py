@@ -6,7 +6,6 @@ are what the slices of the main kernel start from. The backward does the same
 with the cotangents, from the end.
 """
 
-
 from jax import Array
 import jax.numpy as jnp
 
@@ -19,14 +18,14 @@ PROGRAMS = 264  # two on each of an H100's 132 multiprocessors
 
 
 def supports(
-  q: Array, v: Array, segment_ids: Array | None, kernel: Kernel, *, state: bool
+  q: Array, v: Array, segment_ids: Array | None, kernel: Kernel, *, states: bool
 ) -> None:
   """Raises NotImplementedError with the reason where "xla" must do the call."""
   F, P = q.shape[-1], v.shape[-1]
   reasons = [
     (q.dtype != jnp.bfloat16, f"dtype {q.dtype}: bfloat16 only"),
     (F > gpu_common.F, f"F={F}: 1 to {gpu_common.F}"),
-    (state and F != gpu_common.F, f"states with F={F}: {gpu_common.F} only"),
+    (states and F != gpu_common.F, f"states with F={F}: {gpu_common.F} only"),
     (P > gpu_common.V, f"P={P}: 1 to {gpu_common.V}"),
     (segment_ids is not None, "segment_ids"),
     (kernel.coefficients.c2 <= 0, "c2 ≤ 0"),
@@ -55,7 +54,10 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
     return o, None
   if not alone:
     after = [
-      x + own for x, own in zip(before, gpu_forward.key_states(k, v, call))
+      x + own
+      for x, own in zip(
+        before[:2], gpu_forward.key_states(k, v, call), strict=True
+      )
     ]
   kv, kk = (x[-1] for x in after)
   count = jnp.full(kv.shape[:2], T, jnp.float32)

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.polynomial import gpu_common as common
 from pallas_kernels.polynomial.gpu_common import (
-  C,
   CYCLIC,
-  F,
   LAYOUT,
+  C,
+  F,
   V,
   bf16,
   block,
@@ -66,8 +66,21 @@ def _dq_kernel(q_ref, k_ref, v_ref, do_ref, *refs, call, before):
   first = s * call.chunks
   chunks = jnp.minimum(call.chunks, call.total - first)
 
-  def body(q_b, k_b, v_b, do_b, wide_s, phi_s, kv_s, kk_s, dq_s, rows_s,
-           rolls_s, barriers, once):
+  def body(
+    q_b,
+    k_b,
+    v_b,
+    do_b,
+    wide_s,
+    phi_s,
+    kv_s,
+    kk_s,
+    dq_s,
+    rows_s,
+    rolls_s,
+    barriers,
+    once,
+  ):
     fetch = lambda i, slot: common.prefetch(
       (q_ref, k_ref, v_ref, do_ref),
       (q_b, k_b, v_b, do_b),
@@ -134,9 +147,7 @@ def _dq_kernel(q_ref, k_ref, v_ref, do_ref, *refs, call, before):
   )
 
 
-def _dq_chunk(
-  q_s, k_s, v_s, do_s, kv_s, kk_s, rolls_s, past, call
-):
+def _dq_chunk(q_s, k_s, v_s, do_s, kv_s, kk_s, rolls_s, past, call):
   """dq (C, F), r (C,) and dz (C,) of a chunk.
 
   dq = r dnum + dz dden, the gradients of do·Σ sim v and of Σ sim. The sums are
@@ -228,8 +239,9 @@ def _cotangent_shapes(call: common.Call) -> list:
   ]
 
 
-def _dkv_kernel(q_ref, k_ref, v_ref, do_ref, r_ref, dz_ref, *refs, call,
-                after, before):
+def _dkv_kernel(
+  q_ref, k_ref, v_ref, do_ref, r_ref, dz_ref, *refs, call, after, before
+):
   """One slice of one head, from its end; grid (slices, H, B)."""
   after_refs, refs = (refs[:2], refs[2:]) if after else (None, refs)
   rolls_ref, dk_ref, dv_ref, *before_refs = refs
@@ -237,8 +249,23 @@ def _dkv_kernel(q_ref, k_ref, v_ref, do_ref, r_ref, dz_ref, *refs, call,
   first = s * call.chunks
   chunks = jnp.minimum(call.chunks, call.total - first)
 
-  def body(q_b, k_b, v_b, do_b, r_b, dz_b, wide_s, phi_s, kv_s, kk_s,
-           dk_s, dv_s, rolls_s, barriers, once):
+  def body(
+    q_b,
+    k_b,
+    v_b,
+    do_b,
+    r_b,
+    dz_b,
+    wide_s,
+    phi_s,
+    kv_s,
+    kk_s,
+    dk_s,
+    dv_s,
+    rolls_s,
+    barriers,
+    once,
+  ):
     def fetch(i, slot):
       chunk = first + chunks - 1 - i
       common.prefetch(
@@ -323,9 +350,7 @@ def _store_queries(q_s, do_s, r_s, dz_s, rolls_s, phi_s, wide_s, call):
   common.store_blocks(phi_s, common.query_features(x, rolled, call))
   wide_s[:, pl.ds(0, F)] = (x.astype(f32) * columns(dz, F)).astype(bf16)
   if call.c1:
-    line = jnp.where(
-      common.iota((C, F), 1) == 0, columns(dz, F) * call.c1, 0.0
-    )
+    line = jnp.where(common.iota((C, F), 1) == 0, columns(dz, F) * call.c1, 0.0)
     wide_s[:, pl.ds(F, F)] = line.astype(bf16)
 
 
@@ -360,19 +385,17 @@ def _dkv_chunk(q_s, k_s, v_s, g_s, dz_s, kv_s, kk_s, rolls_s, call):
   return dk + mma((da, q_s), *more, shape=(C, F)), dv
 
 
-def _cotangent_kernel(q_ref, do_ref, r_ref, dz_ref, rolls_ref, kv_ref,
-                      kk_ref, *, call):
+def _cotangent_kernel(
+  q_ref, do_ref, r_ref, dz_ref, rolls_ref, kv_ref, kk_ref, *, call
+):
   """One slice of one head; grid (slices, H, B)."""
   s, h, b = (lax.axis_index(name) for name in ("s", "h", "b"))
   first = s * call.chunks
   chunks = jnp.minimum(call.chunks, call.total - first)
 
-  def body(q_b, do_b, r_b, dz_b, wide_s, phi_s, rolls_s, barriers,
-           once):
+  def body(q_b, do_b, r_b, dz_b, wide_s, phi_s, rolls_s, barriers, once):
     def fetch(i, slot):
-      common.prefetch(
-        (q_ref, do_ref), (q_b, do_b), barriers, first + i, slot
-      )
+      common.prefetch((q_ref, do_ref), (q_b, do_b), barriers, first + i, slot)
       common.prefetch_rows(
         (r_ref, dz_ref), (r_b, dz_b), barriers, first + i, slot
       )

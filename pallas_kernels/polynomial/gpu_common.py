@@ -76,9 +76,7 @@ class Call:
 
   @property
   def grid(self):
-    return dict(
-      grid=(self.slices, self.H, self.B), grid_names=("s", "h", "b")
-    )
+    return dict(grid=(self.slices, self.H, self.B), grid_names=("s", "h", "b"))
 
 
 def make_call(B, T, H, P, kernel: Kernel, programs: int) -> Call:
@@ -240,7 +238,10 @@ def prefetch(refs, slots, barriers, chunk, slot):
   b, h = lax.axis_index("b"), lax.axis_index("h")
   for ref, buffer in zip(refs, slots, strict=True):
     width = buffer.shape[-1]
-    source = ref.at[b, pl.ds(chunk * C, C), h, pl.ds(0, width)]
+    # Not a plain 0: TMA fills what is beyond the width, but a slice that is
+    # static and too wide is refused.
+    start = 0 if width == ref.shape[-1] else b * 0
+    source = ref.at[b, pl.ds(chunk * C, C), h, pl.ds(start, width)]
     plgpu.copy_gmem_to_smem(source, buffer.at[slot], barriers.at[slot])
 
 
@@ -315,7 +316,9 @@ def from_kernel(
   parts, square = [kv[:, :, :E]], kk[:, :, :F]
   if call.c0:
     constant = kv[:, :, E : E + 1]
-    parts.append(constant + kv[:, :, E + 1 : E + 2] * cotangent)
+    if cotangent:
+      constant += kv[:, :, E + 1 : E + 2]
+    parts.append(constant)
   kv = jnp.concatenate(parts, axis=2)
   if not (call.c0 or call.c1):
     return State(kv, square)

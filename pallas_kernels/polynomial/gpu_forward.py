@@ -9,7 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.polynomial import gpu_common as common
-from pallas_kernels.polynomial.gpu_common import C, F, LAYOUT, V, bf16, f32
+from pallas_kernels.polynomial.gpu_common import LAYOUT, C, F, V, bf16, f32
 
 _CYCLIC_E = common.CYCLIC * F
 
@@ -54,8 +54,9 @@ def _forward_kernel(*refs, call: common.Call, before: bool, after: bool):
   first = s * call.chunks
   chunks = jnp.minimum(call.chunks, call.total - first)
 
-  def body(q_b, k_b, v_b, wide_s, phi_s, kv_s, kk_s, o_s, rolls_s,
-           barriers, once):
+  def body(
+    q_b, k_b, v_b, wide_s, phi_s, kv_s, kk_s, o_s, rolls_s, barriers, once
+  ):
     fetch = lambda i, slot: common.prefetch(
       (q_ref, k_ref, v_ref), (q_b, k_b, v_b), barriers, first + i, slot
     )
@@ -85,9 +86,7 @@ def _forward_kernel(*refs, call: common.Call, before: bool, after: bool):
       kv_s[...] = kv.astype(bf16)
       common.store_split(kk_s, kk)
       plgpu.commit_smem()
-      pl.when(i + call.stages < chunks)(
-        lambda: fetch(i + call.stages, slot)
-      )
+      pl.when(i + call.stages < chunks)(lambda: fetch(i + call.stages, slot))
       return kv, kk
 
     kv, kk = lax.fori_loop(0, chunks, step, (kv, kk))
@@ -152,9 +151,7 @@ def _key_state_kernel(k_ref, v_ref, rolls_ref, kv_ref, kk_ref, *, call):
       common.store_keys(k_s, rolls_s, phi_s, wide_s, first + i, call)
       plgpu.commit_smem()
       carry = common.update(carry, wide_s, k_s, v_s, phi_s)
-      pl.when(i + call.stages < chunks)(
-        lambda: fetch(i + call.stages, slot)
-      )
+      pl.when(i + call.stages < chunks)(lambda: fetch(i + call.stages, slot))
       return carry
 
     zero = (common.zeros((V, call.E)), common.zeros((V, F)))

@@ -12,6 +12,9 @@ backward of the numerator, and dz = −r·(do·o), that of the denominator:
   backward_keys    dk, dv and the cotangent of the incoming state
   query_cotangent  that cotangent alone, from a zero cotangent
 
+r and dz go from pass to pass only, in a form of the implementation's own.
+A state is made where `return_state` asks for it.
+
 `sharded.py` joins them, on one device and over the devices of a mesh.
 """
 
@@ -42,7 +45,9 @@ class Passes(Protocol):
     runs_BT: Array | None,
     state: spec.State | None,
     kernel: Kernel,
-  ) -> tuple[Array, spec.State]: ...
+    *,
+    return_state: bool,
+  ) -> tuple[Array, spec.State | None]: ...
 
   def key_state(
     self,
@@ -69,19 +74,21 @@ class Passes(Protocol):
     k_BTHF: Array,
     v_BTHP: Array,
     do_BTHP: Array,
-    r_BTH: Array,
-    dz_BTH: Array,
+    r: Array,
+    dz: Array,
     runs_BT: Array | None,
     dstate: spec.State | None,
     kernel: Kernel,
-  ) -> tuple[Array, Array, spec.State]: ...
+    *,
+    return_state: bool,
+  ) -> tuple[Array, Array, spec.State | None]: ...
 
   def query_cotangent(
     self,
     q_BTHF: Array,
     do_BTHP: Array,
-    r_BTH: Array,
-    dz_BTH: Array,
+    r: Array,
+    dz: Array,
     runs_BT: Array | None,
     kernel: Kernel,
   ) -> spec.State: ...

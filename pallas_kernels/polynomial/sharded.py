@@ -129,10 +129,10 @@ def _forward(call: Call, q, k, v, ids_BT, state):
   runs_BT = None if ids_BT is None else spec.document_runs(ids_BT)
   if call.time is not None:
     state = _state_before(call, k, v, runs_BT, ids_BT, state)
-  o, after = call.passes.forward(q, k, v, runs_BT, state, call.kernel)
-  if not call.return_state:
-    return o, None
-  if call.time is not None:
+  o, after = call.passes.forward(
+    q, k, v, runs_BT, state, call.kernel, return_state=call.return_state
+  )
+  if call.return_state and call.time is not None:
     after = _of_device(after, call.time, jax.lax.axis_size(call.time) - 1)
   return o, after
 
@@ -154,11 +154,9 @@ def _backward(call: Call, q, k, v, ids_BT, state, do, dafter):
       part, joined_DB, dafter, last_DB[here] == last_DB[-1], time
     )
   dk, dv, dbefore = passes.backward_keys(
-    q, k, v, do, r, dz, runs_BT, dafter, kernel
+    q, k, v, do, r, dz, runs_BT, dafter, kernel, return_state=has_state
   )
-  if not has_state:
-    return dq, dk, dv, None
-  if time is not None:
+  if has_state and time is not None:
     dbefore = _of_device(dbefore, time, 0)
   return dq, dk, dv, dbefore
 

@@ -44,7 +44,9 @@ def forward(
   runs_BT: Array | None,
   state: State | None,
   kernel: Kernel,
-) -> tuple[Array, State]:
+  *,
+  return_state: bool,
+) -> tuple[Array, State | None]:
   """o_BTHP and the state after the last token."""
   T = q_BTHF.shape[1]
   runs_NBC = _chunk_runs(runs_BT, T)
@@ -58,7 +60,7 @@ def forward(
     return state, o_BHCP.astype(v_BTHP.dtype)
 
   state, o_NBHCP = _scan(chunk, state, chunks, runs_NBC)
-  return _whole(o_NBHCP, T), state
+  return _whole(o_NBHCP, T), state if return_state else None
 
 
 def key_state(
@@ -116,7 +118,9 @@ def backward_keys(
   runs_BT: Array | None,
   dstate: State | None,
   kernel: Kernel,
-) -> tuple[Array, Array, State]:
+  *,
+  return_state: bool,
+) -> tuple[Array, Array, State | None]:
   """dk_BTHF, dv_BTHP and the cotangent of the state before token 0."""
   T = q_BTHF.shape[1]
   chunks = _chunks(
@@ -143,7 +147,8 @@ def backward_keys(
     chunk, dstate, chunks, _chunk_runs(runs_BT, T), reverse=True
   )
   dk_BTHF, dv_BTHP = (_whole(x, T) for x in outputs)
-  return dk_BTHF.astype(k_BTHF.dtype), dv_BTHP.astype(v_BTHP.dtype), dstate
+  dk_BTHF, dv_BTHP = dk_BTHF.astype(k_BTHF.dtype), dv_BTHP.astype(v_BTHP.dtype)
+  return dk_BTHF, dv_BTHP, dstate if return_state else None
 
 
 def query_cotangent(

@@ -1,0 +1,157 @@
+"""The Hopper kernels on the card, against "xla" in float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import BASED, REBASED, polynomial_attention, zero_state
+
+pytestmark = pytest.mark.gpu
+if jax.devices()[0].platform != "gpu":
+  pytest.skip("no GPU", allow_module_level=True)
+
+# Of ‖a − ref‖ / ‖ref‖: bf16 operands round to 2⁻⁹ each.
+_TOLERANCE = 5e-3
+
+
+def _inputs(B, T, H, P, F=16, seed=0):
+  keys = jax.random.split(jax.random.key(seed), 4)
+  sizes = (F, F, P, P)
+  make = lambda key, size: jax.random.normal(key, (B, T, H, size), jnp.bfloat16)
+  return [make(key, size) for key, size in zip(keys, sizes, strict=True)]
+
+
+def _states(B, H, P, coefficients):
+  """A state that tokens could have left, and a cotangent of one."""
+  q, k, v, _ = _inputs(B, 70, H, P, seed=5)
+  _, state = polynomial_attention(
+    *(x.astype(jnp.float32) for x in (q, k, v)),
+    coefficients=coefficients,
+    return_state=True,
+    implementation="xla",
+  )
+  cotangent = jax.tree.map(
+    lambda x: 0.1 * jax.random.normal(jax.random.key(9), x.shape), state
+  )
+  return state, cotangent
+
+
+def _all(implementation, q, k, v, do, state, dstate, coefficients):
+  """o, the final state and every gradient."""
+
+  def call(q, k, v, state):
+    return polynomial_attention(
+      q,
+      k,
+      v,
+      coefficients=coefficients,
+      initial_state=state,
+      return_state=state is not None,
+      implementation=implementation,
+    )
+
+  out, pull = jax.vjp(call, q, k, v, state)
+  return out, pull(do if state is None else (do, dstate))
+
+
+def _check(B, T, H, P, coefficients, states, F=16):
+  q, k, v, do = _inputs(B, T, H, P, F)
+  state = dstate = None
+  if states:
+    state, dstate = _states(B, H, P, coefficients)
+  run = lambda name: jax.jit(
+    functools.partial(_all, name, coefficients=coefficients)
+  )
+  found = run("gpu")(q, k, v, do, state, dstate)
+  wide = (x.astype(jnp.float32) for x in (q, k, v, do))
+  expected = run("xla")(*wide, state, dstate)
+  for a, b in zip(
+    jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+  ):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    # A row of one token has a gradient of 0, of terms as large as o's.
+    scale = max(np.linalg.norm(b), 1e-2 * np.sqrt(b.size) if T == 1 else 0)
+    assert np.isfinite(a).all()
+    assert np.linalg.norm(a - b) <= _TOLERANCE * scale * (1 + 9 * (T == 1))
+
+
+@pytest.mark.parametrize("coefficients", [REBASED, BASED])
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize(
+  "B, T, H, P",
+  [(2, 256, 3, 64), (2, 104, 3, 48), (2, 17, 3, 5), (1, 4104, 2, 64)],
+)
+def test_values_and_gradients(B, T, H, P, coefficients, states):
+  _check(B, T, H, P, coefficients, states)
+
+
+@pytest.mark.parametrize("T", [1, 64, 65, 3001])
+def test_tails(T):
+  _check(1, T, 12, 12, REBASED, False)
+
+
+@pytest.mark.parametrize("F", [4, 5, 8])
+def test_narrow_features(F):
+  _check(2, 200, 3, 64, REBASED, False, F)
+
+
+@pytest.mark.parametrize("B, T", [(64, 1024), (2, 32768)])
+def test_the_same_bits(B, T):
+  q, k, v, do = _inputs(B, T, 12, 64)
+  run = jax.jit(
+    lambda *x: _all("gpu", *x, None, None, REBASED), donate_argnums=()
+  )
+  first = run(q, k, v, do)
+  same = jax.jit(
+    lambda a, b: jax.tree.reduce(
+      jnp.logical_and, jax.tree.map(lambda x, y: (x == y).all(), a, b)
+    )
+  )
+  for _ in range(200):
+    assert same(first, run(q, k, v, do))
+
+
+def test_vmap():
+  q, k, v, _ = _inputs(6, 130, 3, 64)
+  split = lambda x: x.reshape(3, 2, *x.shape[1:])
+  call = functools.partial(polynomial_attention, implementation="gpu")
+  found = jax.jit(jax.vmap(call))(*(split(x) for x in (q, k, v)))
+  np.testing.assert_array_equal(found.reshape(6, 130, 3, 64), call(q, k, v))
+
+
+def test_it_is_the_default_and_says_what_it_passes_over():
+  q, k, v, _ = _inputs(1, 64, 2, 64)
+  text = jax.jit(polynomial_attention).lower(q, k, v).as_text()
+  assert "polynomial_forward" in text
+  ids = jnp.zeros((1, 64), jnp.int32)
+  with pytest.warns(UserWarning, match="runs 'xla'.*segment_ids"):
+    polynomial_attention(q, k, v, segment_ids=ids)
+  with pytest.raises(NotImplementedError, match="segment_ids"):
+    polynomial_attention(q, k, v, segment_ids=ids, implementation="gpu")
+
+
+def test_remat_and_scan():
+  q, k, v, _ = _inputs(2, 200, 3, 16)
+  call = functools.partial(polynomial_attention, implementation="gpu")
+
+  def layers(v):
+    body = lambda x, _: (jax.checkpoint(call)(q, k, x), None)
+    return jax.lax.scan(body, v, None, length=3)[0].astype(jnp.float32).sum()
+
+  grads = jax.jit(jax.grad(layers))(v)
+  by_hand = jax.grad(
+    lambda v: call(q, k, call(q, k, call(q, k, v))).astype(jnp.float32).sum()
+  )(v)
+  np.testing.assert_array_equal(grads, by_hand)
+
+
+def test_zero_state_is_no_state():
+  q, k, v, _ = _inputs(2, 200, 3, 64)
+  call = functools.partial(polynomial_attention, implementation="gpu")
+  zero = zero_state(2, 3, 16, 64)
+  np.testing.assert_array_equal(
+    call(q, k, v), call(q, k, v, initial_state=zero)
+  )

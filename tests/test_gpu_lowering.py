@@ -1,0 +1,95 @@
+"""The Hopper kernels lower for CUDA on a machine without one."""
+
+import jax
+from jax import ShapeDtypeStruct
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import _compat, zero_state
+from pallas_kernels.polynomial import arg_specs
+from pallas_kernels.polynomial.passes import Kernel
+
+if not _compat.has_mosaic_gpu():
+  pytest.skip("the GPU kernels need jax ≥ 0.11", allow_module_level=True)
+
+from pallas_kernels.polynomial import gpu
+
+_EACH = {spec.name: spec for spec in arg_specs.SPECS}
+
+
+def _lowered(function, *arrays) -> str:
+  traced = jax.jit(function).trace(*arrays)
+  return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def _forward_and_backward(kernel, states):
+  def run(q, k, v, do, state, dstate):
+    o, after = gpu.forward(q, k, v, None, state, kernel, return_state=states)
+    dq, r, dz = gpu.backward_queries(q, k, v, do, None, state, kernel)
+    dk, dv, before = gpu.backward_keys(
+      q, k, v, do, r, dz, None, dstate, kernel, return_state=states
+    )
+    return o, after, dq, dk, dv, before
+
+  return run
+
+
+@pytest.mark.parametrize("name", _EACH)
+def test_every_spec_lowers(name):
+  spec = _EACH[name]
+  kernel = Kernel(spec.coefficients.scaled(spec.F**-0.5), 1e-6)
+  q, k, v = spec.arrays()
+  gpu.supports(q, v, None, kernel, states=False)
+  text = _lowered(_forward_and_backward(kernel, False), q, k, v, v, None, None)
+  for kernel_name in ("forward", "backward_queries", "backward_keys"):
+    assert f"polynomial_{kernel_name}" in text
+  # Long rows of few heads are cut, and then need their slices' states.
+  cut = spec.B * spec.H <= gpu.PROGRAMS // 2
+  assert ("polynomial_key_state" in text) == cut
+  assert ("polynomial_query_cotangent" in text) == cut
+  if spec.P % 16 == 0:
+    for width in (spec.F, spec.P):
+      copy = f"tensor<{spec.B}x{spec.H}x{spec.T}x{width}x"
+      assert copy not in text, "a transposed copy"
+    for line in text.splitlines():
+      padded = "stablehlo.pad" in line and f"x{spec.T}x" in line
+      assert not padded, "a padded copy"
+
+
+@pytest.mark.parametrize("T", [1, 63, 520])
+def test_states_lower(T):
+  spec = _EACH["based-360m"]
+  kernel = Kernel(spec.coefficients.scaled(0.25), 1e-6)
+  q = ShapeDtypeStruct((2, T, 3, 16), jnp.bfloat16)
+  v = ShapeDtypeStruct((2, T, 3, 40), jnp.bfloat16)
+  state = jax.eval_shape(
+    lambda: zero_state(2, 3, 16, 40, coefficients=spec.coefficients)
+  )
+  run = _forward_and_backward(kernel, True)
+  text = _lowered(run, q, q, v, v, state, state)
+  assert "polynomial_backward_keys" in text
+  shapes = jax.eval_shape(run, q, q, v, v, state, state)
+  assert jax.tree.map(jnp.shape, shapes[1]) == jax.tree.map(jnp.shape, state)
+  assert shapes[0].shape == v.shape and shapes[2].shape == q.shape
+
+
+@pytest.mark.parametrize(
+  "change, word",
+  [
+    (dict(F=24), "F=24"),
+    (dict(P=65), "P=65"),
+    (dict(dtype=jnp.float32), "float32"),
+    (dict(ids=True), "segment_ids"),
+    (dict(eps=0.0), "eps"),
+    (dict(F=8, states=True), "states with F=8"),
+  ],
+)
+def test_what_it_cannot_do_is_named(change, word):
+  call = dict(F=16, P=64, dtype=jnp.bfloat16, ids=False, eps=1e-6, states=False)
+  call |= change
+  q = ShapeDtypeStruct((2, 64, 3, call["F"]), call["dtype"])
+  v = ShapeDtypeStruct((2, 64, 3, call["P"]), call["dtype"])
+  ids = ShapeDtypeStruct((2, 64), jnp.int32) if call["ids"] else None
+  kernel = Kernel(arg_specs.REBASED.scaled(0.25), call["eps"])
+  with pytest.raises(NotImplementedError, match=f"{word}.*'xla' does"):
+    gpu.supports(q, v, ids, kernel, states=call["states"])
