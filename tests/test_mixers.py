@@ -25,9 +25,10 @@ IDS_BT = np.array(
 DOCUMENTS = ((0, 0, 3), (0, 3, 9), (0, 9, 12), (1, 0, 1), (1, 1, 7), (1, 7, 11))
 LAST = ((0, 9), (1, 11))  # where each row's last document starts
 # Two float32 ways to the same sums of a few dozen terms of size 1: roundings
-# of 6e-8 each, times the condition of a quotient (measured, at most 3e-6).
+# of 6e-8 each, times the condition of a quotient by Σ sim + eps.
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 
+ONE_EACH = ("based", "rebased", "conv")  # of the mixers' classes
 each_mixer = pytest.mark.parametrize("name", CASES)
 
 
@@ -215,10 +216,8 @@ def test_every_parameter_has_a_gradient(name) -> None:
 @pytest.mark.parametrize(
   "name",
   [
-    name
-    if name in ("based", "rebased", "conv")
-    else pytest.param(name, marks=pytest.mark.slow)  # of the same classes
-    for name in CASES
+    pytest.param(x, marks=[pytest.mark.slow] * (x not in ONE_EACH))
+    for x in CASES
   ],
 )
 def test_works_under_transformations(name) -> None:
@@ -257,8 +256,8 @@ def test_bfloat16_is_close_to_float32(name) -> None:
   wanted_BTD = make(name)(tokens())
   error = np.linalg.norm(y_BTD.astype(jnp.float32) - wanted_BTD)
   # A rounding of 2⁻⁹ = 0.2 % after each of some five operations, and q·k is
-  # squared; a first token whose q·k is near 0 is the worst (measured 2 %).
-  assert error <= 0.04 * np.linalg.norm(wanted_BTD)
+  # squared (measured, at most 0.9 %).
+  assert error <= 0.03 * np.linalg.norm(wanted_BTD)
 
 
 @each_mixer

@@ -164,3 +164,24 @@ def test_weights_are_those_of_the_output(name):
   assert (sums_BHT <= 1 + 1e-6).all() and np.median(sums_BHT) > 1 - 1e-4
   o_BTHP = np.einsum("bhts,bshp->bthp", A_BHTT, x.v_BTHP)
   close(o_BTHP, po.oracle(x, getattr(po, name)).o)
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-6])
+def test_a_first_token_is_itself_however_near_0_its_score(eps):
+  """o = sim v / (sim + eps), with no other term to round against."""
+  q_BHF, k_BHF = (
+    jax.random.normal(jax.random.key(i), (1, 8192, 16)) for i in (0, 1)
+  )
+  v_BHP = jnp.ones((1, 8192, 1))
+  state = pk.zero_state(1, 8192, 16, 1)
+  o_BHP, _ = pk.polynomial_attention_step(state, q_BHF, k_BHF, v_BHP, eps=eps)
+  sim_BH = (np.einsum("bhf,bhf->bh", q_BHF, k_BHF, dtype=np.float64) / 4) ** 2
+  expected = sim_BH / (sim_BH + eps)
+  # The score itself is a float32 sum: 1e-6 of |q| |k|, beside eps.
+  near = np.abs(sim_BH) > 1e-8
+  assert near.mean() > 0.99
+  np.testing.assert_allclose(o_BHP[..., 0][near], expected[near], atol=0.05)
+  whole = pk.polynomial_attention(
+    q_BHF[:, None], k_BHF[:, None], v_BHP[:, None], eps=eps
+  )
+  np.testing.assert_allclose(o_BHP, whole[:, 0], atol=1e-3)

@@ -199,7 +199,7 @@ def test_warm_start(finished: Path, tmp_path: Path) -> None:
     built = build.build(config, mesh)
     with loop.Checkpoints(tmp_path / "none") as none:
       state, step, meta, notes = loop.initial(
-        config, built, none, RunFolder(tmp_path)
+        config, built, none, RunFolder(tmp_path), None
       )
   assert (step, meta) == (0, {}) and "step 6; fresh optimiser" in notes[0]
   found = bits(build.to_dicts(state))

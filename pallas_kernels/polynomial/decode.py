@@ -20,8 +20,11 @@ def step(
   q_BH1F, k_BH1F, v_BH1P = (
     x[:, :, None].astype(acc) for x in (q_BHF, k_BHF, v_BHP)
   )
+  num_BH1P, z_BH1 = spec.query_state(q_BH1F, state, kernel.coefficients)
+  s_BH1 = (q_BH1F * k_BH1F).sum(axis=-1)
+  sim_BH1 = spec.polynomial(s_BH1, kernel.coefficients)
+  num_BH1P = num_BH1P + sim_BH1[..., None] * v_BH1P
+  o_BH1P = num_BH1P / (z_BH1 + sim_BH1 + kernel.eps)[..., None]
   new = spec.key_state(k_BH1F, v_BH1P, kernel.coefficients)
   state = State(*map(jnp.add, state, new))
-  num_BH1P, z_BH1 = spec.query_state(q_BH1F, state, kernel.coefficients)
-  o_BH1P = num_BH1P / (z_BH1 + kernel.eps)[..., None]
   return o_BH1P[:, :, 0].astype(v_BHP.dtype), state

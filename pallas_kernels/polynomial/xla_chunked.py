@@ -59,8 +59,8 @@ def forward(
     state = _add_keys(state, k_BHCF, v_BHCP, masks, kernel)
     return state, o_BHCP.astype(v_BTHP.dtype)
 
-  state, o_NBHCP = _scan(chunk, state, chunks, runs_NBC)
-  return _whole(o_NBHCP, T), state if return_state else None
+  state, o_NBCHP = _scan(chunk, state, chunks, runs_NBC)
+  return _whole(o_NBCHP, T), state if return_state else None
 
 
 def key_state(
@@ -187,23 +187,23 @@ def _operand(dtype) -> jnp.dtype:
 
 
 def _chunks(T: int, *arrays_BTH: Array) -> tuple[Array, ...]:
-  """(B, T, H, ·) → (N, B, H, C, ·), filled up with zeros."""
+  """(B, T, H, ·) → (N, B, C, H, ·), filled up with zeros."""
   N, C = _chunk_count(T)
 
   def cut(x_BTH):
     x_BTH = x_BTH.astype(_operand(x_BTH.dtype))
     x_BTH = jnp.pad(x_BTH, ((0, 0), (0, N * C - T), (0, 0), (0, 0)))
     x_BNCH = x_BTH.reshape(x_BTH.shape[0], N, C, *x_BTH.shape[2:])
-    return jnp.transpose(x_BNCH, (1, 0, 3, 2, 4))
+    return jnp.moveaxis(x_BNCH, 1, 0)
 
   return tuple(cut(x) for x in arrays_BTH)
 
 
-def _whole(x_NBHC: Array, T: int) -> Array:
-  """(N, B, H, C, ·) → (B, T, H, ·)."""
-  N, B, H, C, width = x_NBHC.shape
-  x_BNCH = jnp.transpose(x_NBHC, (1, 0, 3, 2, 4))
-  return x_BNCH.reshape(B, N * C, H, width)[:, :T]
+def _whole(x_NBCH: Array, T: int) -> Array:
+  """(N, B, C, H, ·) → (B, T, H, ·)."""
+  N, B, C = x_NBCH.shape[:3]
+  x_BNCH = jnp.moveaxis(x_NBCH, 0, 1)
+  return x_BNCH.reshape(B, N * C, *x_BNCH.shape[3:])[:, :T]
 
 
 def _chunk_runs(runs_BT: Array | None, T: int):
@@ -237,8 +237,18 @@ def _masks(runs) -> Masks | None:
 
 
 def _scan(chunk, state, chunks, runs, *, reverse=False):
-  """chunk(state, (arrays, masks)) → (state, outputs) over all chunks."""
-  step = lambda state, x: chunk(state, (x[0], _masks(x[1])))
+  """chunk(state, (arrays, masks)) → (state, outputs) over all chunks.
+
+  The chunk sees (B, H, C, ·) arrays: turned one at a time, while they are in
+  the cache.
+  """
+  turn = lambda tree: jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), tree)
+
+  def step(state, inputs):
+    arrays_BCH, runs = inputs
+    state, outputs_BHC = chunk(state, (turn(arrays_BCH), _masks(runs)))
+    return state, turn(outputs_BHC)
+
   inputs = (chunks, runs)
   first = jax.tree.map(lambda x: x[0], inputs)
   if chunks[0].shape[0] == 1:
