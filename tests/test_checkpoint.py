@@ -212,3 +212,17 @@ def test_record_round_trips_through_json() -> None:
   record["meta"]["1"] = 0.2
   with pytest.raises(checkpoint_record.DamagedError):
     checkpoint_record.check(record)
+
+
+def test_a_directory_relative_to_the_working_one(tmp_path, monkeypatch) -> None:
+  monkeypatch.chdir(tmp_path)
+  state = make_state(1)
+  with Checkpoints("runs/mine/checkpoints") as checkpoints:
+    checkpoints.save(1, state, META)
+  with Checkpoints(Path("runs") / "mine" / "checkpoints") as checkpoints:
+    restored = checkpoints.restore(abstract(state))
+  assert bits(restored.state) == bits(state)
+  assert read_meta("runs/mine/checkpoints") == (1, META)
+  target = abstract(state["params"])
+  _, params = restore_params("runs/mine/checkpoints", target)
+  assert bits(params) == bits(state["params"])

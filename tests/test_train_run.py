@@ -240,3 +240,15 @@ def test_a_full_disk_ends_the_run(tmp_path: Path, monkeypatch, capsys) -> None:
   assert "checkpoint step 4 was not saved: OSError" in err
   assert "No space left on device" in err and "Traceback" not in err
   assert _checkpoint_steps(folder) == {2}
+
+
+def test_the_default_folder_is_relative(tmp_path: Path, monkeypatch) -> None:
+  """`runs/PRESET-TIME`, as the README's command has it."""
+  monkeypatch.chdir(tmp_path)
+  words = ["train", "mqar", *flags(tiny(steps=4, eval_every=4, save_every=2))]
+  with pytest.raises(SystemExit) as end:
+    cli.main(words)
+  assert end.value.code == 0
+  (folder,) = (tmp_path / "runs").iterdir()
+  assert folder.name.startswith("mqar-")
+  assert train.load(str(folder.relative_to(tmp_path))).config.width > 0

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 import logging
+import os
 from types import TracebackType
 from typing import Any, Self
 
@@ -85,7 +86,7 @@ class Checkpoints:
   def __init__(self, directory: epath.PathLike, *, keep: int = 3) -> None:
     if keep < 1:
       raise ValueError(f"keep must be at least 1, got {keep}")
-    self._directory = epath.Path(directory)
+    self._directory = _absolute(directory)
     self._current: int | None = None
     self._writer = storage.Writer(self._directory, keep)
 
@@ -209,7 +210,7 @@ def read_meta(
     NoCheckpointError: nothing has been saved yet.
     CheckpointError: the step is missing or unreadable.
   """
-  found, _ = _read_newest(epath.Path(directory), None, step)
+  found, _ = _read_newest(_absolute(directory), None, step)
   return found.step, found.meta
 
 
@@ -230,8 +231,14 @@ def restore_params(
     CheckpointError: the step is missing or unreadable, or has other arrays.
   """
   target = {"params": abstract_params}
-  found, _ = _read_newest(epath.Path(directory), target, step, partial=True)
+  found, _ = _read_newest(_absolute(directory), target, step, partial=True)
   return found.step, found.state["params"]
+
+
+def _absolute(directory: epath.PathLike) -> epath.Path:
+  """Orbax takes nothing else; a path of a bucket is absolute as it is."""
+  path = epath.Path(directory)
+  return path if "://" in str(path) else epath.Path(os.path.abspath(path))
 
 
 def _read_newest(
