@@ -38,10 +38,14 @@ def generate(
   V = model.config.vocab_size
   if prompt.ndim != 2 or prompt.shape[1] < 1:
     raise ValueError(f"prompt has shape {prompt.shape}: expected (B, T), T ≥ 1")
-  if steps < 1:
+  if not isinstance(steps, int) or steps < 1:
     raise ValueError(f"steps={steps}: expected an integer ≥ 1")
-  if not temperature >= 0:
+  if not 0 <= temperature < float("inf"):
     raise ValueError(f"temperature={temperature}: expected a number ≥ 0")
+  if 0 < temperature < 1e-30:
+    raise ValueError(f"temperature={temperature}: expected 0, or above 1e-30")
+  if temperature == 0 and top_k is not None:
+    raise ValueError(f"top_k={top_k} samples: expected temperature > 0")
   if temperature > 0 and key is None:
     raise ValueError("temperature > 0 samples: expected a PRNG key in `key`")
   if top_k is not None and not 1 <= top_k <= V:

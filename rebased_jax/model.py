@@ -38,6 +38,10 @@ class LM(nnx.Module):
     normal = lambda *shape: nnx.Param(
       0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
     )
+    if config.dtype == "float64" and not jax.config.jax_enable_x64:
+      raise ValueError(
+        "ModelConfig.dtype='float64': expected jax_enable_x64 to be set"
+      )
     self.config = config
     self.token_embedding = normal(config.vocab_size, config.width)
     self.position_embedding = (
@@ -66,15 +70,19 @@ class LM(nnx.Module):
 
     Args:
       tokens: integers (B, T). A token outside the vocabulary has NaN logits.
-      segment_ids: integers (B, T) of packed documents: runs of one id.
+      segment_ids: integers (B, T) of packed documents: runs of one id. The
+        learned positions run on over the row.
       positions_to_predict: integers (B, M), each in [0, T): the logits, the
-        last block and its queries are computed there alone.
+        last block and its queries are computed there alone. Another has NaN.
       axes: the mesh axes that split batch, heads and time.
       dropout_key: a PRNG key switches dropout on.
 
     Raises:
-      ValueError: T is beyond the position table.
+      ValueError: T is beyond the position table, or a shape does not fit.
     """
+    _check_rows("tokens", tokens)
+    if positions_to_predict is not None:
+      _check_rows("positions_to_predict", positions_to_predict)
     x_BTD = self._embed(tokens, jnp.arange(tokens.shape[1])[None], dropout_key)
     last = self.config.pairs - 1
     graph, stacked = nnx.split(self.pairs)
@@ -111,6 +119,7 @@ class LM(nnx.Module):
     axes: ShardAxes | None = None,
   ) -> tuple[Array, LMState]:
     """Logits (B, V) behind the last of T more tokens, and the state there."""
+    _check_rows("tokens", tokens)
     T = tokens.shape[1]
     steps_1T = jnp.arange(T, dtype=jnp.int32)[None]
     x_BTD = self._embed(tokens, state.position_B[:, None] + steps_1T)
@@ -185,6 +194,12 @@ def check_length(config: ModelConfig, length: int) -> None:
 def parameter_count(model: nnx.Module) -> int:
   """How many numbers are trained; a tied head counts once."""
   return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def _check_rows(name: str, x: Array) -> None:
+  """Raises ValueError where x is no (B, T) with something in it."""
+  if x.ndim != 2 or 0 in x.shape:
+    raise ValueError(f"{name} has shape {x.shape}: expected (B, T), none 0")
 
 
 def _lookup(table_VD: Array, index_BT: Array) -> Array:

@@ -42,6 +42,10 @@ class NoCheckpointError(CheckpointError):
   """The directory holds no checkpoint yet."""
 
 
+class MissingStepError(CheckpointError, ValueError):
+  """There is no checkpoint of the step that was asked for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Broken:
   """A step that could not be read, and the name it is kept under."""
@@ -253,7 +257,7 @@ def _read_newest(
   if not steps:
     raise NoCheckpointError(f"{directory}: no checkpoint yet")
   if step is not None and step not in steps:
-    raise CheckpointError(f"{directory}: no step {step}, only {steps}")
+    raise MissingStepError(f"{directory}: no step {step}, only {steps}")
   passed = []
   for candidate in reversed(steps if step is None else [step]):
     try:

@@ -81,11 +81,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
   try:
     code = command(args[1:])
+  except (ValueError, NotImplementedError) as error:
+    _refuse(str(error))
   except (CheckpointError, TrainingFailed, OSError) as error:
     print(f"rebased: {error}", file=sys.stderr)
     code = 1
-  except (ValueError, NotImplementedError) as error:
-    _refuse(str(error))
   sys.exit(code)
 
 
@@ -120,7 +120,8 @@ def _train(args: list[str]) -> int:
     default=TrainArgs(preset),
   )
   time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-  return _run(parsed.run, parsed.run_dir or f"runs/{name}-{time}")
+  default = f"runs/{name}-{time}"
+  return _run(parsed.run, default if parsed.run_dir is None else parsed.run_dir)
 
 
 def _resume(args: list[str]) -> int:
@@ -136,7 +137,6 @@ def _run(config: RunConfig, run_dir: str) -> int:
 
   console = Console()
   folder = RunFolder(run_dir)
-  console.print(f"run folder: {run_dir}", highlight=False, soft_wrap=True)
   outcome = loop.train(config, folder, console)
   if outcome.reason == "signal":
     console.print(
@@ -171,6 +171,9 @@ def _inspect(args: list[str]) -> int:
 def _doctor(args: list[str]) -> int:
   from train import doctor
 
+  if args in (["-h"], ["--help"]):
+    print("usage: rebased doctor\n\n" + doctor.__doc__)
+    return 0
   if args:
     raise ValueError(f"doctor takes no options, not {args[0]!r}")
   return doctor.show(Console())

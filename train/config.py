@@ -50,7 +50,11 @@ class OptimizerConfig:
       check(0 < value < math.inf, name, "a number above 0")
     for name in ("beta1", "beta2"):
       check(0 <= getattr(self, name) < 1, name, "a number in [0, 1)")
-    check(self.weight_decay >= 0, "weight_decay", "a number ≥ 0")
+    decay = self.weight_decay
+    check(0 <= decay < math.inf, "weight_decay", "a finite number ≥ 0")
+    for name in ("warmup_steps", "epoch_steps"):
+      whole = isinstance(getattr(self, name), int | None)
+      check(whole, name, "an integer")
     check(self.warmup_steps >= 0, "warmup_steps", "an integer ≥ 0")
     check(0 <= self.final_fraction <= 1, "final_fraction", "0 to 1")
     check(
@@ -144,19 +148,17 @@ class RunConfig:
   model: ModelConfig
   data: DataConfig
   optimizer: OptimizerConfig
-  steps: int
+  steps: int  # updates of the optimiser
   batch: int  # rows of the global batch
   accumulate: int = 1  # micro-batches that a batch is cut into
   seed: int = 0  # of parameters, dropout and data
-  eval_every: int = 100
-  save_every: int = 500
-  log_every: int = 10
+  eval_every: int = 100  # steps between evaluations on held-out rows
+  save_every: int = 500  # steps between checkpoints
+  log_every: int = 10  # steps between records and lines
   keep: int = 3  # checkpoints
-  stop_accuracy: float | None = (
-    None  # on held-out rows: reaching it ends the run
-  )
+  stop_accuracy: float | None = None  # held out: above it the run ends early
   init_from: str | None = None  # a run folder: its weights, a fresh optimiser
-  tensorboard: bool = False
+  tensorboard: bool = False  # event files too
 
   def __post_init__(self):
     integers = ("steps", "batch", "accumulate", "eval_every", "save_every")
@@ -176,7 +178,14 @@ class RunConfig:
       self.optimizer.warmup_steps < self.steps,
       "optimizer.warmup_steps",
       self.optimizer.warmup_steps,
-      f"below steps={self.steps}",
+      f"below steps={self.steps} (change --optimizer.warmup-steps too)",
+    )
+    accuracy = self.stop_accuracy
+    batches.require(
+      accuracy is None or 0 < accuracy <= 1,
+      "stop_accuracy",
+      accuracy,
+      "None or a number above 0, at most 1",
     )
     positions = self.model.positions
     batches.require(

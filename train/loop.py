@@ -20,7 +20,13 @@ from train.checkpoint import (
   NoCheckpointError,
   restore_params,
 )
-from train.config import RunConfig, fingerprint, to_dict
+from train.config import (
+  RunConfig,
+  differences,
+  fingerprint,
+  from_dict,
+  to_dict,
+)
 from train.console import Display
 from train.data import batches as batches_lib
 from train.preempt import Preemption
@@ -202,6 +208,13 @@ def initial(
       return build_lib.fresh_state(config, built), 0, {}, []
     params, note = weights or source_weights(config, built)
     return build_lib.warm_state(params, built), 0, {}, [note]
+  saved = from_dict(found.meta["config"], "checkpoint")
+  changed = differences(saved, config)
+  if changed:
+    raise RunFolderError(
+      f"{folder.path}: its checkpoint is of another config: "
+      f"{'; '.join(changed)}"
+    )
   data = config.data.train_batches(config.batch, config.seed)
   try:
     batches_lib.check_fingerprint(found.meta["data"], data.fingerprint)
@@ -211,6 +224,12 @@ def initial(
   notes.append(f"resuming at step {found.step}")
   state = build_lib.from_dicts(found.state, built.abstract)
   return state, found.step, found.meta, notes
+
+
+def _try_data(config: RunConfig) -> None:
+  """Makes a batch of both kinds; ValueError where the data cannot be made."""
+  config.data.train_batches(config.batch, config.seed).read(0)
+  config.data.eval_batches(config.batch, config.seed).read(0)
 
 
 def train(config: RunConfig, folder: RunFolder, console) -> Outcome:
@@ -227,8 +246,10 @@ def train(config: RunConfig, folder: RunFolder, console) -> Outcome:
     weights = None
     if config.init_from is not None and not folder.config_file.exists():
       weights = source_weights(config, built)
+    _try_data(config)
     folder.open(config)
     with (
+      folder.locked(),
       Checkpoints(folder.checkpoints, keep=config.keep) as checkpoints,
       Preemption() as stop,
     ):
@@ -243,7 +264,7 @@ def train(config: RunConfig, folder: RunFolder, console) -> Outcome:
       )
       begin = time.perf_counter()
       with writer, display:
-        for note in notes:
+        for note in (f"run folder: {folder.path}", *notes):
           display.line(note)
         loop = Loop(config, folder, built, checkpoints, writer)
         reason, step = meta.get("finished"), start

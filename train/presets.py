@@ -13,7 +13,7 @@ ABLATION_LENGTHS = (256, 2048)
 
 
 def mqar() -> RunConfig:
-  """ReBased on a small MQAR, to over 99 % on a CPU in a few minutes."""
+  """ReBased on a small MQAR, to over 99 % on a CPU in about a minute."""
   data = MQARStreamData()
   return RunConfig(
     model=ModelConfig(

@@ -4,6 +4,9 @@ The folder may be a `gs://` path. A file appears under its name when all of it
 is written.
 """
 
+from collections.abc import Iterator
+import contextlib
+import fcntl
 import json
 from typing import Any
 
@@ -40,13 +43,38 @@ class RunFolder:
           "choose another --run-dir"
         )
       return
+    if self.path.exists() and not self.path.is_dir():
+      raise RunFolderError(f"{self.path} is a file: expected a folder")
     if self.path.exists() and any(self.path.iterdir()):
       raise RunFolderError(
         f"{self.path} is not empty and holds no config.json: expected a run "
         "folder or a new one"
       )
-    self.path.mkdir(parents=True, exist_ok=True)
-    self.write("config.json", config_lib.to_json(config) + "\n")
+    text = config_lib.to_json(config) + "\n"
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise RunFolderError(f"{self.path} cannot be made: {error}") from error
+    self.write("config.json", text)
+
+  @contextlib.contextmanager
+  def locked(self) -> Iterator[None]:
+    """Keeps other processes of this host from training in the folder.
+
+    Raises:
+      RunFolderError: one is training in it.
+    """
+    if "://" in str(self.path):  # a bucket has no locks
+      yield
+      return
+    with (self.path / ".lock").open("w") as file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as error:
+        raise RunFolderError(
+          f"{self.path}: another process is training in it"
+        ) from error
+      yield
 
   def read_config(self) -> RunConfig:
     """The run's config.
@@ -71,7 +99,7 @@ class RunFolder:
     """The records of metrics.jsonl; a torn last line is left out.
 
     Raises:
-      RunFolderError: a line before the last is no JSON.
+      RunFolderError: a line before the last is no record.
     """
     if not self.metrics_file.exists():
       return []
@@ -79,8 +107,11 @@ class RunFolder:
     records = []
     for number, line in enumerate(lines, start=1):
       try:
-        records.append(json.loads(line))
-      except json.JSONDecodeError as error:
+        record = json.loads(line)
+        if not isinstance(record, dict) or not {"kind", "step"} <= set(record):
+          raise ValueError("expected a record with a kind and a step")
+        records.append(record)
+      except ValueError as error:
         if number < len(lines):
           raise RunFolderError(
             f"{self.metrics_file}, line {number}: {error}"

@@ -69,7 +69,7 @@ def train_step(
 ) -> tuple[State, dict[str, Array]]:
   """The state after one update, and the step's metrics.
 
-  A step whose loss or gradient is not finite changes nothing but `ok`, which
+  A step whose loss, gradient or update is not finite changes only `ok`, which
   becomes False and stops every later update.
 
   Args:
@@ -89,13 +89,16 @@ def train_step(
     params=optax.apply_updates(state["params"], updates),
     opt_state=opt_state,
   )
-  ok = state["ok"] & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  update_norm = optax.tree.norm(updates)
+  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm + update_norm)
+  ok = state["ok"] & finite
   old = {name: state[name] for name in new}
   kept = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
   metrics = dict(
     loss=loss,
     accuracy=sums["correct"] / sums["tokens"],
     grad_norm=grad_norm,
+    update_norm=update_norm,
     param_norm=optax.tree.norm(state["params"]),
   )
   return dict(kept, ok=ok), metrics

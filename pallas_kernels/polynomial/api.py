@@ -40,9 +40,10 @@ def polynomial_attention(
     v: (B, T, H, P), of q's dtype.
     coefficients: of sim; `REBASED` (the default) or `BASED`, or your own.
     scale: of q·k; None is F^(−1/2).
-    eps: added to the denominator Σ sim.
+    eps: added to the denominator Σ sim; 0 leaves 0/0 where all scores are 0.
     segment_ids: integers (B, T). A document is a run of one id; a token sees
-      its own document alone. An Inf or NaN in one stays in it.
+      its own document alone. An Inf or NaN in one stays in it; without ids it
+      may reach any token of its row.
     initial_state: belongs to the document of token 0; a caller whose token 0
       starts a document passes None or zeros.
     return_state: return (o, state) with the state after the last token, of
@@ -127,7 +128,7 @@ def polynomial_attention_at(
   Args:
     q: (B, M, H, F), the queries of these positions.
     k: (B, T, H, F); v: (B, T, H, P).
-    positions: integers (B, M), each in [0, T), in any order.
+    positions: integers (B, M), each in [0, T), in any order; another has NaN.
     coefficients: as in `polynomial_attention`; so are scale, eps, segment_ids.
 
   Returns:
@@ -149,14 +150,16 @@ def polynomial_attention_at(
   if not jnp.issubdtype(positions.dtype, jnp.integer):
     raise ValueError(f"positions is {positions.dtype}: expected integers")
   kernel = checks.kernel(q, coefficients, scale, eps)
+  inside_BM = (positions >= 0) & (positions < T)
   mask_BMT = positions[:, :, None] >= jnp.arange(T)[None, None]
   if segment_ids is not None:
     runs_BT = spec.document_runs(segment_ids)
     own_BM = jnp.take_along_axis(runs_BT, positions, axis=1)
     mask_BMT = mask_BMT & (own_BM[:, :, None] == runs_BT[:, None])
-  return spec.reference(
+  o_BMHP = spec.reference(
     q, k, v, mask_BMT, coefficients=kernel.coefficients, eps=kernel.eps
   )
+  return jnp.where(inside_BM[:, :, None, None], o_BMHP, jnp.nan)
 
 
 def polynomial_attention_weights(

@@ -1,6 +1,7 @@
 """Checks of the public functions' arguments: ValueError that names them."""
 
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ def kernel(q, coefficients, scale, eps) -> Kernel:
     raise ValueError(f"coefficients={coefficients!r}: expected Coefficients")
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   for name, value in (("scale", scale), ("eps", eps)):
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
       raise ValueError(f"{name}={value!r}: expected a finite Python number")
   if eps < 0:
     raise ValueError(f"eps={eps}: expected a number ≥ 0")
@@ -58,6 +59,10 @@ def sequences(q, k, v, segment_ids, names: str = "qkv") -> None:
 
 
 def state(argument, state, B, H, F, P, coefficients, dtype) -> None:
+  if not isinstance(state, State):
+    raise ValueError(
+      f"{argument} is a {type(state).__name__}: expected a State"
+    )
   expected = jax.eval_shape(
     lambda: spec.zero_state(B, H, F, P, coefficients=coefficients, dtype=dtype)
   )

@@ -38,6 +38,7 @@ class ShardAxes:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
       raise ValueError(f"axes={self}: there is no mesh; use jax.set_mesh(mesh)")
+    used: set[str] = set()
     for field, size in (("batch", batch), ("heads", heads), ("time", time)):
       axis = getattr(self, field)
       names = (axis,) if isinstance(axis, str) else axis or ()
@@ -48,6 +49,9 @@ class ShardAxes:
             f"axes.{field}={axis!r}: the mesh has the axes "
             f"{tuple(mesh.shape)}, not {name!r}"
           )
+        if name in used:
+          raise ValueError(f"axes={self} uses the mesh axis {name!r} twice")
+        used.add(name)
         devices *= mesh.shape[name]
       if size % devices:
         raise ValueError(

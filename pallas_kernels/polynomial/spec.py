@@ -61,13 +61,13 @@ BASED = Coefficients(1.0, 1.0, 0.5)
 
 
 class State(NamedTuple):
-  """What one document's past tokens are to later ones; float32 arrays.
+  """What one document's past tokens are to later ones.
+
+  The arrays are float32; those of float64 inputs are float64.
 
   kv_BHEP: Σ_s features(k_s) v_sᵀ, the sums of the numerator.
   kk_BHGG: Σ_s k̃_s k̃_sᵀ, those of the denominator; k̃ is k, followed by a
     1 where the coefficients have a term below the square.
-
-  Float64 inputs have a float64 state.
   """
 
   kv_BHEP: Array
@@ -247,18 +247,21 @@ def reference(
 def query_state(
   q_BHTF: Array, state: State, coefficients: Coefficients
 ) -> tuple[Array, Array]:
-  """(numerator_BHTP, denominator_BHT) that the state adds for each query."""
+  """(numerator_BHTP, denominator_BHT) that the state adds for each query.
+
+  In the accumulator's precision whatever q's dtype: with features rounded to
+  bfloat16 the two would not cancel where q·k is near 0, as they do not for a
+  past of few tokens, and o would not be a mean of values.
+  """
   F = q_BHTF.shape[-1]
-  dtype, acc = q_BHTF.dtype, state.kv_BHEP.dtype
-  exact = jax.lax.Precision.HIGHEST
+  acc, exact = state.kv_BHEP.dtype, jax.lax.Precision.HIGHEST
   w_111E = jnp.asarray(weights_E(F, coefficients), acc)[None, None, None]
   phi_BHTE = features(q_BHTF.astype(acc), coefficients) * w_111E
   num_BHTP = jnp.einsum(
     "bhte,bhep->bhtp",
-    phi_BHTE.astype(dtype),
-    state.kv_BHEP.astype(dtype),
-    precision=precision(dtype),
-    preferred_element_type=acc,
+    phi_BHTE,
+    state.kv_BHEP,
+    precision=exact,
   )
   q_BHTG = extend(q_BHTF.astype(acc), coefficients)
   w_11GG = jnp.asarray(weights_GG(F, coefficients), acc)[None, None]
@@ -276,7 +279,7 @@ def key_state(
   keep_B1T: Array | None = None,
 ) -> State:
   """The state of these tokens alone, or of those that `keep` marks."""
-  dtype, acc = k_BHTF.dtype, accumulator(k_BHTF.dtype)
+  acc, exact = accumulator(k_BHTF.dtype), jax.lax.Precision.HIGHEST
   phi_BHTE = features(k_BHTF.astype(acc), coefficients)
   k_BHTG = extend(k_BHTF.astype(acc), coefficients)
   if keep_B1T is not None:
@@ -285,12 +288,9 @@ def key_state(
     )
   kv_BHEP = jnp.einsum(
     "bhte,bhtp->bhep",
-    phi_BHTE.astype(dtype),
-    v_BHTP,
-    precision=precision(dtype),
-    preferred_element_type=acc,
+    phi_BHTE,
+    v_BHTP.astype(acc),
+    precision=exact,
   )
-  kk_BHGG = jnp.einsum(
-    "bhtg,bhtj->bhgj", k_BHTG, k_BHTG, precision=jax.lax.Precision.HIGHEST
-  )
+  kk_BHGG = jnp.einsum("bhtg,bhtj->bhgj", k_BHTG, k_BHTG, precision=exact)
   return State(kv_BHEP, kk_BHGG)

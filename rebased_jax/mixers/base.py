@@ -9,6 +9,7 @@ that of the last; a row that starts a document starts from `init_state`.
 import abc
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 from flax import nnx
@@ -110,17 +111,22 @@ def linear(
 
 
 def take_positions(x_BTD: Array, positions_BM: Array | None) -> Array:
-  """x_BMD: the chosen positions of each row, or all of them."""
+  """x_BMD: the chosen positions of each row, or all; NaN outside the row."""
   if positions_BM is None:
     return x_BTD
-  return jnp.take_along_axis(x_BTD, positions_BM[:, :, None], axis=1)
+  inside_BM = (positions_BM >= 0) & (positions_BM < x_BTD.shape[1])
+  x_BMD = jnp.take_along_axis(
+    x_BTD, positions_BM[:, :, None], axis=1, mode="clip"
+  )
+  return jnp.where(inside_BM[..., None], x_BMD, jnp.nan)
 
 
 def positive(config: object, *names: str) -> None:
   """Raises ValueError where a named field is not an integer ≥ 1."""
   for name in names:
     value = getattr(config, name)
-    if value is not None and (not isinstance(value, int) or value < 1):
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if value is not None and (not whole or value < 1):
       raise ValueError(
         f"{type(config).__name__}.{name}={value!r}: expected an integer ≥ 1"
       )

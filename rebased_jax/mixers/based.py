@@ -23,8 +23,7 @@ class BasedConfig(base.MixerConfig):
   implementation: str | None = None  # of the kernel; None: the best
 
   def __post_init__(self):
-    base.positive(self, "heads", "features", "value_features")
-    polynomial.eps_is_valid(self)
+    polynomial.check_config(self)
 
   def make(self, site: base.Site, *, rngs: nnx.Rngs) -> "Based":
     return Based(site.width, self, dtype=site.dtype, rngs=rngs)

@@ -7,12 +7,14 @@ No bias, no gate and no norm behind it; values are floor(D / H) wide.
 """
 
 import abc
+import math
 from typing import NamedTuple
 
 from flax import nnx
 from jax import Array
 
 from pallas_kernels import (
+  IMPLEMENTATIONS,
   Coefficients,
   ShardAxes,
   State,
@@ -92,7 +94,7 @@ class PolynomialMixer(base.Mixer):
     few = (
       query_positions is not None and query_positions.shape[1] <= FEW_QUERIES
     )
-    if few and whole_time:
+    if few and whole_time and self.implementation is None:
       x_BMD = base.take_positions(x_BTD, query_positions)
       o_BMHP = polynomial_attention_at(
         self.query(x_BMD),
@@ -184,9 +186,14 @@ def check_sizes(config: object, width: int) -> Shape:
   return Shape(config.heads, config.features, P)
 
 
-def eps_is_valid(config: object) -> None:
-  """Raises ValueError where eps is negative."""
-  if not config.eps >= 0:
+def check_config(config: object) -> None:
+  """Raises ValueError where a field that the two configs share is wrong."""
+  base.positive(config, "heads", "features", "value_features")
+  name = type(config).__name__
+  if not 0 <= config.eps < math.inf:
+    raise ValueError(f"{name}.eps={config.eps!r}: expected a number ≥ 0")
+  if config.implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(
-      f"{type(config).__name__}.eps={config.eps!r}: expected a number ≥ 0"
+      f"{name}.implementation={config.implementation!r}: expected None or one "
+      f"of {IMPLEMENTATIONS}"
     )

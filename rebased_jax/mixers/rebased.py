@@ -44,8 +44,7 @@ class ReBasedConfig(base.MixerConfig):
   implementation: str | None = None  # of the kernel; None: the best
 
   def __post_init__(self):
-    base.positive(self, "heads", "features", "value_features")
-    polynomial.eps_is_valid(self)
+    polynomial.check_config(self)
     if self.norm_scope not in ("joint", "head"):
       raise ValueError(
         f"ReBasedConfig.norm_scope={self.norm_scope!r}: expected 'joint' or "
