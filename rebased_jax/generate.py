@@ -44,12 +44,12 @@ def generate(
     raise ValueError(f"temperature={temperature}: expected a number ≥ 0")
   if 0 < temperature < 1e-30:
     raise ValueError(f"temperature={temperature}: expected 0, or above 1e-30")
-  if temperature == 0 and top_k is not None:
-    raise ValueError(f"top_k={top_k} samples: expected temperature > 0")
   if temperature > 0 and key is None:
     raise ValueError("temperature > 0 samples: expected a PRNG key in `key`")
   if top_k is not None and not 1 <= top_k <= V:
     raise ValueError(f"top_k={top_k}: expected None or 1 to {V}")
+  if temperature == 0 and top_k is not None:
+    raise ValueError(f"top_k={top_k} samples: expected temperature > 0")
   model_lib.check_length(model.config, prompt.shape[1] + steps - 1)
   graph, params = nnx.split(model)
   key = jax.random.key(0) if key is None else key

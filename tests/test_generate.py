@@ -112,6 +112,9 @@ def test_a_token_past_the_table_is_named() -> None:
     (dict(temperature=1.0, key=None), "`key`"),
     (dict(top_k=0), "top_k=0"),
     (dict(top_k=V + 1), "top_k=12: expected None or 1 to 11"),
+    (dict(top_k=3), "top_k=3 samples: expected temperature > 0"),
+    (dict(steps=2.0), "steps=2.0"),
+    (dict(temperature=1e-46), "temperature=1e-46"),
   ],
 )
 def test_a_wrong_argument_is_named(wrong, message) -> None:

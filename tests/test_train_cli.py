@@ -229,7 +229,7 @@ def test_evaluate_prints_the_recorded_numbers(call, finished: Path) -> None:
   assert records[2]["loss"] != records[6]["loss"]
   assert files(finished) == before
   code, _, err = call("evaluate", str(finished), "--step", "3")
-  assert code == 1 and "no step 3, only [2, 4, 6]" in err
+  assert code == 2 and "no step 3, only [2, 4, 6]" in err
 
 
 def test_inspect(call, finished: Path) -> None:
@@ -256,7 +256,7 @@ def test_inspect(call, finished: Path) -> None:
   assert re.search(r"│ data.length +│ +16 │", out)
   assert re.search(r"│ finished +│ +None │", out)
   code, _, err = call("inspect", str(finished / "checkpoints" / "5"))
-  assert code == 1 and "no step 5" in err
+  assert code == 2 and "no step 5" in err
 
 
 def test_doctor(call) -> None:

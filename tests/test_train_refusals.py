@@ -72,7 +72,7 @@ def test_a_file_is_no_run_folder(tmp_path, capsys) -> None:
 
 def test_one_process_trains_in_a_folder(finished) -> None:
   before = files(finished)
-  with (finished / ".lock").open("w") as other:
+  with (finished / "config.json").open() as other:
     fcntl.flock(other, fcntl.LOCK_EX)
     with pytest.raises(RunFolderError, match="another process"):
       run(_CONFIG, finished)

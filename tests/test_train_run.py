@@ -84,7 +84,7 @@ def test_the_records_of_a_run(learned: Path) -> None:
   fields = {
     "eval": {"loss", "accuracy", "tokens"},
     "train": {
-      *("loss", "accuracy", "grad_norm", "param_norm"),
+      *("loss", "accuracy", "grad_norm", "param_norm", "update_norm"),
       *("tokens_per_second", "step_time", "data_wait"),
     },
   }

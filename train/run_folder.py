@@ -67,7 +67,7 @@ class RunFolder:
     if "://" in str(self.path):  # a bucket has no locks
       yield
       return
-    with (self.path / ".lock").open("w") as file:
+    with self.config_file.open() as file:
       try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError as error:
