@@ -50,11 +50,9 @@ class OptimizerConfig:
       check(0 < value < math.inf, name, "a number above 0")
     for name in ("beta1", "beta2"):
       check(0 <= getattr(self, name) < 1, name, "a number in [0, 1)")
-    decay = self.weight_decay
-    check(0 <= decay < math.inf, "weight_decay", "a finite number ≥ 0")
+    check(0 <= self.weight_decay < math.inf, "weight_decay", "finite, ≥ 0")
     for name in ("warmup_steps", "epoch_steps"):
-      whole = isinstance(getattr(self, name), int | None)
-      check(whole, name, "an integer")
+      check(isinstance(getattr(self, name), int | None), name, "an integer")
     check(self.warmup_steps >= 0, "warmup_steps", "an integer ≥ 0")
     check(0 <= self.final_fraction <= 1, "final_fraction", "0 to 1")
     check(
@@ -79,23 +77,35 @@ class DataConfig(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class MQARStreamData(DataConfig):
+class MQARData(DataConfig):
+  """Abstract: rows of multi-query associative recall, of one shape."""
+
+  vocab_size: int = 8192
+  length: int = 128
+  pairs: int = 16
+  power: float = 0.01
+
+  def __post_init__(self):
+    self.rows()  # raises where there is no such row
+
+  def rows(self) -> mqar.MQARConfig:
+    return mqar.MQARConfig(self.vocab_size, self.length, self.pairs, self.power)
+
+
+@dataclasses.dataclass(frozen=True)
+class MQARStreamData(MQARData):
   """Unlimited MQAR: example i is a function of (seed, i)."""
 
   vocab_size: int = 256
   length: int = 32
   pairs: int = 4
-  power: float = 0.01
   test_examples: int = 2048
 
   def __post_init__(self):
-    self.rows()
+    super().__post_init__()
     batches.require(
       self.test_examples >= 1, "data.test_examples", self.test_examples, "≥ 1"
     )
-
-  def rows(self) -> mqar.MQARConfig:
-    return mqar.MQARConfig(self.vocab_size, self.length, self.pairs, self.power)
 
   def train_batches(self, rows: int, seed: int) -> batches.Batches:
     return mqar.MQARStream(self.rows(), seed, rows)
@@ -107,22 +117,12 @@ class MQARStreamData(DataConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class MQARPaperData(DataConfig):
+class MQARPaperData(MQARData):
   """The paper's 100,000 training and 3,000 test rows, one set for all seeds."""
 
-  vocab_size: int = 8192
-  length: int = 128
-  pairs: int = 16
-  power: float = 0.01
   examples: int = 100_000
   epochs: int = 64
   drop_last: bool = False  # an epoch's incomplete last batch; paper: T ≥ 512
-
-  def __post_init__(self):
-    self.rows()
-
-  def rows(self) -> mqar.MQARConfig:
-    return mqar.MQARConfig(self.vocab_size, self.length, self.pairs, self.power)
 
   def train_batches(self, rows: int, seed: int) -> batches.Batches:
     return mqar_paper.MQARPaper(

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from rebased_jax import LM, parameter_count
 from train import build, evaluate, plots, restore, sharding
-from train.config import MQARPaperData, MQARStreamData, RunConfig
+from train.config import MQARData, RunConfig
 from train.console import rows
 from train.loop import Outcome
 from train.run_folder import RunFolder
@@ -38,7 +38,7 @@ def finish(
 
 def draw_attention(config: RunConfig, model: LM, folder: RunFolder) -> bool:
   """attention.png of an MQAR run over its first held-out row."""
-  if not isinstance(config.data, MQARStreamData | MQARPaperData):
+  if not isinstance(config.data, MQARData):
     return False
   batch = config.data.eval_batches(1, config.seed).read(0)
   A_TT = model.attention_matrix(batch["tokens"])[0].mean(axis=0)

@@ -44,7 +44,7 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
   T, P = q.shape[1], v.shape[-1]
   call = _call(q, v, kernel)
   q, k, v = _fill(q, k, v)
-  before = _prefix(k, v, state, call)
+  before, own = _prefix(k, v, state, call)
   alone = call.slices == 1
   o, *after = gpu_forward.forward(
     q, k, v, *before, call, state=return_state and alone
@@ -53,12 +53,7 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
   if not return_state:
     return o, None
   if not alone:
-    after = [
-      x + own
-      for x, own in zip(
-        before[:2], gpu_forward.key_states(k, v, call), strict=True
-      )
-    ]
+    after = [x + y for x, y in zip(before[:2], own, strict=True)]
   kv, kk = (x[-1] for x in after)
   count = jnp.full(kv.shape[:2], T, jnp.float32)
   if state is not None and kernel.coefficients.affine:
@@ -85,7 +80,7 @@ def backward_queries(q, k, v, do, runs_BT, state, kernel: Kernel):
   _, T, _, F = q.shape
   call = _call(q, v, kernel)
   q, k, v, do = _fill(q, k, v, do)
-  before = _prefix(k, v, state, call)
+  before, _ = _prefix(k, v, state, call)
   dq, r, dz = gpu_backward.backward_queries(q, k, v, do, *before, call)
   return dq[:, :T, :, :F], r, dz
 
@@ -147,9 +142,12 @@ def _fill(q, k, v, *more):
 
 
 def _prefix(k, v, state: State | None, call: Call):
-  """(KVᵀ, KK, count) before each slice; three None where all are 0."""
+  """((KVᵀ, KK, count) before each slice, each slice's own (KVᵀ, KK)).
+
+  Three None where all that is before is 0; None for the own of a single slice.
+  """
   if state is None and call.slices == 1:
-    return None, None, None
+    return (None, None, None), None
   outer, count = None, jnp.zeros((call.B, call.H), jnp.float32)
   if state is not None:
     outer = gpu_common.to_kernel(state, call)
@@ -160,7 +158,7 @@ def _prefix(k, v, state: State | None, call: Call):
   steps = jnp.arange(call.slices, dtype=jnp.float32) * (
     call.chunks * gpu_common.C
   )
-  return kv, kk, steps[:, None, None] + count[None]
+  return (kv, kk, steps[:, None, None] + count[None]), own
 
 
 def _suffix(q, do, r, dz, dstate: State | None, call: Call):
