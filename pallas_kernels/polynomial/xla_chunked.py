@@ -96,7 +96,8 @@ def backward_queries(
     r_BHC = 1 / (z_BHC + kernel.eps)
     g_BHCP = _normalised(do_BHCP, r_BHC)
     dz_BHC = -r_BHC * jnp.sum(g_BHCP * num_BHCP, axis=-1)
-    da_BHCC = _d_scores(q_BHCF, k_BHCF, v_BHCP, g_BHCP, dz_BHC, masks, kernel)
+    inner = q_BHCF, k_BHCF, v_BHCP, do_BHCP
+    da_BHCC = _d_scores(*inner, r_BHC, dz_BHC, masks, kernel)
     dq_BHCF = spec.contract(da_BHCC, k_BHCF, _documents(masks))
     if state is not None:
       dq_BHCF += _d_query(q_BHCF, g_BHCP, dz_BHC, state, masks, kernel)
@@ -129,10 +130,12 @@ def backward_keys(
 
   def chunk(dstate, inputs):
     (q_BHCF, k_BHCF, v_BHCP, do_BHCP, r_BHC1, dz_BHC1), masks = inputs
-    g_BHCP, dz_BHC = _normalised(do_BHCP, r_BHC1[..., 0]), dz_BHC1[..., 0]
+    r_BHC, dz_BHC = r_BHC1[..., 0], dz_BHC1[..., 0]
+    g_BHCP = _normalised(do_BHCP, r_BHC)
     a_BHCC = _inner(q_BHCF, k_BHCF)
     sim_BHCC = _visible(spec.polynomial(a_BHCC, kernel.coefficients), masks)
-    da_BHCC = _d_scores(q_BHCF, k_BHCF, v_BHCP, g_BHCP, dz_BHC, masks, kernel)
+    inner = q_BHCF, k_BHCF, v_BHCP, do_BHCP
+    da_BHCC = _d_scores(*inner, r_BHC, dz_BHC, masks, kernel)
     seen, dtype = _documents(masks, by_key=True), v_BHCP.dtype
     dk_BHCF = spec.contract(da_BHCC.swapaxes(-1, -2), q_BHCF, seen)
     sim_BHCC = sim_BHCC.swapaxes(-1, -2).astype(dtype)
@@ -312,9 +315,13 @@ def _scores(q_BHCF, k_BHCF, v_BHCP, state, masks, kernel):
   return num_BHCP + past_num, z_BHC + past_z
 
 
-def _d_scores(q_BHCF, k_BHCF, v_BHCP, g_BHCP, dz_BHC, masks, kernel):
-  """da_BHCC, the cotangent of q_t·k_s within the chunk."""
-  dsim_BHCC = _inner(g_BHCP.astype(v_BHCP.dtype), v_BHCP) + dz_BHC[..., None]
+def _d_scores(q_BHCF, k_BHCF, v_BHCP, do_BHCP, r_BHC, dz_BHC, masks, kernel):
+  """da_BHCC, the cotangent of q_t·k_s within the chunk.
+
+  r meets do·v after the sum: a rounded g = r·do would be off by more than what
+  is left of g·v + dz where the two nearly cancel.
+  """
+  dsim_BHCC = r_BHC[..., None] * _inner(do_BHCP, v_BHCP) + dz_BHC[..., None]
   a_BHCC = _inner(q_BHCF, k_BHCF)
   da_BHCC = dsim_BHCC * spec.derivative(a_BHCC, kernel.coefficients)
   return _visible(da_BHCC, masks).astype(q_BHCF.dtype)
