@@ -84,7 +84,9 @@ class Block(nnx.Module):
     rngs: nnx.Rngs,
   ):
     self.norm1 = layer_norm(config, rngs)
-    site = base.Site(config.width, layer, config.layers, config.dtype)
+    site = base.Site(
+      config.width, layer, config.layers, config.dtype, config.positions
+    )
     self.mixer = mixer.make(site, rngs=rngs)
     self.norm2 = layer_norm(config, rngs)
     has_mlp = config.mlp_width is not None

@@ -30,6 +30,7 @@ class Site:
   layer: int = 0  # counted from 0
   layers: int = 1
   dtype: str = "float32"  # of the computation; parameters are float32
+  length: int | None = None  # the longest row, where the model has a longest
 
 
 class Mixer(nnx.Module):
