@@ -1,7 +1,8 @@
-"""What the three Hopper kernels share: features, tiles, and their layouts.
+"""What the Hopper kernels share: features, tiles, and their layouts.
 
-A warpgroup walks over a slice of one head's tokens in chunks of C = 64. Keys
-and queries are F = 16 wide. The features of a chunk are blocks of 16 columns,
+A pair of warpgroups walks over a slice of one head's tokens in chunks of
+C = 64. Keys and queries are F = 16 wide. The features of a chunk are blocks of
+16 columns,
 
     cyclic r = 0 … 8   x ∘ (x Π_r)      Π_r rolls by r: a product on the tensor
                                         core, since registers cannot be rolled
@@ -9,7 +10,7 @@ and queries are F = 16 wide. The features of a chunk are blocks of 16 columns,
     constant           (1, 1, 0, …)      with c0; weights (hi, lo) on the query
 
 and everything is divided by c2, which cancels: sim' = s'² + c1' s' + c0', with
-eps' = eps / c2. The state is kept transposed in registers, KVᵀ (P × E), beside
+eps' = eps / c2. The state is kept transposed in registers, KVᵀ (V × E), beside
 KK (rows: 16 of k̃ k̃ᵀ, then the sum of k twice); the tensor core reads a bf16
 copy of KVᵀ, and of KK a high and a low half, whose sum is exact to 16 bits.
 """
@@ -29,6 +30,7 @@ C = 64  # tokens of a chunk
 F = 16  # query and key features
 V = 64  # value width of the tiles; narrower values leave zeros
 CYCLIC = F // 2 + 1  # blocks
+GROUP = 3  # blocks at a time
 LAYOUT = plgpu.Layout.WGMMA
 bf16, f32 = jnp.bfloat16, jnp.float32
 
@@ -60,6 +62,12 @@ class Call:
     return F * self.blocks
 
   @property
+  def groups(self) -> list[range]:
+    """The blocks, a few at a time, so that they fit the registers."""
+    steps = range(0, self.blocks, GROUP)
+    return [range(r, min(r + GROUP, self.blocks)) for r in steps]
+
+  @property
   def rows(self) -> int:
     """T of the arrays in memory, a multiple of 8."""
     return -(-self.T // 8) * 8
@@ -73,10 +81,6 @@ class Call:
   def square(self) -> bool:
     """Whether sim' is the square alone."""
     return self.c0 == self.c1 == 0
-
-  @property
-  def grid(self):
-    return dict(grid=(self.slices, self.H, self.B), grid_names=("s", "h", "b"))
 
 
 def make_call(B, T, H, P, kernel: Kernel, programs: int) -> Call:
@@ -135,13 +139,29 @@ def columns(x_C, width: int):
 
 def mma(*pairs, shape):
   """Σ A B on the tensor core, in float32."""
+  return mmas((shape, *pairs))[0]
 
-  def run(acc):
+
+def mmas(*products):
+  """Σ A B for each (shape, (A, B), …), all under way at once."""
+
+  def run(*accs):
+    for acc, (_, *pairs) in zip(accs, products, strict=True):
+      for a, b in pairs:
+        plgpu.wgmma(acc, a, b)
+    return tuple(acc[...] for acc in accs)
+
+  return pl.run_scoped(run, *(plgpu.ACC(x[0], f32) for x in products))
+
+
+def add_mma(acc, *pairs):
+  """acc + Σ A B."""
+
+  def run(ref):
     for a, b in pairs:
-      plgpu.wgmma(acc, a, b)
-    return acc[...]
+      plgpu.wgmma(ref, a, b)
 
-  return pl.run_scoped(run, plgpu.ACC(shape, f32))
+  return pl.run_state(run)(plgpu.ACC.init(acc))
 
 
 def two_columns(first, second=None):
@@ -176,33 +196,56 @@ def valid(call: Call, chunk):
   return jnp.where(chunk * C + iota((C, F), 0) < call.T, 1.0, 0.0)
 
 
-def query_features(x_CF, rolled_CE, call: Call) -> list:
-  """The weighted feature blocks of queries, bf16 in registers."""
+def seen(*, queries: int):
+  """Whether a query sees a key of its chunk; `queries` is their axis."""
+  row, column = iota((C, C), 0), iota((C, C), 1)
+  return row >= column if queries == 0 else column >= row
+
+
+def query_features(x_CF, rolled, blocks, call: Call) -> list:
+  """Weighted feature blocks of queries, bf16; rolled (C, 16 a block)."""
   weighted = {1.0: x_CF, 2.0: x_CF + x_CF}
-  blocks = [
-    weighted[weight(r)] * rolled_CE[:, block(r)].astype(bf16)
-    for r in range(CYCLIC)
-  ]
-  if call.c1:
-    blocks.append((x_CF.astype(f32) * call.c1).astype(bf16))
-  if call.c0:
-    blocks.append(two_columns(*split(call.c0)))
-  return blocks
+  features = []
+  for i, r in enumerate(blocks):
+    if r < CYCLIC:
+      features.append(weighted[weight(r)] * rolled[:, block(i)].astype(bf16))
+    elif r == CYCLIC and call.c1:
+      features.append((x_CF.astype(f32) * call.c1).astype(bf16))
+    else:
+      features.append(two_columns(*split(call.c0)))
+  return features
 
 
-def key_features(x_CF, rolled_CE, call: Call, exists=None) -> list:
-  """The feature blocks of keys, bf16 in registers."""
-  blocks = [x_CF * rolled_CE[:, block(r)].astype(bf16) for r in range(CYCLIC)]
-  if call.c1:
-    blocks.append(x_CF)
-  if call.c0:
-    blocks.append(two_columns(1.0 if exists is None else exists))
-  return blocks
+def key_features(x_CF, rolled, blocks, call: Call, exists=None) -> list:
+  """Feature blocks of keys, bf16; rolled (C, 16 a block)."""
+  features = []
+  for i, r in enumerate(blocks):
+    if r < CYCLIC:
+      features.append(x_CF * rolled[:, block(i)].astype(bf16))
+    elif r == CYCLIC and call.c1:
+      features.append(x_CF)
+    else:
+      features.append(two_columns(1.0 if exists is None else exists))
+  return features
 
 
-def store_blocks(ref, blocks: list) -> None:
-  for r, x in enumerate(blocks):
-    ref[:, pl.ds(r * F, F)] = x
+def cyclic(blocks) -> range:
+  """Those of a group's blocks that are cyclic."""
+  return range(blocks.start, min(blocks.stop, CYCLIC))
+
+
+def some_rolls(rolls_s, blocks: range):
+  """Π of the cyclic ones of these blocks, (F, 16 a block)."""
+  blocks = cyclic(blocks)
+  return rolls_s.at[:, pl.ds(blocks.start * F, len(blocks) * F)]
+
+
+def roll(x_s, rolls_s, blocks: range):
+  """x Π of these blocks, (C, 16 a block) float32; None without cyclic ones."""
+  if not cyclic(blocks):
+    return None
+  shape = (C, len(cyclic(blocks)) * F)
+  return mma((x_s, some_rolls(rolls_s, blocks)), shape=shape)
 
 
 def store_split(ref, x_VF) -> None:
@@ -212,73 +255,42 @@ def store_split(ref, x_VF) -> None:
   ref[1] = (x_VF - hi.astype(f32)).astype(bf16)
 
 
+def halves(kk_s, start: int) -> list:
+  """The bf16 parts of 16 rows of KK; their sum is KK."""
+  return [kk_s.at[i, pl.ds(start, F)] for i in (0, 1)]
+
+
 def denominator(x_s, kk_s, call: Call):
   """(KK q, c1' Σ k): two (C, F); their sum times q is that of the state."""
-  rows = lambda start: [kk_s.at[i, pl.ds(start, F)] for i in (0, 1)]
-  quadratic = mma(*[(x_s, kk) for kk in rows(0)], shape=(C, F))
+  quadratic = ((C, F), *[(x_s, kk) for kk in halves(kk_s, 0)])
   if not call.c1:
-    return quadratic, None
+    return mmas(quadratic)[0], None
   ones = two_columns(*split(call.c1))
-  return quadratic, mma(*[(ones, kk) for kk in rows(F)], shape=(C, F))
+  return mmas(quadratic, ((C, F), *[(ones, kk) for kk in halves(kk_s, F)]))
 
 
-def update(accs, weighted_s, x_s, v_s, features_s):
-  """KK += [k̃ k̃ …]ᵀ k and KVᵀ += vᵀ features, on the tensor core."""
-
-  def run(refs):
-    kv, kk = refs
-    plgpu.wgmma(kk, weighted_s.transpose((1, 0)), x_s)
-    plgpu.wgmma(kv, v_s.transpose((1, 0)), features_s)
-
-  return pl.run_state(run)(tuple(plgpu.ACC.init(x) for x in accs))
-
-
-def prefetch(refs, slots, barriers, chunk, slot):
-  """Starts the copies of one chunk; TMA fills what is beyond T with 0."""
-  b, h = lax.axis_index("b"), lax.axis_index("h")
-  for ref, buffer in zip(refs, slots, strict=True):
-    width = buffer.shape[-1]
-    # Not a plain 0: TMA fills what is beyond the width, but a slice that is
-    # static and too wide is refused.
-    start = 0 if width == ref.shape[-1] else b * 0
-    source = ref.at[b, pl.ds(chunk * C, C), h, pl.ds(start, width)]
-    plgpu.copy_gmem_to_smem(source, buffer.at[slot], barriers.at[slot])
+def store_keys(k_s, rolls_s, phi_s, wide_s, chunk, call: Call) -> None:
+  """The features of the keys, and k̃ with its ones, for the update."""
+  x = plgpu.load(k_s, layout=LAYOUT)
+  exists = valid(call, chunk) if call.c0 or call.c1 else None
+  for blocks in call.groups:
+    rolled = roll(k_s, rolls_s, blocks)
+    features = key_features(x, rolled, blocks, call, exists)
+    store_blocks(phi_s, blocks, features)
+  wide_s[:, pl.ds(0, F)] = x
+  if exists is not None:
+    wide_s[:, pl.ds(F, F)] = two_columns(exists)
 
 
-def prefetch_rows(refs, slots, barriers, chunk, slot):
-  """The same for (B, H, T) arrays of a value a token."""
-  b, h = lax.axis_index("b"), lax.axis_index("h")
-  for ref, buffer in zip(refs, slots, strict=True):
-    plgpu.copy_gmem_to_smem(
-      ref.at[b, h, pl.ds(chunk * C, C)], buffer.at[slot], barriers.at[slot]
-    )
+def store_blocks(phi_s, blocks: range, features: list) -> None:
+  for r, x in zip(blocks, features, strict=True):
+    phi_s[:, pl.ds(r * F, F)] = x
 
 
 def compiler_params():
   return plgpu.CompilerParams(
     approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
   )
-
-
-def load_state(refs, s, b, h, call: Call):
-  """(KVᵀ, KK) in registers and the count of tokens before the slice."""
-  if refs is None:
-    return zeros((V, call.E)), zeros((V, F)), jnp.zeros((), f32)
-  load = lambda ref: plgpu.load(ref.at[s, b, h], layout=LAYOUT, optimized=False)
-  kv_ref, kk_ref, *count_ref = refs
-  count = count_ref[0][s, b, h] if count_ref else jnp.zeros((), f32)
-  return load(kv_ref), load(kk_ref), count
-
-
-def store_keys(k_s, rolls_s, phi_s, wide_s, chunk, call: Call) -> None:
-  """The features of the keys, and k̃ with its ones, for the update."""
-  rolled = mma((k_s, rolls_s), shape=(C, CYCLIC * F))
-  x = plgpu.load(k_s, layout=LAYOUT)
-  exists = valid(call, chunk) if call.c0 or call.c1 else None
-  store_blocks(phi_s, key_features(x, rolled, call, exists))
-  wide_s[:, pl.ds(0, F)] = x
-  if exists is not None:
-    wide_s[:, pl.ds(F, F)] = two_columns(exists)
 
 
 # Between the states of spec.py and those of the kernels.
@@ -291,7 +303,7 @@ def to_kernel(state: State, call: Call, *, cotangent: bool = False):
   low half of a weight; a cotangent once.
   """
   kv, kk, E = state.kv_BHEP, state.kk_BHGG, CYCLIC * F
-  parts, E = [kv[:, :, :E]], E
+  parts = [kv[:, :, :E]]
   if call.c1:
     parts.append(kv[:, :, E : E + F])
     E += F
