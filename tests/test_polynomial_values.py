@@ -114,9 +114,23 @@ def check(cell: Cell, implementation: str = "xla") -> dict:
   x = make_inputs(2, shape[0], 2, *shape[1:], **named)
   got = answer(x, COEFFICIENTS[coefficients], cell.final, implementation)
   found = errors(got, po.oracle(x, named["coefficients"]))
+  least = lone_error(x) if cell.borders == "own" or cell.T == 1 else 0
   for name, error in found.items():
-    assert error <= tolerance(name, cell.dtype, cell.keys), (name, found, cell)
+    allowed = max(tolerance(name, cell.dtype, cell.keys), least)
+    assert error <= allowed, (name, found, cell)
   return found
+
+
+def lone_error(x) -> float:
+  """What float32 makes of q·k where a token sees itself alone, relatively.
+
+  Its output is v · sim / (sim + eps), and sim takes over twice the relative
+  error of q·k: F roundings of |q||k|, large beside a q·k near 0.
+  """
+  q, k = (np.asarray(y).astype(np.float64) for y in x[:2])
+  size = np.linalg.norm(q, axis=-1) * np.linalg.norm(k, axis=-1)
+  worst = (size / np.abs((q * k).sum(axis=-1))).max()
+  return min(2 * 2.0**-24 * q.shape[-1] ** 0.5 * worst, 1e-3)
 
 
 CELLS = covering_cells()

@@ -22,6 +22,7 @@ from pallas_kernels.polynomial import (
 from pallas_kernels.polynomial.gpu_common import (
   CYCLIC,
   LAYOUT,
+  TILE,
   C,
   F,
   V,
@@ -123,11 +124,11 @@ def _dq_state(q_s, do_s, shared, rolls_s, past, call):
       for i, phi_r in enumerate(phi):
         dot = (u[:, block(i)] * phi_r.astype(f32)).sum(axis=1)
         num = dot if num is None else num + dot
-    dnum = _through_cyclic(dnum, u, rolled, xf, rolls_s, blocks, weighted=True)
+    dnum = _through_cyclic(dnum, u, rolled, x, rolls_s, blocks, weighted=True)
     if call.c1 and CYCLIC in blocks:
       dnum = dnum + u[:, block(CYCLIC - blocks.start)] * call.c1
-  quadratic, linear = common.denominator(q_s, shared.kk, call)
-  form = quadratic if linear is None else quadratic + linear
+  quadratic, *linear = mmas(*common.denominator(q_s, shared.kk, call))
+  form = quadratic + linear[0] if linear else quadratic
   z = (form * xf).sum(axis=1) + call.c0 * past
   return dnum, quadratic + form, z, num
 
@@ -135,18 +136,23 @@ def _dq_state(q_s, do_s, shared, rolls_s, past, call):
 def _dq_within(q_s, k_s, v_s, do_s, part, call):
   """dq (C, F), r (C,) and dz (C,)."""
   dnum, dden, z, num = part
-  a, dsim = mmas(
-    ((C, C), (q_s, k_s.transpose((1, 0)))),
-    ((C, C), (do_s, v_s.transpose((1, 0)))),
-  )
-  seen = common.seen(queries=0)
-  sim = jnp.where(seen, common.polynomial(a, call), 0.0)
-  slope = jnp.where(seen, common.derivative(a, call), 0.0)
-  z = z + sim.sum(axis=1)
-  if num is not None:
-    num = num + (sim * dsim).sum(axis=1)
-  dden = add_mma(dden, (slope.astype(bf16), k_s))
-  dnum = add_mma(dnum, ((slope * dsim).astype(bf16), k_s))
+  for start in range(0, C, TILE):
+    some = pl.ds(start, TILE)
+    a, dsim = mmas(
+      ((C, TILE), (q_s, k_s.at[some].transpose((1, 0)))),
+      ((C, TILE), (do_s, v_s.at[some].transpose((1, 0)))),
+    )
+    seen = common.seen(start, queries=0)
+    sim = jnp.where(seen, common.polynomial(a, call), 0.0)
+    slope = jnp.where(seen, common.derivative(a, call), 0.0)
+    z = z + sim.sum(axis=1)
+    if num is not None:
+      num = num + (sim * dsim).sum(axis=1)
+    more = mmas(
+      ((C, F), (slope.astype(bf16), k_s.at[some])),
+      ((C, F), ((slope * dsim).astype(bf16), k_s.at[some])),
+    )
+    dden, dnum = dden + more[0], dnum + more[1]
   if num is None:
     xf = plgpu.load(q_s, layout=LAYOUT).astype(f32)
     num = (dnum * xf).sum(axis=1) * 0.5
@@ -158,24 +164,26 @@ def _dq_within(q_s, k_s, v_s, do_s, part, call):
 def _through(value_s, x_s, shared, rolls_s, blocks: range):
   """u = value KV of these blocks, (C, 16 a block); and x Π, in bf16."""
   kv = shared.kv.at[:, pl.ds(blocks.start * F, len(blocks) * F)]
-  u = (C, len(blocks) * F), (value_s, kv)
-  if not common.cyclic(blocks):
-    return mmas(u)[0], None
-  shape = (C, len(common.cyclic(blocks)) * F)
-  u, rolled = mmas(u, (shape, (x_s, common.some_rolls(rolls_s, blocks))))
-  return u, rolled.astype(bf16)
+  products = [((C, len(blocks) * F), (value_s, kv))]
+  rolls = common.some(rolls_s, blocks)
+  if rolls is not None:
+    products.append(((C, rolls.shape[1]), (x_s, rolls)))
+  u, *rolled = mmas(*products)
+  return u, rolled[0].astype(bf16) if rolled else None
 
 
-def _through_cyclic(sum_, u, rolled, xf, rolls_s, blocks, *, weighted: bool):
+def _through_cyclic(sum_, u, rolled, x, rolls_s, blocks, *, weighted: bool):
   """sum + J(x)ᵀ u of the cyclic ones of these blocks."""
-  terms, twice = [], xf + xf
-  for i, r in enumerate(common.cyclic(blocks)):
-    scaled = twice if weighted and common.weight(r) == 2.0 else xf
+  terms, twice, low = [], x + x, u.astype(bf16)
+  for i, r in enumerate(blocks):
+    if r >= CYCLIC:
+      break
+    heavy = weighted and common.weight(r) == 2.0
     part = u[:, block(i)] * rolled[:, block(i)].astype(f32)
-    sum_ = sum_ + (part + part if scaled is twice else part)
+    sum_ = sum_ + (part + part if heavy else part)
     back = rolls_s.at[:, pl.ds(r * F, F)].transpose((1, 0))
-    terms.append(((u[:, block(i)] * scaled).astype(bf16), back))
-  return add_mma(sum_, *terms) if terms else sum_
+    terms.append((low[:, block(i)] * (twice if heavy else x), back))
+  return sum_ + mma(*terms, shape=(C, F)) if terms else sum_
 
 
 def backward_keys(q, k, v, do, r, dz, kv, kk, call, *, state: bool):
@@ -276,7 +284,7 @@ def _dkv_state(k_s, v_s, shared, rolls_s, call):
   if call.c1:
     one = common.two_columns(1.0, 0.0)
     halves = common.halves(shared.kk, F)
-    dk = add_mma(dk, *[(one, half) for half in halves])
+    dk = dk + mma(*[(one, half) for half in halves], shape=(C, F))
   dv = common.zeros((C, V))
   for blocks in call.groups:
     u, rolled = _through(v_s, k_s, shared, rolls_s, blocks)
@@ -284,9 +292,7 @@ def _dkv_state(k_s, v_s, shared, rolls_s, call):
     kv = lambda r: shared.kv.at[:, pl.ds(r * F, F)].transpose((1, 0))
     terms = [(y, kv(r)) for r, y in zip(blocks, phi, strict=True)]
     dv = add_mma(dv, *terms)
-    dk = _through_cyclic(
-      dk, u, rolled, x.astype(f32), rolls_s, blocks, weighted=False
-    )
+    dk = _through_cyclic(dk, u, rolled, x, rolls_s, blocks, weighted=False)
     if call.c1 and CYCLIC in blocks:
       dk = dk + u[:, block(CYCLIC - blocks.start)]
   return dk, dv
@@ -295,16 +301,20 @@ def _dkv_state(k_s, v_s, shared, rolls_s, call):
 def _dkv_within(q_s, k_s, v_s, g_s, dz_s, part, call):
   """The sums with the queries of the chunk; tiles are [key, query]."""
   dk, dv = part
-  a, dsim = mmas(
-    ((C, C), (k_s, q_s.transpose((1, 0)))),
-    ((C, C), (v_s, g_s.transpose((1, 0)))),
-  )
-  dz = plgpu.load(dz_s, layout=_COLUMNS)
-  dsim = dsim + lax.broadcast_in_dim(dz, (C, C), [1])
-  seen = common.seen(queries=1)
-  da = jnp.where(seen, dsim * common.derivative(a, call), 0.0).astype(bf16)
-  sim = jnp.where(seen, common.polynomial(a, call), 0.0).astype(bf16)
-  return add_mma(dk, (da, q_s)), add_mma(dv, (sim, g_s))
+  for start in range(0, C, TILE):
+    some = pl.ds(start, TILE)
+    a, dsim = mmas(
+      ((C, TILE), (k_s, q_s.at[some].transpose((1, 0)))),
+      ((C, TILE), (v_s, g_s.at[some].transpose((1, 0)))),
+    )
+    dz = plgpu.load(dz_s.at[some], layout=_COLUMNS)
+    dsim = dsim + lax.broadcast_in_dim(dz, (C, TILE), [1])
+    seen = common.seen(start, queries=1)
+    da = jnp.where(seen, dsim * common.derivative(a, call), 0.0)
+    sim = jnp.where(seen, common.polynomial(a, call), 0.0)
+    dk = dk + mma((da.astype(bf16), q_s.at[some]), shape=(C, F))
+    dv = add_mma(dv, (sim.astype(bf16), g_s.at[some]))
+  return dk, dv
 
 
 def query_cotangents(q, do, r, dz, call: common.Call):

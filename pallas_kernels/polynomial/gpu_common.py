@@ -30,7 +30,8 @@ C = 64  # tokens of a chunk
 F = 16  # query and key features
 V = 64  # value width of the tiles; narrower values leave zeros
 CYCLIC = F // 2 + 1  # blocks
-GROUP = 3  # blocks at a time
+GROUP = 2  # blocks at a time
+TILE = 32  # columns of a tile of scores at a time
 LAYOUT = plgpu.Layout.WGMMA
 bf16, f32 = jnp.bfloat16, jnp.float32
 
@@ -196,9 +197,12 @@ def valid(call: Call, chunk):
   return jnp.where(chunk * C + iota((C, F), 0) < call.T, 1.0, 0.0)
 
 
-def seen(*, queries: int):
-  """Whether a query sees a key of its chunk; `queries` is their axis."""
-  row, column = iota((C, C), 0), iota((C, C), 1)
+def seen(start: int, *, queries: int):
+  """Whether a query sees a key of its chunk, for TILE columns of the chunk.
+
+  `queries` is the axis of the queries.
+  """
+  row, column = iota((C, TILE), 0), iota((C, TILE), 1) + start
   return row >= column if queries == 0 else column >= row
 
 
@@ -229,23 +233,25 @@ def key_features(x_CF, rolled, blocks, call: Call, exists=None) -> list:
   return features
 
 
-def cyclic(blocks) -> range:
-  """Those of a group's blocks that are cyclic."""
-  return range(blocks.start, min(blocks.stop, CYCLIC))
-
-
-def some_rolls(rolls_s, blocks: range):
-  """Π of the cyclic ones of these blocks, (F, 16 a block)."""
-  blocks = cyclic(blocks)
-  return rolls_s.at[:, pl.ds(blocks.start * F, len(blocks) * F)]
-
-
 def roll(x_s, rolls_s, blocks: range):
-  """x Π of these blocks, (C, 16 a block) float32; None without cyclic ones."""
-  if not cyclic(blocks):
+  """x Π of the cyclic ones of these blocks, (C, 16 a block) float32."""
+  rolls = some(rolls_s, blocks)
+  if rolls is None:
     return None
-  shape = (C, len(cyclic(blocks)) * F)
-  return mma((x_s, some_rolls(rolls_s, blocks)), shape=shape)
+  return mma((x_s, rolls), shape=(C, rolls.shape[1]))
+
+
+def roll_all(x_s, rolls_s):
+  """x Π, (C, 9 F) bf16, which is exact."""
+  return mma((x_s, rolls_s), shape=(C, CYCLIC * F)).astype(bf16)
+
+
+def some(rolls_s, blocks: range):
+  """Π of the cyclic ones of these blocks, (F, 16 a block), or None."""
+  blocks = range(blocks.start, min(blocks.stop, CYCLIC))
+  if not blocks:
+    return None
+  return rolls_s.at[:, pl.ds(blocks.start * F, len(blocks) * F)]
 
 
 def store_split(ref, x_VF) -> None:
@@ -260,13 +266,13 @@ def halves(kk_s, start: int) -> list:
   return [kk_s.at[i, pl.ds(start, F)] for i in (0, 1)]
 
 
-def denominator(x_s, kk_s, call: Call):
-  """(KK q, c1' Σ k): two (C, F); their sum times q is that of the state."""
+def denominator(x_s, kk_s, call: Call) -> list:
+  """The products KK q and c1' Σ k, of (C, F); q · their sum is the state's."""
   quadratic = ((C, F), *[(x_s, kk) for kk in halves(kk_s, 0)])
   if not call.c1:
-    return mmas(quadratic)[0], None
+    return [quadratic]
   ones = two_columns(*split(call.c1))
-  return mmas(quadratic, ((C, F), *[(ones, kk) for kk in halves(kk_s, F)]))
+  return [quadratic, ((C, F), *[(ones, kk) for kk in halves(kk_s, F)])]
 
 
 def store_keys(k_s, rolls_s, phi_s, wide_s, chunk, call: Call) -> None:
@@ -289,7 +295,9 @@ def store_blocks(phi_s, blocks: range, features: list) -> None:
 
 def compiler_params():
   return plgpu.CompilerParams(
-    approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+    approx_math=True,
+    lowering_semantics=plgpu.LoweringSemantics.Lane,
+    unsafe_no_auto_barriers=True,
   )
 
 

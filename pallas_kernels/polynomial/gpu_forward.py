@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.polynomial import gpu_common as common, gpu_walk
 from pallas_kernels.polynomial.gpu_common import (
   LAYOUT,
+  TILE,
   C,
   F,
   V,
@@ -15,6 +16,7 @@ from pallas_kernels.polynomial.gpu_common import (
   bf16,
   f32,
   mma,
+  mmas,
 )
 
 
@@ -93,25 +95,29 @@ def key_parts(here, shared, inputs, rolls_s, call) -> gpu_walk.Parts:
 
 def _through_state(q_s, shared, rolls_s, past, call: common.Call):
   """(Σ sim' v, Σ sim') of the tokens before the chunk, (C, V) and (C,)."""
+  rolled = common.roll_all(q_s, rolls_s)
   x = plgpu.load(q_s, layout=LAYOUT)
-  num = common.zeros((C, V))
-  for blocks in call.groups:
-    rolled = common.roll(q_s, rolls_s, blocks)
-    phi = common.query_features(x, rolled, blocks, call)
-    kv = lambda r: shared.kv.at[:, pl.ds(r * F, F)].transpose((1, 0))
-    terms = [(y, kv(r)) for r, y in zip(blocks, phi, strict=True)]
-    num = add_mma(num, *terms)
-  quadratic, linear = common.denominator(q_s, shared.kk, call)
-  form = quadratic if linear is None else quadratic + linear
+  phi = common.query_features(x, rolled, range(call.blocks), call)
+  kv = lambda r: shared.kv.at[:, pl.ds(r * F, F)].transpose((1, 0))
+  num, quadratic, *linear = mmas(
+    ((C, V), *[(y, kv(r)) for r, y in enumerate(phi)]),
+    *common.denominator(q_s, shared.kk, call),
+  )
+  form = quadratic + linear[0] if linear else quadratic
   return num, (form * x.astype(f32)).sum(axis=1) + call.c0 * past
 
 
 def _within(q_s, k_s, v_s, part, call: common.Call):
   """The sums with the tokens of the chunk."""
   num, z = part
-  a = mma((q_s, k_s.transpose((1, 0))), shape=(C, C))
-  sim = jnp.where(common.seen(queries=0), common.polynomial(a, call), 0.0)
-  return add_mma(num, (sim.astype(bf16), v_s)), z + sim.sum(axis=1)
+  for start in range(0, C, TILE):
+    some = pl.ds(start, TILE)
+    a = mma((q_s, k_s.at[some].transpose((1, 0))), shape=(C, TILE))
+    seen = common.seen(start, queries=0)
+    sim = jnp.where(seen, common.polynomial(a, call), 0.0)
+    num = add_mma(num, (sim.astype(bf16), v_s.at[some]))
+    z = z + sim.sum(axis=1)
+  return num, z
 
 
 def key_states(k, v, call: common.Call):

@@ -230,6 +230,7 @@ def _state(
   """The warpgroup that keeps the state."""
   p, stages, alone = here.p, call.stages, parts.within is None
   shared.wide[...] = common.zeros((C, V), bf16)
+  plgpu.commit_smem()
   state = _load(before, here, call)
   if alone:
     for i in range(stages):
@@ -248,6 +249,7 @@ def _state(
       plgpu.barrier_arrive(shared.ready.at[p])
     state = _update(state, *parts.update(*at), shared)
     if alone:
+      plgpu.commit_smem()  # the update has read its chunk and features
       ahead = i + stages
       pl.when(ahead < here.chunks)(lambda: fetch(order(ahead), slot))
       return state
