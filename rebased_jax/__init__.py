@@ -7,6 +7,7 @@ from pallas_kernels import ShardAxes as ShardAxes
 from rebased_jax.generate import generate as generate
 from rebased_jax.mixers import (
   MIXER_CONFIGS as MIXER_CONFIGS,
+  RWKV as RWKV,
   BaseConv as BaseConv,
   BaseConvConfig as BaseConvConfig,
   Based as Based,
@@ -15,6 +16,7 @@ from rebased_jax.mixers import (
   MixerConfig as MixerConfig,
   ReBased as ReBased,
   ReBasedConfig as ReBasedConfig,
+  RWKVConfig as RWKVConfig,
 )
 from rebased_jax.model import (
   LM as LM,

@@ -6,7 +6,13 @@ from flax import nnx
 import jax
 import numpy as np
 
-from rebased_jax import BaseConvConfig, BasedConfig, ReBasedConfig, presets
+from rebased_jax import (
+  BaseConvConfig,
+  BasedConfig,
+  ReBasedConfig,
+  RWKVConfig,
+  presets,
+)
 
 # Small, and no two sizes alike. With an eps this large it counts in every
 # equation, and a first token whose q·k is near 0 is well-conditioned: a state
@@ -20,6 +26,8 @@ CASES = {
   "rebased-head": ReBasedConfig(norm_scope="head", **_SIZES),
   "conv": BaseConvConfig(),
   "conv-1": BaseConvConfig(taps=1),
+  # As published, WKV is rounded to bfloat16: test_rwkv.py has that.
+  "rwkv": RWKVConfig(wkv_dtype="float32"),
 }
 
 
@@ -36,6 +44,8 @@ def recurrence(config, params: dict, x_TD: np.ndarray) -> np.ndarray:
   x_TD = x_TD.astype(np.float64)
   if isinstance(config, BaseConvConfig):
     return _convolution(config, params, x_TD)
+  if isinstance(config, RWKVConfig):
+    return _time_mix(params, x_TD)
   return _attention(config, params, x_TD)
 
 
@@ -94,4 +104,24 @@ def _convolution(config, params, x_TD):
     gate_D = u_D @ params["gate/kernel"] + params["gate/bias"]
     rows.append(c_D * gate_D + u_D)
     past = window[1:]
+  return np.stack(rows)
+
+
+def _time_mix(params, x_TD):
+  decay_D = np.exp(-np.exp(params["decay"]))
+  numerator = denominator = np.zeros_like(x_TD[0])
+  before_D = np.zeros_like(x_TD[0])
+  rows = []
+  for x_D in x_TD:
+    k, v, r = (
+      (mix * x_D + (1 - mix) * before_D) @ params[f"{name}/kernel"]
+      for name in "kvr"
+      for mix in [params[f"mix_{name}"]]
+    )
+    own = np.exp(params["first"] + k)
+    wkv = (numerator + own * v) / (denominator + own)
+    rows.append(wkv / (1 + np.exp(-r)) @ params["o/kernel"])
+    numerator = decay_D * numerator + np.exp(k) * v
+    denominator = decay_D * denominator + np.exp(k)
+    before_D = x_D
   return np.stack(rows)

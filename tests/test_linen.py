@@ -14,6 +14,7 @@ from rebased_jax import (
   BasedConfig,
   ModelConfig,
   ReBasedConfig,
+  RWKVConfig,
 )
 import rebased_jax.linen
 from rebased_jax.mixers import base
@@ -97,7 +98,12 @@ def test_from_nnx_to_linen_and_back() -> None:
 
 @pytest.mark.parametrize(
   "config",
-  [ReBasedConfig(**SIZES), BasedConfig(**SIZES), BaseConvConfig()],
+  [
+    ReBasedConfig(**SIZES),
+    BasedConfig(**SIZES),
+    BaseConvConfig(),
+    RWKVConfig(wkv_dtype="float32"),
+  ],
   ids=lambda config: type(config).__name__,
 )
 def test_a_mixer_in_a_module_of_ones_own(config) -> None:

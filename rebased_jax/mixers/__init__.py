@@ -13,9 +13,11 @@ from rebased_jax.mixers.rebased import (
   ReBased as ReBased,
   ReBasedConfig as ReBasedConfig,
 )
+from rebased_jax.mixers.rwkv import RWKV as RWKV, RWKVConfig as RWKVConfig
 
 MIXER_CONFIGS: tuple[type[MixerConfig], ...] = (
   BaseConvConfig,
   BasedConfig,
   ReBasedConfig,
+  RWKVConfig,
 )

@@ -1,0 +1,290 @@
+"""What is true of RWKV alone: its start, its rounding, WKV's hard cases."""
+
+import math
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import mixer_equations
+import numpy as np
+import pytest
+
+from rebased_jax import (
+  LM,
+  RWKV,
+  BaseConvConfig,
+  ModelConfig,
+  RWKVConfig,
+  ShardAxes,
+  parameter_count,
+)
+from rebased_jax.mixers import base, wkv
+
+B, D = 2, 6
+NAMES = ("k", "v", "decay", "first", "numerator", "denominator")
+
+
+def mixer_of(width=D, layer=1, layers=2, **fields) -> RWKV:
+  site = base.Site(width, layer, layers)
+  return RWKVConfig(**fields).make(site, rngs=nnx.Rngs(0))
+
+
+def inputs(T: int, k_scale: float = 1.0):
+  """k, v, decay, first, a state's numerator and denominator; three weights."""
+  keys = jax.random.split(jax.random.key(T), 6)
+  k_BTD, v_BTD, dy_BTD = jax.random.normal(keys[0], (3, B, T, D))
+  decay_D = jnp.linspace(-9, 3, D)
+  first_D = jax.random.normal(keys[1], (D,))
+  a_BD, b_BD = jax.random.normal(keys[2], (2, B, D))
+  sums = a_BD, jnp.abs(b_BD) + 0.5
+  weights = dy_BTD, *jax.random.normal(keys[3], (2, B, D))
+  return (k_scale * k_BTD, v_BTD, decay_D, first_D, *sums), weights
+
+
+def answer(args, weights, start_BT=None):
+  """y, the true sums after it, and the gradients of a weighted sum.
+
+  One weight, not three: y alone, where the sums are beyond float32.
+  """
+
+  def run(k, v, decay, first, a, b):
+    sums = wkv.Sums(a, b, jnp.zeros_like(a))
+    start = jnp.zeros(k.shape[:2], bool) if start_BT is None else start_BT
+    y, sums = wkv.wkv(k, v, -jnp.exp(decay), first, sums, start)
+    if len(weights) == 1:
+      return (y,)
+    scale = jnp.exp(sums.maximum)
+    return y, sums.numerator * scale, sums.denominator * scale
+
+  return _with_gradients(run, args, weights)
+
+
+def oracle(args, weights, start_BT=None):
+  """The same token by token in float64, as the equations stand."""
+
+  def run(k, v, decay, first, a, b):
+    start = np.zeros(k.shape[:2], bool) if start_BT is None else start_BT
+    keep = jnp.exp(-jnp.exp(decay))[None]
+
+    def token(sums, inputs):
+      k, v, start = inputs
+      a, b = (jnp.where(start[:, None], 0, x) for x in sums)
+      own = jnp.exp(first[None] + k)
+      y = (a + own * v) / (b + own)
+      return (keep * a + jnp.exp(k) * v, keep * b + jnp.exp(k)), y
+
+    rows = [jnp.moveaxis(jnp.asarray(x), 1, 0) for x in (k, v, start)]
+    (a, b), y = jax.lax.scan(token, (a, b), tuple(rows))
+    return jnp.moveaxis(y, 0, 1), a, b
+
+  with jax.enable_x64(True):
+    wide = lambda xs: [jnp.asarray(np.asarray(x, np.float64)) for x in xs]
+    return _with_gradients(run, wide(args), wide(weights))
+
+
+def _with_gradients(run, args, weights):
+  def loss(*args):
+    outs = run(*args)[: len(weights)]
+    return sum((w * x).sum() for w, x in zip(weights, outs, strict=True)), outs
+
+  arguments = tuple(range(len(args)))
+  grads, outs = jax.jit(jax.grad(loss, arguments, has_aux=True))(*args)
+  return jax.tree.map(np.asarray, (outs, grads))
+
+
+def check(found, wanted, tolerance: float) -> None:
+  """By each array's largest entry: cancelled ones need not agree by theirs."""
+  for name, x, y in zip(NAMES, found[1], wanted[1], strict=True):
+    _check(f"d {name}", x, y, tolerance)
+  for name, x, y in zip(("y", "A", "B"), found[0], wanted[0], strict=False):
+    _check(name, x, y, tolerance)
+
+
+def _check(name: str, x, y, tolerance: float) -> None:
+  assert np.isfinite(x).all(), name
+  error = np.abs(x - y).max() / np.abs(y).max()
+  assert error <= tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 5, 67])
+@pytest.mark.parametrize("documents", [False, True])
+def test_values_and_gradients_of_any_length(T, documents) -> None:
+  args, weights = inputs(T)
+  start_BT = None
+  if documents:
+    start_BT = np.random.default_rng(T).random((B, T)) < 0.2
+    start_BT[:, 0] = False
+  # Sums of up to 67 terms, rounded to 6e-8 each.
+  check(answer(args, weights, start_BT), oracle(args, weights, start_BT), 5e-6)
+
+
+@pytest.mark.parametrize("k_scale", [1, 30])
+def test_a_long_row(k_scale) -> None:
+  """4096 tokens, decays from e^(−1e-4) to e^(−20), keys of up to ±120."""
+  args, weights = inputs(4096, k_scale)
+  found, wanted = answer(args, weights[:1]), oracle(args, weights[:1])
+  # An exponent of 120 is rounded to 4e-6.
+  check(found, wanted, 5e-5 if k_scale > 1 else 1e-5)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_all_keys_at_80(sign) -> None:
+  args, weights = inputs(300)
+  k_BTD = jnp.full_like(args[0], 80.0 * sign)
+  found = answer((k_BTD, *args[1:]), weights[:1])
+  wanted = oracle((k_BTD, *args[1:]), weights[:1])
+  check(found, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("decay", [-80.0, 40.0, 100.0])
+def test_decays_at_the_ends(decay) -> None:
+  """No decay: a running mean. Nothing but decay: the last two tokens."""
+  mixer = mixer_of(wkv_dtype="float32")
+  mixer.decay[...] = jnp.full(D, decay)
+  x_BTD = jax.random.normal(jax.random.key(0), (B, 50, D))
+  params = mixer_equations.parameters(mixer)
+  with np.errstate(over="ignore"):
+    wanted_BTD = [
+      mixer_equations.recurrence(RWKVConfig(), params, np.asarray(x_TD))
+      for x_TD in x_BTD
+    ]
+  np.testing.assert_allclose(mixer(x_BTD), wanted_BTD, rtol=1e-5, atol=1e-6)
+  grads = nnx.grad(lambda m: jnp.square(m(x_BTD)).sum())(mixer)
+  for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+    assert np.isfinite(grad).all(), path
+
+
+def test_the_backward_holds_keys_values_and_little_else() -> None:
+  T = 1024  # C = N = 32
+  args, _ = inputs(T)
+
+  def pull(k, v, decay, first, a, b):
+    sums = wkv.Sums(a, b, jnp.zeros_like(a))
+    start_BT = jnp.zeros((B, T), bool)
+    return jax.vjp(wkv.wkv, k, v, decay, first, sums, start_BT)[1]
+
+  held = jax.tree.leaves(jax.eval_shape(pull, *args))
+  floats = sum(x.size for x in held if x.dtype == jnp.float32)
+  # k, v; three sums before each of 32 chunks; two states and two rows.
+  assert floats <= B * T * D * (2 + 3 / 32) + 4 * B * D + 2 * D
+
+
+@pytest.mark.parametrize("T", [1, 9])
+def test_rounded_is_float32_rounded(T) -> None:
+  """One WKV and its gradients, all on the grid of bfloat16."""
+  full, rounded = mixer_of(wkv_dtype="float32"), mixer_of()
+  x_BTD = jax.random.normal(jax.random.key(0), (B, T, D))
+  # σ(0) and W_o = 2: the output is WKV itself, as its cotangent is the loss's.
+  for mixer in (full, rounded):
+    mixer.r.kernel[...] = jnp.zeros((D, D))
+    mixer.o.kernel[...] = 2 * jnp.eye(D)
+  w_BTD = _bfloat16(jax.random.normal(jax.random.key(1), (B, T, D)))
+
+  def run(mixer):
+    loss = lambda m: (w_BTD * m(x_BTD)).sum()
+    return mixer(x_BTD), nnx.grad(loss)(mixer)
+
+  (y_BTD, wanted), (y_low_BTD, found) = run(full), run(rounded)
+  np.testing.assert_array_equal(y_low_BTD, _bfloat16(y_BTD))
+  for name in ("decay", "first"):
+    np.testing.assert_array_equal(
+      found[name][...], _bfloat16(wanted[name][...])
+    )
+  for name in "kv":
+    x, y = (g[name]["kernel"][...] for g in (found, wanted))
+    # Sums of B·T products, each rounded by at most 2⁻⁹ of itself.
+    np.testing.assert_allclose(x, y, rtol=0, atol=2**-8 * np.abs(y).max())
+    # A single token's WKV is its v, whose gradient is on the grid already.
+    assert T == 1 or (x != y).any()
+
+
+def _bfloat16(x):
+  return np.asarray(x).astype(jnp.bfloat16).astype(np.float32)
+
+
+def test_rounded_steps_equal_a_rounded_row() -> None:
+  mixer = mixer_of()
+  x_BTD = jax.random.normal(jax.random.key(0), (B, 7, D))
+  state, y_BTD = mixer.init_state(B), mixer(x_BTD)
+  for t in range(7):
+    y_BD, state = mixer.step(x_BTD[:, t], state)
+    # Float32 sums that differ in the last bit may round to neighbours.
+    np.testing.assert_allclose(y_BD, y_BTD[:, t], rtol=0, atol=2**-8)
+
+
+@pytest.mark.parametrize("width", [1, 2, 6, 64, 128])
+def test_the_count_is_4_d_squared_and_5_d(width) -> None:
+  assert parameter_count(mixer_of(width)) == 4 * width**2 + 5 * width
+
+
+@pytest.mark.parametrize(
+  ("first", "positions", "wanted"),
+  [(RWKVConfig(), 1024, 623_872), (BaseConvConfig(), 2048, 677_120)],
+  ids=["RWKV", "ConvRWKV"],
+)
+def test_the_counts_of_table_4_at_width_64(first, positions, wanted) -> None:
+  config = ModelConfig(first, RWKVConfig(), 8192, width=64, positions=positions)
+  make = lambda: nnx.state(LM(config, rngs=nnx.Rngs(0)), nnx.Param)
+  leaves = jax.tree.leaves(jax.eval_shape(make))
+  assert sum(x.size for x in leaves) == wanted
+
+
+@pytest.mark.parametrize(("layer", "layers"), [(0, 1), (0, 2), (1, 2), (3, 6)])
+def test_the_start_depends_on_the_layer(layer, layers) -> None:
+  params = mixer_equations.parameters(mixer_of(64, layer, layers))
+  ratio = layer / (layers - 1) if layers > 1 else 0
+  close = lambda name, i, wanted: np.testing.assert_allclose(
+    params[name][i], wanted, rtol=1e-5, err_msg=f"{name} {i}"
+  )
+  for i in (0, 1, 17, 63):
+    close("decay", i, -5 + 8 * (i / 63) ** (0.7 + 1.3 * ratio))
+    close("first", i, math.log(0.3) + 0.5 * ((i + 1) % 3 - 1))
+    mix = (i / 64) ** (1 - layer / layers)
+    close("mix_k", i, mix)
+    close("mix_v", i, mix + 0.3 * ratio)
+    close("mix_r", i, (i / 64) ** (0.5 * (1 - layer / layers)))
+
+
+def test_the_projections_of_each_initialization() -> None:
+  published = mixer_equations.parameters(mixer_of(64))
+  for name in "kvro":
+    kernel = published[f"{name}/kernel"]
+    assert np.abs(kernel).max() <= 1 / 8
+    # U(±1/√D): 4096 draws have a deviation within 5 %.
+    assert kernel.std() == pytest.approx((3 * 64) ** -0.5, rel=0.05)
+  intended = mixer_equations.parameters(mixer_of(64, initialization="intended"))
+  assert not any(intended[f"{name}/kernel"].any() for name in "kro")
+  assert intended["v/kernel"].std() == pytest.approx(0.02, rel=0.05)
+  x_BTD = jax.random.normal(jax.random.key(0), (B, 5, 64))
+  mixer = mixer_of(64, initialization="intended")
+  grads = nnx.grad(lambda m: m(x_BTD).sum())(mixer)
+  assert np.abs(grads["o"]["kernel"][...]).min() > 0
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [{"initialization": "zeros"}, {"wkv_dtype": "float16"}],
+  ids=lambda fields: next(iter(fields)),
+)
+def test_a_wrong_field_is_named(fields) -> None:
+  ((name, value),) = fields.items()
+  with pytest.raises(ValueError, match=rf"RWKVConfig\.{name}='{value}'"):
+    RWKVConfig(**fields)
+
+
+def test_time_is_not_split() -> None:
+  x_BTD = jnp.zeros((B, 4, D))
+  with pytest.raises(NotImplementedError, match=r"RWKV: axes\.time='seq'"):
+    mixer_of()(x_BTD, axes=ShardAxes(time="seq"))
+
+
+def test_rows_and_channels_split_over_a_mesh() -> None:
+  mesh = jax.make_mesh((2, 2), ("data", "model"))
+  mixer = mixer_of(wkv_dtype="float32")
+  x_BTD = jax.random.normal(jax.random.key(0), (B, 20, D))
+  wanted_BTD = mixer(x_BTD)
+  spec = jax.sharding.PartitionSpec("data", None, "model")
+  sharding = jax.sharding.NamedSharding(mesh, spec)
+  call = jax.jit(lambda x: mixer(x, axes=ShardAxes("data", "model")))
+  found_BTD = call(jax.device_put(x_BTD, sharding))
+  np.testing.assert_allclose(found_BTD, wanted_BTD, rtol=1e-5, atol=1e-6)
