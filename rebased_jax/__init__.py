@@ -12,6 +12,8 @@ from rebased_jax.mixers import (
   BaseConvConfig as BaseConvConfig,
   Based as Based,
   BasedConfig as BasedConfig,
+  Mamba as Mamba,
+  MambaConfig as MambaConfig,
   Mixer as Mixer,
   MixerConfig as MixerConfig,
   ReBased as ReBased,

@@ -3,9 +3,12 @@
     x ← x + mixer(LN(x));   x ← x + mlp(LN(x))
 
 Without an MLP the second line is x ← x + LN(x), as in the paper's MQAR models.
+Its Mamba model has blocks of one line, x ← x + mixer(RMSNorm(x)).
 """
 
+import abc
 import dataclasses
+from typing import Literal
 
 from flax import nnx
 import jax
@@ -31,6 +34,7 @@ class ModelConfig:
   mlp_width: int | None = None  # hidden width of the MLPs; None: no MLP
   dropout: float = 0.0  # of the embeddings
   dtype: str = "float32"  # of the computation; parameters are float32
+  block: Literal["pre-norm", "mamba"] = "pre-norm"  # around each mixer
 
   def __post_init__(self):
     base.positive(
@@ -44,6 +48,15 @@ class ModelConfig:
       raise ValueError(
         f"ModelConfig.dtype={self.dtype!r}: expected float32, bfloat16, "
         "float16 or float64"
+      )
+    if self.block not in ("pre-norm", "mamba"):
+      raise ValueError(
+        f"ModelConfig.block={self.block!r}: expected 'pre-norm' or 'mamba'"
+      )
+    if self.block == "mamba" and self.mlp_width is not None:
+      raise ValueError(
+        f"ModelConfig.mlp_width={self.mlp_width}: expected None with "
+        "block='mamba', which has no MLP"
       )
 
   @property
@@ -73,24 +86,17 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-  """x + mixer(LN(x)), then x + mlp(LN(x)), or x + LN(x) without an MLP."""
+  """Abstract: a norm, a mixer, and what follows it.
 
-  def __init__(
-    self,
-    config: ModelConfig,
-    mixer: base.MixerConfig,
-    layer: int,
-    *,
-    rngs: nnx.Rngs,
-  ):
-    self.norm1 = layer_norm(config, rngs)
-    site = base.Site(
-      config.width, layer, config.layers, config.dtype, config.positions
-    )
-    self.mixer = mixer.make(site, rngs=rngs)
-    self.norm2 = layer_norm(config, rngs)
-    has_mlp = config.mlp_width is not None
-    self.mlp = MLP(config, rngs=rngs) if has_mlp else None
+  A subclass sets norm1 and mixer, and says what becomes of x and the mixer's y.
+  """
+
+  norm1: nnx.Module
+  mixer: base.Mixer
+
+  @abc.abstractmethod
+  def _rest(self, x: Array, y: Array) -> Array:
+    """The block's output, from its input and its mixer's output."""
 
   def __call__(
     self,
@@ -118,18 +124,57 @@ class Block(nnx.Module):
     y_BD, state = self.mixer.step(self.norm1(x_BD), state)
     return self._rest(x_BD, y_BD), state
 
+
+class PreNormBlock(Block):
+  """x + mixer(LN(x)), then x + mlp(LN(x)), or x + LN(x) without an MLP."""
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    mixer: base.MixerConfig,
+    layer: int,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    self.norm1 = layer_norm(config, rngs)
+    self.mixer = mixer.make(_site(config, layer), rngs=rngs)
+    self.norm2 = layer_norm(config, rngs)
+    has_mlp = config.mlp_width is not None
+    self.mlp = MLP(config, rngs=rngs) if has_mlp else None
+
   def _rest(self, x: Array, y: Array) -> Array:
     x = x + y.astype(x.dtype)
     y = self.norm2(x)
     return x + (y if self.mlp is None else self.mlp(y)).astype(x.dtype)
 
 
+class MambaBlock(Block):
+  """x + mixer(RMSNorm(x)), the norm with a weight alone."""
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    mixer: base.MixerConfig,
+    layer: int,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    self.norm1 = nnx.RMSNorm(
+      config.width, epsilon=NORM_EPS, dtype=jnp.dtype(config.dtype), rngs=rngs
+    )
+    self.mixer = mixer.make(_site(config, layer), rngs=rngs)
+
+  def _rest(self, x: Array, y: Array) -> Array:
+    return x + y.astype(x.dtype)
+
+
 class Pair(nnx.Module):
   """A block of the short convolution, then a block of the mixer."""
 
   def __init__(self, config: ModelConfig, index: int, *, rngs: nnx.Rngs):
-    self.conv = Block(config, config.conv, 2 * index, rngs=rngs)
-    self.mixer = Block(config, config.mixer, 2 * index + 1, rngs=rngs)
+    block = MambaBlock if config.block == "mamba" else PreNormBlock
+    self.conv = block(config, config.conv, 2 * index, rngs=rngs)
+    self.mixer = block(config, config.mixer, 2 * index + 1, rngs=rngs)
 
   def __call__(
     self,
@@ -176,4 +221,10 @@ def layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     dtype=jnp.dtype(config.dtype),
     use_fast_variance=False,
     rngs=rngs,
+  )
+
+
+def _site(config: ModelConfig, layer: int) -> base.Site:
+  return base.Site(
+    config.width, layer, config.layers, config.dtype, config.positions
   )

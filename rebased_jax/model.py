@@ -1,7 +1,7 @@
 """The language model: pairs of blocks between an embedding and a tied head.
 
     x ← dropout(W_E[token] + W_P[position])
-    x ← x + mixer(LN(x));   x ← x + mlp(LN(x))        for each block
+    x ← x + mixer(LN(x));   x ← x + mlp(LN(x))        for each block (blocks.py)
     logits = W_E LN(x)
 
 A `Pair` is two blocks, the short convolution's and the mixer's; pairs have one
@@ -142,8 +142,20 @@ class LM(nnx.Module):
     mixers = (pair.conv.mixer, pair.mixer.mixer)
     return 4 + self.config.pairs * sum(m.state_size(length) for m in mixers)
 
+  @property
+  def has_attention_matrix(self) -> bool:
+    """Whether the last pair's mixer has weights between tokens to look at."""
+    return hasattr(self.pairs.mixer.mixer, "attention_matrix")
+
   def attention_matrix(self, tokens: Array) -> Array:
-    """A_BHTT of the last pair's mixer, where it has one; quadratic."""
+    """A_BHTT of the last pair's mixer; quadratic.
+
+    Raises:
+      NotImplementedError: the mixer has no such matrix.
+    """
+    if not self.has_attention_matrix:
+      name = type(self.pairs.mixer.mixer).__name__
+      raise NotImplementedError(f"{name} has no attention matrix")
     x_BTD = self._embed(tokens, jnp.arange(tokens.shape[1])[None])
     for index in range(self.config.pairs - 1):
       x_BTD = nnx.merge(*self._pair(index))(x_BTD)

@@ -4,11 +4,13 @@ import dataclasses
 
 from flax import nnx
 import jax
+from mamba_equations import mamba
 import numpy as np
 
 from rebased_jax import (
   BaseConvConfig,
   BasedConfig,
+  MambaConfig,
   ReBasedConfig,
   RWKVConfig,
   presets,
@@ -28,6 +30,7 @@ CASES = {
   "conv-1": BaseConvConfig(taps=1),
   # As published, WKV is rounded to bfloat16: test_rwkv.py has that.
   "rwkv": RWKVConfig(wkv_dtype="float32"),
+  "mamba": MambaConfig(state=5, taps=3),
 }
 
 
@@ -46,6 +49,8 @@ def recurrence(config, params: dict, x_TD: np.ndarray) -> np.ndarray:
     return _convolution(config, params, x_TD)
   if isinstance(config, RWKVConfig):
     return _time_mix(params, x_TD)
+  if isinstance(config, MambaConfig):
+    return mamba(config, params, x_TD)
   return _attention(config, params, x_TD)
 
 

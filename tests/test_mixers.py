@@ -28,7 +28,7 @@ LAST = ((0, 9), (1, 11))  # where each row's last document starts
 # of 6e-8 each, times the condition of a quotient by Σ sim + eps.
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 
-ONE_EACH = ("based", "rebased", "conv")  # of the mixers' classes
+ONE_EACH = ("based", "rebased", "conv", "mamba")  # of the mixers' classes
 each_mixer = pytest.mark.parametrize("name", CASES)
 
 

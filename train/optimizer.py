@@ -36,12 +36,14 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def decayed(params: Any, which: str) -> Any:
   """True where weight decay acts: everywhere, or on weight matrices alone.
 
-  "matrices" are the projections' kernels: no bias, norm, γ, β or embedding.
+  "matrices" are the projections' kernels: no bias, norm, γ, β, embedding or
+  convolution, and nothing of Mamba's A_log and D.
   """
 
   def matrix(path, _) -> bool:
     names = [str(key.key) for key in path]
-    return names[-1] == "kernel" and "conv" not in names[-3:-1]
+    # A convolution's taps lie in the mixer itself, or under conv.
+    return names[-1] == "kernel" and names[-2] not in ("mixer", "conv")
 
   if which == "all":
     return jax.tree.map(lambda _: True, params)

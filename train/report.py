@@ -37,8 +37,8 @@ def finish(
 
 
 def draw_attention(config: RunConfig, model: LM, folder: RunFolder) -> bool:
-  """attention.png of an MQAR run over its first held-out row."""
-  if not isinstance(config.data, MQARData):
+  """attention.png of an MQAR run over its first held-out row, if it has one."""
+  if not isinstance(config.data, MQARData) or not model.has_attention_matrix:
     return False
   batch = config.data.eval_batches(1, config.seed).read(0)
   A_TT = model.attention_matrix(batch["tokens"])[0].mean(axis=0)

@@ -9,6 +9,7 @@ from rebased_jax.mixers.conv import (
   BaseConv as BaseConv,
   BaseConvConfig as BaseConvConfig,
 )
+from rebased_jax.mixers.mamba import Mamba as Mamba, MambaConfig as MambaConfig
 from rebased_jax.mixers.rebased import (
   ReBased as ReBased,
   ReBasedConfig as ReBasedConfig,
@@ -18,6 +19,7 @@ from rebased_jax.mixers.rwkv import RWKV as RWKV, RWKVConfig as RWKVConfig
 MIXER_CONFIGS: tuple[type[MixerConfig], ...] = (
   BaseConvConfig,
   BasedConfig,
+  MambaConfig,
   ReBasedConfig,
   RWKVConfig,
 )

@@ -46,12 +46,7 @@ class BaseConv(base.Mixer):
     dtype: str = "float32",
     rngs: nnx.Rngs,
   ):
-    bound = config.taps**-0.5  # PyTorch's default for a depthwise convolution
-    uniform = lambda *shape: jax.random.uniform(
-      rngs.params(), shape, jnp.float32, minval=-bound, maxval=bound
-    )
-    self.kernel = nnx.Param(uniform(config.taps, width))
-    self.bias = nnx.Param(uniform(width))
+    self.kernel, self.bias = initial_taps(width, config.taps, rngs)
     self.gate = base.linear(width, width, dtype=dtype, use_bias=True, rngs=rngs)
     self.width, self.dtype = width, jnp.dtype(dtype)
 
@@ -80,29 +75,71 @@ class BaseConv(base.Mixer):
     axes: ShardAxes | None = None,
   ) -> tuple[Array, Array]:
     del axes  # XLA splits it
-    T, past = x_BTD.shape[1], state.shape[1]
     x_BTD = x_BTD.astype(self.dtype)
-    window_BSD = jnp.concatenate([state, x_BTD], axis=1)  # S = K − 1 + T
-    taps = [window_BSD[:, j : j + T] for j in range(past + 1)]
-    after = window_BSD[:, T:]
-    if segment_ids is not None:
-      runs_BT = document_runs(segment_ids)
-      runs_BS = jnp.pad(runs_BT, ((0, 0), (past, 0)))
-      own = lambda x, j, runs: jnp.where(
-        (runs_BS[:, j : j + runs.shape[1]] == runs)[..., None], x, 0
-      )
-      taps = [own(x, j, runs_BT) for j, x in enumerate(taps)]
-      last_BK = runs_BT[:, -1:].repeat(past, axis=1)
-      after = own(after, T, last_BK)
-    return self._mix(taps, x_BTD), after
+    c_BTD, state = depthwise(
+      self.kernel[...], self.bias[...], x_BTD, state, segment_ids
+    )
+    return c_BTD * self.gate(x_BTD) + x_BTD, state
 
   def step(self, x_BD: Array, state: Array) -> tuple[Array, Array]:
     y_B1D, state = self.prefill(x_BD[:, None], state)
     return y_B1D[:, 0], state
 
-  def _mix(self, taps: list[Array], x_BTD: Array) -> Array:
-    row = lambda p_D: p_D.astype(self.dtype)[None, None]
-    c_BTD = row(self.bias[...])
-    for w_D, tap_BTD in zip(self.kernel[...], taps, strict=True):
-      c_BTD = c_BTD + row(w_D) * tap_BTD
-    return c_BTD * self.gate(x_BTD) + x_BTD
+
+class ShortConv(nnx.Module):
+  """The convolution alone, c_t. Parameters: kernel (K, D), bias (D,)."""
+
+  def __init__(self, width: int, taps: int, *, rngs: nnx.Rngs):
+    self.kernel, self.bias = initial_taps(width, taps, rngs)
+
+  def __call__(
+    self, x_BTD: Array, past_BKD: Array, segment_ids: Array | None = None
+  ) -> tuple[Array, Array]:
+    """c_BTD, in the dtype of x, and the last K − 1 tokens."""
+    return depthwise(
+      self.kernel[...], self.bias[...], x_BTD, past_BKD, segment_ids
+    )
+
+
+def initial_taps(
+  width: int, taps: int, rngs: nnx.Rngs
+) -> tuple[nnx.Param, nnx.Param]:
+  """kernel (K, D) and bias (D,): PyTorch's default of a depthwise one."""
+  bound = taps**-0.5
+  uniform = lambda *shape: nnx.Param(
+    jax.random.uniform(
+      rngs.params(), shape, jnp.float32, minval=-bound, maxval=bound
+    )
+  )
+  kernel = uniform(taps, width)
+  return kernel, uniform(width)
+
+
+def depthwise(
+  kernel_KD: Array,
+  bias_D: Array,
+  x_BTD: Array,
+  past_BKD: Array,
+  segment_ids: Array | None,
+) -> tuple[Array, Array]:
+  """c_BTD = bias + Σ_j kernel_j ∘ x_{t−K+1+j}, and the last K − 1 tokens.
+
+  Another document's tokens count as 0, before the row, in it and behind it.
+  """
+  T, past = x_BTD.shape[1], past_BKD.shape[1]
+  window_BSD = jnp.concatenate([past_BKD, x_BTD], axis=1)  # S = K − 1 + T
+  taps = [window_BSD[:, j : j + T] for j in range(past + 1)]
+  after_BKD = window_BSD[:, T:]
+  if segment_ids is not None:
+    runs_BT = document_runs(segment_ids)
+    runs_BS = jnp.pad(runs_BT, ((0, 0), (past, 0)))
+    own = lambda x, j, runs: jnp.where(
+      (runs_BS[:, j : j + runs.shape[1]] == runs)[..., None], x, 0
+    )
+    taps = [own(x, j, runs_BT) for j, x in enumerate(taps)]
+    after_BKD = own(after_BKD, T, runs_BT[:, -1:].repeat(past, axis=1))
+  row = lambda p_D: p_D.astype(x_BTD.dtype)[None, None]
+  c_BTD = row(bias_D)
+  for w_D, tap_BTD in zip(kernel_KD, taps, strict=True):
+    c_BTD = c_BTD + row(w_D) * tap_BTD
+  return c_BTD, after_BKD

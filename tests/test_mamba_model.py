@@ -1,0 +1,199 @@
+"""The paper's Mamba model: its block, its sizes, its parameters' names."""
+
+import dataclasses
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+import numpy as np
+import pytest
+
+from rebased_jax import LM, BaseConvConfig, MambaConfig, ModelConfig, ShardAxes
+
+B, T, V, D = 2, 10, 11, 8
+MAMBA = MambaConfig(state=3)
+CONFIG = ModelConfig(
+  conv=MAMBA,
+  mixer=MAMBA,
+  vocab_size=V,
+  width=D,
+  pairs=2,
+  positions=T,
+  block="mamba",
+)
+TOKENS_BT = jax.random.randint(jax.random.key(1), (B, T), 0, V)
+# Two float32 orders of the same sums: roundings of 6e-8 through four blocks,
+# whose norms divide by values below 1.
+CLOSE = dict(rtol=3e-5, atol=3e-5)
+compiled = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
+
+@functools.cache
+def make(config: ModelConfig = CONFIG):
+  """(graph, params); the parameters moved from 0, 1 and N(0, 0.02²)."""
+  graph, params = nnx.split(LM(config, rngs=nnx.Rngs(0)))
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(2), len(leaves))
+  moved = [
+    p + 0.3 * jax.random.normal(k, p.shape)
+    for k, p in zip(keys, leaves, strict=True)
+  ]
+  return graph, jax.tree.unflatten(tree, moved)
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  make = lambda: nnx.state(LM(config, rngs=nnx.Rngs(0)), nnx.Param)
+  leaves = jax.tree_util.tree_leaves_with_path(
+    nnx.to_pure_dict(jax.eval_shape(make))
+  )
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+  return {name(path): leaf.shape for path, leaf in leaves}
+
+
+@pytest.mark.parametrize(
+  ("width", "rows", "wanted"),  # rows of the position table: Table 4 mixes them
+  [
+    (64, 1024, 655360),
+    (128, 1024, 1413120),
+    (256, 1024, 3235840),
+    (512, 512, 7847936),
+  ],
+)
+def test_parameter_counts_of_table_4(width, rows, wanted) -> None:
+  mamba = MambaConfig()
+  config = ModelConfig(
+    mamba, mamba, 8192, width=width, positions=rows, block="mamba"
+  )
+  found = sum(int(np.prod(shape)) for shape in shapes(config).values())
+  assert found == wanted == 12.5 * width**2 + (8192 + rows + 224) * width
+
+
+def test_the_names_of_the_parameters() -> None:
+  I, N = 2 * D, 3
+  mixer = {
+    "in_proj/kernel": (D, I),
+    "gate_proj/kernel": (D, I),
+    "conv/kernel": (4, I),
+    "conv/bias": (I,),
+    "x_proj/kernel": (I, 1 + 2 * N),
+    "dt_proj/kernel": (1, I),
+    "dt_proj/bias": (I,),
+    "A_log": (I, N),
+    "D": (I,),
+    "out_proj/kernel": (I, D),
+  }
+  block = {"norm1/scale": (D,), **{f"mixer/{k}": v for k, v in mixer.items()}}
+  assert shapes(CONFIG) == {
+    "token_embedding": (V, D),
+    "position_embedding": (T, D),
+    "norm/scale": (D,),
+    "norm/bias": (D,),
+    **{
+      f"pairs/{place}/{name}": (2, *shape)
+      for place in ("conv", "mixer")
+      for name, shape in block.items()
+    },
+  }
+
+
+def test_the_block_is_one_norm_and_one_mixer() -> None:
+  model = nnx.merge(*make())
+  x_BTD = model.token_embedding[...][TOKENS_BT]
+  x_BTD = x_BTD + model.position_embedding[...][None]
+  graph, stacked = nnx.split(model.pairs)
+  for i in range(CONFIG.pairs):
+    pair = nnx.merge(graph, jax.tree.map(lambda p, i=i: p[i], stacked))
+    for block in (pair.conv, pair.mixer):
+      square_BT1 = jnp.square(x_BTD).mean(axis=-1, keepdims=True)
+      normed_BTD = x_BTD / jnp.sqrt(square_BT1 + 1e-5)
+      weight_D = block.norm1.scale[...]
+      x_BTD = x_BTD + block.mixer(weight_D[None, None] * normed_BTD)
+  wanted_BTV = model.norm(x_BTD) @ model.token_embedding[...].T
+  np.testing.assert_allclose(model(TOKENS_BT), wanted_BTV, **CLOSE)
+  assert wanted_BTV.std() > 0.1  # the comparison is of something
+
+
+def test_the_residual_is_float32() -> None:
+  config = dataclasses.replace(CONFIG, dtype="bfloat16", pairs=1)
+  model = nnx.merge(*make(config))
+  large_BTD = jnp.full((B, T, D), 4096.0)  # whose bfloat16 step is 32
+  pair = nnx.merge(*model._pair(0))
+  with jax.numpy_dtype_promotion("standard"):  # which Flax's norms need
+    y_BTD = pair.conv(large_BTD)
+  change = jnp.abs(y_BTD - large_BTD)
+  assert y_BTD.dtype == jnp.float32
+  assert 0 < change.max() < 16
+
+
+def test_prefill_and_steps_equal_the_whole() -> None:
+  graph, params = make()
+  model = nnx.merge(graph, params)
+  wanted_BTV = compiled(lambda p: nnx.merge(graph, p)(TOKENS_BT))(params)
+  step = compiled(lambda p, x, s: nnx.merge(graph, p).step(x, s))
+  half = T // 2
+  found_BV, state = model.prefill(TOKENS_BT[:, :half], model.init_state(B))
+  np.testing.assert_allclose(found_BV, wanted_BTV[:, half - 1], **CLOSE)
+  for t in range(half, T):
+    found_BV, state = step(params, TOKENS_BT[:, t], state)
+    np.testing.assert_allclose(found_BV, wanted_BTV[:, t], **CLOSE)
+  held = sum(x.nbytes for x in jax.tree.leaves(state)) / B
+  assert model.state_size(T) == held
+  positions_BM = jnp.asarray([[4, 1], [9, 9]])
+  found_BMV = model(TOKENS_BT, positions_to_predict=positions_BM)
+  wanted_BMV = wanted_BTV[jnp.arange(B)[:, None], positions_BM]
+  np.testing.assert_allclose(found_BMV, wanted_BMV, **CLOSE)
+
+
+def test_a_mesh_gives_what_one_device_gives() -> None:
+  graph, params = make(dataclasses.replace(CONFIG, pairs=1))
+
+  def loss(params, **kwargs):
+    logits_BTV = nnx.merge(graph, params)(TOKENS_BT, **kwargs)
+    return jnp.square(logits_BTV).sum(), logits_BTV
+
+  wanted = compiled(jax.grad(loss, has_aux=True))(params)
+  axes = ShardAxes(batch="data", heads="model")
+  mesh = jax.make_mesh(
+    (2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2
+  )
+  with jax.set_mesh(mesh):
+    call = functools.partial(loss, axes=axes)
+    found = compiled(jax.grad(call, has_aux=True))(params)
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    # Relative to each array's norm: a gradient sums over all the positions.
+    assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y)
+
+
+def test_a_mixer_without_weights_between_tokens_says_so() -> None:
+  model = LM(CONFIG, rngs=nnx.Rngs(0))
+  assert not model.has_attention_matrix
+  with pytest.raises(NotImplementedError, match="Mamba has no attention"):
+    model.attention_matrix(TOKENS_BT)
+
+
+@pytest.mark.parametrize(
+  ("field", "value"), [("block", "post-norm"), ("mlp_width", 4)]
+)
+def test_a_wrong_field_is_named(field, value) -> None:
+  with pytest.raises(ValueError, match=rf"ModelConfig\.{field}="):
+    dataclasses.replace(CONFIG, **{field: value})
+
+
+def test_other_mixers_fit_in_the_block() -> None:
+  config = dataclasses.replace(CONFIG, conv=BaseConvConfig())
+  names = {
+    name.removeprefix("pairs/conv/")
+    for name in shapes(config)
+    if name.startswith("pairs/conv/")
+  }
+  assert names == {
+    "norm1/scale",
+    "mixer/kernel",
+    "mixer/bias",
+    "mixer/gate/kernel",
+    "mixer/gate/bias",
+  }
