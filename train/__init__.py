@@ -3,10 +3,13 @@
 model = train.load("runs/mqar")
 """
 
-from rebased_jax import LM
+import typing
+
+if typing.TYPE_CHECKING:
+  from rebased_jax import LM
 
 
-def load(run_dir: str, step: int | None = None) -> LM:
+def load(run_dir: str, step: int | None = None) -> "LM":
   """The model of a run, with the weights of a checkpoint.
 
   Args:
@@ -17,6 +20,6 @@ def load(run_dir: str, step: int | None = None) -> LM:
     ValueError: the folder is no run's.
     CheckpointError: there is no such checkpoint, or it is unreadable.
   """
-  from train import restore  # orbax and tensorstore load only when needed
+  from train import restore  # jax and orbax load only when needed
 
   return restore.model(run_dir, step)

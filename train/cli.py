@@ -4,6 +4,8 @@
     rebased resume RUN                 go on with a run, as it was configured
     rebased evaluate RUN               held-out loss and accuracy of a run
     rebased inspect WHAT               a preset, a run or a checkpoint
+    rebased prepare INPUT ...          text to tokens, for training
+    rebased tokenizer train INPUT ...  a BPE tokenizer from text
     rebased doctor                     devices, versions, implementations
 
 `rebased COMMAND --help` shows the options. Exit codes: 0 done; 2 a wrong
@@ -17,24 +19,17 @@ import datetime
 import difflib
 import shlex
 import sys
+import typing
 from typing import Annotated
 
 from rich.console import Console
 import tyro
 
-from train.config import RunConfig
-from train.presets import make_presets
+if typing.TYPE_CHECKING:
+  from train.config import RunConfig
 
 _Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 _What = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainArgs:
-  """Trains the preset, with these fields changed."""
-
-  run: Annotated[RunConfig, tyro.conf.arg(name="")]
-  run_dir: str | None = None  # new, or this run's own; default runs/PRESET-TIME
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +65,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     resume=_resume,
     evaluate=_evaluate,
     inspect=_inspect,
+    prepare=_prepare,
+    tokenizer=_tokenizer,
     doctor=_doctor,
   )
   command = commands.get(args[0])
   if command is None:
     _refuse(_unknown("command", args[0], commands))
+  if args[0] in ("prepare", "tokenizer"):  # no jax: their workers need none
+    sys.exit(_without_jax(command, args[1:]))
   # Not at the top: jax and orbax take seconds that a wrong word need not wait.
   from train.checkpoint import CheckpointError
   from train.loop import TrainingFailed
@@ -100,7 +99,9 @@ def _unknown(kind: str, name: str, known) -> str:
   return f"there is no {kind} {name!r}{hint} Known: {', '.join(known)}"
 
 
-def _preset(args: list[str]) -> tuple[str, RunConfig]:
+def _preset(args: list[str]) -> tuple[str, "RunConfig"]:
+  from train.presets import make_presets
+
   presets = make_presets()
   if not args or args[0].startswith("-"):
     print("usage: rebased train PRESET [--options]\n\npresets:")
@@ -112,6 +113,8 @@ def _preset(args: list[str]) -> tuple[str, RunConfig]:
 
 
 def _train(args: list[str]) -> int:
+  from train.train_args import TrainArgs
+
   name, preset = _preset(args)
   parsed = tyro.cli(
     TrainArgs,
@@ -131,7 +134,7 @@ def _resume(args: list[str]) -> int:
   return _run(RunFolder(run_dir).read_config(), run_dir)
 
 
-def _run(config: RunConfig, run_dir: str) -> int:
+def _run(config: "RunConfig", run_dir: str) -> int:
   from train import loop, report
   from train.run_folder import RunFolder
 
@@ -159,6 +162,7 @@ def _evaluate(args: list[str]) -> int:
 
 def _inspect(args: list[str]) -> int:
   from train import inspect_run
+  from train.presets import make_presets
 
   what = tyro.cli(InspectArgs, prog="rebased inspect", args=args).what
   presets = make_presets()
@@ -166,6 +170,31 @@ def _inspect(args: list[str]) -> int:
     inspect_run.show_config(presets[what], what, Console())
     return 0
   return inspect_run.show_folder(what, tuple(presets), Console())
+
+
+def _prepare(args: list[str]) -> int:
+  from train.data import commands
+
+  return commands.run_prepare(args)
+
+
+def _tokenizer(args: list[str]) -> int:
+  from train.data import commands
+
+  return commands.run_tokenizer(args)
+
+
+def _without_jax(command: Callable[[list[str]], int], args: list[str]) -> int:
+  try:
+    return command(args)
+  except ValueError as error:
+    _refuse(str(error))
+  except OSError as error:
+    print(f"rebased: {error}", file=sys.stderr)
+  except KeyboardInterrupt:
+    print("rebased: stopped; the same command goes on", file=sys.stderr)
+    return 130
+  return 1
 
 
 def _doctor(args: list[str]) -> int:

@@ -1,0 +1,109 @@
+"""How much of the tokenizer's own speed `rebased prepare` keeps, on one core.
+
+    python benchmarks/data_prepare.py
+
+The text is the Python standard library, twice over, as
+JSON lines; the tokenizer a BPE of 8192 tokens learnt from it. `bare` is
+`encode_batch_fast` alone over the documents in memory, the fastest call that
+`tokenizers` has, on one thread. `prepare` is one shard from file to files:
+reading, parsing, checking, tokenising, compressing, hashing. Seconds are of the
+processor, all threads together, so that neighbours do not count. Runs alternate
+and the medians count; the tokens are compared before a rate is given. Exits 1
+below 80 %.
+"""
+
+import json
+import os
+from pathlib import Path
+import statistics
+import sys
+import tempfile
+import time
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from array_record.python.array_record_module import ArrayRecordReader  # noqa: E402
+import numpy as np  # noqa: E402
+import tokenizers  # noqa: E402
+
+from train.data import prepare_shard, text, text_sources, tokenize  # noqa: E402
+from train.data.text_sources import Source  # noqa: E402
+from train.data.tokenize import Tokenizer  # noqa: E402
+
+COPIES, RUNS, VOCABULARY, LEAST = 2, 5, 8192, 0.8
+
+
+def corpus() -> list[str]:
+  """The documents of the standard library."""
+  nothing = lambda _: None
+  return [
+    found.text
+    for source in text_sources.find_sources((), "stdlib").sources
+    for found in text.read(source, text.Fields(), nothing, nothing)
+    if isinstance(found, text.Document) and found.text
+  ]
+
+
+def one_shard(source: Source, tokenizer: Tokenizer, out: Path) -> float:
+  """Processor seconds to make the shard."""
+  job = prepare_shard.Job(0, source, str(out), text.Fields())
+  begin = time.process_time()
+  prepare_shard.write_shard(job, tokenizer, lambda _: None, lambda: False)
+  return time.process_time() - begin
+
+
+def prepare_rates() -> dict[str, float]:
+  """Rates on one core, in MB of text a processor second, and their quotient.
+
+  Raises:
+    AssertionError: a shard does not hold the bare tokenizer's tokens.
+  """
+  texts = corpus() * COPIES
+  size = sum(len(value.encode()) for value in texts) / 1e6
+  rates: dict[str, float] = dict(megabytes=size)
+  with tempfile.TemporaryDirectory() as name:
+    folder = Path(name)
+    (folder / "out" / "prepare").mkdir(parents=True)
+    file = folder / "text.jsonl"
+    lines = (json.dumps(dict(text=value)) + "\n" for value in texts)
+    file.write_text("".join(lines))
+    (folder / "bpe.json").write_text(tokenize.train_bpe(texts, VOCABULARY))
+    (source,) = text_sources.find_sources([str(file)]).sources
+    tokenizer = tokenize.load(str(folder / "bpe.json"))
+    bare = tokenizers.Tokenizer.from_file(str(folder / "bpe.json"))
+    bare.encode_special_tokens = True
+    times: dict[str, list[float]] = dict(bare=[], prepare=[])
+    for _ in range(RUNS):
+      begin = time.process_time()
+      found = bare.encode_batch_fast(texts, add_special_tokens=False)
+      times["bare"].append(time.process_time() - begin)
+      times["prepare"].append(one_shard(source, tokenizer, folder / "out"))
+      _check([x.ids for x in found], folder / "out")
+      del found
+    seconds = one_shard(source, tokenize.load("bytes"), folder / "out")
+    rates["prepare_bytes"] = size / seconds
+  for key, values in times.items():
+    rates[key] = size / statistics.median(values)
+  rates["share"] = rates["prepare"] / rates["bare"]
+  return rates
+
+
+def _check(expected: list[list[int]], out: Path) -> None:
+  reader = ArrayRecordReader(str(out / "shard-00000.arrayrecord"))
+  found = reader.read_all()
+  reader.close()
+  assert len(found) == len(expected)
+  for record, ids in zip(found, expected, strict=True):
+    assert np.frombuffer(record, "<u2").tolist() == [*ids, 0]
+
+
+def main() -> None:
+  rates = prepare_rates()
+  print(json.dumps({key: round(value, 3) for key, value in rates.items()}))
+  sys.exit(rates["share"] < LEAST)
+
+
+if __name__ == "__main__":
+  main()
