@@ -42,6 +42,16 @@ for _x, _side in (("q", "query"), ("k", "key")):
   TABLE[_MIXER + f"ln_{_x}.bias"] = (_path + "beta", _STACKED)
   TABLE[_MIXER + f"ln_{_x}.gamma"] = (_path + "gamma", _STACKED)
   TABLE[_MIXER + f"ln_{_x}.beta"] = (_path + "beta", _STACKED)
+# Where both layers have the same mixer, its names have no ".mixer".
+for _prefix, _block in (
+  ("layers.0.sequence_mixer.", "conv"),
+  ("layers.1.sequence_mixer.", "mixer"),
+  (_MIXER, "mixer"),
+):
+  for _name, _path in (("Wqkv.", "qkv/"), ("out_proj.", "out_proj/")):
+    _path = f"pairs/{_block}/mixer/{_path}"
+    TABLE[_prefix + _name + "weight"] = (_path + "kernel", _LINEAR)
+    TABLE[_prefix + _name + "bias"] = (_path + "bias", _STACKED)
 
 
 def ours(golden: dict[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:

@@ -2,14 +2,17 @@
 
 import dataclasses
 
+import baseline_equations
 from flax import nnx
 import jax
 from mamba_equations import mamba
 import numpy as np
 
 from rebased_jax import (
+  AttentionConfig,
   BaseConvConfig,
   BasedConfig,
+  HyenaConfig,
   MambaConfig,
   ReBasedConfig,
   RWKVConfig,
@@ -31,7 +34,15 @@ CASES = {
   # As published, WKV is rounded to bfloat16: test_rwkv.py has that.
   "rwkv": RWKVConfig(wkv_dtype="float32"),
   "mamba": MambaConfig(state=5, taps=3),
+  "attention": AttentionConfig(heads=2, length=14),
+  "attention-rotary": AttentionConfig(
+    heads=2, rotary=True, use_bias=False, length=14
+  ),
+  # As long as the tests' rows: a longer filter's last lags have no gradient.
+  "hyena": HyenaConfig(length=12, filter_width=4),
 }
+# Mixers that refuse documents: a Fourier transform is of the whole row.
+NO_DOCUMENTS = {"hyena"}
 
 
 def parameters(module: nnx.Module) -> dict[str, np.ndarray]:
@@ -51,6 +62,10 @@ def recurrence(config, params: dict, x_TD: np.ndarray) -> np.ndarray:
     return _time_mix(params, x_TD)
   if isinstance(config, MambaConfig):
     return mamba(config, params, x_TD)
+  if isinstance(config, AttentionConfig):
+    return baseline_equations.attention(config, params, x_TD)
+  if isinstance(config, HyenaConfig):
+    return baseline_equations.hyena(config, params, x_TD)
   return _attention(config, params, x_TD)
 
 

@@ -11,17 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rebased_jax import LM, presets
+from rebased_jax import (
+  LM,
+  AttentionConfig,
+  BaseConvConfig,
+  ModelConfig,
+  presets,
+)
 
 _DIRECTORY = Path(__file__).parent / "golden"
-# The golden file of each model, and its kernel among the presets.
-_MODELS = {
+# The golden file of each linear model, and its kernel among the presets.
+_KERNELS = {
   "rebased": "rebased",
   "rebased_gx": "gamma",
   "rebased_gxb": "gamma-beta",
   "rebased_x2": "x2",
   "based": "based",
 }
+# Those of softmax attention, and their first layer.
+_SOFTMAX = {"attention": AttentionConfig(), "conv_attention": BaseConvConfig()}
 # The official code allocates and never uses these, with a gradient of zero.
 _UNUSED = {
   "rebased_gx": {
@@ -63,25 +71,14 @@ def _loss(graph, params, tokens_BT, labels_BT):
   return -total / kept_BT.sum().astype(total.dtype), logits_BTV
 
 
-@pytest.mark.parametrize(
-  ("dtype", "implementation"),
-  [
-    ("float64", None),
-    ("float32", None),
-    pytest.param("float64", "reference", marks=pytest.mark.slow),
-    pytest.param("float32", "reference", marks=pytest.mark.slow),
-  ],
-)
-@pytest.mark.parametrize("name", _MODELS)
-def test_logits_loss_and_every_gradient(name, dtype, implementation) -> None:
-  golden = _golden(name)
-  mixer = dataclasses.replace(
-    presets.VARIANTS[_MODELS[name]], implementation=implementation
-  )
-  assert (mixer.heads, mixer.features, mixer.eps) == (12, 16, 1e-12)
-  config = dataclasses.replace(
-    presets.mqar(mixer, width=32, length=24, vocab_size=64), dtype=dtype
-  )
+def _mqar(mixer, dtype: str) -> ModelConfig:
+  config = presets.mqar(mixer, width=32, length=24, vocab_size=64)
+  return dataclasses.replace(config, dtype=dtype)
+
+
+def _check(name: str, config: ModelConfig) -> None:
+  """Compares logits, loss and all gradients with the golden file's."""
+  golden, dtype = _golden(name), config.dtype
   arrays = golden_map.ours(golden, "param")
   unused = _UNUSED.get(name, set())
   for path in unused:
@@ -110,9 +107,35 @@ def test_logits_loss_and_every_gradient(name, dtype, implementation) -> None:
   assert max(errors.values()) <= _TOLERANCE[dtype], errors
 
 
+@pytest.mark.parametrize(
+  ("dtype", "implementation"),
+  [
+    ("float64", None),
+    ("float32", None),
+    pytest.param("float64", "reference", marks=pytest.mark.slow),
+    pytest.param("float32", "reference", marks=pytest.mark.slow),
+  ],
+)
+@pytest.mark.parametrize("name", _KERNELS)
+def test_logits_loss_and_every_gradient(name, dtype, implementation) -> None:
+  mixer = dataclasses.replace(
+    presets.VARIANTS[_KERNELS[name]], implementation=implementation
+  )
+  assert (mixer.heads, mixer.features, mixer.eps) == (12, 16, 1e-12)
+  _check(name, _mqar(mixer, dtype))
+
+
+@pytest.mark.parametrize("dtype", _TOLERANCE)
+@pytest.mark.parametrize("name", _SOFTMAX)
+def test_softmax_attention_likewise(name, dtype) -> None:
+  """The official mask adds −10,000, and e^−10,000 is 0 in every dtype."""
+  config = _mqar(AttentionConfig(), dtype)
+  _check(name, dataclasses.replace(config, conv=_SOFTMAX[name]))
+
+
 def test_the_table_covers_every_official_name() -> None:
   names = set()
-  for name in _MODELS:
+  for name in (*_KERNELS, *_SOFTMAX):
     names |= {
       key.removeprefix("param/backbone.")
       for key in _golden(name)

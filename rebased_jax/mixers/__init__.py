@@ -1,5 +1,9 @@
 """The mixers: one file each, its config included."""
 
+from rebased_jax.mixers.attention import (
+  Attention as Attention,
+  AttentionConfig as AttentionConfig,
+)
 from rebased_jax.mixers.base import (
   Mixer as Mixer,
   MixerConfig as MixerConfig,
@@ -9,6 +13,10 @@ from rebased_jax.mixers.conv import (
   BaseConv as BaseConv,
   BaseConvConfig as BaseConvConfig,
 )
+from rebased_jax.mixers.hyena import (
+  Hyena as Hyena,
+  HyenaConfig as HyenaConfig,
+)
 from rebased_jax.mixers.mamba import Mamba as Mamba, MambaConfig as MambaConfig
 from rebased_jax.mixers.rebased import (
   ReBased as ReBased,
@@ -17,9 +25,11 @@ from rebased_jax.mixers.rebased import (
 from rebased_jax.mixers.rwkv import RWKV as RWKV, RWKVConfig as RWKVConfig
 
 MIXER_CONFIGS: tuple[type[MixerConfig], ...] = (
+  AttentionConfig,
   BaseConvConfig,
   BasedConfig,
   MambaConfig,
+  HyenaConfig,
   ReBasedConfig,
   RWKVConfig,
 )

@@ -7,6 +7,7 @@ that of the last; a row that starts a document starts from `init_state`.
 """
 
 import abc
+from collections.abc import Callable
 import dataclasses
 import math
 import numbers
@@ -77,8 +78,7 @@ class Mixer(nnx.Module):
   def state_size(self, length: int) -> int:
     """Bytes of state that a sequence of `length` tokens holds."""
     del length  # constant, unless a mixer says otherwise
-    leaves = jax.tree.leaves(jax.eval_shape(lambda: self.init_state(1)))
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    return tree_bytes(lambda: self.init_state(1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +120,18 @@ def take_positions(x_BTD: Array, positions_BM: Array | None) -> Array:
     x_BTD, positions_BM[:, :, None], axis=1, mode="clip"
   )
   return jnp.where(inside_BM[..., None], x_BMD, jnp.nan)
+
+
+def tree_bytes(make: Callable[[], Any]) -> int:
+  """Bytes of the arrays that `make` would return; makes none."""
+  leaves = jax.tree.leaves(jax.eval_shape(make))
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+
+
+def refuse_time_axis(mixer: str, axes: ShardAxes | None, reason: str) -> None:
+  """Raises NotImplementedError where `axes` splits time."""
+  if axes is not None and axes.time is not None:
+    raise NotImplementedError(f"{mixer} with axes.time={axes.time!r}: {reason}")
 
 
 def positive(config: object, *names: str) -> None:

@@ -1,0 +1,93 @@
+"""A mixer under test: small, with moved parameters and compiled calls."""
+
+import functools
+
+from flax import nnx
+import jax
+from jax import Array
+import jax.numpy as jnp
+from mixer_equations import CASES
+import numpy as np
+
+from rebased_jax.mixers import base
+
+# Few shapes: most tests are not jitted, so that an operation compiles once for
+# all the mixers. Whole rows have 12 tokens, parts of them 6 or, in steps, 1.
+B, T, HALF, D = 2, 12, 6, 8
+# Two float32 ways to the same sums of a few dozen terms of size 1: roundings
+# of 6e-8 each, times the condition of a quotient by Σ sim + eps.
+CLOSE = dict(rtol=2e-5, atol=2e-5)
+
+
+# Most of the time is the compiler's: this halves it.
+compiled = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
+
+class Subject:
+  """A mixer, its parameters moved from 0, 1 and N(0, 0.02²); compiled calls."""
+
+  def __init__(self, name: str, dtype: str = "float32"):
+    site = base.Site(D, layer=1, layers=2, dtype=dtype)
+    self.mixer = CASES[name].make(site, rngs=nnx.Rngs(0))
+    self.graph, params = nnx.split(self.mixer)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [
+      p + 0.4 * jax.random.normal(k, p.shape)
+      for k, p in zip(keys, leaves, strict=True)
+    ]
+    self.params = jax.tree.unflatten(tree, moved)
+    nnx.update(self.mixer, self.params)
+    self._gradients = compiled(self._gradients)
+    self._prefill = compiled(
+      lambda p, *args: self.of(p).prefill(*args[:2], segment_ids=args[2])
+    )
+    self._step = compiled(lambda p, *args: self.of(p).step(*args))
+    self.zero = self.mixer.init_state(B)
+
+  def of(self, params) -> base.Mixer:
+    return nnx.merge(self.graph, params)
+
+  def prefill(self, x_BTD, state, ids_BT=None):
+    return self._prefill(self.params, x_BTD, state, ids_BT)
+
+  def step(self, x_BD, state):
+    return self._step(self.params, x_BD, state)
+
+  def steps(self, x_BTD, state):
+    ys = []
+    for t in range(x_BTD.shape[1]):
+      y_BD, state = self.step(x_BTD[:, t], state)
+      ys.append(y_BD)
+    return jnp.stack(ys, axis=1), state
+
+  def gradients(self, x_BTD, w_BMD, ids_BT=None, positions_BM=None):
+    """(dparams, dx_BTD) of Σ w y where w is not 0, and y."""
+    return self._gradients(self.params, x_BTD, w_BMD, ids_BT, positions_BM)
+
+  def _gradients(self, params, x_BTD, w_BMD, ids_BT, positions_BM):
+    def loss(params, x_BTD):
+      y_BMD = self.of(params)(
+        x_BTD, segment_ids=ids_BT, query_positions=positions_BM
+      )
+      return jnp.where(w_BMD == 0, 0, w_BMD * y_BMD).sum(), y_BMD
+
+    return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x_BTD)
+
+  def __call__(self, x_BTD, ids_BT=None):
+    return self.gradients(x_BTD, tokens(13), ids_BT)[1]
+
+
+make = functools.cache(Subject)
+
+
+def tokens(seed: int = 12) -> Array:
+  return jax.random.normal(jax.random.key(seed), (B, T, D))
+
+
+def assert_close(found, wanted, **tolerance) -> None:
+  assert jax.tree.structure(found) == jax.tree.structure(wanted)
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(x, y, **(tolerance or CLOSE))

@@ -1,0 +1,194 @@
+"""Softmax attention and Hyena, beyond what every mixer promises."""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from mixer_subject import B, D, T, make, tokens
+import numpy as np
+import pytest
+
+from pallas_kernels import ShardAxes
+from rebased_jax import (
+  LM,
+  Attention,
+  AttentionConfig,
+  Hyena,
+  HyenaConfig,
+  ModelConfig,
+  parameter_count,
+)
+from rebased_jax.mixers import base
+
+_IDS_BT = jnp.zeros((B, T), jnp.int32)
+
+
+def _make(config, width=D, **site):
+  return config.make(base.Site(width, **site), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("width", [8, 24, 64])
+def test_parameter_counts_are_the_formulas(width) -> None:
+  D, L = width, 20
+  count = lambda config: parameter_count(_make(config, D))
+  assert count(AttentionConfig()) == 4 * D**2 + 4 * D
+  assert count(AttentionConfig(heads=2, use_bias=False)) == 4 * D**2 + D
+  assert count(HyenaConfig(length=L)) == 4 * D**2 + 81 * D + 3 * L + 8640
+
+
+@pytest.mark.parametrize(
+  "config",
+  [AttentionConfig(), HyenaConfig(length=8)],
+  ids=["attention", "hyena"],
+)
+def test_the_output_starts_smaller_in_deep_models(config) -> None:
+  spread = lambda layers: float(
+    _make(config, 64, layers=layers).out_proj.kernel[...].std()
+  )
+  # 4,096 samples know their deviation to 1.1 %.
+  assert spread(2) == pytest.approx(0.01, rel=0.05)
+  assert spread(18) == pytest.approx(0.02 / 6, rel=0.05)
+
+
+@pytest.mark.parametrize(
+  ("make_it", "words"),
+  [
+    (lambda: AttentionConfig(heads=0), ["heads=0", "≥ 1"]),
+    (lambda: AttentionConfig(length=0), ["length=0", "≥ 1"]),
+    (lambda: AttentionConfig(implementation="gpu"), ["'gpu'", "cudnn"]),
+    (lambda: _make(AttentionConfig(heads=3)), ["heads=3", "width 8"]),
+    (lambda: _make(AttentionConfig(heads=8, rotary=True)), ["rotary", "even"]),
+    (lambda: HyenaConfig(length=0), ["length=0", "≥ 1"]),
+    (lambda: _make(HyenaConfig()), ["Hyena", "HyenaConfig.length"]),
+    (
+      lambda: _make(AttentionConfig()).init_state(1),
+      ["AttentionConfig.length", "ModelConfig.positions"],
+    ),
+    (
+      lambda: make("hyena").mixer(jnp.zeros((B, T + 1, D))),
+      ["13 tokens", "12 lags"],
+    ),
+  ],
+)
+def test_a_wrong_value_is_named(make_it, words) -> None:
+  with pytest.raises(ValueError) as error:
+    make_it()
+  for word in words:
+    assert word in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["attention", "hyena"])
+def test_time_is_not_split(name) -> None:
+  mixer = make(name).mixer
+  axes = ShardAxes(time="model")
+  for call in (
+    lambda: mixer(tokens(), axes=axes),
+    lambda: mixer.prefill(tokens(), mixer.init_state(B), axes=axes),
+  ):
+    with pytest.raises(NotImplementedError, match=f"(?i){name}.*time"):
+      call()
+
+
+def test_hyena_refuses_documents() -> None:
+  mixer = make("hyena").mixer
+  for call in (
+    lambda: mixer(tokens(), segment_ids=_IDS_BT),
+    lambda: mixer.prefill(tokens(), mixer.init_state(B), segment_ids=_IDS_BT),
+  ):
+    with pytest.raises(NotImplementedError, match="Hyena.*segment_ids"):
+      call()
+
+
+def test_cudnn_by_name_runs_or_says_why_not() -> None:
+  mixer = _make(AttentionConfig(implementation="cudnn"))
+  with pytest.raises(NotImplementedError, match="segment_ids"):
+    mixer(tokens(), segment_ids=_IDS_BT)
+  # float32 on a GPU, no GPU elsewhere.
+  with pytest.raises(NotImplementedError, match="needs"):
+    mixer(tokens())
+
+
+@pytest.mark.parametrize("name", ["attention", "hyena"])
+def test_a_token_past_the_state_has_nan(name) -> None:
+  subject = make(name)
+  room = subject.mixer.length
+  x_BTD = jax.random.normal(jax.random.key(3), (B, room + 2, D))
+  ys, state = subject.steps(x_BTD, subject.zero)
+  assert np.isfinite(ys[:, :room]).all()
+  assert np.isnan(ys[:, room:]).all()
+  # The same in one call, from a state with room for half of its tokens.
+  start = room - T // 2
+  _, before = subject.steps(x_BTD[:, :start], subject.zero)
+  part_BTD = x_BTD[:, start:][:, :T]
+  y_BTD, after = subject.prefill(part_BTD, before)
+  np.testing.assert_array_equal(np.isnan(y_BTD), np.isnan(ys[:, start:]))
+  if name == "attention":  # slots keep what they have, positions count on
+    for x, y in zip(after, state, strict=True):
+      np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_the_key_bias_does_not_count() -> None:
+  """It adds the same to a row's scores: its gradient is roundings alone."""
+  (grads, _), _ = make("attention").gradients(tokens(), tokens(13))
+  q, k, v = np.split(np.abs(nnx.to_pure_dict(grads)["qkv"]["bias"]), 3)
+  assert k.max() < 1e-5 * min(q.max(), v.max())
+
+
+def test_a_cache_takes_memory_by_its_length() -> None:
+  bytes_of = lambda tokens: 2 * 4 * D * tokens + 4
+  assert make("attention").mixer.state_size(1000) == bytes_of(14)
+  assert _make(AttentionConfig(), length=30).state_size(1000) == bytes_of(30)
+  # Without a cache of its own: what a row of so many tokens needs.
+  assert _make(AttentionConfig()).state_size(1000) == bytes_of(1000)
+
+
+def test_attention_weights_are_those_of_the_output() -> None:
+  mixer = make("attention-rotary").mixer
+  a_BHTT = mixer.attention_matrix(tokens())
+  np.testing.assert_allclose(a_BHTT.sum(axis=-1), 1, rtol=1e-6)
+  _, _, v_BTHF = mixer._project(tokens(), jnp.arange(T)[None])
+  o_BTHF = jnp.einsum("bhts,bshf->bthf", a_BHTT, v_BTHF)
+  y_BTD = mixer.out_proj(o_BTHF.reshape(B, T, D))
+  np.testing.assert_allclose(y_BTD, mixer(tokens()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_a_model_of_both_decodes_as_it_reads(pairs) -> None:
+  """Hyena's filter differs from pair to pair; states must not mix them up."""
+  config = ModelConfig(
+    HyenaConfig(filter_width=4), AttentionConfig(heads=2), 17, D, pairs, T
+  )
+  model = LM(config, rngs=nnx.Rngs(0))
+  graph, params = nnx.split(model)
+  moved = jax.tree.map(
+    lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape),
+    params,
+  )
+  model = nnx.merge(graph, moved)
+  tokens_BT = jax.random.randint(jax.random.key(2), (B, T), 0, 17)
+  logits_BTV = model(tokens_BT)
+  found, state = model.prefill(tokens_BT[:, :5], model.init_state(B))
+  step = jax.jit(lambda params, *args: nnx.merge(graph, params).step(*args))
+  for t in range(5, T):
+    np.testing.assert_allclose(
+      found, logits_BTV[:, t - 1], rtol=1e-4, atol=1e-4
+    )
+    found, state = step(moved, tokens_BT[:, t], state)
+  held = sum(x.nbytes for x in jax.tree.leaves(state)) // B
+  assert model.state_size(T) == held
+
+
+def test_the_dataclass_defaults_are_the_papers() -> None:
+  assert dataclasses.astuple(AttentionConfig()) == (1, True, False, None, None)
+  assert dataclasses.astuple(HyenaConfig()) == (None, 3, 64)
+
+
+def test_modules_work_alone() -> None:
+  x_BTD = tokens()
+  for mixer in (
+    Attention(D, AttentionConfig(heads=2), rngs=nnx.Rngs(0)),
+    Hyena(D, HyenaConfig(length=T), rngs=nnx.Rngs(0)),
+  ):
+    y_BTD = mixer(x_BTD)
+    assert y_BTD.shape == (B, T, D) and np.isfinite(y_BTD).all()
