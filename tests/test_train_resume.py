@@ -25,7 +25,7 @@ from train_cases import (
   trainer as trainer,
 )
 
-from train import build, config as config_lib, loop, sharding
+from train import build, config as config_lib, loop, sharding, start
 from train.checkpoint import read_meta
 from train.run_folder import RunFolder, RunFolderError
 
@@ -198,7 +198,7 @@ def test_warm_start(finished: Path, tmp_path: Path) -> None:
   with jax.set_mesh(mesh):
     built = build.build(config, mesh)
     with loop.Checkpoints(tmp_path / "none") as none:
-      state, step, meta, notes = loop.initial(
+      state, step, meta, notes = start.initial(
         config, built, none, RunFolder(tmp_path), None
       )
   assert (step, meta) == (0, {}) and "step 6; fresh optimiser" in notes[0]

@@ -6,6 +6,7 @@
     rebased inspect WHAT               a preset, a run or a checkpoint
     rebased prepare INPUT ...          text to tokens, for training
     rebased tokenizer train INPUT ...  a BPE tokenizer from text
+    rebased inspect data PATH          a data set: counts, lengths, a sample
     rebased doctor                     devices, versions, implementations
 
 `rebased COMMAND --help` shows the options. Exit codes: 0 done; 2 a wrong
@@ -29,14 +30,16 @@ if typing.TYPE_CHECKING:
   from train.config import RunConfig
 
 _Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+_Path = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
 _What = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
 
 
 @dataclasses.dataclass(frozen=True)
-class RunArgs:
-  """Works on a run."""
+class ResumeArgs:
+  """Goes on with a run, as it was configured."""
 
   run_dir: _Run  # the run's folder
+  allow_data_change: bool = False  # go on although the data has changed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,7 @@ class EvaluateArgs:
 
   run_dir: _Run  # the run's folder
   step: int | None = None  # of the checkpoint; default the newest
+  test: bool = False  # the test split in place of the validation split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,15 @@ class InspectArgs:
   """Shows a preset, a run, or a checkpoint RUN/checkpoints/STEP."""
 
   what: _What  # a preset's name or a folder
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectDataArgs:
+  """Shows a data set: counts, lengths, domains, and a decoded sample."""
+
+  path: _Path  # a prepared folder, or a Megatron index NAME.idx
+  length: int = 256  # of the sample
+  verify: bool = False  # read every byte and compare its checksums
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -124,23 +137,27 @@ def _train(args: list[str]) -> int:
   )
   time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
   default = f"runs/{name}-{time}"
-  return _run(parsed.run, default if parsed.run_dir is None else parsed.run_dir)
+  run_dir = default if parsed.run_dir is None else parsed.run_dir
+  return _run(parsed.run, run_dir, parsed.allow_data_change)
 
 
 def _resume(args: list[str]) -> int:
   from train.run_folder import RunFolder
 
-  run_dir = tyro.cli(RunArgs, prog="rebased resume", args=args).run_dir
-  return _run(RunFolder(run_dir).read_config(), run_dir)
+  parsed = tyro.cli(ResumeArgs, prog="rebased resume", args=args)
+  config = RunFolder(parsed.run_dir).read_config()
+  return _run(config, parsed.run_dir, parsed.allow_data_change)
 
 
-def _run(config: "RunConfig", run_dir: str) -> int:
+def _run(config: "RunConfig", run_dir: str, allow_data_change: bool) -> int:
   from train import loop, report
   from train.run_folder import RunFolder
 
   console = Console()
   folder = RunFolder(run_dir)
-  outcome = loop.train(config, folder, console)
+  outcome = loop.train(
+    config, folder, console, allow_data_change=allow_data_change
+  )
   if outcome.reason == "signal":
     console.print(
       f"stopped at step {outcome.step}, saved; go on with\n"
@@ -157,13 +174,22 @@ def _evaluate(args: list[str]) -> int:
   from train import report
 
   parsed = tyro.cli(EvaluateArgs, prog="rebased evaluate", args=args)
-  return report.evaluate_run(parsed.run_dir, parsed.step, Console())
+  return report.evaluate_run(
+    parsed.run_dir, parsed.step, Console(), test=parsed.test
+  )
 
 
 def _inspect(args: list[str]) -> int:
-  from train import inspect_run
+  from train import inspect_data, inspect_run
   from train.presets import make_presets
 
+  if args[:1] == ["data"] and len(args) > 1:
+    parsed = tyro.cli(
+      InspectDataArgs, prog="rebased inspect data", args=args[1:]
+    )
+    return inspect_data.show(
+      parsed.path, Console(), length=parsed.length, verify=parsed.verify
+    )
   what = tyro.cli(InspectArgs, prog="rebased inspect", args=args).what
   presets = make_presets()
   if what in presets:

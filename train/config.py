@@ -4,7 +4,6 @@ A preset is a `RunConfig`; the command line changes its fields; the resolved
 one is in the run folder and in every checkpoint. Nothing rewrites it.
 """
 
-import abc
 import dataclasses
 import hashlib
 import json
@@ -12,7 +11,14 @@ import math
 from typing import Any, Literal
 
 from rebased_jax import MIXER_CONFIGS, ModelConfig
-from train.data import batches, mqar, mqar_paper
+from train.data import batches
+from train.data_config import (
+  DataConfig as DataConfig,
+  MQARData as MQARData,
+  MQARPaperData as MQARPaperData,
+  MQARStreamData as MQARStreamData,
+  TextData as TextData,
+)
 
 VERSION = 1  # of the JSON form
 
@@ -59,83 +65,6 @@ class OptimizerConfig:
       self.epoch_steps is None or self.epoch_steps >= 1, "epoch_steps", "≥ 1"
     )
     check(self.decay in ("all", "matrices"), "decay", "'all' or 'matrices'")
-
-
-class DataConfig(abc.ABC):
-  """Abstract: where a run's batches come from."""
-
-  length: int  # tokens of a row
-  vocab_size: int
-
-  @abc.abstractmethod
-  def train_batches(self, rows: int, seed: int) -> batches.Batches:
-    """The training batches, of `rows` rows each."""
-
-  @abc.abstractmethod
-  def eval_batches(self, rows: int, seed: int) -> batches.Batches:
-    """The held-out batches, finitely many, of `rows` rows each."""
-
-
-@dataclasses.dataclass(frozen=True)
-class MQARData(DataConfig):
-  """Abstract: rows of multi-query associative recall, of one shape."""
-
-  vocab_size: int = 8192
-  length: int = 128
-  pairs: int = 16
-  power: float = 0.01
-
-  def __post_init__(self):
-    self.rows()  # raises where there is no such row
-
-  def rows(self) -> mqar.MQARConfig:
-    return mqar.MQARConfig(self.vocab_size, self.length, self.pairs, self.power)
-
-
-@dataclasses.dataclass(frozen=True)
-class MQARStreamData(MQARData):
-  """Unlimited MQAR: example i is a function of (seed, i)."""
-
-  vocab_size: int = 256
-  length: int = 32
-  pairs: int = 4
-  test_examples: int = 2048
-
-  def __post_init__(self):
-    super().__post_init__()
-    batches.require(
-      self.test_examples >= 1, "data.test_examples", self.test_examples, "≥ 1"
-    )
-
-  def train_batches(self, rows: int, seed: int) -> batches.Batches:
-    return mqar.MQARStream(self.rows(), seed, rows)
-
-  def eval_batches(self, rows: int, seed: int) -> batches.Batches:
-    return mqar.stream_test_batches(
-      self.rows(), seed=seed, examples=self.test_examples, rows=rows
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class MQARPaperData(MQARData):
-  """The paper's 100,000 training and 3,000 test rows, one set for all seeds."""
-
-  examples: int = 100_000
-  epochs: int = 64
-  drop_last: bool = False  # an epoch's incomplete last batch; paper: T ≥ 512
-
-  def train_batches(self, rows: int, seed: int) -> batches.Batches:
-    return mqar_paper.MQARPaper(
-      self.rows(),
-      seed=seed,
-      rows=rows,
-      epochs=self.epochs,
-      drop_last=self.drop_last,
-      examples=self.examples,
-    )
-
-  def eval_batches(self, rows: int, seed: int) -> batches.Batches:
-    return mqar_paper.paper_test_batches(self.rows(), rows=rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +124,7 @@ class RunConfig:
       f"None or at least data.length={self.data.length}",
     )
     batches.require(
-      self.model.vocab_size >= self.data.vocab_size,
+      self.model.vocab_size >= (self.data.vocab_size or 0),
       "model.vocab_size",
       self.model.vocab_size,
       f"at least data.vocab_size={self.data.vocab_size}",
@@ -218,6 +147,7 @@ _CLASSES: dict[str, type] = {
     MQARStreamData,
     OptimizerConfig,
     RunConfig,
+    TextData,
   )
 }
 
@@ -228,6 +158,8 @@ class ConfigError(ValueError):
 
 def to_dict(config: Any) -> Any:
   """Plain JSON data; each dataclass carries its type."""
+  if isinstance(config, tuple):
+    return [to_dict(item) for item in config]
   if not dataclasses.is_dataclass(config):
     return config
   fields = {
@@ -239,6 +171,8 @@ def to_dict(config: Any) -> Any:
 
 def from_dict(data: Any, where: str = "config") -> Any:
   """The inverse of `to_dict`; ConfigError names the place that is wrong."""
+  if isinstance(data, list):
+    return tuple(from_dict(x, f"{where}[{i}]") for i, x in enumerate(data))
   if not isinstance(data, dict):
     return data
   fields = dict(data)
@@ -298,3 +232,12 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
     return [] if a == b else [f"{path}: {a!r} → {b!r}"]
 
   return walk(to_dict(old), to_dict(new), "")
+
+
+def of_data(difference: str) -> bool:
+  """Whether one of `differences` is of the batches alone.
+
+  The seed is among them: past step 0 it is that of data and dropout.
+  """
+  field = difference.partition(":")[0]
+  return field in ("batch", "accumulate", "seed") or field.startswith("data.")

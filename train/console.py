@@ -41,7 +41,7 @@ class Display:
     text = None
     if values is not None:
       text = (
-        f"loss {values['loss']:.4f} accuracy {values['accuracy']:.3f} "
+        f"loss {values['loss']:.4f} {_headline(values)} "
         f"held-out {self._held_out} "
         f"{values['tokens_per_second'] / 1e3:,.0f}k tokens/s"
       )
@@ -55,10 +55,10 @@ class Display:
 
   def evaluated(self, step: int, values: dict[str, float]) -> None:
     """A held-out result, for the bar or as a line of its own."""
-    self._held_out = f"{values['accuracy']:.3f}"
+    self._held_out = _headline(values).partition(" ")[2]
     if self._bar is None:
       self.line(
-        f"step {step}: held-out accuracy {values['accuracy']:.4f}, loss "
+        f"step {step}: held-out {_headline(values, 4)}, loss "
         f"{values['loss']:.4f}"
       )
 
@@ -80,6 +80,13 @@ class Display:
   def __exit__(self, *_) -> None:
     if self._bar is not None:
       self._bar.stop()
+
+
+def _headline(values: dict[str, float], digits: int = 3) -> str:
+  """The number that says most: perplexity of text, else accuracy."""
+  if "perplexity" in values:
+    return f"perplexity {values['perplexity']:.{digits - 1}f}"
+  return f"accuracy {values['accuracy']:.{digits}f}"
 
 
 def rows(title: str, values: dict[str, object]) -> table.Table:

@@ -11,26 +11,22 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
 
-from train import build as build_lib, evaluate, metrics as metrics_lib, sharding
+from train import (
+  build as build_lib,
+  evaluate,
+  metrics as metrics_lib,
+  sharding,
+  start as start_lib,
+)
 from train.build import Built
-from train.checkpoint import (
-  CheckpointError,
-  Checkpoints,
-  NoCheckpointError,
-  restore_params,
-)
-from train.config import (
-  RunConfig,
-  differences,
-  fingerprint,
-  from_dict,
-  to_dict,
-)
+from train.checkpoint import Checkpoints
+from train.config import RunConfig, fingerprint, to_dict
 from train.console import Display
 from train.data import batches as batches_lib
 from train.preempt import Preemption
-from train.run_folder import RunFolder, RunFolderError
+from train.run_folder import RunFolder
 
 
 class TrainingFailed(RuntimeError):
@@ -84,7 +80,11 @@ class Loop:
     config, self.display = self.config, display
     rows = sharding.local_rows(config.batch)
     data = batches_lib.iterate(
-      self.train_data, start=start, stop=config.steps, rows=rows
+      self.train_data,
+      start=start,
+      stop=config.steps,
+      rows=rows,
+      workers=config.data.workers,
     )
     step, reason = start, None if start < config.steps else "finished"
     with data:
@@ -123,11 +123,11 @@ class Loop:
     self.window.pause(time.perf_counter() - before)
 
   def evaluate(self, state: Any, step: int) -> dict[str, float]:
-    """Held-out loss and accuracy, recorded."""
+    """Held-out results, recorded."""
     self.settle(state)
     before = time.perf_counter()
-    self.held_out = evaluate.evaluate(
-      self.built, state["params"], self.eval_data
+    self.held_out = self.describe(
+      evaluate.evaluate(self.built, state["params"], self.eval_data)
     )
     self.writer.write("eval", step, **self.held_out)
     self.display.evaluated(step, self.held_out)
@@ -151,8 +151,15 @@ class Loop:
     """Writes the means since the last record, if there are any."""
     means = self.window.flush()
     if means is not None:
+      means = self.describe(means)
       self.writer.write("train", step, **means)
     return means
+
+  def describe(self, values: dict[str, float]) -> dict[str, float]:
+    """The values, with the perplexity where the data is text."""
+    if not self.config.data.perplexity:
+      return values
+    return metrics_lib.with_perplexity(values)
 
   def dump(self, state: Any, step: int, values: dict[str, float]) -> str:
     """Keeps the state before a step that failed, its batch and its metrics."""
@@ -171,69 +178,18 @@ class Loop:
     return f"{message}; the state before it and its batch are in {folder.path}"
 
 
-def source_weights(config: RunConfig, built: Built) -> tuple[Any, str]:
-  """The parameters of the run `init_from`, and a note of where they are from.
-
-  Raises:
-    RunFolderError: it is no run, has no checkpoint, or another model's.
-  """
-  source = RunFolder(config.init_from)
-  source.read_config()
-  target = build_lib.to_dicts(built.abstract)["params"]
-  try:
-    step, params = restore_params(source.checkpoints, target)
-  except CheckpointError as error:
-    raise RunFolderError(f"init_from={config.init_from}: {error}") from error
-  return params, f"weights of {source.path}, step {step}; fresh optimiser"
-
-
-def initial(
+def train(
   config: RunConfig,
-  built: Built,
-  checkpoints: Checkpoints,
   folder: RunFolder,
-  weights: tuple[Any, str] | None,
-) -> tuple[Any, int, dict[str, Any], list[str]]:
-  """(state, step, meta, notes): restored, warm or fresh.
-
-  Raises:
-    RunFolderError: the data of the checkpoint is not the run's.
-    CheckpointError: no checkpoint is readable, or it does not fit.
-  """
-  as_dicts = build_lib.to_dicts(built.abstract)
-  try:
-    found = checkpoints.restore(as_dicts)
-  except NoCheckpointError:
-    if config.init_from is None:
-      return build_lib.fresh_state(config, built), 0, {}, []
-    params, note = weights or source_weights(config, built)
-    return build_lib.warm_state(params, built), 0, {}, [note]
-  saved = from_dict(found.meta["config"], "checkpoint")
-  changed = differences(saved, config)
-  if changed:
-    raise RunFolderError(
-      f"{folder.path}: its checkpoint is of another config: "
-      f"{'; '.join(changed)}"
-    )
-  data = config.data.train_batches(config.batch, config.seed)
-  try:
-    batches_lib.check_fingerprint(found.meta["data"], data.fingerprint)
-  except ValueError as error:
-    raise RunFolderError(f"{folder.path}: {error}") from error
-  notes = [f"warning: {broken}" for broken in found.broken]
-  notes.append(f"resuming at step {found.step}")
-  state = build_lib.from_dicts(found.state, built.abstract)
-  return state, found.step, found.meta, notes
-
-
-def _try_data(config: RunConfig) -> None:
-  """Makes a batch of both kinds; ValueError where the data cannot be made."""
-  config.data.train_batches(config.batch, config.seed).read(0)
-  config.data.eval_batches(config.batch, config.seed).read(0)
-
-
-def train(config: RunConfig, folder: RunFolder, console) -> Outcome:
+  console: Console,
+  *,
+  allow_data_change: bool = False,
+) -> Outcome:
   """Runs, or goes on with, the run of this folder.
+
+  With `allow_data_change` it goes on although the data, its batch or its seed
+  are not those of the folder: at the step where it was, which then is another
+  place of other data.
 
   Raises:
     RunFolderError, ValueError: the run cannot start; nothing was changed.
@@ -245,18 +201,24 @@ def train(config: RunConfig, folder: RunFolder, console) -> Outcome:
     built = build_lib.build(config, mesh)
     weights = None
     if config.init_from is not None and not folder.config_file.exists():
-      weights = source_weights(config, built)
-    _try_data(config)
-    folder.open(config)
+      weights = start_lib.source_weights(config, built)
+    start_lib.try_data(config)
+    folder.open(config, allow_data_change=allow_data_change)
     with (
       folder.locked(),
       Checkpoints(folder.checkpoints, keep=config.keep) as checkpoints,
       Preemption() as stop,
     ):
-      state, start, meta, notes = initial(
-        config, built, checkpoints, folder, weights
+      state, start, meta, notes = start_lib.initial(
+        config,
+        built,
+        checkpoints,
+        folder,
+        weights,
+        allow_data_change=allow_data_change,
       )
       if first:
+        folder.update(config)
         folder.cut_metrics(start)
       display = Display(console, start=start, steps=config.steps, active=first)
       writer = metrics_lib.Writer(

@@ -81,6 +81,12 @@ class Window:
     return means | rates
 
 
+def with_perplexity(values: dict[str, float]) -> dict[str, float]:
+  """The values and perplexity = exp(loss), inf where that is beyond floats."""
+  loss = values["loss"]
+  return values | {"perplexity": math.exp(loss) if loss < 700 else math.inf}
+
+
 def finite(metrics: dict[str, float]) -> bool:
   """Whether every value is a finite number."""
   return all(math.isfinite(value) for value in metrics.values())

@@ -6,6 +6,7 @@ from train.config import (
   MQARStreamData,
   OptimizerConfig,
   RunConfig,
+  TextData,
 )
 
 PAPER_LENGTHS = {128: 16, 256: 64, 512: 128, 1024: 256, 2048: 512}  # T: pairs
@@ -35,6 +36,36 @@ def mqar() -> RunConfig:
   )
 
 
+def lm_tiny() -> RunConfig:
+  """A small ReBased language model on `--data.path`, for a CPU.
+
+  The vocabulary is the byte tokenizer's; another needs --model.vocab-size.
+  """
+  return RunConfig(
+    model=ModelConfig(
+      conv=BaseConvConfig(),
+      mixer=ReBasedConfig(heads=4),
+      vocab_size=257,
+      width=128,
+      pairs=2,
+      mlp_width=512,
+    ),
+    data=TextData(),
+    optimizer=OptimizerConfig(
+      learning_rate=3e-3,
+      warmup_steps=50,
+      final_fraction=0.1,
+      beta2=0.95,
+      decay="matrices",
+      clip_norm=1.0,
+    ),
+    steps=1000,
+    batch=16,
+    eval_every=100,
+    save_every=200,
+  )
+
+
 def paper(
   variant: str, *, length: int, pairs: int, width: int = 64
 ) -> RunConfig:
@@ -61,7 +92,7 @@ def paper(
 
 def make_presets() -> dict[str, RunConfig]:
   """Every preset, by name."""
-  runs = {"mqar": mqar()}
+  runs = {"mqar": mqar(), "lm-tiny": lm_tiny()}
   for system in ("rebased", "based"):
     for length, pairs in PAPER_LENGTHS.items():
       name = f"mqar-paper-{system}-{length}"

@@ -5,7 +5,7 @@ import jax
 from rich.console import Console
 
 from rebased_jax import LM, parameter_count
-from train import build, evaluate, plots, restore, sharding
+from train import build, evaluate, metrics, plots, restore, sharding
 from train.config import MQARData, RunConfig
 from train.console import rows
 from train.loop import Outcome
@@ -26,14 +26,22 @@ def finish(
   reached = "stopped early: accuracy reached" * (outcome.reason == "accuracy")
   values = {
     "step": f"{outcome.step:,} of {config.steps:,}  {reached}".rstrip(),
-    "held-out accuracy": f"{outcome.held_out['accuracy']:.4f}",
-    "held-out loss": f"{outcome.held_out['loss']:.4f}",
+    **_results(config, outcome.held_out, "held-out"),
     "parameters": f"{parameter_count(model):,}",
     "training time here": f"{outcome.seconds:.0f} s",
     "run folder": folder.path,
     "pictures": "learning.png" + ", attention.png" * attention,
   }
   console.print(rows("done", values))
+
+
+def _results(
+  config: RunConfig, found: dict[str, float], kind: str
+) -> dict[str, str]:
+  """Rows of a table: accuracy, loss and, of text, perplexity."""
+  values = metrics.with_perplexity(found) if config.data.perplexity else found
+  names = ("accuracy", "loss", "perplexity")
+  return {f"{kind} {x}": f"{values[x]:.4f}" for x in names if x in values}
 
 
 def draw_attention(config: RunConfig, model: LM, folder: RunFolder) -> bool:
@@ -46,20 +54,25 @@ def draw_attention(config: RunConfig, model: LM, folder: RunFolder) -> bool:
   return True
 
 
-def evaluate_run(run_dir: str, step: int | None, console: Console) -> int:
-  """Prints the held-out results of a run's checkpoint."""
+def evaluate_run(
+  run_dir: str, step: int | None, console: Console, *, test: bool = False
+) -> int:
+  """Prints the held-out, or the test, results of a run's checkpoint.
+
+  Raises:
+    ValueError: there is no such run, or no test split of its data.
+  """
   config, step, params = restore.params(run_dir, step)
   mesh = sharding.make_mesh()
   with jax.set_mesh(mesh):
     built = build.build(config, mesh)
     placed = jax.tree.map(lambda x: x.sharding, built.abstract["params"])
     params = jax.device_put(params, placed)
-    data = config.data.eval_batches(config.batch, config.seed)
-    found = evaluate.evaluate(built, params, data)
+    make = config.data.test_batches if test else config.data.eval_batches
+    found = evaluate.evaluate(built, params, make(config.batch, config.seed))
   values = {
     "step": f"{step:,}",
-    "held-out accuracy": f"{found['accuracy']:.4f}",
-    "held-out loss": f"{found['loss']:.4f}",
+    **_results(config, found, "test" if test else "held-out"),
     "targets": f"{found['tokens']:,.0f}",
   }
   console.print(rows(str(run_dir), values))

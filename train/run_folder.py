@@ -28,19 +28,25 @@ class RunFolder:
     self.config_file = self.path / "config.json"
     self.metrics_file = self.path / "metrics.jsonl"
     self.checkpoints = self.path / "checkpoints"
+    self._locks = contextlib.ExitStack()
 
-  def open(self, config: RunConfig) -> None:
+  def open(self, config: RunConfig, *, allow_data_change: bool = False) -> None:
     """Claims the folder for a new run, or checks that it is this run's.
+
+    With `allow_data_change` the config may differ in the data, the batch and
+    the seed; `update` writes it.
 
     Raises:
       RunFolderError: it holds another run, or other files.
     """
     if self.config_file.exists():
       changed = config_lib.differences(self.read_config(), config)
-      if changed:
+      data = all(config_lib.of_data(x) for x in changed)
+      if changed and not (data and allow_data_change):
+        hint = "; --allow-data-change goes on with the new data" * data
         raise RunFolderError(
           f"{self.path} holds a run of another config: {'; '.join(changed)}; "
-          "choose another --run-dir"
+          f"choose another --run-dir{hint}"
         )
       return
     if self.path.exists() and not self.path.is_dir():
@@ -67,7 +73,7 @@ class RunFolder:
     if "://" in str(self.path):  # a bucket has no locks
       yield
       return
-    with self.config_file.open() as file:
+    with self.config_file.open() as file, self._locks:
       try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError as error:
@@ -75,6 +81,22 @@ class RunFolder:
           f"{self.path}: another process is training in it"
         ) from error
       yield
+
+  def update(self, config: RunConfig) -> None:
+    """Writes a config that has changed; for use while the folder is locked.
+
+    The new file is locked before it gets its name.
+    """
+    if self.read_config() == config:
+      return
+    text = config_lib.to_json(config) + "\n"
+    if "://" in str(self.path):
+      self.write("config.json", text)
+      return
+    temporary = self.path / "config.json.tmp"
+    temporary.write_text(text)
+    fcntl.flock(self._locks.enter_context(temporary.open()), fcntl.LOCK_EX)
+    temporary.replace(self.config_file)
 
   def read_config(self) -> RunConfig:
     """The run's config.

@@ -14,3 +14,4 @@ class TrainArgs:
 
   run: Annotated[RunConfig, tyro.conf.arg(name="")]
   run_dir: str | None = None  # new, or this run's own; default runs/PRESET-TIME
+  allow_data_change: bool = False  # go on with other data, batch or seed

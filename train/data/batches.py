@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 import types
 from typing import Self
 
+from absl import flags
 import grain
 import numpy as np
 
@@ -180,23 +181,28 @@ class _Span:
 
 
 class BatchIterator(Iterator[Batch]):
-  """Batches in the order of the steps, prefetched by one thread.
+  """Batches in the order of the steps, prefetched by a thread or by processes.
 
-  Close it, or use it as a context manager: that stops the thread. An error in
-  the source is raised by `next`, which then closes the iterator, so that no
-  batch is ever skipped.
+  Close it, or use it as a context manager: that stops them. An error in the
+  source is raised by `next`, which then closes the iterator, so that no batch
+  is ever skipped.
 
   Attributes:
     step: the global step of the batch that `next` returns next.
   """
 
-  def __init__(self, span: _Span, start: int) -> None:
+  def __init__(self, span: _Span, start: int, workers: int = 0) -> None:
     self.step = start
     self._closed = False
+    self._shared = workers > 0  # memory of a process that goes
     self._source = None
     if len(span):
       options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
       data = grain.MapDataset.source(span).to_iter_dataset(options)
+      if workers:
+        if not flags.FLAGS.is_parsed():  # the processes take grain's flags
+          flags.FLAGS.mark_as_parsed()
+        data = data.mp_prefetch(grain.MultiprocessingOptions(workers, 2))
       self._source = iter(data)
 
   def __next__(self) -> Batch:
@@ -213,6 +219,8 @@ class BatchIterator(Iterator[Batch]):
       self.close()
       raise
     self.step += 1
+    if self._shared:
+      batch = {name: np.array(x) for name, x in batch.items()}
     return batch
 
   def close(self) -> None:
@@ -234,7 +242,12 @@ class BatchIterator(Iterator[Batch]):
 
 
 def iterate(
-  batches: Batches, *, start: int, stop: int, rows: slice | None = None
+  batches: Batches,
+  *,
+  start: int,
+  stop: int,
+  rows: slice | None = None,
+  workers: int = 0,
 ) -> BatchIterator:
   """Iterates over the batches of the global steps start..stop-1.
 
@@ -243,18 +256,22 @@ def iterate(
     start: the first step; a resume passes the step that it continues from.
     stop: the step after the last; `start` gives an empty iterator.
     rows: the rows that this process takes of every batch; None for all.
+    workers: processes that read ahead; 0 for one thread. The batches and their
+      order do not depend on it. `batches` must pickle.
 
   Returns:
     A closeable iterator, also a context manager.
 
   Raises:
-    ValueError: `start`, `stop` or `rows` is outside of what there is.
+    ValueError: `start`, `stop`, `rows` or `workers` is outside of what there
+      is.
   """
   limit = batches.num_batches
   require(start >= 0, "start", start, "a step, 0 or more")
   require(stop >= start, "stop", stop, f"start={start} or more")
+  require(workers >= 0, "workers", workers, "0 or more")
   if limit is not None:
     require(start <= limit, "start", start, f"at most the {limit} batches")
     require(stop <= limit, "stop", stop, f"at most the {limit} batches")
   bounds = slice(*_bounds(rows, batches.rows))
-  return BatchIterator(_Span(batches, start, stop, bounds), start)
+  return BatchIterator(_Span(batches, start, stop, bounds), start, workers)

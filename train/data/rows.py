@@ -1,0 +1,180 @@
+"""From a path and a layout to rows of tokens."""
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from train.data import plan as plans
+from train.data.arrayrecord import PreparedSource
+from train.data.batches import require
+from train.data.megatron import MegatronSource, Unit
+from train.data.plan_cache import Arrays, cached
+from train.data.source import DataError, Pieces, TokenSource
+
+Packing = Literal["stream", "documents", "rows"]
+PACKINGS = ("stream", "documents", "rows")
+
+_VERSION = 1  # of the plans
+_CHUNK = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How rows are made of documents; ValueError where there are none.
+
+  Attributes:
+    length: L, the inputs of a row, which has L + 1 tokens.
+    packing: "stream", "documents" or "rows", see `plan.py`.
+    validation: the fraction held out for validation.
+    test: the fraction held out for tests.
+  """
+
+  length: int
+  packing: Packing = "stream"
+  validation: float = 0.01
+  test: float = 0.0
+
+  def __post_init__(self) -> None:
+    positive = isinstance(self.length, int) and self.length >= 1
+    require(positive, "length", self.length, "a positive integer")
+    known = self.packing in PACKINGS
+    require(known, "packing", self.packing, f"one of {PACKINGS}")
+    for field in ("validation", "test"):
+      value = getattr(self, field)
+      require(0 <= value < 1, field, value, "a fraction in [0, 1)")
+    left = self.validation + self.test < 1
+    require(left, "test", self.test, "below 1 with validation added")
+
+
+def open_source(path: str, packing: Packing = "stream") -> TokenSource:
+  """The data set at a path: a prepared folder, or a Megatron index.
+
+  A set that has not changed since is opened once in a process. With the
+  packing "rows" the documents of an index are its sequences.
+
+  Raises:
+    DataError: there is none, or it is not sound.
+  """
+  place = Path(path)
+  if place.is_dir():
+    stamp = _stamp(place, "dataset.json", "*.arrayrecord", "*.npy")
+    return _opened_prepared(os.fspath(place), stamp)
+  if place.suffix == ".idx" and place.exists():
+    unit = "sequence" if packing == "rows" else "document"
+    stamp = _stamp(place.parent, place.name, f"{place.stem}*.bin")
+    return _opened_megatron(os.fspath(place), unit, stamp)
+  raise DataError(f"{path}: expected a prepared folder or a Megatron .idx file")
+
+
+def _stamp(folder: Path, *patterns: str) -> tuple:
+  """Names, sizes, times and numbers of the files of a data set."""
+  found = sorted({x for pattern in patterns for x in folder.glob(pattern)})
+  stats = ((path.name, path.stat()) for path in found)
+  return tuple((name, x.st_size, x.st_mtime_ns, x.st_ino) for name, x in stats)
+
+
+@functools.lru_cache(maxsize=16)
+def _opened_prepared(path: str, stamp: tuple) -> PreparedSource:
+  return PreparedSource(path)
+
+
+@functools.lru_cache(maxsize=16)
+def _opened_megatron(path: str, unit: Unit, stamp: tuple) -> MegatronSource:
+  return MegatronSource(path, unit)
+
+
+def make_plan(
+  source: TokenSource, layout: Layout, split: str, cache_dir: Path
+) -> plans.Plan:
+  """The plan of one split of a data set, from the cache where it can be.
+
+  Raises:
+    DataError: the packing is "rows" and a document has another length.
+    OSError: the cache cannot be written.
+  """
+  width = layout.length + 1
+  fractions = (layout.validation, layout.test)
+  if layout.packing == "rows":
+    _check_rows(source, width)
+    bounds = plans.split_rows(len(source), split, *fractions)
+    return plans.FixedRows(width, *bounds)
+  packed = layout.packing == "documents"
+  make = plans.packed_plan if packed else plans.stream_plan
+
+  def arrays() -> Arrays:
+    chosen_n = plans.split_documents(len(source), split, *fractions)
+    return make(width, source.lengths, chosen_n).arrays()
+
+  key = {
+    "plan": _VERSION,
+    **dataclasses.asdict(layout),
+    "split": split,
+    **source.fingerprint,
+  }
+  kind = plans.PackedRows if packed else plans.StreamRows
+  return kind(width, **cached(key, arrays, cache_dir))
+
+
+def _check_rows(source: TokenSource, width: int) -> None:
+  """Raises DataError where a document is no row."""
+  for first in range(0, len(source), _CHUNK):
+    length_C = source.lengths[first : first + _CHUNK]
+    bad = np.flatnonzero(length_C != width)
+    if bad.size:
+      raise DataError(
+        f"{source.name}: sequence {first + bad[0]} has {length_C[bad[0]]} "
+        f"tokens: expected length + 1 = {width} with packing='rows'"
+      )
+
+
+class FilledRows(NamedTuple):
+  """Rows of a plan: their tokens, and where they came from."""
+
+  tokens_RW: np.ndarray  # int32, 0 in padding
+  pieces: Pieces
+  row_P: np.ndarray
+
+  def segments_RW(self) -> np.ndarray:
+    """The number of the piece at each place of a row, from 1; 0 in padding."""
+    shape = self.tokens_RW.shape
+    first_N = np.zeros(self.tokens_RW.size, np.int32)
+    first_N[self.pieces.place_P] = 1
+    number_RW = np.cumsum(first_N.reshape(shape), axis=1, dtype=np.int32)
+    used_R = np.bincount(self.row_P, self.pieces.length_P, minlength=shape[0])
+    number_RW[np.arange(shape[1]) >= used_R[:, None]] = 0
+    return number_RW
+
+
+def fill_rows(
+  source: TokenSource, plan: plans.Plan, row_R: np.ndarray
+) -> FilledRows:
+  """Reads rows of a plan.
+
+  Raises:
+    DataError: a file cannot be read, or a token is outside of the vocabulary.
+  """
+  tokens_N = np.zeros(len(row_R) * plan.width, np.int32)
+  pieces, row_P = plan.pieces(row_R)
+  source.fill(pieces, tokens_N)
+  _check_tokens(source, pieces, tokens_N)
+  return FilledRows(tokens_N.reshape(-1, plan.width), pieces, row_P)
+
+
+def _check_tokens(
+  source: TokenSource, pieces: Pieces, tokens_N: np.ndarray
+) -> None:
+  """Raises DataError where a token is negative or beyond the vocabulary."""
+  limit = source.vocab_size or 2**31
+  if tokens_N.min() >= 0 and tokens_N.max() < limit:
+    return
+  bad = int(np.flatnonzero((tokens_N < 0) | (tokens_N >= limit))[0])
+  piece = int(np.argmax(np.where(pieces.place_P <= bad, pieces.place_P, -1)))
+  place = int(pieces.start_P[piece] + bad - pieces.place_P[piece])
+  raise DataError(
+    f"{source.name}: document {pieces.document_P[piece]}, token {place}: "
+    f"{tokens_N[bad]}: expected 0 to {limit - 1}"
+  )

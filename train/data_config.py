@@ -1,0 +1,194 @@
+"""Where the batches of a run come from: the data part of its config."""
+
+import abc
+import dataclasses
+from pathlib import Path
+from typing import ClassVar
+
+from train.data import batches, lm, mqar, mqar_paper
+from train.data.plan_cache import CACHE_DIR
+from train.data.rows import Layout, Packing, open_source
+
+
+class DataConfig(abc.ABC):
+  """Abstract: where a run's batches come from."""
+
+  length: int  # tokens of a row
+  vocab_size: int | None  # None where only the files know it
+  workers: int = 0  # processes that read ahead
+  perplexity: ClassVar[bool] = False  # whether it says more than accuracy
+
+  @abc.abstractmethod
+  def train_batches(self, rows: int, seed: int) -> batches.Batches:
+    """The training batches, of `rows` rows each."""
+
+  @abc.abstractmethod
+  def eval_batches(self, rows: int, seed: int) -> batches.Batches:
+    """The held-out batches, finitely many, of `rows` rows each."""
+
+  def test_batches(self, rows: int, seed: int) -> batches.Batches:
+    """The batches of the test split; ValueError where there is none."""
+    raise ValueError(
+      f"{type(self).__name__} has no test split beside its held-out rows"
+    )
+
+  def read_vocab_size(self) -> int | None:
+    """The vocabulary, from the files where they know it."""
+    return self.vocab_size
+
+
+@dataclasses.dataclass(frozen=True)
+class MQARData(DataConfig):
+  """Abstract: rows of multi-query associative recall, of one shape."""
+
+  vocab_size: int = 8192
+  length: int = 128
+  pairs: int = 16
+  power: float = 0.01
+
+  def __post_init__(self):
+    self.rows()  # raises where there is no such row
+
+  def rows(self) -> mqar.MQARConfig:
+    return mqar.MQARConfig(self.vocab_size, self.length, self.pairs, self.power)
+
+
+@dataclasses.dataclass(frozen=True)
+class MQARStreamData(MQARData):
+  """Unlimited MQAR: example i is a function of (seed, i)."""
+
+  vocab_size: int = 256
+  length: int = 32
+  pairs: int = 4
+  test_examples: int = 2048
+
+  def __post_init__(self):
+    super().__post_init__()
+    batches.require(
+      self.test_examples >= 1, "data.test_examples", self.test_examples, "≥ 1"
+    )
+
+  def train_batches(self, rows: int, seed: int) -> batches.Batches:
+    return mqar.MQARStream(self.rows(), seed, rows)
+
+  def eval_batches(self, rows: int, seed: int) -> batches.Batches:
+    return mqar.stream_test_batches(
+      self.rows(), seed=seed, examples=self.test_examples, rows=rows
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MQARPaperData(MQARData):
+  """The paper's 100,000 training and 3,000 test rows, one set for all seeds."""
+
+  examples: int = 100_000
+  epochs: int = 64
+  drop_last: bool = False  # an epoch's incomplete last batch; paper: T ≥ 512
+
+  def train_batches(self, rows: int, seed: int) -> batches.Batches:
+    return mqar_paper.MQARPaper(
+      self.rows(),
+      seed=seed,
+      rows=rows,
+      epochs=self.epochs,
+      drop_last=self.drop_last,
+      examples=self.examples,
+    )
+
+  def eval_batches(self, rows: int, seed: int) -> batches.Batches:
+    return mqar_paper.paper_test_batches(self.rows(), rows=rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextData(DataConfig):
+  """Text as tokens: data sets that `rebased prepare` made, or Megatron's.
+
+  A held-out row is one of documents that are in no training row. `packing` is
+  "stream", rows cut from the documents one behind the other; "documents",
+  whole documents with a reset at each border; or "rows", sequences of
+  `length` + 1 tokens as they are.
+  """
+
+  path: tuple[str, ...] = ()  # prepared folders, or Megatron indices NAME.idx
+  weights: tuple[float, ...] = ()  # of the paths in the mixture; none: by rows
+  length: int = 256  # a row's inputs
+  packing: Packing = "stream"
+  validation: float = 0.01  # fraction that is held out
+  test: float = 0.0  # fraction that is held out for `evaluate --test`
+  eval_path: tuple[str, ...] = ()  # held-out text of its own, in place of it
+  eval_rows: int | None = 1024  # the most held-out rows; None: all
+  shuffle: bool = True  # False: in the order of the files
+  workers: int = 0  # processes that read ahead; 0: a thread
+  cache_dir: str | None = None  # of plans; default ~/.cache/rebased_jax/plans
+
+  perplexity: ClassVar[bool] = True
+
+  def __post_init__(self):
+    for field in ("path", "eval_path", "weights"):
+      value = getattr(self, field)
+      is_tuple = isinstance(value, tuple)
+      batches.require(is_tuple, f"data.{field}", value, "a tuple")
+    self.train_batches(1, 0)  # raises where there are no such rows
+    batches.require(
+      isinstance(self.workers, int) and self.workers >= 0,
+      "data.workers",
+      self.workers,
+      "0 or more",
+    )
+    batches.require(
+      self.eval_rows is None or self.eval_rows >= 1,
+      "data.eval_rows",
+      self.eval_rows,
+      "1 or more, or None",
+    )
+    if self.eval_path:
+      expected = f"0 with data.eval_path={self.eval_path!r}"
+      none = self.validation == 0
+      batches.require(none, "data.validation", self.validation, expected)
+    else:
+      expected = "above 0, or a data.eval_path"
+      some = self.validation > 0
+      batches.require(some, "data.validation", self.validation, expected)
+
+  @property
+  def vocab_size(self) -> None:
+    return None
+
+  def _layout(self, held_out: bool) -> Layout:
+    fractions = (self.validation, self.test) if held_out else (0.0, 0.0)
+    return Layout(self.length, self.packing, *fractions)
+
+  def _batches(
+    self, rows: int, seed: int, split: str, *, own: bool = False
+  ) -> lm.LMBatches:
+    """The batches of a split, or of all text under `eval_path`."""
+    held_out = own or split != "train"
+    return lm.LMBatches(
+      self.eval_path if own else self.path,
+      self._layout(held_out=not own),
+      rows,
+      seed=seed,
+      split=split,
+      weights=() if own else self.weights,
+      shuffle=self.shuffle,
+      once=held_out,
+      limit=self.eval_rows if held_out else None,
+      cache_dir=CACHE_DIR if self.cache_dir is None else Path(self.cache_dir),
+    )
+
+  def train_batches(self, rows: int, seed: int) -> batches.Batches:
+    return self._batches(rows, seed, "train")
+
+  def eval_batches(self, rows: int, seed: int) -> batches.Batches:
+    if self.eval_path:
+      return self._batches(rows, seed, "train", own=True)
+    return self._batches(rows, seed, "validation")
+
+  def test_batches(self, rows: int, seed: int) -> batches.Batches:
+    batches.require(self.test > 0, "data.test", self.test, "above 0 for a test")
+    return self._batches(rows, seed, "test")
+
+  def read_vocab_size(self) -> int | None:
+    paths = (*self.path, *self.eval_path)
+    sizes = [open_source(path, self.packing).vocab_size for path in paths]
+    return max((size for size in sizes if size is not None), default=None)

@@ -1,0 +1,103 @@
+"""How a run starts: its data tried, its state restored, warm or fresh."""
+
+from typing import Any
+
+from train import build as build_lib
+from train.build import Built
+from train.checkpoint import (
+  CheckpointError,
+  Checkpoints,
+  NoCheckpointError,
+  restore_params,
+)
+from train.config import RunConfig, differences, from_dict, of_data
+from train.data import batches as batches_lib
+from train.run_folder import RunFolder, RunFolderError
+
+
+def source_weights(config: RunConfig, built: Built) -> tuple[Any, str]:
+  """The parameters of the run `init_from`, and a note of where they are from.
+
+  Raises:
+    RunFolderError: it is no run, has no checkpoint, or another model's.
+  """
+  source = RunFolder(config.init_from)
+  source.read_config()
+  target = build_lib.to_dicts(built.abstract)["params"]
+  try:
+    step, params = restore_params(source.checkpoints, target)
+  except CheckpointError as error:
+    raise RunFolderError(f"init_from={config.init_from}: {error}") from error
+  return params, f"weights of {source.path}, step {step}; fresh optimiser"
+
+
+def initial(
+  config: RunConfig,
+  built: Built,
+  checkpoints: Checkpoints,
+  folder: RunFolder,
+  weights: tuple[Any, str] | None,
+  *,
+  allow_data_change: bool = False,
+) -> tuple[Any, int, dict[str, Any], list[str]]:
+  """(state, step, meta, notes): restored, warm or fresh.
+
+  Raises:
+    RunFolderError: the data of the checkpoint is not the run's.
+    CheckpointError: no checkpoint is readable, or it does not fit.
+  """
+  as_dicts = build_lib.to_dicts(built.abstract)
+  try:
+    found = checkpoints.restore(as_dicts)
+  except NoCheckpointError:
+    if config.init_from is None:
+      return build_lib.fresh_state(config, built), 0, {}, []
+    params, note = weights or source_weights(config, built)
+    return build_lib.warm_state(params, built), 0, {}, [note]
+  changes = changes_since(found.meta, config, folder, allow_data_change)
+  notes = [f"warning: {broken}" for broken in found.broken]
+  notes += [f"warning: {change}" for change in changes]
+  notes.append(f"resuming at step {found.step}")
+  state = build_lib.from_dicts(found.state, built.abstract)
+  return state, found.step, found.meta, notes
+
+
+def changes_since(
+  meta: dict[str, Any], config: RunConfig, folder: RunFolder, allow: bool
+) -> list[str]:
+  """What of the data is not as it was when a checkpoint was saved.
+
+  Raises:
+    RunFolderError: something is, and `allow` is not given; or something else
+      of the run is.
+  """
+  saved = from_dict(meta["config"], "checkpoint")
+  changed = differences(saved, config)
+  refused = [x for x in changed if not (allow and of_data(x))]
+  if refused:
+    raise RunFolderError(
+      f"{folder.path}: its checkpoint is of another config: "
+      f"{'; '.join(refused)}"
+    )
+  data = config.data.train_batches(config.batch, config.seed)
+  try:
+    batches_lib.check_fingerprint(meta["data"], data.fingerprint)
+  except ValueError as error:
+    if not allow:
+      hint = "; --allow-data-change goes on with it"
+      raise RunFolderError(f"{folder.path}: {error}{hint}") from error
+    changed.append(str(error))
+  return changed
+
+
+def try_data(config: RunConfig) -> None:
+  """Makes a batch of both kinds; ValueError where the data cannot be made."""
+  needed = config.data.read_vocab_size()
+  batches_lib.require(
+    needed is None or config.model.vocab_size >= needed,
+    "model.vocab_size",
+    config.model.vocab_size,
+    f"at least {needed}, the vocabulary of the data",
+  )
+  config.data.train_batches(config.batch, config.seed).read(0)
+  config.data.eval_batches(config.batch, config.seed).read(0)
