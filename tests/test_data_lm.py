@@ -1,69 +1,17 @@
 """Batches of text: the same for any number of hosts and workers."""
 
 import dataclasses
-import json
-from pathlib import Path
 import pickle
 import subprocess
 import sys
 
-from data_cases import EOS, documents, write_megatron, write_prepared
+from data_cases import EOS
+from lm_cases import ROOT, TEXTS, batches as batches, make, paths as paths, take
 import numpy as np
 import pytest
 
-from train.data.batches import check_fingerprint, iterate
 from train.data.lm import LMBatches
 from train.data.rows import Layout
-from train.data.source import DataError
-
-ROOT = Path(__file__).parents[1]
-_TEXTS = documents(120, seed=11, most=40)
-_LAYOUT = Layout(16, validation=0.2)
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory) -> dict[str, str]:
-  folder = tmp_path_factory.mktemp("sets")
-  rows = [x[:17] for x in np.arange(17 * 50).reshape(50, 17)]
-  return {
-    "prepared": str(write_prepared(folder / "set", (_TEXTS[:50], _TEXTS[50:]))),
-    "megatron": str(write_megatron(folder / "d", _TEXTS, cuts=(1001, 2000))),
-    "rows": str(write_megatron(folder / "r", rows, cuts=(501,))),
-    "cache": str(folder / "plans"),
-  }
-
-
-def _make(paths, *names: str, packing="stream", rows=8, **changes) -> LMBatches:
-  layout = dataclasses.replace(_LAYOUT, packing=packing)
-  return LMBatches(
-    **{
-      **dict(paths=tuple(paths[name] for name in names), layout=layout),
-      **dict(rows=rows, seed=3, cache_dir=Path(paths["cache"])),
-      **changes,
-    }
-  )
-
-
-_CASES = {
-  "prepared stream": (("prepared",), "stream"),
-  "prepared documents": (("prepared",), "documents"),
-  "megatron stream": (("megatron",), "stream"),
-  "megatron documents": (("megatron",), "documents"),
-  "megatron rows": (("rows",), "rows"),
-  "mixture": (("prepared", "megatron"), "stream"),
-  "packed mixture": (("prepared", "megatron"), "documents"),
-}
-
-
-@pytest.fixture(params=_CASES)
-def batches(request, paths) -> LMBatches:
-  names, packing = _CASES[request.param]
-  return _make(paths, *names, packing=packing)
-
-
-def _all(batches: LMBatches, start: int, stop: int, **options) -> list[dict]:
-  with iterate(batches, start=start, stop=stop, **options) as iterator:
-    return list(iterator)
 
 
 def test_shapes_and_types(batches: LMBatches) -> None:
@@ -83,7 +31,7 @@ def test_shapes_and_types(batches: LMBatches) -> None:
 def test_hosts_share_the_global_batch(batches: LMBatches, hosts: int) -> None:
   per = 8 // hosts
   parts = [
-    _all(batches, 5, 9, rows=slice(host * per, (host + 1) * per))
+    take(batches, 5, 9, rows=slice(host * per, (host + 1) * per))
     for host in range(hosts)
   ]
   for i in range(4):
@@ -95,10 +43,10 @@ def test_hosts_share_the_global_batch(batches: LMBatches, hosts: int) -> None:
 
 
 def test_a_resume_at_any_step_goes_on(batches: LMBatches) -> None:
-  full = _all(batches, 0, 20)
+  full = take(batches, 0, 20)
   fresh = pickle.loads(pickle.dumps(batches))
   for start in range(21):
-    np.testing.assert_equal(_all(fresh, start, 20), full[start:])
+    np.testing.assert_equal(take(fresh, start, 20), full[start:])
 
 
 def test_workers_do_not_change_the_batches(paths, tmp_path) -> None:
@@ -114,7 +62,7 @@ if __name__ == "__main__":
       result.append(list(data))
   open(sys.argv[1], "wb").write(pickle.dumps(result))
 """
-  batches = _make(paths, "prepared", "megatron", packing="documents")
+  batches = make(paths, "prepared", "megatron", packing="documents")
   (tmp_path / "main.py").write_text(code)
   (tmp_path / "x").write_bytes(pickle.dumps(batches))
   run = subprocess.run(
@@ -137,8 +85,7 @@ def test_formats_agree(paths) -> None:
   """The order depends on the lengths alone."""
   for packing in ("stream", "documents"):
     a, b = (
-      _make(paths, name, packing=packing)[7]
-      for name in ("prepared", "megatron")
+      make(paths, name, packing=packing)[7] for name in ("prepared", "megatron")
     )
     np.testing.assert_equal(a, b)
 
@@ -152,7 +99,7 @@ def _count_rows(batches: LMBatches, rows: int) -> dict[bytes, int]:
 
 
 def test_an_epoch_has_every_row_once(paths) -> None:
-  one = _make(paths, "prepared", rows=1)
+  one = make(paths, "prepared", rows=1)
   size = len(one.parts[0].plan)
   first = _count_rows(one, size)
   assert set(first.values()) == {1} and len(first) == size
@@ -167,12 +114,12 @@ def test_an_epoch_has_every_row_once(paths) -> None:
 def test_held_out_rows_are_no_training_rows(paths) -> None:
   for packing in ("stream", "documents"):
     sets = [
-      _make(paths, "prepared", packing=packing, split=split)
+      make(paths, "prepared", packing=packing, split=split)
       for split in ("train", "validation")
     ]
     documents_in = []
-    for batches in sets:
-      source, plan = batches.parts[0]
+    for one in sets:
+      source, plan = one.parts[0]
       pieces, _ = plan.pieces(np.arange(len(plan)))
       documents_in.append(set(pieces.document_P.tolist()))
     assert not documents_in[0] & documents_in[1]
@@ -180,7 +127,7 @@ def test_held_out_rows_are_no_training_rows(paths) -> None:
 
 
 def test_held_out_batches_are_padded(paths) -> None:
-  held = _make(paths, "prepared", split="validation", once=True, rows=7)
+  held = make(paths, "prepared", split="validation", once=True, rows=7)
   size = len(held.parts[0].plan)
   assert held.num_batches == -(-size // 7)
   found = list(held)
@@ -197,8 +144,8 @@ def test_held_out_batches_are_padded(paths) -> None:
 
 
 def test_a_stream_runs_over_borders(paths) -> None:
-  batches = _make(paths, "megatron", layout=Layout(16, validation=0.0))
-  stream = np.concatenate(_TEXTS)
+  batches = make(paths, "megatron", layout=Layout(16, validation=0.0))
+  stream = np.concatenate(TEXTS)
   plain = dataclasses.replace(batches, shuffle=False)
   tokens = np.concatenate([plain[i]["tokens"].ravel() for i in range(3)])
   np.testing.assert_array_equal(tokens, stream[: 3 * 8 * 16])
@@ -207,7 +154,7 @@ def test_a_stream_runs_over_borders(paths) -> None:
 
 
 def test_ready_rows_keep_their_order(paths) -> None:
-  batches = _make(paths, "rows", packing="rows", shuffle=False)
+  batches = make(paths, "rows", packing="rows", shuffle=False)
   assert len(batches.parts[0].plan) == 40  # 10 of 50 are held out
   expected = np.arange(17 * 50).reshape(50, 17)
   for step in range(5):
@@ -218,7 +165,7 @@ def test_ready_rows_keep_their_order(paths) -> None:
 
 
 def test_segments_and_weights_follow_the_documents(paths) -> None:
-  batches = _make(paths, "prepared", packing="documents", rows=64)
+  batches = make(paths, "prepared", packing="documents", rows=64)
   seen = 0
   for row in range(64):
     batch = {name: x[row] for name, x in batches[0].items()}
@@ -235,7 +182,7 @@ def test_segments_and_weights_follow_the_documents(paths) -> None:
   assert seen > 20
   total = sum(x["weights"].sum() for x in _once(batches))
   chosen = set(batches.parts[0].plan.document_P.tolist())
-  lengths = np.array([len(_TEXTS[i]) for i in chosen])
+  lengths = np.array([len(TEXTS[i]) for i in chosen])
   assert total == (lengths - 1).sum()  # all but the first of each document
 
 
@@ -244,7 +191,7 @@ def _once(batches: LMBatches) -> list[dict]:
 
 
 def test_packed_documents_are_the_documents(paths) -> None:
-  whole = _make(
+  whole = make(
     paths,
     "megatron",
     packing="documents",
@@ -258,12 +205,12 @@ def test_packed_documents_are_the_documents(paths) -> None:
         at = batch["segment_ids"][row] == segment
         text = batch["tokens"][row][at].tolist()
         found.append([*text, EOS] if text[-1] != EOS else text)
-  expected = [x.tolist() for x in _TEXTS if len(x) > 1]
+  expected = [x.tolist() for x in TEXTS if len(x) > 1]
   assert sorted(found) == sorted(expected)
 
 
 def test_a_mixture_keeps_its_weights(paths) -> None:
-  mixed = _make(paths, "prepared", "rows", weights=(3.0, 1.0), rows=64)
+  mixed = make(paths, "prepared", "rows", weights=(3.0, 1.0), rows=64)
   mixed = dataclasses.replace(mixed, layout=Layout(16, validation=0.0))
   which = np.concatenate(
     [mixed.locate(step * 64 + np.arange(64))[0] for step in range(40)]
@@ -283,98 +230,3 @@ def test_a_mixture_keeps_its_weights(paths) -> None:
           ]
         )
         np.testing.assert_array_equal(mixed[step]["tokens"][place], row[:-1])
-
-
-_CHANGES = {
-  "seed": dict(seed=4),
-  "rows": dict(rows=16),
-  "length": dict(layout=Layout(17, validation=0.2)),
-  "packing": dict(layout=Layout(16, "documents", validation=0.2)),
-  "validation": dict(layout=Layout(16, validation=0.3)),
-  "test": dict(layout=Layout(16, validation=0.2, test=0.1)),
-  "split": dict(split="validation"),
-  "shuffle": dict(shuffle=False),
-  "once": dict(once=True),
-  "weights": dict(weights=(1.0,)),
-  "limit": dict(limit=5),
-}
-
-
-@pytest.mark.parametrize("field", _CHANGES)
-def test_the_fingerprint_names_a_changed_field(paths, field: str) -> None:
-  batches = _make(paths, "prepared")
-  before = json.loads(json.dumps(batches.fingerprint))
-  check_fingerprint(before, _make(paths, "prepared").fingerprint)
-  after = dataclasses.replace(batches, **_CHANGES[field]).fingerprint
-  assert [x for x in before if before[x] != after[x]] == [field]
-
-
-def test_the_fingerprint_names_changed_files(tmp_path: Path) -> None:
-  cache = dict(cache_dir=tmp_path / "plans")
-  make = lambda name: (
-    LMBatches((str(tmp_path / name),), _LAYOUT, 8, **cache).fingerprint
-  )
-  write_prepared(tmp_path / "a", (_TEXTS,))
-  write_prepared(tmp_path / "moved", (_TEXTS,))
-  write_prepared(tmp_path / "tokenizer", (_TEXTS,), tokenizer="bpe")
-  other = [np.where(x == 7, 8, x) for x in _TEXTS]
-  write_prepared(tmp_path / "tokens", (other,))
-  write_prepared(tmp_path / "fewer", (_TEXTS[:-1],))
-  before = make("a")
-  changed = lambda name: [x for x, y in before.items() if make(name)[x] != y]
-  assert changed("moved") == []
-  assert changed("tokenizer") == ["index", "tokenizer"]
-  assert changed("tokens") == ["index", "blocks"]
-  assert changed("fewer") == ["index", "lengths", "blocks"]
-
-
-def test_refusals(paths, tmp_path: Path) -> None:
-  with pytest.raises(ValueError, match="data.path=.*expected a prepared"):
-    _make(paths)[0]
-  with pytest.raises(DataError, match="nothing: expected a prepared folder"):
-    _make(paths | {"no": "nothing"}, "no")[0]
-  with pytest.raises(DataError, match="sequence 0 has .* length . 1 = 17"):
-    _make(paths, "megatron", packing="rows")[0]
-  with pytest.raises(DataError, match="no validation row .* 9001 tokens"):
-    layout = Layout(9000, validation=0.2)
-    _make(paths, "prepared", split="validation", layout=layout)[0]
-  for field, value in {
-    "rows": 0,
-    "seed": -1,
-    "split": "dev",
-    "limit": 0,
-    "weights": (1.0, 2.0),
-  }.items():
-    with pytest.raises(ValueError, match=f"{field}="):
-      _make(paths, "prepared", **{field: value})
-  for field, value in {
-    "length": 0,
-    "packing": "fit",
-    "validation": 1.0,
-    "test": 0.9,
-  }.items():
-    with pytest.raises(ValueError, match=f"{field}="):
-      dataclasses.replace(_LAYOUT, **{field: value})
-
-
-@pytest.mark.parametrize("code", [4, 8])
-def test_a_token_beyond_the_vocabulary_is_named(tmp_path, code) -> None:
-  texts = [np.arange(20), np.arange(20)]
-  texts[1][5] = -3 if code == 4 else 300
-  if code == 4:
-    path = write_megatron(tmp_path / "d", texts, code=4)
-    place, value = "document 1, token 5", "-3: expected 0 to 2147483647"
-  else:
-    path = write_prepared(tmp_path / "set", (texts,))
-    place, value = "document 1, token 5", "300: expected 0 to 256"
-  batches = LMBatches(
-    (str(path),),
-    Layout(13, validation=0.0),
-    rows=3,
-    shuffle=False,
-    once=True,
-    cache_dir=tmp_path / "plans",
-  )
-  with pytest.raises(DataError) as caught:
-    batches[0]
-  assert f"{path}: {place}: {value}" in str(caught.value)

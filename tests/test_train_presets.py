@@ -21,7 +21,7 @@ _VARIANTS = ("based", "x2", "norm", "gamma", "gamma-beta", "rebased")
 
 def test_names() -> None:
   assert set(_PRESETS) == (
-    {"mqar"}
+    {"mqar", "lm-tiny"}
     | {f"mqar-paper-{s}-{t}" for s in ("rebased", "based") for t in _PAIRS}
     | {f"mqar-paper-ablation-{v}-{t}" for v in _VARIANTS for t in (256, 2048)}
   )
@@ -37,7 +37,9 @@ def test_every_preset_builds_and_survives_json(name: str) -> None:
   assert config_lib.fingerprint(again) == config_lib.fingerprint(config)
   state = nnx.state(build.abstract_model(config), nnx.Param)
   embedding = nnx.to_pure_dict(state)["token_embedding"]
-  assert embedding.shape == (config.data.vocab_size, config.model.width)
+  # Text's vocabulary is its data set's, the model's that of bytes.
+  vocab_size = config.data.vocab_size or config.model.vocab_size
+  assert embedding.shape == (vocab_size, config.model.width)
   assert all(x.size for x in jax.tree.leaves(state))
 
 

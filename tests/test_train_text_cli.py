@@ -1,0 +1,107 @@
+"""Training on text: refusals, splits and what `inspect data` shows."""
+
+from pathlib import Path
+import re
+
+from data_cases import write_megatron, write_prepared
+import jax
+import numpy as np
+from text_cases import (
+  DOCUMENTS,
+  TEXT,
+  call as call,
+  finished as finished,
+  folder as folder,
+  make_config,
+  make_options,
+)
+from train_cases import (
+  bits,
+  files,
+  saved_bits,
+  trainer as trainer,
+)
+
+from train.config import from_json, to_json
+
+
+def test_refusals_leave_nothing(call, folder: Path) -> None:
+  config = make_config(folder)
+  words = ("train", "lm-tiny", *make_options(config))
+  for options, expected in (
+    (["--data.path"], "data.path=()"),
+    (["--data.path", "nowhere"], "nowhere: expected a prepared folder"),
+    (["--data.length", "9999999"], "no validation row|no train row"),
+    (["--data.length", "0"], "length=0"),
+    (["--data.validation", "0"], "data.validation=0.0"),
+    (["--data.weights", "1", "2"], "weights=(1.0, 2.0)"),
+    (["--data.workers", "-1"], "data.workers=-1"),
+    (["--model.vocab-size", "256"], "at least 257, the vocabulary"),
+    (["--data.packing", "rows"], "length + 1 = 17 with packing='rows'"),
+  ):
+    code, out, err = call(*words, *options)
+    text = re.sub(r"\s*│?\n│?\s*", " ", out + err)
+    assert code == 2 and any(x in text for x in expected.split("|")), text
+    assert "Traceback" not in err
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_test_split_and_own_held_out_text(tmp_path, folder: Path) -> None:
+  config = make_config(folder, data=dict(test=0.2))
+  held_out = [
+    make(4, 0).parts[0].plan.document_n
+    for make in (
+      config.data.train_batches,
+      config.data.eval_batches,
+      config.data.test_batches,
+    )
+  ]
+  joined = np.concatenate(held_out)
+  assert len(set(joined.tolist())) == len(joined) == len(DOCUMENTS)
+  other = write_prepared(tmp_path / "other", (DOCUMENTS[:9],))
+  own = make_config(folder, data=dict(validation=0.0, eval_path=(str(other),)))
+  assert len(own.data.eval_batches(4, 0).parts[0].source) == 9
+  assert len(own.data.train_batches(4, 0).parts[0].plan.document_n) == len(
+    DOCUMENTS
+  )
+
+
+def test_the_config_is_read_as_it_was_written(folder: Path) -> None:
+  config = make_config(folder, data=dict(weights=(2.0,)))
+  assert from_json(to_json(config)) == config
+
+
+def test_inspect_data(call, folder: Path, tmp_path: Path) -> None:
+  before = files(folder)
+  code, out, err = call("inspect", "data", str(folder), "--verify")
+  assert code == 0, err
+  total = sum(len(x) for x in DOCUMENTS)
+  for name, value in (
+    ("documents", f"{len(DOCUMENTS):,}"),
+    ("tokens", f"{total:,}"),
+    ("vocabulary", "257"),
+    ("tokenizer", "bytes"),
+  ):
+    assert re.search(rf"│ {name} +│ +{value} │", out), name
+  for domain in ("code", "prose"):
+    assert re.search(rf"│ {domain} +│ +\d+ │ +[\d,]+ │ +[\d.]+% │", out)
+  assert "all 2 shards have their checksums" in out
+  sample = out.rpartition("border between documents\n")[2].strip()
+  pieces = [x.strip() for x in sample.split("▌")]
+  assert len(pieces) > 1 and all(x in TEXT for x in pieces)
+  assert files(folder) == before
+  path = write_megatron(tmp_path / "d", DOCUMENTS, cuts=(1000,))
+  code, out, _ = call("inspect", "data", str(path), "--length", "20")
+  assert code == 0 and "tokens are numbers" in out
+  assert re.search(r"│ shards +│ +2 │", out)
+  code, _, err = call("inspect", "data", str(path), "--verify")
+  assert code == 2 and "no checksums" in err
+  code, _, err = call("inspect", "data", str(tmp_path))
+  assert code == 2 and "no dataset.json" in err
+
+
+def test_bits_are_compared(finished: Path, folder: Path) -> None:
+  """What the tests above compare is not empty."""
+  step, found = saved_bits(finished, make_config(folder))
+  assert step == 6 and len(found) > 20
+  assert jax.device_count() == 8 and bits({"a": np.ones(1)})
