@@ -60,6 +60,8 @@ if __name__ == "__main__":
   for workers, start in ((0, 0), (1, 0), (3, 4)):
     with iterate(batches, start=start, stop=9, workers=workers) as data:
       result.append(list(data))
+  with iterate(batches, start=0, stop=9, workers=1) as data:
+    next(data)  # and no more
   open(sys.argv[1], "wb").write(pickle.dumps(result))
 """
   batches = make(paths, "prepared", "megatron", packing="documents")
@@ -74,11 +76,14 @@ if __name__ == "__main__":
     timeout=300,
   )
   assert run.returncode == 0, run.stderr
+  for trace in ("leaked", "Exception ignored", "Traceback"):
+    assert trace not in run.stderr
   expected = [batches[step] for step in range(9)]
   found = pickle.loads((tmp_path / "x").read_bytes())
   for result, start in zip(found, (0, 0, 4), strict=True):
     np.testing.assert_equal(result, expected[start:])
-    assert all(type(x) is np.ndarray for x in result[0].values())
+    arrays = result[0].values()
+    assert all(type(x) is np.ndarray and x.flags.writeable for x in arrays)
 
 
 def test_formats_agree(paths) -> None:

@@ -12,7 +12,7 @@ from train.console import rows
 from train.data.arrayrecord import PreparedSource
 from train.data.megatron import MegatronSource
 from train.data.plan import stream_plan
-from train.data.rows import fill_rows, open_source
+from train.data.rows import fill_pieces, open_source
 from train.data.source import TokenSource
 
 _BORDER = "▌"  # stands between the documents of a sample
@@ -108,15 +108,17 @@ def _domains(source: PreparedSource) -> Table:
 
 
 def _sample(source: TokenSource, length: int, console: Console) -> None:
-  """A row of the stream of documents, with their borders."""
+  """Tokens around the start of the middle document, with the borders."""
   everything = np.arange(len(source))
   total = int(source.lengths.sum(dtype=np.int64))
-  length = min(length, total - 1)
-  if length < 1:
+  length = min(length, total)
+  if length < 2:
     console.print("no sample: it has no two tokens")
     return
-  plan = stream_plan(length + 1, source.lengths, everything)
-  row = fill_rows(source, plan, np.array([len(plan) // 2]))
+  plan = stream_plan(length, source.lengths, everything)
+  border = int(plan.start_n[len(plan.document_n) // 2])
+  begin = min(max(border - length // 2, 0), total - length)
+  row = fill_pieces(source, *plan.pieces_at(np.array([begin])), (1, length))
   decode, note = decoder(source)
   text = Text()
   document_P, start_P, length_P, place_P = row.pieces
@@ -124,7 +126,7 @@ def _sample(source: TokenSource, length: int, console: Console) -> None:
     text.append(_BORDER if place else "", style="bold red")
     text.append(decode(row.tokens_RW[0, place : place + size].tolist()))
   console.print(
-    f"\nsample: {length + 1} tokens, documents {document_P[0]} to "
+    f"\nsample: {length} tokens, documents {document_P[0]} to "
     f"{document_P[-1]}, from token {start_P[0]} of the first; {_BORDER} is a "
     f"border between documents{note}",
     highlight=False,

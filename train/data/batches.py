@@ -194,7 +194,6 @@ class BatchIterator(Iterator[Batch]):
   def __init__(self, span: _Span, start: int, workers: int = 0) -> None:
     self.step = start
     self._closed = False
-    self._shared = workers > 0  # memory of a process that goes
     self._source = None
     if len(span):
       options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
@@ -202,6 +201,9 @@ class BatchIterator(Iterator[Batch]):
       if workers:
         if not flags.FLAGS.is_parsed():  # the processes take grain's flags
           flags.FLAGS.mark_as_parsed()
+        # Through pipes: shared memory outlives a run that stops early.
+        pipes = grain.experimental.DatasetOptions(min_shm_size=1 << 62)
+        data = grain.experimental.WithOptionsIterDataset(data, pipes)
         data = data.mp_prefetch(grain.MultiprocessingOptions(workers, 2))
       self._source = iter(data)
 
@@ -219,15 +221,13 @@ class BatchIterator(Iterator[Batch]):
       self.close()
       raise
     self.step += 1
-    if self._shared:
-      batch = {name: np.array(x) for name, x in batch.items()}
     return batch
 
   def close(self) -> None:
     """Stops the prefetching; a second call does nothing."""
     if not self._closed and self._source is not None:
       self._source.close()
-    self._closed = True
+    self._closed, self._source = True, None
 
   def __enter__(self) -> Self:
     return self

@@ -94,7 +94,10 @@ class StreamRows(Plan):
     return max(0, (int(self.start_n[-1]) - 1) // (self.width - 1))
 
   def pieces(self, rows_R: np.ndarray) -> tuple[Pieces, np.ndarray]:
-    begin_R = rows_R * (self.width - 1)
+    return self.pieces_at(rows_R * (self.width - 1))
+
+  def pieces_at(self, begin_R: np.ndarray) -> tuple[Pieces, np.ndarray]:
+    """`pieces` of rows that begin at any places of the stream."""
     end_R = begin_R + self.width
     first_R = np.searchsorted(self.start_n, begin_R, side="right") - 1
     count_R = np.searchsorted(self.start_n, end_R, side="left") - first_R

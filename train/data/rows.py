@@ -152,16 +152,25 @@ class FilledRows(NamedTuple):
 def fill_rows(
   source: TokenSource, plan: plans.Plan, row_R: np.ndarray
 ) -> FilledRows:
-  """Reads rows of a plan.
+  """Reads rows of a plan; raises like `fill_pieces`."""
+  return fill_pieces(source, *plan.pieces(row_R), (len(row_R), plan.width))
+
+
+def fill_pieces(
+  source: TokenSource,
+  pieces: Pieces,
+  row_P: np.ndarray,
+  shape: tuple[int, int],
+) -> FilledRows:
+  """Reads pieces into rows of this shape (R, W).
 
   Raises:
     DataError: a file cannot be read, or a token is outside of the vocabulary.
   """
-  tokens_N = np.zeros(len(row_R) * plan.width, np.int32)
-  pieces, row_P = plan.pieces(row_R)
+  tokens_N = np.zeros(shape[0] * shape[1], np.int32)
   source.fill(pieces, tokens_N)
   _check_tokens(source, pieces, tokens_N)
-  return FilledRows(tokens_N.reshape(-1, plan.width), pieces, row_P)
+  return FilledRows(tokens_N.reshape(shape), pieces, row_P)
 
 
 def _check_tokens(
