@@ -69,7 +69,7 @@ class MLP(nnx.Module):
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     D, hidden = config.width, config.mlp_width
-    depth_scaled = 0.02 * (2 * config.layers) ** -0.5
+    depth_scaled = base.depth_scaled(config.layers)
     make = lambda i, o, stddev: base.linear(
       i,
       o,

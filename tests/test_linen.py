@@ -5,6 +5,7 @@ import functools
 from flax import linen, nnx
 import jax
 import jax.numpy as jnp
+from mixer_subject import compiled
 import numpy as np
 import pytest
 
@@ -34,12 +35,6 @@ X_BTD = jax.random.normal(jax.random.key(2), (B, T, D))
 # The same program up to the compiler's choices: roundings of 6e-8.
 assert_close = functools.partial(
   np.testing.assert_allclose, rtol=1e-5, atol=1e-5
-)
-
-
-# Most of the time is the compiler's: this halves it.
-compiled = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
 )
 
 

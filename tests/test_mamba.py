@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import mamba_equations
 import mixer_equations
+from mixer_subject import compiled
 import numpy as np
 import pytest
 
@@ -15,9 +16,6 @@ from rebased_jax.mixers import base
 from rebased_jax.mixers.selective_scan import CHUNK, selective_scan
 
 B, I, N = 2, 3, 4
-compiled = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 def make(width: int = 64, layers: int = 2, **fields):

@@ -7,6 +7,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
+from mixer_subject import compiled
+from model_cases import make
 import numpy as np
 import pytest
 
@@ -27,22 +29,6 @@ TOKENS_BT = jax.random.randint(jax.random.key(1), (B, T), 0, V)
 # Two float32 orders of the same sums: roundings of 6e-8 through four blocks,
 # whose norms divide by values below 1.
 CLOSE = dict(rtol=3e-5, atol=3e-5)
-compiled = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
-
-
-@functools.cache
-def make(config: ModelConfig = CONFIG):
-  """(graph, params); the parameters moved from 0, 1 and N(0, 0.02²)."""
-  graph, params = nnx.split(LM(config, rngs=nnx.Rngs(0)))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(2), len(leaves))
-  moved = [
-    p + 0.3 * jax.random.normal(k, p.shape)
-    for k, p in zip(keys, leaves, strict=True)
-  ]
-  return graph, jax.tree.unflatten(tree, moved)
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -101,7 +87,7 @@ def test_the_names_of_the_parameters() -> None:
 
 
 def test_the_block_is_one_norm_and_one_mixer() -> None:
-  model = nnx.merge(*make())
+  model = nnx.merge(*make(CONFIG))
   x_BTD = model.token_embedding[...][TOKENS_BT]
   x_BTD = x_BTD + model.position_embedding[...][None]
   graph, stacked = nnx.split(model.pairs)
@@ -130,7 +116,7 @@ def test_the_residual_is_float32() -> None:
 
 
 def test_prefill_and_steps_equal_the_whole() -> None:
-  graph, params = make()
+  graph, params = make(CONFIG)
   model = nnx.merge(graph, params)
   wanted_BTV = compiled(lambda p: nnx.merge(graph, p)(TOKENS_BT))(params)
   step = compiled(lambda p, x, s: nnx.merge(graph, p).step(x, s))

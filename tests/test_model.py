@@ -1,12 +1,13 @@
 """The language model: sizes, causality, documents, positions, dropout."""
 
 import dataclasses
-import functools
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
+from mixer_subject import compiled
+from model_cases import make
 import numpy as np
 import pytest
 
@@ -37,28 +38,11 @@ IDS_BT = jnp.asarray([[4] * 5 + [2] * 11, [1] * 9 + [2] * 3 + [1] * 4])
 # Two float32 orders of the same sums: roundings of 6e-8 through six blocks,
 # whose norms divide by values below 1.
 CLOSE = dict(rtol=3e-5, atol=3e-5)
-# Most of the time is the compiler's: this halves it.
-compiled = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
-
-
-@functools.cache
-def make(config: ModelConfig = CONFIG):
-  """(graph, params); the parameters moved from 0, 1 and N(0, 0.02²)."""
-  graph, params = nnx.split(LM(config, rngs=nnx.Rngs(0)))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(2), len(leaves))
-  moved = [
-    p + 0.3 * jax.random.normal(k, p.shape)
-    for k, p in zip(keys, leaves, strict=True)
-  ]
-  return graph, jax.tree.unflatten(tree, moved)
 
 
 @compiled
 def logits(params, tokens_BT, **kwargs):
-  return nnx.merge(make()[0], params)(tokens_BT, **kwargs)
+  return nnx.merge(make(CONFIG)[0], params)(tokens_BT, **kwargs)
 
 
 def loss(params, tokens_BT, w_BMV, **kwargs):
@@ -137,7 +121,7 @@ def test_is_causal() -> None:
 
 
 def test_the_scan_equals_a_loop_and_the_head_is_tied() -> None:
-  graph, params = make()
+  graph, params = make(CONFIG)
   model = nnx.merge(graph, params)
   x_BTD = model.token_embedding[...][TOKENS_BT]
   x_BTD = x_BTD + model.position_embedding[...][None]
@@ -177,7 +161,7 @@ def test_positions_to_predict_are_rows_of_the_whole() -> None:
 
 
 def test_documents_do_not_see_each_other() -> None:
-  params = make()[1]
+  params = make(CONFIG)[1]
   wanted_BTV = logits(params, TOKENS_BT, segment_ids=IDS_BT)
   other_BT = jax.random.randint(jax.random.key(5), (B, T), 0, V)
   for row, start, stop in ((0, 0, 5), (0, 5, 16), (1, 0, 9), (1, 9, 12)):
@@ -193,7 +177,7 @@ def test_documents_do_not_see_each_other() -> None:
 
 
 def test_prefill_and_steps_equal_the_whole() -> None:
-  graph, params = make()
+  graph, params = make(CONFIG)
   wanted_BTV = logits(params, TOKENS_BT)
   prefill = compiled(lambda p, x, s: nnx.merge(graph, p).prefill(x, s))
   step = compiled(lambda p, x, s: nnx.merge(graph, p).step(x, s))
@@ -216,7 +200,7 @@ def test_prefill_and_steps_equal_the_whole() -> None:
 
 
 def test_a_row_past_the_table_is_named() -> None:
-  model = nnx.merge(*make())
+  model = nnx.merge(*make(CONFIG))
   long_BT = jnp.zeros((B, T + 1), jnp.int32)
   message = rf"{T + 1} tokens: .* {T} rows \(ModelConfig.positions\)"
   with pytest.raises(ValueError, match=message):
@@ -227,21 +211,21 @@ def test_a_row_past_the_table_is_named() -> None:
 
 @pytest.mark.parametrize("token", [-1, V])
 def test_a_token_out_of_the_vocabulary_is_nan(token) -> None:
-  found_BTV = logits(make()[1], TOKENS_BT.at[0, 7].set(token))
-  wanted_BTV = logits(make()[1], TOKENS_BT)
+  found_BTV = logits(make(CONFIG)[1], TOKENS_BT.at[0, 7].set(token))
+  wanted_BTV = logits(make(CONFIG)[1], TOKENS_BT)
   assert np.isnan(found_BTV[0, 7:]).all()
   np.testing.assert_array_equal(found_BTV[1], wanted_BTV[1])
 
 
 def test_dropout() -> None:
-  params = make()[1]
+  params = make(CONFIG)[1]
   call = lambda seed: logits(
     params, TOKENS_BT, dropout_key=jax.random.key(seed)
   )
   np.testing.assert_array_equal(call(1), call(1))
   assert (call(1) != call(2)).any()
   assert (call(1) != logits(params, TOKENS_BT)).any()
-  model = nnx.merge(*make())
+  model = nnx.merge(*make(CONFIG))
   position_1T = jnp.arange(T)[None]
   x_BTD = model._embed(TOKENS_BT, position_1T)
   keys = jax.random.split(jax.random.key(6), 4096)

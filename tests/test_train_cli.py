@@ -10,6 +10,7 @@ import jax
 import pytest
 from train_cases import (
   ROOT,
+  call as call,
   environment,
   files,
   flags,
@@ -19,27 +20,11 @@ from train_cases import (
 )
 
 from rebased_jax import parameter_count
-from train import build, cli
+from train import build
 from train.config import to_json
 from train.run_folder import RunFolder
 
 _TINY = flags(tiny())
-
-
-@pytest.fixture
-def call(capsys, monkeypatch, tmp_path: Path):
-  """Runs a command in an empty folder: (code, stdout, stderr)."""
-  monkeypatch.setenv("COLUMNS", "200")
-  (tmp_path / "cwd").mkdir()
-  monkeypatch.chdir(tmp_path / "cwd")
-
-  def call(*args: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as exit:
-      cli.main(args)
-    out, err = capsys.readouterr()
-    return exit.value.code, out, err
-
-  return call
 
 
 def _train(*options: str) -> tuple[str, ...]:

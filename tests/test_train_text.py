@@ -14,13 +14,13 @@ import pytest
 from text_cases import (
   DOCUMENTS,
   TEXT,
-  call as call,
   finished as finished,
   folder as folder,
   make_config,
   make_options,
 )
 from train_cases import (
+  call as call,
   command,
   files,
   finish,

@@ -9,7 +9,6 @@ import numpy as np
 from text_cases import (
   DOCUMENTS,
   TEXT,
-  call as call,
   finished as finished,
   folder as folder,
   make_config,
@@ -17,6 +16,7 @@ from text_cases import (
 )
 from train_cases import (
   bits,
+  call as call,
   files,
   saved_bits,
   trainer as trainer,

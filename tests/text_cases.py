@@ -14,7 +14,6 @@ from train_cases import (
   trainer as trainer,
 )
 
-from train import cli
 from train.config import RunConfig, TextData
 
 # Real text: the sources of two modules, a document a paragraph.
@@ -64,22 +63,6 @@ def make_options(config: RunConfig) -> list[str]:
   for name in ("steps", "batch", "eval-every", "save-every", "log-every"):
     values[name] = getattr(config, name.replace("-", "_"))
   return [word for k, v in values.items() for word in (f"--{k}", str(v))]
-
-
-@pytest.fixture
-def call(capsys, monkeypatch, tmp_path: Path):
-  """Runs a command in an empty folder: (code, stdout, stderr)."""
-  monkeypatch.setenv("COLUMNS", "200")
-  (tmp_path / "cwd").mkdir()
-  monkeypatch.chdir(tmp_path / "cwd")
-
-  def call(*args: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as exit:
-      cli.main(args)
-    out, err = capsys.readouterr()
-    return exit.value.code, out, err
-
-  return call
 
 
 @pytest.fixture(scope="module")

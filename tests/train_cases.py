@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from rebased_jax import BaseConvConfig, ModelConfig, ReBasedConfig
-from train import loop
+from train import cli, loop
 from train.config import MQARStreamData, OptimizerConfig, RunConfig
 from train.data.batches import Batches
 from train.presets import make_presets
@@ -207,3 +207,19 @@ class Spoiled(Batches):
     if step == self.bad_step:
       batch["weights"][0, 0] = np.nan
     return batch
+
+
+@pytest.fixture
+def call(capsys, monkeypatch, tmp_path: Path):
+  """Runs a command in an empty folder: (code, stdout, stderr)."""
+  monkeypatch.setenv("COLUMNS", "200")
+  (tmp_path / "cwd").mkdir()
+  monkeypatch.chdir(tmp_path / "cwd")
+
+  def call(*args: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit:
+      cli.main(args)
+    out, err = capsys.readouterr()
+    return exit.value.code, out, err
+
+  return call

@@ -85,7 +85,7 @@ def _query_parts(here, shared, inputs, count, out, dq, rows, rolls_s, call):
     found = _dq_within(*(x.at[slot] for x in inputs), part, call)
     _store_dq(found, chunk, out, dq.at[here.p], rows.at[here.p], here, call)
 
-  keys = gpu_forward.key_parts(here, shared, (k, v), rolls_s, call)
+  keys = gpu_forward.key_parts(shared, (k, v), rolls_s, call)
   return keys._replace(through_state=through_state, within=within)
 
 

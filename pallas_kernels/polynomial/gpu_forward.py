@@ -78,11 +78,11 @@ def _parts(here, shared, inputs, count, o, o_ref, rolls_s, call):
     rows = pl.ds(chunk * C, C)
     plgpu.copy_smem_to_gmem(o_s, o_ref.at[here.b, rows, here.h])
 
-  keys = key_parts(here, shared, (k, v), rolls_s, call)
+  keys = key_parts(shared, (k, v), rolls_s, call)
   return keys._replace(through_state=through_state, within=within)
 
 
-def key_parts(here, shared, inputs, rolls_s, call) -> gpu_walk.Parts:
+def key_parts(shared, inputs, rolls_s, call) -> gpu_walk.Parts:
   """The parts that sum keys."""
   k, v = inputs
   return gpu_walk.Parts(
@@ -126,7 +126,7 @@ def key_states(k, v, call: common.Call):
   def body(k_ref, v_ref, rolls_ref, *after, k, v, shared, rolls, once):
     gpu_walk.walk(
       call,
-      lambda here, mine, inputs, _: key_parts(here, mine, inputs, rolls, call),
+      lambda _, mine, inputs, __: key_parts(mine, inputs, rolls, call),
       ((k_ref, k), (v_ref, v)),
       (),
       shared,

@@ -108,7 +108,7 @@ class Attention(base.Mixer):
       dtype=dtype,
       rngs=rngs,
       use_bias=True,
-      stddev=0.02 * (2 * layers) ** -0.5,
+      stddev=base.depth_scaled(layers),
     )
     self.width, self.heads = width, config.heads
     self.rotary = config.rotary

@@ -134,6 +134,20 @@ def refuse_time_axis(mixer: str, axes: ShardAxes | None, reason: str) -> None:
     raise NotImplementedError(f"{mixer} with axes.time={axes.time!r}: {reason}")
 
 
+def depth_scaled(layers: int) -> float:
+  """The standard deviation of a projection that ends a block (GPT-2's)."""
+  return 0.02 * (2 * layers) ** -0.5
+
+
+def one_of(config: object, name: str, *allowed: str) -> None:
+  """Raises ValueError where a named field is none of the allowed values."""
+  value = getattr(config, name)
+  if value not in allowed:
+    raise ValueError(
+      f"{type(config).__name__}.{name}={value!r}: expected one of {allowed}"
+    )
+
+
 def positive(config: object, *names: str) -> None:
   """Raises ValueError where a named field is not an integer ≥ 1."""
   for name in names:

@@ -137,7 +137,7 @@ class Hyena(base.Mixer):
       width,
       dtype=dtype,
       use_bias=True,
-      stddev=0.02 * (2 * layers) ** -0.5,
+      stddev=base.depth_scaled(layers),
       rngs=rngs,
     )
     self.width, self.taps = width, config.taps

@@ -23,6 +23,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes
+from pallas_kernels.polynomial.spec import accumulator
 from rebased_jax.mixers import base, conv, selective_scan
 
 DELTA = (1e-3, 0.1)  # Δ of zero input, as intended
@@ -44,11 +45,7 @@ class MambaConfig(base.MixerConfig):
 
   def __post_init__(self):
     base.positive(self, "state", "taps", "expand")
-    if self.initialization not in ("published", "intended"):
-      raise ValueError(
-        f"MambaConfig.initialization={self.initialization!r}: expected "
-        "'published' or 'intended'"
-      )
+    base.one_of(self, "initialization", "published", "intended")
 
   def make(self, site: base.Site, *, rngs: nnx.Rngs) -> "Mamba":
     return Mamba(
@@ -88,13 +85,12 @@ class Mamba(base.Mixer):
     self.conv = conv.ShortConv(I, config.taps, rngs=rngs)
     self.x_proj = make(I, R + 2 * N)
     self.dtype = jnp.dtype(dtype)
-    wide = jnp.float64 if self.dtype == jnp.float64 else jnp.float32
-    self.acc = jnp.dtype(wide)  # the scan's
+    self.acc = accumulator(self.dtype)  # the scan's
     self.dt_proj = _dt_proj(R, I, config.initialization, self.acc, rngs)
     states_N = jnp.arange(1, N + 1, dtype=jnp.float32)
     self.A_log = nnx.Param(jnp.tile(jnp.log(states_N), (I, 1)))
     self.D = nnx.Param(jnp.ones(I))
-    self.out_proj = make(I, width, stddev=0.02 * (2 * layers) ** -0.5)
+    self.out_proj = make(I, width, stddev=base.depth_scaled(layers))
 
   def __call__(
     self,
@@ -139,11 +135,9 @@ class Mamba(base.Mixer):
 
   def _mix(self, x_BTD, state, segment_ids, axes) -> tuple[Array, MambaState]:
     """h_t C_t + D ∘ x_t of every token, and the state after the last."""
-    if axes is not None and axes.time is not None:
-      raise NotImplementedError(
-        f"Mamba with axes.time={axes.time!r}: its scan runs over whole rows; "
-        "split batch or channels"
-      )
+    base.refuse_time_axis(
+      "Mamba", axes, "its scan runs over whole rows; split batch or channels"
+    )
     u_BTI, past_BKI = self.conv(
       self.in_proj(x_BTD), state.past_BKI, segment_ids
     )

@@ -22,6 +22,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes, document_runs
+from pallas_kernels.polynomial.spec import accumulator
 from rebased_jax.mixers import base, wkv
 
 _LARGEST_DECAY = 40.0
@@ -44,8 +45,8 @@ class RWKVConfig(base.MixerConfig):
   wkv_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
   def __post_init__(self):
-    _one_of(self, "initialization", "published", "intended")
-    _one_of(self, "wkv_dtype", "bfloat16", "float32")
+    base.one_of(self, "initialization", "published", "intended")
+    base.one_of(self, "wkv_dtype", "bfloat16", "float32")
 
   def make(self, site: base.Site, *, rngs: nnx.Rngs) -> "RWKV":
     return RWKV(
@@ -107,8 +108,7 @@ class RWKV(base.Mixer):
     self.r, self.o = make(others), make(others)
     self.rounded = config.wkv_dtype == "bfloat16"
     self.width, self.dtype = width, jnp.dtype(dtype)
-    double = self.dtype == jnp.float64
-    self.sums_dtype = self.dtype if double else jnp.dtype(jnp.float32)
+    self.sums_dtype = accumulator(self.dtype)
 
   def __call__(
     self,
@@ -242,10 +242,3 @@ def _round_gradient(x: Array) -> Array:
 
 
 _round_gradient.defvjp(lambda x: (x, None), lambda _, dx: (_round(dx),))
-
-
-def _one_of(config: RWKVConfig, name: str, *allowed: str) -> None:
-  """Raises ValueError where a field is none of the allowed values."""
-  value = getattr(config, name)
-  if value not in allowed:
-    raise ValueError(f"RWKVConfig.{name}={value!r}: expected one of {allowed}")
