@@ -152,11 +152,10 @@ def test_it_is_the_default_and_says_what_it_passes_over():
   q, k, v, _ = _inputs(1, 64, 2, 64)
   text = jax.jit(polynomial_attention).lower(q, k, v).as_text()
   assert "polynomial_forward" in text
-  ids = jnp.zeros((1, 64), jnp.int32)
-  with pytest.warns(UserWarning, match="runs 'xla'.*segment_ids"):
-    polynomial_attention(q, k, v, segment_ids=ids)
-  with pytest.raises(NotImplementedError, match="segment_ids"):
-    polynomial_attention(q, k, v, segment_ids=ids, implementation="gpu")
+  with pytest.warns(UserWarning, match="runs 'xla'.*eps = 0"):
+    polynomial_attention(q, k, v, eps=0.0)
+  with pytest.raises(NotImplementedError, match="eps = 0"):
+    polynomial_attention(q, k, v, eps=0.0, implementation="gpu")
 
 
 def test_remat_and_scan():

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import _compat, zero_state
-from pallas_kernels.polynomial import arg_specs
+from pallas_kernels.polynomial import arg_specs, tuned
 from pallas_kernels.polynomial.passes import Kernel
 
 if not _compat.has_mosaic_gpu():
@@ -40,7 +40,9 @@ def test_every_spec_lowers(name):
   kernel = Kernel(spec.coefficients.scaled(spec.F**-0.5), 1e-6)
   q, k, v = spec.arrays()
   gpu.supports(q, v, None, kernel, states=False)
-  text = _lowered(_forward_and_backward(kernel, False), q, k, v, v, None, None)
+  run = _forward_and_backward(kernel, False)
+  with tuned.using(tuned.Table("any card")):  # the defaults
+    text = _lowered(run, q, k, v, v, None, None)
   for kernel_name in ("forward", "backward_queries", "backward_keys"):
     assert f"polynomial_{kernel_name}" in text
   # Long rows of few heads are cut, and then need their slices' states.
@@ -77,19 +79,17 @@ def test_states_lower(T):
   "change, word",
   [
     (dict(F=24), "F=24"),
-    (dict(P=65), "P=65"),
+    (dict(P=129), "P=129"),
     (dict(dtype=jnp.float32), "float32"),
-    (dict(ids=True), "segment_ids"),
     (dict(eps=0.0), "eps"),
     (dict(F=8, states=True), "states with F=8"),
   ],
 )
 def test_what_it_cannot_do_is_named(change, word):
-  call = dict(F=16, P=64, dtype=jnp.bfloat16, ids=False, eps=1e-6, states=False)
+  call = dict(F=16, P=64, dtype=jnp.bfloat16, eps=1e-6, states=False)
   call |= change
   q = ShapeDtypeStruct((2, 64, 3, call["F"]), call["dtype"])
   v = ShapeDtypeStruct((2, 64, 3, call["P"]), call["dtype"])
-  ids = ShapeDtypeStruct((2, 64), jnp.int32) if call["ids"] else None
   kernel = Kernel(arg_specs.REBASED.scaled(0.25), call["eps"])
   with pytest.raises(NotImplementedError, match=f"{word}.*'xla' does"):
-    gpu.supports(q, v, ids, kernel, states=call["states"])
+    gpu.supports(q, v, None, kernel, states=call["states"])

@@ -6,28 +6,41 @@ are what the slices of the main kernel start from. The backward does the same
 with the cotangents, from the end.
 """
 
+import jax
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels.polynomial import gpu_backward, gpu_common, gpu_forward
-from pallas_kernels.polynomial.gpu_common import Call
+from pallas_kernels.polynomial import (
+  gpu_backward,
+  gpu_common,
+  gpu_documents,
+  gpu_forward,
+  gpu_states,
+  tuned,
+)
+from pallas_kernels.polynomial.gpu_common import C, Call
+from pallas_kernels.polynomial.gpu_documents import Documents
 from pallas_kernels.polynomial.passes import Kernel
 from pallas_kernels.polynomial.spec import State
 
-PROGRAMS = 264  # two on each of an H100's 132 multiprocessors
+PROGRAMS = tuned.DEFAULT.programs
+P_MAX = 128
 
 
 def supports(
   q: Array, v: Array, segment_ids: Array | None, kernel: Kernel, *, states: bool
 ) -> None:
   """Raises NotImplementedError with the reason where "xla" must do the call."""
+  del segment_ids
   F, P = q.shape[-1], v.shape[-1]
   reasons = [
-    (q.dtype != jnp.bfloat16, f"dtype {q.dtype}: bfloat16 only"),
+    (
+      q.dtype not in (jnp.bfloat16, jnp.float16),
+      f"dtype {q.dtype}: bfloat16 and float16 only",
+    ),
     (F > gpu_common.F, f"F={F}: 1 to {gpu_common.F}"),
     (states and F != gpu_common.F, f"states with F={F}: {gpu_common.F} only"),
-    (P > gpu_common.V, f"P={P}: 1 to {gpu_common.V}"),
-    (segment_ids is not None, "segment_ids"),
+    (P > P_MAX, f"P={P}: 1 to {P_MAX}"),
     (kernel.coefficients.c2 <= 0, "c2 ≤ 0"),
     (kernel.eps <= 0, "eps = 0"),
   ]
@@ -40,48 +53,60 @@ def supports(
 
 def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
   """o_BTHP and the state after the last token, if asked for."""
-  del runs_BT
   T, P = q.shape[1], v.shape[-1]
-  call = _call(q, v, kernel)
+  call = _call(q, v, runs_BT, kernel)
   q, k, v = _fill(q, k, v)
-  before, own = _prefix(k, v, state, call)
+  documents = gpu_documents.of_rows(runs_BT, call)
+  before, own = _prefix(k, v, documents, state, call)
   alone = call.slices == 1
+  rows = documents.rows(call, past=True)
   o, *after = gpu_forward.forward(
-    q, k, v, *before, call, state=return_state and alone
+    q, k, v, rows, before, call, state=return_state and alone
   )
   o = o[:, :T, :, :P]
   if not return_state:
     return o, None
   if not alone:
-    after = [x + y for x, y in zip(before[:2], own, strict=True)]
-  kv, kk = (x[-1] for x in after)
-  count = jnp.full(kv.shape[:2], T, jnp.float32)
+    joined_B = None if runs_BT is None else documents.whole_SB[-1]
+    after = [
+      _add(y[-1], x[-1], joined_B) for x, y in zip(before, own, strict=False)
+    ]
+  else:
+    after = [x[-1] for x in after]
+  count_BH = gpu_documents.count(runs_BT, call)
   if state is not None and kernel.coefficients.affine:
-    count += state.kk_BHGG[:, :, -1, -1]
-  after = gpu_common.from_kernel(kv, kk, count, P, call)
-  return o, after if state is None else _skew(after, state)
+    corner_BH = state.kk_BHGG[:, :, -1, -1]
+    count_BH = _add(count_BH, corner_BH, documents.all_B)
+  found = gpu_states.from_kernel(*after, count_BH, P, call)
+  return o, _skew(found, state, documents.all_B)
 
 
 def key_state(k, v, runs_BT, kernel: Kernel) -> State:
   """The state after the last token, from a zero state."""
-  del runs_BT
-  call = _call(k, v, kernel)
+  call = _call(k, v, runs_BT, kernel)
   _, filled_k, filled_v = _fill(k, k, v)
-  kv, kk = (
-    x.sum(axis=0) for x in gpu_forward.key_states(filled_k, filled_v, call)
-  )
-  count = jnp.full(kv.shape[:2], k.shape[1], jnp.float32)
-  return gpu_common.from_kernel(kv, kk, count, v.shape[-1], call)
+  documents = gpu_documents.of_rows(runs_BT, call)
+  rows = documents.rows(call)
+  own = gpu_forward.key_states(filled_k, filled_v, rows, call)
+  kv, kk = (_last(x, documents.whole_SB) for x in own)
+  count_BH = gpu_documents.count(runs_BT, call)
+  return gpu_states.from_kernel(kv, kk, count_BH, v.shape[-1], call)
 
 
 def backward_queries(q, k, v, do, runs_BT, state, kernel: Kernel):
-  """dq_BTHF; and r, dz divided and multiplied by c2, (B, H, T filled up)."""
-  del runs_BT
+  """dq_BTHF; and r, dz, (B, heads, T filled up) float32."""
   _, T, _, F = q.shape
-  call = _call(q, v, kernel)
+  call = _call(q, v, runs_BT, kernel)
   q, k, v, do = _fill(q, k, v, do)
-  before, _ = _prefix(k, v, state, call)
-  dq, r, dz = gpu_backward.backward_queries(q, k, v, do, *before, call)
+  documents = gpu_documents.of_rows(runs_BT, call)
+  before, _ = _prefix(k, v, documents, state, call)
+  rows = documents.rows(call, past=True)
+  dq, r, dz = gpu_backward.backward_queries(q, k, v, do, rows, before, call)
+  if call.tiles > 1:
+    dq = dq.reshape(*dq.shape[:2], call.H, call.tiles, -1)
+    dq = dq.astype(jnp.float32).sum(axis=3).astype(dq.dtype)
+    dz = dz.reshape(call.B, call.H, call.tiles, -1).sum(axis=2)
+    dz = gpu_states.in_first_tile(dz, call)
   return dq[:, :T, :, :F], r, dz
 
 
@@ -89,40 +114,56 @@ def backward_keys(
   q, k, v, do, r, dz, runs_BT, dstate, kernel: Kernel, *, return_state: bool
 ):
   """dk_BTHF, dv_BTHP and the cotangent of the state before, if asked for."""
-  del runs_BT
   _, T, _, F = q.shape
   P = v.shape[-1]
-  call = _call(q, v, kernel)
+  call = _call(q, v, runs_BT, kernel)
   q, k, v, do = _fill(q, k, v, do)
-  after, own = _suffix(q, do, r, dz, dstate, call)
+  documents = gpu_documents.of_rows(runs_BT, call)
+  rows = dict(r=r, dz=dz) | documents.rows(call)
+  after, own = _suffix(q, do, rows, documents, dstate, call)
   alone = call.slices == 1
   dk, dv, *before = gpu_backward.backward_keys(
-    q, k, v, do, r, dz, *after, call, state=return_state and alone
+    q, k, v, do, rows, after, call, state=return_state and alone
   )
+  if call.tiles > 1:
+    dk = dk.reshape(*dk.shape[:2], call.H, call.tiles, -1)
+    dk = dk.astype(jnp.float32).sum(axis=3).astype(dv.dtype)
   dk, dv = dk[:, :T, :, :F], dv[:, :T, :, :P]
   if not return_state:
     return dk, dv, None
   if not alone:
-    before = [x + y for x, y in zip(after, own, strict=True)]
-  kv, kk = (x[0] for x in before)
-  return dk, dv, _cotangent(kv, kk, dz, dstate, P, call)
+    joined_B = None if runs_BT is None else documents.whole_SB[0]
+    before = [
+      _add(y[0], x[0], joined_B) for x, y in zip(after, own, strict=True)
+    ]
+  else:
+    before = [x[0] for x in before]
+  return dk, dv, _cotangent(*before, dz, dstate, documents, P, call)
 
 
 def query_cotangent(q, do, r, dz, runs_BT, kernel: Kernel) -> State:
   """The cotangent of the state before token 0, from these queries alone."""
-  del runs_BT
-  call = _call(q, do, kernel)
+  call = _call(q, do, runs_BT, kernel)
+  P = do.shape[-1]
   q, _, do = _fill(q, q, do)
-  kv, kk = (
-    x.sum(axis=0) for x in gpu_backward.query_cotangents(q, do, r, dz, call)
-  )
-  return _cotangent(kv, kk, dz, None, do.shape[-1], call)
+  documents = gpu_documents.of_rows(runs_BT, call)
+  rows = dict(r=r, dz=dz) | documents.rows(call)
+  own = gpu_backward.query_cotangents(q, do, rows, call)
+  whole_SB = documents.whole_SB
+  backwards = None if whole_SB is None else whole_SB[::-1]
+  kv, kk = (_last(x[::-1], backwards) for x in own)
+  return _cotangent(kv, kk, dz, None, documents, P, call)
 
 
-def _call(q, v, kernel: Kernel) -> Call:
+def _call(q, v, runs_BT, kernel: Kernel) -> Call:
   B, T, H, _ = q.shape
   P = -(-v.shape[-1] // 16) * 16
-  return gpu_common.make_call(B, T, H, P, kernel, PROGRAMS)
+  square = not kernel.coefficients.affine
+  shape = tuned.Shape(B * H, T, gpu_common.F, P, square)
+  programs = shape.programs(tuned.here().sizes(shape))
+  return gpu_common.make_call(
+    B, T, H, P, kernel, q.dtype, programs, segments=runs_BT is not None
+  )
 
 
 def _fill(q, k, v, *more):
@@ -141,59 +182,100 @@ def _fill(q, k, v, *more):
   return fill(q, gpu_common.F), fill(k, gpu_common.F), *wide
 
 
-def _prefix(k, v, state: State | None, call: Call):
+def _prefix(k, v, documents: Documents, state: State | None, call: Call):
   """((KVᵀ, KK, count) before each slice, each slice's own (KVᵀ, KK)).
 
-  Three None where all that is before is 0; None for the own of a single slice.
+  () where all that is before is 0; None for the own of a single slice.
   """
   if state is None and call.slices == 1:
-    return (None, None, None), None
-  outer, count = None, jnp.zeros((call.B, call.H), jnp.float32)
+    return (), None
+  outer, count_BH = None, jnp.zeros((call.B, call.H), jnp.float32)
   if state is not None:
-    outer = gpu_common.to_kernel(state, call)
+    outer = gpu_states.to_kernel(state, call)
     if call.c0:
-      count = state.kk_BHGG[:, :, -1, -1]
-  own = gpu_forward.key_states(k, v, call) if call.slices > 1 else None
-  kv, kk = _exclusive(own, outer, call)
-  steps = jnp.arange(call.slices, dtype=jnp.float32) * (
-    call.chunks * gpu_common.C
-  )
-  return (kv, kk, steps[:, None, None] + count[None]), own
+      count_BH = state.kk_BHGG[:, :, -1, -1]
+  own = None
+  if call.slices > 1:
+    own = gpu_forward.key_states(k, v, documents.rows(call), call)
+  kv, kk = _exclusive(own, outer, documents.whole_SB)
+  steps = jnp.arange(call.slices, dtype=jnp.float32) * (call.chunks * C)
+  if documents.codes_B1T is not None:
+    steps = jnp.zeros_like(steps)  # `past` knows them
+  return (kv, kk, steps[:, None, None] + count_BH[None]), own
 
 
-def _suffix(q, do, r, dz, dstate: State | None, call: Call):
-  """((KVᵀ, KK) behind each slice, each slice's own); None where all are 0."""
+def _suffix(q, do, rows, documents: Documents, dstate, call: Call):
+  """((KVᵀ, KK) behind each slice, each slice's own); () where all are 0."""
   outer = None
   if dstate is not None:
-    outer = gpu_common.to_kernel(dstate, call, cotangent=True)
+    outer = gpu_states.to_kernel(dstate, call, cotangent=True)
   if call.slices == 1:
-    return (tuple(x[None] for x in outer) if outer else (None, None)), None
-  own = gpu_backward.query_cotangents(q, do, r, dz, call)
+    return (tuple(x[None] for x in outer) if outer else ()), None
+  own = gpu_backward.query_cotangents(q, do, rows, call)
   flip = lambda xs: tuple(x[::-1] for x in xs)
-  return flip(_exclusive(flip(own), outer, call)), own
+  whole_SB = documents.whole_SB
+  backwards = None if whole_SB is None else whole_SB[::-1]
+  return flip(_exclusive(flip(own), outer, backwards)), own
 
 
-def _exclusive(own, outer, call: Call):
+def _exclusive(own, outer, whole_SB):
   """Sums over the slices before each one, on top of `outer`."""
   if own is None:
     return tuple(x[None] for x in outer)
   start = outer or tuple(jnp.zeros_like(x[0]) for x in own)
-  total = lambda x, first: jnp.cumsum(
-    jnp.concatenate([first[None], x[:-1]]), axis=0
-  )
-  return tuple(map(total, own, start))
+  found = []
+  for x, first in zip(own, start, strict=True):
+    steps = jnp.concatenate([first[None], x[:-1]])
+    found.append(_cumulate(steps, whole_SB))
+  return found
 
 
-def _cotangent(kv, kk, dz, dstate, P: int, call: Call) -> State:
+def _cumulate(x_SB: Array, whole_SB: Array | None) -> Array:
+  """y_s = x_s + y_{s−1}; without y_{s−1} where slice s−1 is not whole."""
+  if whole_SB is None:
+    return jnp.cumsum(x_SB, axis=0)
+  keep_SB = jnp.concatenate([jnp.ones_like(whole_SB[:1]), whole_SB[:-1]])
+
+  def join(left, right):
+    keep = left[0] & right[0]
+    return keep, _add(right[1], left[1], right[0])
+
+  return jax.lax.associative_scan(join, (keep_SB, x_SB))[1]
+
+
+def _last(own_SB: Array, whole_SB: Array | None) -> Array:
+  """The sum over the slices of the last one's document."""
+  if whole_SB is None:
+    return own_SB.sum(axis=0)
+  total = own_SB[0]
+  for x, whole_B in zip(own_SB[1:], whole_SB[1:], strict=True):
+    total = _add(x, total, whole_B)
+  return total
+
+
+def _add(x, y, joined) -> Array:
+  """x + y, or x alone where it is not joined; None: everywhere is."""
+  if joined is None:
+    return x + y
+  joined = joined.reshape(*joined.shape, *[1] * (x.ndim - joined.ndim))
+  return x + jnp.where(joined, y, 0)
+
+
+def _cotangent(kv, kk, dz, dstate, documents: Documents, P: int, call: Call):
   """The public form; the corner of KK is Σ c0 dz."""
-  corner = call.c0 * dz.sum(axis=-1)
-  if dstate is not None and (call.c0 or call.c1):
-    corner += dstate.kk_BHGG[:, :, -1, -1]
-  found = gpu_common.from_kernel(kv, kk, corner, P, call, cotangent=True)
-  return found if dstate is None else _skew(found, dstate)
+  if documents.first_B1T is not None:
+    dz = jnp.where(documents.first_B1T, dz, 0)
+  corner_BH = call.c0 * dz[:, :: call.tiles].sum(axis=-1)
+  if dstate is not None and call.affine:
+    corner_BH = _add(corner_BH, dstate.kk_BHGG[:, :, -1, -1], documents.all_B)
+  found = gpu_states.from_kernel(kv, kk, corner_BH, P, call, cotangent=True)
+  return _skew(found, dstate, documents.all_B)
 
 
-def _skew(state: State, outer: State) -> State:
+def _skew(state: State, outer: State | None, joined_B) -> State:
   """Puts the antisymmetric part of KK back, which no sum over tokens has."""
+  if outer is None:
+    return state
   kk = outer.kk_BHGG
-  return state._replace(kk_BHGG=state.kk_BHGG + (kk - kk.swapaxes(2, 3)) / 2)
+  skew = (kk - kk.swapaxes(2, 3)) / 2
+  return state._replace(kk_BHGG=_add(state.kk_BHGG, skew, joined_B))

@@ -1,7 +1,8 @@
 """Hopper kernels of the backward: a sweep to the right for dq, one to the left.
 
-With g = r do the equations are those of `xla_chunked.py`; the features' part of
-dq is, for the cyclic blocks,
+With g = r do the equations are those of `xla_chunked.py`; r goes to the scores
+and to the features of the queries, do stays as it is. The features' part of dq
+is, for the cyclic blocks,
 
     J(q)ᵀ u = Σ_r u_r ∘ (q Π_r) + Σ_r (u_r ∘ q) Π_rᵀ
 
@@ -16,327 +17,312 @@ import jax.numpy as jnp
 
 from pallas_kernels.polynomial import (
   gpu_common as common,
+  gpu_documents,
   gpu_forward,
   gpu_walk,
 )
 from pallas_kernels.polynomial.gpu_common import (
+  COLUMNS,
   CYCLIC,
   LAYOUT,
-  TILE,
+  ROWS,
   C,
   F,
   V,
+  Work,
   add_mma,
-  bf16,
   block,
   columns,
   f32,
   mma,
   mmas,
+  times,
 )
+from pallas_kernels.polynomial.gpu_documents import FIRST, LAST
 
-_ROWS = LAYOUT.reduce(1)  # a value a row of a tile
-_COLUMNS = LAYOUT.reduce(0)
-
-
-def rows_shape(call: common.Call) -> jax.ShapeDtypeStruct:
-  """Of r and dz: (B, H, T filled up to whole chunks), float32."""
-  return jax.ShapeDtypeStruct((call.B, call.H, call.total * C), f32)
+# Blocks and columns of scores at a time, as they fit the registers.
+DQ_GROUP, DQ_TILE = 2, 64
+DK_GROUP, DK_TILE = 3, 32
 
 
-def backward_queries(q, k, v, do, kv, kk, count, call: common.Call):
-  """dq (B, T, H, 16), and r, dz of `rows_shape`."""
-  before = kv is not None
+def backward_queries(q, k, v, do, rows, states, call: common.Call) -> list:
+  """dq (B, T, heads, 16), and r, dz (B, heads, T filled up to chunks).
 
-  def body(*refs, q, k, v, do, dq, rows, shared, rolls, once):
-    states, rest = (refs[5:8], refs[8:]) if before else (None, refs[5:])
-    gpu_walk.walk(
-      call,
-      lambda *head: _query_parts(*head, rest, dq, rows, rolls, call),
-      tuple(zip(refs[:4], (q, k, v, do), strict=True)),
-      (),
-      shared,
-      (refs[4], rolls, once),
-      states=states,
-    )
-
-  N = gpu_walk.heads(alone=False)
-  scratch = gpu_walk.scratch(call, dict(q=F, k=F, v=V, do=V))
-  scratch["dq"] = common.smem(N, C, F)
-  scratch["rows"] = plgpu.SMEM((N, 2, C), f32)  # r and dz
-  out = [jax.ShapeDtypeStruct((call.B, call.rows, call.H, F), bf16)]
-  return gpu_walk.launch(
-    body,
-    call,
-    "polynomial_backward_queries",
-    out=out + [rows_shape(call)] * 2,
-    scratch=scratch,
-  )(q, k, v, do, jnp.asarray(common.rolls(), bf16), *(kv, kk, count) * before)
-
-
-def _query_parts(here, shared, inputs, count, out, dq, rows, rolls_s, call):
-  q, k, v, do = inputs
-
-  def through_state(chunk, slot):
-    past = count + ((chunk - here.first) * C).astype(f32)
-    return _dq_state(q.at[slot], do.at[slot], shared, rolls_s, past, call)
-
-  def within(chunk, slot, part):
-    found = _dq_within(*(x.at[slot] for x in inputs), part, call)
-    _store_dq(found, chunk, out, dq.at[here.p], rows.at[here.p], here, call)
-
-  keys = gpu_forward.key_parts(shared, (k, v), rolls_s, call)
-  return keys._replace(through_state=through_state, within=within)
-
-
-def _store_dq(found, chunk, out, dq_s, rows_s, here, call):
-  value, r, dz = found
-  rows = pl.ds(chunk * C, C)
-  exists = (
-    chunk * C + plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=_ROWS)
-    < call.T
+  dq and dz are sums over the values: each tile has its own part of them.
+  """
+  across = jax.ShapeDtypeStruct((call.B, call.heads, call.total * C), f32)
+  shape = (call.B, call.rows, call.heads, F)
+  what = gpu_walk.Launch(
+    "backward_queries",
+    dict(q=q, k=k, v=v, do=do),
+    rows,
+    states,
+    outs=(jax.ShapeDtypeStruct(shape, call.dtype), across, across),
+    tiles=(("dq", (C, F), common.SWIZZLE_32), ("rows", (2, C), None)),
   )
-  plgpu.wait_smem_to_gmem(0)
-  dq_s[...] = value.astype(bf16)
-  rows_s[0] = jnp.where(exists, r, 0.0)
-  rows_s[1] = jnp.where(exists, dz, 0.0)
-  plgpu.commit_smem()
-  dq_ref, r_ref, dz_ref = out
-  plgpu.copy_smem_to_gmem(dq_s, dq_ref.at[here.b, rows, here.h])
-  plgpu.copy_smem_to_gmem(rows_s.at[0], r_ref.at[here.b, here.h, rows])
-  plgpu.copy_smem_to_gmem(rows_s.at[1], dz_ref.at[here.b, here.h, rows])
+  parts = gpu_forward.KEYS._replace(through_state=_dq_state, within=_dq_within)
+  return gpu_walk.launch(call, parts, what)
 
 
-def _dq_state(q_s, do_s, shared, rolls_s, past, call):
+def _dq_state(work: Work, chunk, slot):
   """(dnum, dden, z, num) of the tokens before the chunk.
 
   dq = r dnum + dz dden, the gradients of do·Σ sim v and of Σ sim. The sums are
   homogeneous of degree 2 in q where sim is a square, so that num = do·Σ sim v
-  is q·dnum / 2, with the same rounding as dnum's; it is None there.
+  is q·dnum / 2.
   """
+  call = work.call
+  q_s, do_s = (work.inputs[name].at[slot] for name in ("q", "do"))
   x = plgpu.load(q_s, layout=LAYOUT)
-  xf = x.astype(f32)
-  dnum, num = common.zeros((C, F)), None
-  for blocks in call.groups:
-    u, rolled = _through(do_s, q_s, shared, rolls_s, blocks)
-    if not call.square:
+  dnum, linear, num = common.zeros((C, F)), None, None
+  for blocks in call.groups(DQ_GROUP):
+    u, rolled = _through(work, do_s, q_s, blocks)
+    if call.affine:
       phi = common.query_features(x, rolled, blocks, call)
       for i, phi_r in enumerate(phi):
         dot = (u[:, block(i)] * phi_r.astype(f32)).sum(axis=1)
         num = dot if num is None else num + dot
-    dnum = _through_cyclic(dnum, u, rolled, x, rolls_s, blocks, weighted=True)
+    dnum = _through_cyclic(work, dnum, u, rolled, x, blocks, weighted=True)
     if call.c1 and CYCLIC in blocks:
-      dnum = dnum + u[:, block(CYCLIC - blocks.start)] * call.c1
-  quadratic, *linear = mmas(*common.denominator(q_s, shared.kk, call))
-  form = quadratic + linear[0] if linear else quadratic
-  z = (form * xf).sum(axis=1) + call.c0 * past
-  return dnum, quadratic + form, z, num
-
-
-def _dq_within(q_s, k_s, v_s, do_s, part, call):
-  """dq (C, F), r (C,) and dz (C,)."""
-  dnum, dden, z, num = part
-  for start in range(0, C, TILE):
-    some = pl.ds(start, TILE)
-    a, dsim = mmas(
-      ((C, TILE), (q_s, k_s.at[some].transpose((1, 0)))),
-      ((C, TILE), (do_s, v_s.at[some].transpose((1, 0)))),
-    )
-    seen = common.seen(start, queries=0)
-    sim = jnp.where(seen, common.polynomial(a, call), 0.0)
-    slope = jnp.where(seen, common.derivative(a, call), 0.0)
-    z = z + sim.sum(axis=1)
-    if num is not None:
-      num = num + (sim * dsim).sum(axis=1)
-    more = mmas(
-      ((C, F), (slope.astype(bf16), k_s.at[some])),
-      ((C, F), ((slope * dsim).astype(bf16), k_s.at[some])),
-    )
-    dden, dnum = dden + more[0], dnum + more[1]
+      linear = u[:, block(CYCLIC - blocks.start)] * call.c1
+  dnum = times(dnum, call.square)
+  dnum = dnum if linear is None else dnum + linear
+  products = mmas(work, *common.denominator(work, q_s))
+  quadratic, form = common.forms(work, products)
+  z = (form * x.astype(f32)).sum(axis=1)
+  if call.c0:
+    z = z + call.c0 * gpu_documents.past(work, chunk, slot)
   if num is None:
-    xf = plgpu.load(q_s, layout=LAYOUT).astype(f32)
-    num = (dnum * xf).sum(axis=1) * 0.5
+    num = (dnum * x.astype(f32)).sum(axis=1) * 0.5
+  mine = lambda y: gpu_documents.of_document(work, slot, FIRST, y)
+  dnum, num = (mine(times(y, 1 / call.shrink)) for y in (dnum, num))
+  return dnum, mine(quadratic + form), mine(z), num
+
+
+def _dq_within(work: Work, chunk, slot, part) -> None:
+  """Adds the tokens of the chunk, and writes dq, r and dz.
+
+  r and dz are known before the scores' gradients da = (r do·v + dz) sim' are
+  rounded: where a query sees one key alone the two terms are equal.
+  """
+  call = work.call
+  q_s, k_s, v_s, do_s = (work.inputs[x].at[slot] for x in ("q", "k", "v", "do"))
+  dnum, dden, z, num = part
+  tiles = []
+  for start in range(0, C, DQ_TILE):
+    some = pl.ds(start, DQ_TILE)
+    a, dsim = mmas(
+      work,
+      ((C, DQ_TILE), (q_s, k_s.at[some].transpose((1, 0)))),
+      ((C, DQ_TILE), (do_s, v_s.at[some].transpose((1, 0)))),
+    )
+    seen = gpu_documents.seen(work, slot, start, DQ_TILE, queries=0)
+    sim = jnp.where(seen, common.polynomial(a, call), 0.0)
+    z = z + sim.sum(axis=1)
+    num = num + (sim * dsim).sum(axis=1)
+    tiles.append((start, a, dsim))
   r = 1.0 / (z + call.eps)
   dz = -(num * r) * r
-  return columns(r, F) * dnum + columns(dz, F) * dden, r, dz
+  dq = columns(r, F) * dnum + columns(dz, F) * dden
+  for start, a, dsim in tiles:
+    slope = common.derivative(a, call)
+    da = (columns(r, DQ_TILE) * dsim + columns(dz, DQ_TILE)) * slope
+    da = jnp.where(
+      gpu_documents.seen(work, slot, start, DQ_TILE, queries=0), da, 0.0
+    )
+    dq = add_mma(
+      work, dq, (da.astype(call.dtype), k_s.at[pl.ds(start, DQ_TILE)])
+    )
+  _store_dq(work, chunk, dq, r, dz)
 
 
-def _through(value_s, x_s, shared, rolls_s, blocks: range):
-  """u = value KV of these blocks, (C, 16 a block); and x Π, in bf16."""
-  kv = shared.kv.at[:, pl.ds(blocks.start * F, len(blocks) * F)]
+def _store_dq(work: Work, chunk, dq, r, dz) -> None:
+  call, here = work.call, work.here
+  dq_s, rows_s = work.tiles["dq"], work.tiles["rows"]
+  dq_ref, r_ref, dz_ref = work.outs
+  tokens = pl.ds(chunk * C, C)
+  row = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=ROWS)
+  exists = chunk * C + row < call.T
+  plgpu.wait_smem_to_gmem(0)
+  dq_s[...] = dq.astype(call.dtype)
+  rows_s[0] = jnp.where(exists, r, 0.0)
+  rows_s[1] = jnp.where(exists, dz, 0.0)
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(dq_s, dq_ref.at[here.b, tokens, here.head])
+  plgpu.copy_smem_to_gmem(rows_s.at[0], r_ref.at[here.b, here.head, tokens])
+  plgpu.copy_smem_to_gmem(rows_s.at[1], dz_ref.at[here.b, here.head, tokens])
+
+
+def _through(work: Work, value_s, x_s, blocks: range):
+  """u = value KV of these blocks, (C, 16 a block); and x Π, as operands."""
+  kv = work.shared.kv.at[:, pl.ds(blocks.start * F, len(blocks) * F)]
   products = [((C, len(blocks) * F), (value_s, kv))]
-  rolls = common.some(rolls_s, blocks)
+  rolls = common.some(work.rolls, blocks)
   if rolls is not None:
     products.append(((C, rolls.shape[1]), (x_s, rolls)))
-  u, *rolled = mmas(*products)
-  return u, rolled[0].astype(bf16) if rolled else None
+  u, *rolled = mmas(work, *products)
+  return u, rolled[0].astype(work.call.dtype) if rolled else None
 
 
-def _through_cyclic(sum_, u, rolled, x, rolls_s, blocks, *, weighted: bool):
-  """sum + J(x)ᵀ u of the cyclic ones of these blocks."""
-  terms, twice, low = [], x + x, u.astype(bf16)
+def _through_cyclic(
+  work: Work, sum_, u, rolled, x, blocks: range, *, weighted: bool
+):
+  """sum + J(x)ᵀ u of the cyclic ones of these blocks, without σ."""
+  terms, twice, low = [], x + x, u.astype(work.call.dtype)
   for i, r in enumerate(blocks):
     if r >= CYCLIC:
       break
     heavy = weighted and common.weight(r) == 2.0
     part = u[:, block(i)] * rolled[:, block(i)].astype(f32)
     sum_ = sum_ + (part + part if heavy else part)
-    back = rolls_s.at[:, pl.ds(r * F, F)].transpose((1, 0))
+    back = work.rolls.at[:, pl.ds(r * F, F)].transpose((1, 0))
     terms.append((low[:, block(i)] * (twice if heavy else x), back))
-  return sum_ + mma(*terms, shape=(C, F)) if terms else sum_
+  return sum_ + mma(work, *terms, shape=(C, F)) if terms else sum_
 
 
-def backward_keys(q, k, v, do, r, dz, kv, kk, call, *, state: bool):
-  """dk, dv and, where asked for, the cotangents before each slice.
+def backward_keys(
+  q, k, v, do, rows, states, call: common.Call, *, state: bool
+) -> list:
+  """dk (B, T, heads, 16), dv, and perhaps the cotangents before each slice.
 
-  `kv` and `kk` are the cotangents behind the slices, or None.
+  dk is a sum over the values: each tile has its own part of it.
+
+  Args:
+    rows: r, and dz for the first tile of a head and 0 for the others,
+      (B, heads, T filled up); and the codes of documents.
+    states: the cotangents behind the slices, or ().
   """
-  after = kv is not None
-
-  def body(*refs, q, k, v, do, r, dz, dk, dv, shared, rolls, once):
-    states, rest = (refs[7:9], refs[9:]) if after else (None, refs[7:])
-    gpu_walk.walk(
-      call,
-      lambda *head: _key_parts(*head[:3], rest, (dk, dv), rolls, call),
-      tuple(zip(refs[:4], (q, k, v, do), strict=True)),
-      tuple(zip(refs[4:6], (r, dz), strict=True)),
-      shared,
-      (refs[6], rolls, once),
-      states=states,
-      after=rest[2:] or None,
-      left=True,
-    )
-
-  N = gpu_walk.heads(alone=False)
-  scratch = gpu_walk.scratch(call, dict(q=F, k=F, v=V, do=V), ("r", "dz"))
-  wide = common.SWIZZLE_128 if call.P == V else common.SWIZZLE_32
-  scratch["dk"] = common.smem(N, C, F)
-  scratch["dv"] = common.smem(N, C, call.P, swizzle=wide)
-  out = [
-    jax.ShapeDtypeStruct((call.B, call.rows, call.H, F), bf16),
-    jax.ShapeDtypeStruct((call.B, call.rows, call.H, call.P), bf16),
-  ]
-  return gpu_walk.launch(
-    body,
-    call,
-    "polynomial_backward_keys",
-    out=out + gpu_walk.state_shapes(call) * state,
-    scratch=scratch,
-  )(q, k, v, do, r, dz, jnp.asarray(common.rolls(), bf16), *(kv, kk) * after)
-
-
-def _key_parts(here, shared, inputs, out, tiles, rolls_s, call):
-  q, k, v, do, r, dz = inputs
-
-  def within(chunk, slot, part):
-    dk, dv = _dkv_within(*(x.at[slot] for x in (q, k, v, do, dz)), part, call)
-    plgpu.wait_smem_to_gmem(0)
-    dk_s, dv_s = (x.at[here.p] for x in tiles)
-    dk_s[...] = dk.astype(bf16)
-    dv_s[...] = dv[:, : call.P].astype(bf16)
-    plgpu.commit_smem()
-    at = here.b, pl.ds(chunk * C, C), here.h
-    plgpu.copy_smem_to_gmem(dk_s, out[0].at[at])
-    plgpu.copy_smem_to_gmem(dv_s, out[1].at[at])
-
-  queries = _sum_parts(shared, (q, do, r, dz), rolls_s, call)
-  return queries._replace(
-    through_state=lambda chunk, slot: _dkv_state(
-      k.at[slot], v.at[slot], shared, rolls_s, call
+  swizzle = common.SWIZZLE_128 if call.P % V == 0 else common.SWIZZLE_32
+  what = gpu_walk.Launch(
+    "backward_keys",
+    dict(q=q, k=k, v=v, do=do),
+    rows,
+    states,
+    outs=(
+      jax.ShapeDtypeStruct((call.B, call.rows, call.heads, F), call.dtype),
+      jax.ShapeDtypeStruct((call.B, call.rows, call.H, call.P), call.dtype),
     ),
-    within=within,
-  )
-
-
-def _sum_parts(shared, inputs, rolls_s, call) -> gpu_walk.Parts:
-  """The parts that sum queries; g = r do replaces do."""
-  q, do, _, _ = inputs
-  return gpu_walk.Parts(
-    lambda chunk, slot: _store_queries(
-      *(x.at[slot] for x in inputs), rolls_s, shared, call
+    tiles=(
+      ("dk", (C, F), common.SWIZZLE_32),
+      ("dv", (C, call.width), swizzle),
     ),
-    lambda chunk, slot: (q.at[slot], do.at[slot]),
+    after=state,
+    left=True,
   )
+  parts = _QUERIES._replace(through_state=_dkv_state, within=_dkv_within)
+  return gpu_walk.launch(call, parts, what)
 
 
-def _store_queries(q_s, do_s, r_s, dz_s, rolls_s, shared, call):
-  """g = r do over do, the weighted features of the queries, and dz q̃."""
-  r = plgpu.load(r_s, layout=_ROWS)
-  do = plgpu.load(do_s, layout=LAYOUT).astype(f32)
-  do_s[...] = (do * columns(r, V)).astype(bf16)
+def query_cotangents(q, do, rows, call: common.Call) -> list:
+  """The cotangents before each slice, of the slice's own queries."""
+  what = gpu_walk.Launch(
+    "query_cotangent", dict(q=q, do=do), rows, after=True, left=True
+  )
+  return gpu_walk.launch(call, _QUERIES, what)
+
+
+def _store_queries(work: Work, chunk, slot) -> None:
+  """r times the weighted features of the queries, and dz q̃."""
+  del chunk
+  call, shared = work.call, work.shared
+  q_s, r_s, dz_s = (work.inputs[name].at[slot] for name in ("q", "r", "dz"))
+  mine = lambda y: gpu_documents.of_document(work, slot, FIRST, y)
   x = plgpu.load(q_s, layout=LAYOUT)
-  for blocks in call.groups:
-    rolled = common.roll(q_s, rolls_s, blocks)
-    phi = common.query_features(x, rolled, blocks, call)
+  if call.segments:
+    do = plgpu.load(work.inputs["do"].at[slot], layout=LAYOUT)
+    x = mine(x)
+    shared.x[...] = x
+    shared.values[...] = mine(do)
+    plgpu.commit_smem()
+    q_s = shared.x
+  r, dz = (
+    columns(mine(times(plgpu.load(ref, layout=ROWS), call.grow)), F)
+    for ref in (r_s, dz_s)
+  )
+  xf = x.astype(f32)
+  for blocks in call.groups(common.GROUP):
+    rolled = common.roll(work, q_s, blocks)
+    phi = common.query_features(x, rolled, blocks, call, r)
     common.store_blocks(shared.phi, blocks, phi)
-  dz = plgpu.load(dz_s, layout=_ROWS)
-  shared.wide[:, pl.ds(0, F)] = (x.astype(f32) * columns(dz, F)).astype(bf16)
+  shared.wide[:, pl.ds(0, F)] = (xf * times(dz, call.square)).astype(call.dtype)
   if call.c1:
-    line = jnp.where(common.iota((C, F), 1) == 0, columns(dz, F) * call.c1, 0.0)
-    shared.wide[:, pl.ds(F, F)] = line.astype(bf16)
+    line = jnp.where(common.iota((C, F), 1) == 0, dz * call.c1, 0.0)
+    shared.wide[:, pl.ds(F, F)] = line.astype(call.dtype)
 
 
-def _dkv_state(k_s, v_s, shared, rolls_s, call):
+def _queries(work: Work, slot):
+  if work.call.segments:
+    return work.shared.x, work.shared.values
+  return work.inputs["q"].at[slot], work.inputs["do"].at[slot]
+
+
+# The parts that sum queries.
+_QUERIES = gpu_walk.Parts(_store_queries, _queries)
+
+
+def _dkv_state(work: Work, chunk, slot):
   """dk (C, F) and dv (C, V) from the queries behind the chunk."""
+  del chunk
+  call, kk_s, kv_s = work.call, work.shared.kk, work.shared.kv
+  k_s, v_s = (work.inputs[name].at[slot] for name in "kv")
   x = plgpu.load(k_s, layout=LAYOUT)
-  halves = common.halves(shared.kk, 0)
-  dk = 2.0 * mma(*[(k_s, half) for half in halves], shape=(C, F))
+  halves = common.halves(kk_s, 0)
+  dk = 2.0 * mma(work, *[(k_s, half) for half in halves], shape=(C, F))
   if call.c1:
-    one = common.two_columns(1.0, 0.0)
-    halves = common.halves(shared.kk, F)
-    dk = dk + mma(*[(one, half) for half in halves], shape=(C, F))
-  dv = common.zeros((C, V))
-  for blocks in call.groups:
-    u, rolled = _through(v_s, k_s, shared, rolls_s, blocks)
-    phi = common.key_features(x, rolled, blocks, call)
-    kv = lambda r: shared.kv.at[:, pl.ds(r * F, F)].transpose((1, 0))
-    terms = [(y, kv(r)) for r, y in zip(blocks, phi, strict=True)]
-    dv = add_mma(dv, *terms)
-    dk = _through_cyclic(dk, u, rolled, x, rolls_s, blocks, weighted=False)
+    one = common.two_columns(call.dtype, 1.0, 0.0)
+    halves = common.halves(kk_s, F)
+    dk = dk + mma(work, *[(one, half) for half in halves], shape=(C, F))
+  for blocks in call.groups(DK_GROUP):
+    u, rolled = _through(work, v_s, k_s, blocks)
+    dk = _through_cyclic(work, dk, u, rolled, x, blocks, weighted=False)
     if call.c1 and CYCLIC in blocks:
       dk = dk + u[:, block(CYCLIC - blocks.start)]
-  return dk, dv
+  rolled = common.roll_all(work, k_s)
+  phi = common.key_features(x, rolled, range(call.blocks), call)
+  kv = lambda r: kv_s.at[:, pl.ds(r * F, F)].transpose((1, 0))
+  terms = [(y, kv(r)) for r, y in enumerate(phi)]
+  dv = mma(work, *terms, shape=(C, V))
+  mine = lambda y: gpu_documents.of_document(work, slot, LAST, y)
+  return mine(dk), mine(dv)
 
 
-def _dkv_within(q_s, k_s, v_s, g_s, dz_s, part, call):
-  """The sums with the queries of the chunk; tiles are [key, query]."""
+def _dkv_within(work: Work, chunk, slot, part) -> None:
+  """Adds the queries of the chunk, and writes dk and dv.
+
+  Tiles of scores are [key, query].
+  """
+  call, here = work.call, work.here
+  q_s, k_s, v_s, do_s = (work.inputs[x].at[slot] for x in ("q", "k", "v", "do"))
+  across = lambda name, some: lax.broadcast_in_dim(
+    times(
+      plgpu.load(work.inputs[name].at[slot, some], layout=COLUMNS), call.grow
+    ),
+    (C, DK_TILE),
+    [1],
+  )
   dk, dv = part
-  for start in range(0, C, TILE):
-    some = pl.ds(start, TILE)
+  for start in range(0, C, DK_TILE):
+    some = pl.ds(start, DK_TILE)
     a, dsim = mmas(
-      ((C, TILE), (k_s, q_s.at[some].transpose((1, 0)))),
-      ((C, TILE), (v_s, g_s.at[some].transpose((1, 0)))),
+      work,
+      ((C, DK_TILE), (k_s, q_s.at[some].transpose((1, 0)))),
+      ((C, DK_TILE), (v_s, do_s.at[some].transpose((1, 0)))),
     )
-    dz = plgpu.load(dz_s.at[some], layout=_COLUMNS)
-    dsim = dsim + lax.broadcast_in_dim(dz, (C, TILE), [1])
-    seen = common.seen(start, queries=1)
-    da = jnp.where(seen, dsim * common.derivative(a, call), 0.0)
-    sim = jnp.where(seen, common.polynomial(a, call), 0.0)
-    dk = dk + mma((da.astype(bf16), q_s.at[some]), shape=(C, F))
-    dv = add_mma(dv, (sim.astype(bf16), g_s.at[some]))
-  return dk, dv
-
-
-def query_cotangents(q, do, r, dz, call: common.Call):
-  """The cotangents before each slice, of the slice's own queries."""
-
-  def body(*refs, q, do, r, dz, shared, rolls, once):
-    gpu_walk.walk(
-      call,
-      lambda here, mine, inputs, _: _sum_parts(mine, inputs, rolls, call),
-      tuple(zip(refs[:2], (q, do), strict=True)),
-      tuple(zip(refs[2:4], (r, dz), strict=True)),
-      shared,
-      (refs[4], rolls, once),
-      after=refs[5:],
+    r, dz = across("r", some), across("dz", some)
+    seen = gpu_documents.seen(work, slot, start, DK_TILE, queries=1)
+    da = (r * dsim + dz) * common.derivative(a, call)
+    da = jnp.where(seen, da, 0.0).astype(call.dtype)
+    sim = jnp.where(seen, r * common.polynomial(a, call), 0.0)
+    dk, dv = common.add_mmas(
+      work,
+      (dk, (da, q_s.at[some])),
+      (dv, (sim.astype(call.dtype), do_s.at[some])),
     )
-
-  streams = dict(q=F, do=V)
-  return gpu_walk.launch(
-    body,
-    call,
-    "polynomial_query_cotangent",
-    out=gpu_walk.state_shapes(call),
-    scratch=gpu_walk.scratch(call, streams, ("r", "dz"), alone=True),
-    alone=True,
-  )(q, do, r, dz, jnp.asarray(common.rolls(), bf16))
+  plgpu.wait_smem_to_gmem(0)
+  dk_s, dv_s = work.tiles["dk"], work.tiles["dv"]
+  dk_s[...] = times(dk, 1 / call.grow).astype(call.dtype)
+  dv_s[...] = times(dv, 1 / call.grow)[:, : call.width].astype(call.dtype)
+  plgpu.commit_smem()
+  tokens = pl.ds(chunk * C, C)
+  plgpu.copy_smem_to_gmem(dk_s, work.outs[0].at[here.b, tokens, here.head])
+  plgpu.copy_smem_to_gmem(dv_s, common.values_at(work, work.outs[1], chunk))

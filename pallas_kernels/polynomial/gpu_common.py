@@ -9,14 +9,24 @@ C = 64. Keys and queries are F = 16 wide. The features of a chunk are blocks of
     linear             x                 with c1
     constant           (1, 1, 0, …)      with c0; weights (hi, lo) on the query
 
-and everything is divided by c2, which cancels: sim' = s'² + c1' s' + c0', with
-eps' = eps / c2. The state is kept transposed in registers, KVᵀ (V × E), beside
-KK (rows: 16 of k̃ k̃ᵀ, then the sum of k twice); the tensor core reads a bf16
-copy of KVᵀ, and of KK a high and a low half, whose sum is exact to 16 bits.
+and everything is divided by c2 / σ, which cancels: sim' = σ a² + c1' a + c0' of
+a = q·k, with eps' = σ eps / c2. The state is kept transposed in registers, KVᵀ
+(V × E), beside KK (rows: 16 of k̃ k̃ᵀ, then the sum of k twice); the tensor core
+reads a copy of KVᵀ in the operands' dtype, and of KK a high and a low half,
+whose sum is exact to 16 bits.
+
+Operands are bfloat16 or float16, as the inputs are. float16 has little range:
+σ is c2 to a power of two, the copies of KVᵀ and KK are divided by 2^⌈log₂ T⌉,
+and g = r do, dz are multiplied by √ of it. With bfloat16 all three are 1.
+
+Values wider than V = 64 are tiles of their own, each walked as a head is.
 """
 
 import dataclasses
+import math
+from typing import Any, NamedTuple
 
+import jax
 from jax import lax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -24,16 +34,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.polynomial.passes import Kernel
-from pallas_kernels.polynomial.spec import State
 
 C = 64  # tokens of a chunk
 F = 16  # query and key features
 V = 64  # value width of the tiles; narrower values leave zeros
 CYCLIC = F // 2 + 1  # blocks
-GROUP = 2  # blocks at a time
+GROUP = 2  # blocks at a time, where features are made
 TILE = 32  # columns of a tile of scores at a time
 LAYOUT = plgpu.Layout.WGMMA
-bf16, f32 = jnp.bfloat16, jnp.float32
+f32 = jnp.float32
+ROWS = LAYOUT.reduce(1)  # a value a row of a tile
+COLUMNS = LAYOUT.reduce(0)
 
 SWIZZLE_32 = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32))
 SWIZZLE_128 = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -46,13 +57,46 @@ class Call:
   B: int
   T: int
   H: int
-  P: int  # of v in memory: 16, 32, 48 or 64
-  c0: float  # divided by c2, as are c1 and eps
+  P: int  # of v in memory: a multiple of 16, up to 128
+  square: float  # σ
   c1: float
+  c0: float
   eps: float
   slices: int  # of time, each a program of its own
   chunks: int  # of a slice
-  stages: int = 2
+  dtype: Any  # of the operands
+  segments: bool
+  by_shared: bool  # operands reach the tensor core through shared memory
+  stages: int = 2  # of the inputs' copies
+
+  @property
+  def tiles(self) -> int:
+    """Of the values, V wide."""
+    return -(-self.P // V)
+
+  @property
+  def width(self) -> int:
+    """Of a tile of values in memory."""
+    return min(self.P, V)
+
+  @property
+  def heads(self) -> int:
+    """That are walked, of a row."""
+    return self.H * self.tiles
+
+  @property
+  def shrink(self) -> float:
+    """What the tensor core's copy of a state is multiplied by."""
+    return 2.0**-self._range
+
+  @property
+  def grow(self) -> float:
+    """What g and dz are multiplied by."""
+    return 2.0 ** (self._range // 2)
+
+  @property
+  def _range(self) -> int:
+    return math.ceil(math.log2(self.T)) if self.dtype == jnp.float16 else 0
 
   @property
   def blocks(self) -> int:
@@ -62,11 +106,10 @@ class Call:
   def E(self) -> int:
     return F * self.blocks
 
-  @property
-  def groups(self) -> list[range]:
+  def groups(self, size: int) -> list[range]:
     """The blocks, a few at a time, so that they fit the registers."""
-    steps = range(0, self.blocks, GROUP)
-    return [range(r, min(r + GROUP, self.blocks)) for r in steps]
+    steps = range(0, self.blocks, size)
+    return [range(r, min(r + size, self.blocks)) for r in steps]
 
   @property
   def rows(self) -> int:
@@ -79,27 +122,82 @@ class Call:
     return -(-self.T // C)
 
   @property
-  def square(self) -> bool:
-    """Whether sim' is the square alone."""
-    return self.c0 == self.c1 == 0
+  def affine(self) -> bool:
+    """Whether sim' is more than the square."""
+    return bool(self.c0 or self.c1)
 
 
-def make_call(B, T, H, P, kernel: Kernel, programs: int) -> Call:
+class Place(NamedTuple):
+  """Where a warpgroup stands."""
+
+  p: Any  # which of the program's heads
+  s: Any
+  b: Any
+  head: Any  # of those that are walked: h and the tile of its values
+  h: Any
+  tile: Any
+  first: Any  # chunk of the slice
+  chunks: Any  # of the slice
+
+  @property
+  def at(self):
+    return self.s, self.b, self.head
+
+
+class Shared(NamedTuple):
+  """What a walk holds in shared memory, for one head of the program."""
+
+  phi: Any  # (C, E)
+  wide: Any  # (C, V): k̃ or dz q̃, with zeros behind it
+  kv: Any  # (V, E)
+  kk: Any  # (hi and lo, V, F)
+  x: Any  # (C, F) and values (C, V), those of one document; else None
+  values: Any
+  full: Any  # barriers: a stage's copies are there
+  ready: Any
+  read: Any
+  done: Any
+
+
+class Work(NamedTuple):
+  """What a warpgroup works with."""
+
+  call: Call
+  here: Place
+  shared: Shared
+  inputs: dict  # by name, (stages, C, ·)
+  tiles: dict  # by name, for the outputs
+  outs: tuple  # arrays
+  rolls: Any
+  operand: Any  # (C, F), where operands are shared
+  count: Any  # tokens of the state before the slice
+
+
+def make_call(
+  B, T, H, P, kernel: Kernel, dtype, programs: int, *, segments: bool
+) -> Call:
   """Cuts time into slices where heads leave half of the device idle."""
   total = -(-T // C)
-  slices = max(1, min(programs // (B * H), total // 8))
+  slices = max(1, min(programs // (B * H * -(-P // V)), total // 8))
   chunks = -(-total // slices)
   c0, c1, c2 = dataclasses.astuple(kernel.coefficients)
+  square = 1.0
+  if dtype == jnp.float16:
+    square = 2.0 ** round(math.log2(c2))
   return Call(
     B,
     T,
     H,
     P,
-    c0 / c2,
-    c1 / c2,
-    kernel.eps / c2,
+    square,
+    square * c1 / c2,
+    square * c0 / c2,
+    square * kernel.eps / c2,
     slices=-(-total // chunks),
     chunks=chunks,
+    dtype=dtype,
+    segments=segments,
+    by_shared=kernel.by_shared,
   )
 
 
@@ -117,8 +215,8 @@ def weight(r: int) -> float:
   return 1.0 if r in (0, CYCLIC - 1) else 2.0
 
 
-def smem(*shape: int, dtype=bf16, swizzle=SWIZZLE_32):
-  return plgpu.SMEM(shape, dtype, transforms=swizzle)
+def smem(call: Call, *shape: int, swizzle=SWIZZLE_32):
+  return plgpu.SMEM(shape, call.dtype, transforms=swizzle)
 
 
 def zeros(shape, dtype=f32):
@@ -138,13 +236,15 @@ def columns(x_C, width: int):
   return lax.broadcast_in_dim(x_C, (C, width), [0])
 
 
-def mma(*pairs, shape):
+def mma(work: Work, *pairs, shape):
   """Σ A B on the tensor core, in float32."""
-  return mmas((shape, *pairs))[0]
+  return mmas(work, (shape, *pairs))[0]
 
 
-def mmas(*products):
+def mmas(work: Work, *products):
   """Σ A B for each (shape, (A, B), …), all under way at once."""
+  if work.call.by_shared:
+    return [_by_shared(work, zeros(shape), pairs) for shape, *pairs in products]
 
   def run(*accs):
     for acc, (_, *pairs) in zip(accs, products, strict=True):
@@ -155,33 +255,68 @@ def mmas(*products):
   return pl.run_scoped(run, *(plgpu.ACC(x[0], f32) for x in products))
 
 
-def add_mma(acc, *pairs):
+def add_mma(work: Work, acc, *pairs):
   """acc + Σ A B."""
-
-  def run(ref):
-    for a, b in pairs:
-      plgpu.wgmma(ref, a, b)
-
-  return pl.run_state(run)(plgpu.ACC.init(acc))
+  return add_mmas(work, (acc, *pairs))[0]
 
 
-def two_columns(first, second=None):
-  """(C, F) bf16 with one or two leading columns and zeros behind them."""
+def add_mmas(work: Work, *sums):
+  """acc + Σ A B for each (acc, (A, B), …), all under way at once."""
+  if work.call.by_shared:
+    return [_by_shared(work, acc, pairs) for acc, *pairs in sums]
+
+  def run(refs):
+    for ref, (_, *pairs) in zip(refs, sums, strict=True):
+      for a, b in pairs:
+        plgpu.wgmma(ref, a, b)
+
+  return pl.run_state(run)(tuple(plgpu.ACC.init(acc) for acc, *_ in sums))
+
+
+def _by_shared(work: Work, acc, pairs):
+  """acc + Σ A B, one product after the other, A from shared memory."""
+
+  def run(ref, a, b):
+    plgpu.wgmma(ref, a, b)
+    return ref[...]
+
+  product = lambda a, b: pl.run_scoped(
+    lambda ref: run(ref, a, b), plgpu.ACC(acc.shape, f32)
+  )
+  for a, b in pairs:
+    if not isinstance(a, jax.Array):
+      acc = acc + product(a, b)
+      continue
+    for start in range(0, a.shape[1], F):
+      work.operand[...] = a[:, start : start + F]
+      plgpu.commit_smem()
+      rows = b if a.shape[1] == F else b.at[pl.ds(start, F)]
+      acc = acc + product(work.operand, rows)
+  return acc
+
+
+def two_columns(dtype, first, second=None):
+  """(C, F) with one or two leading columns and zeros behind them."""
   second = first if second is None else second
   column = iota((C, F), 1)
   value = jnp.where(column == 0, first, jnp.where(column == 1, second, 0.0))
-  return value.astype(bf16)
+  return value.astype(dtype)
 
 
-def split(value: float) -> tuple[float, float]:
-  """(hi, lo): bf16 numbers whose sum is the value to 16 bits."""
-  half = lambda x: float(np.asarray(x, bf16))
+def split(value: float, dtype) -> tuple[float, float]:
+  """(hi, lo): numbers of the dtype whose sum is the value to 16 bits."""
+  half = lambda x: float(np.asarray(x, dtype))
   return half(value), half(value - half(value))
+
+
+def times(x, factor: float):
+  """x · factor, at no cost where that is 1."""
+  return x if factor == 1 else x * factor
 
 
 def polynomial(a, call: Call):
   """sim' of q·k."""
-  sim = a * a
+  sim = times(a * a, call.square)
   if call.c1:
     sim = sim + call.c1 * a
   return sim + call.c0 if call.c0 else sim
@@ -189,61 +324,62 @@ def polynomial(a, call: Call):
 
 def derivative(a, call: Call):
   """d sim' / d (q·k)."""
-  return 2.0 * a + call.c1 if call.c1 else 2.0 * a
+  slope = (2.0 * call.square) * a
+  return slope + call.c1 if call.c1 else slope
 
 
-def valid(call: Call, chunk):
-  """1.0 for the tokens of a chunk that exist, (C, F)."""
-  return jnp.where(chunk * C + iota((C, F), 0) < call.T, 1.0, 0.0)
+# Features.
 
 
-def seen(start: int, *, queries: int):
-  """Whether a query sees a key of its chunk, for TILE columns of the chunk.
-
-  `queries` is the axis of the queries.
-  """
-  row, column = iota((C, TILE), 0), iota((C, TILE), 1) + start
-  return row >= column if queries == 0 else column >= row
-
-
-def query_features(x_CF, rolled, blocks, call: Call) -> list:
-  """Weighted feature blocks of queries, bf16; rolled (C, 16 a block)."""
-  weighted = {1.0: x_CF, 2.0: x_CF + x_CF}
+def query_features(x_CF, rolled, blocks, call: Call, r_CF=None) -> list:
+  """Weighted feature blocks of queries, times r; rolled (C, 16 a block)."""
+  once = x_CF if r_CF is None else x_CF.astype(f32) * r_CF
+  once = times(once, call.square)
+  weighted = {1.0: once, 2.0: once + once}
   features = []
   for i, r in enumerate(blocks):
     if r < CYCLIC:
-      features.append(weighted[weight(r)] * rolled[:, block(i)].astype(bf16))
+      heavy = weighted[weight(r)].astype(call.dtype)
+      features.append(heavy * rolled[:, block(i)].astype(call.dtype))
     elif r == CYCLIC and call.c1:
-      features.append((x_CF.astype(f32) * call.c1).astype(bf16))
+      linear = x_CF.astype(f32) * (call.c1 if r_CF is None else call.c1 * r_CF)
+      features.append(linear.astype(call.dtype))
+    elif r_CF is None:
+      constant = split(call.c0, call.dtype)
+      features.append(two_columns(call.dtype, *constant))
     else:
-      features.append(two_columns(*split(call.c0)))
+      value = call.c0 * r_CF
+      high = value.astype(call.dtype).astype(f32)
+      features.append(two_columns(call.dtype, high, value - high))
   return features
 
 
 def key_features(x_CF, rolled, blocks, call: Call, exists=None) -> list:
-  """Feature blocks of keys, bf16; rolled (C, 16 a block)."""
+  """Feature blocks of keys; rolled (C, 16 a block)."""
   features = []
   for i, r in enumerate(blocks):
     if r < CYCLIC:
-      features.append(x_CF * rolled[:, block(i)].astype(bf16))
+      features.append(x_CF * rolled[:, block(i)].astype(call.dtype))
     elif r == CYCLIC and call.c1:
       features.append(x_CF)
     else:
-      features.append(two_columns(1.0 if exists is None else exists))
+      one = 1.0 if exists is None else exists
+      features.append(two_columns(call.dtype, one))
   return features
 
 
-def roll(x_s, rolls_s, blocks: range):
+def roll(work: Work, x_s, blocks: range):
   """x Π of the cyclic ones of these blocks, (C, 16 a block) float32."""
-  rolls = some(rolls_s, blocks)
+  rolls = some(work.rolls, blocks)
   if rolls is None:
     return None
-  return mma((x_s, rolls), shape=(C, rolls.shape[1]))
+  return mma(work, (x_s, rolls), shape=(C, rolls.shape[1]))
 
 
-def roll_all(x_s, rolls_s):
-  """x Π, (C, 9 F) bf16, which is exact."""
-  return mma((x_s, rolls_s), shape=(C, CYCLIC * F)).astype(bf16)
+def roll_all(work: Work, x_s):
+  """x Π, (C, 9 F), which is exact."""
+  rolled = mma(work, (x_s, work.rolls), shape=(C, CYCLIC * F))
+  return rolled.astype(work.call.dtype)
 
 
 def some(rolls_s, blocks: range):
@@ -255,37 +391,41 @@ def some(rolls_s, blocks: range):
 
 
 def store_split(ref, x_VF) -> None:
-  """KK as two bf16 halves, ref (2, V, F)."""
-  hi = x_VF.astype(bf16)
+  """KK as two halves of the operands' dtype, ref (2, V, F)."""
+  hi = x_VF.astype(ref.dtype)
   ref[0] = hi
-  ref[1] = (x_VF - hi.astype(f32)).astype(bf16)
+  ref[1] = (x_VF - hi.astype(f32)).astype(ref.dtype)
 
 
 def halves(kk_s, start: int) -> list:
-  """The bf16 parts of 16 rows of KK; their sum is KK."""
+  """The parts of 16 rows of KK; their sum is KK."""
   return [kk_s.at[i, pl.ds(start, F)] for i in (0, 1)]
 
 
-def denominator(x_s, kk_s, call: Call) -> list:
+def denominator(work: Work, x_s) -> list:
   """The products KK q and c1' Σ k, of (C, F); q · their sum is the state's."""
+  call, kk_s = work.call, work.shared.kk
   quadratic = ((C, F), *[(x_s, kk) for kk in halves(kk_s, 0)])
   if not call.c1:
     return [quadratic]
-  ones = two_columns(*split(call.c1))
+  ones = two_columns(call.dtype, *split(call.c1, call.dtype))
   return [quadratic, ((C, F), *[(ones, kk) for kk in halves(kk_s, F)])]
 
 
-def store_keys(k_s, rolls_s, phi_s, wide_s, chunk, call: Call) -> None:
-  """The features of the keys, and k̃ with its ones, for the update."""
-  x = plgpu.load(k_s, layout=LAYOUT)
-  exists = valid(call, chunk) if call.c0 or call.c1 else None
-  for blocks in call.groups:
-    rolled = roll(k_s, rolls_s, blocks)
-    features = key_features(x, rolled, blocks, call, exists)
-    store_blocks(phi_s, blocks, features)
-  wide_s[:, pl.ds(0, F)] = x
-  if exists is not None:
-    wide_s[:, pl.ds(F, F)] = two_columns(exists)
+def forms(work: Work, products):
+  """(σ KK q, that + c1' Σ k) of `denominator`'s products."""
+  call = work.call
+  quadratic, *linear = (times(x, 1 / call.shrink) for x in products)
+  quadratic = times(quadratic, call.square)
+  return quadratic, quadratic + linear[0] if linear else quadratic
+
+
+def values_at(work: Work, ref, chunk):
+  """The part of a (B, T, H, P) array that a chunk's tile of values is."""
+  here, tokens = work.here, pl.ds(chunk * C, C)
+  if here.tile is None:
+    return ref.at[here.b, tokens, here.h]
+  return ref.at[here.b, tokens, here.h, pl.ds(here.tile * V, V)]
 
 
 def store_blocks(phi_s, blocks: range, features: list) -> None:
@@ -299,55 +439,3 @@ def compiler_params():
     lowering_semantics=plgpu.LoweringSemantics.Lane,
     unsafe_no_auto_barriers=True,
   )
-
-
-# Between the states of spec.py and those of the kernels.
-
-
-def to_kernel(state: State, call: Call, *, cotangent: bool = False):
-  """KVᵀ (B, H, V, E) and KK (B, H, V, F) of a state, or of its cotangent.
-
-  A state has the constant feature and the sum of k twice, for the high and the
-  low half of a weight; a cotangent once.
-  """
-  kv, kk, E = state.kv_BHEP, state.kk_BHGG, CYCLIC * F
-  parts = [kv[:, :, :E]]
-  if call.c1:
-    parts.append(kv[:, :, E : E + F])
-    E += F
-  if call.c0:
-    constant = [kv[:, :, E:]] * (1 if cotangent else 2)
-    parts += constant
-  kv = jnp.concatenate(parts, axis=2).swapaxes(2, 3)
-  kv = _grow(kv, V, call.E)
-  rows = [(kk[:, :, :F, :F] + kk[:, :, :F, :F].swapaxes(2, 3)) / 2]
-  if kk.shape[-1] > F:
-    line = kk[:, :, F:, :F] + kk[:, :, :F, F:].swapaxes(2, 3)
-    rows += [line] if cotangent else [line / 2, line / 2]
-  return kv, _grow(jnp.concatenate(rows, axis=2), V, F)
-
-
-def from_kernel(
-  kv, kk, count_BH, P: int, call: Call, *, cotangent: bool = False
-) -> State:
-  """The inverse of `to_kernel`; the count is KK's corner."""
-  E = (CYCLIC + bool(call.c1)) * F
-  kv = kv[:, :, :P].swapaxes(2, 3)
-  parts, square = [kv[:, :, :E]], kk[:, :, :F]
-  if call.c0:
-    constant = kv[:, :, E : E + 1]
-    if cotangent:
-      constant += kv[:, :, E + 1 : E + 2]
-    parts.append(constant)
-  kv = jnp.concatenate(parts, axis=2)
-  if not (call.c0 or call.c1):
-    return State(kv, square)
-  line = kk[:, :, F : F + 1] / (2 if cotangent else 1)
-  top = jnp.concatenate([square, line.swapaxes(2, 3)], axis=3)
-  bottom = jnp.concatenate([line, count_BH[:, :, None, None]], axis=3)
-  return State(kv, jnp.concatenate([top, bottom], axis=2))
-
-
-def _grow(x, rows: int, cols: int):
-  pad = ((0, 0), (0, 0), (0, rows - x.shape[2]), (0, cols - x.shape[3]))
-  return jnp.pad(x, pad)

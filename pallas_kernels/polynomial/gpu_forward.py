@@ -5,140 +5,136 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.polynomial import gpu_common as common, gpu_walk
+from pallas_kernels.polynomial import (
+  gpu_common as common,
+  gpu_documents,
+  gpu_walk,
+)
 from pallas_kernels.polynomial.gpu_common import (
   LAYOUT,
   TILE,
   C,
   F,
   V,
+  Work,
   add_mma,
-  bf16,
   f32,
   mma,
   mmas,
+  times,
 )
+from pallas_kernels.polynomial.gpu_documents import FIRST, LAST
 
 
-def forward(q, k, v, kv, kk, count, call: common.Call, *, state: bool):
+def forward(q, k, v, rows, states, call: common.Call, *, state: bool) -> list:
   """o (B, T, H, P) and, where asked for, (KVᵀ, KK) behind each slice.
 
   Args:
-    q, k: (B, T, H, 16) bf16; v: (B, T, H, P) bf16.
-    kv, kk, count: the states before the slices, (slices, B, H, …); or None.
+    q, k: (B, T, H, 16); v: (B, T, H, P).
+    rows: codes and past of the documents, (B, 1, T filled up), or {}.
+    states: the states before the slices and their counts, or ().
     call: the launch.
     state: whether to write the states behind the slices.
   """
-  before = kv is not None
-
-  def body(*refs, q, k, v, o, shared, rolls, once):
-    q_ref, k_ref, v_ref, rolls_ref, *rest = refs
-    states, rest = (rest[:3], rest[3:]) if before else (None, rest)
-    o_ref, *after = rest
-    gpu_walk.walk(
-      call,
-      lambda *head: _parts(*head, o, o_ref, rolls, call),
-      ((q_ref, q), (k_ref, k), (v_ref, v)),
-      (),
-      shared,
-      (rolls_ref, rolls, once),
-      states=states,
-      after=after or None,
-    )
-
-  out = [jax.ShapeDtypeStruct((call.B, call.rows, call.H, call.P), bf16)]
-  scratch = gpu_walk.scratch(call, dict(q=F, k=F, v=V))
-  wide = common.SWIZZLE_128 if call.P == V else common.SWIZZLE_32
-  scratch["o"] = common.smem(
-    gpu_walk.heads(alone=False), C, call.P, swizzle=wide
+  swizzle = common.SWIZZLE_128 if call.P % V == 0 else common.SWIZZLE_32
+  shape = (call.B, call.rows, call.H, call.P)
+  parts = KEYS._replace(through_state=_through_state, within=_within)
+  what = gpu_walk.Launch(
+    "forward",
+    dict(q=q, k=k, v=v),
+    rows,
+    states,
+    outs=(jax.ShapeDtypeStruct(shape, call.dtype),),
+    tiles=(("o", (C, call.width), swizzle),),
+    after=state,
   )
-  return gpu_walk.launch(
-    body,
-    call,
-    "polynomial_forward",
-    out=out + gpu_walk.state_shapes(call) * state,
-    scratch=scratch,
-  )(q, k, v, jnp.asarray(common.rolls(), bf16), *(kv, kk, count) * before)
+  return gpu_walk.launch(call, parts, what)
 
 
-def _parts(here, shared, inputs, count, o, o_ref, rolls_s, call):
-  q, k, v = inputs
-  o_s = o.at[here.p]
+def key_states(k, v, rows, call: common.Call) -> list:
+  """(KVᵀ, KK) of each slice's own keys: (slices, B, heads, V, ·)."""
+  what = gpu_walk.Launch("key_state", dict(k=k, v=v), rows, after=True)
+  return gpu_walk.launch(call, KEYS, what)
 
-  def through_state(chunk, slot):
-    past = count + ((chunk - here.first) * C).astype(f32)
-    return _through_state(q.at[slot], shared, rolls_s, past, call)
 
-  def within(chunk, slot, part):
-    num, z = _within(q.at[slot], k.at[slot], v.at[slot], part, call)
-    value = num / common.columns(z + call.eps, V)
-    plgpu.wait_smem_to_gmem(0)
-    o_s[...] = value[:, : call.P].astype(bf16)
+def _exists(work: Work, chunk):
+  """1.0 for the tokens of a chunk that exist and are summed, (C, F)."""
+  call = work.call
+  here = chunk * C + common.iota((C, F), 0) < call.T
+  return jnp.where(here, 1.0, 0.0)
+
+
+def _store_keys(work: Work, chunk, slot) -> None:
+  """The features of the keys, and k̃ with its ones, for the update."""
+  call, shared = work.call, work.shared
+  k_s = work.inputs["k"].at[slot]
+  x = plgpu.load(k_s, layout=LAYOUT)
+  if call.segments:
+    v = plgpu.load(work.inputs["v"].at[slot], layout=LAYOUT)
+    x = gpu_documents.of_document(work, slot, LAST, x)
+    shared.x[...] = x
+    shared.values[...] = gpu_documents.of_document(work, slot, LAST, v)
     plgpu.commit_smem()
-    rows = pl.ds(chunk * C, C)
-    plgpu.copy_smem_to_gmem(o_s, o_ref.at[here.b, rows, here.h])
-
-  keys = key_parts(shared, (k, v), rolls_s, call)
-  return keys._replace(through_state=through_state, within=within)
-
-
-def key_parts(shared, inputs, rolls_s, call) -> gpu_walk.Parts:
-  """The parts that sum keys."""
-  k, v = inputs
-  return gpu_walk.Parts(
-    lambda chunk, slot: common.store_keys(
-      k.at[slot], rolls_s, shared.phi, shared.wide, chunk, call
-    ),
-    lambda chunk, slot: (k.at[slot], v.at[slot]),
-  )
+    k_s = shared.x
+  one = None
+  if call.affine:
+    one = gpu_documents.of_document(work, slot, LAST, _exists(work, chunk))
+  for blocks in call.groups(common.GROUP):
+    rolled = common.roll(work, k_s, blocks)
+    common.store_blocks(
+      shared.phi, blocks, common.key_features(x, rolled, blocks, call, one)
+    )
+  shared.wide[:, pl.ds(0, F)] = x
+  if one is not None:
+    shared.wide[:, pl.ds(F, F)] = common.two_columns(call.dtype, one)
 
 
-def _through_state(q_s, shared, rolls_s, past, call: common.Call):
+def _keys(work: Work, slot):
+  if work.call.segments:
+    return work.shared.x, work.shared.values
+  return work.inputs["k"].at[slot], work.inputs["v"].at[slot]
+
+
+# The parts that sum keys.
+KEYS = gpu_walk.Parts(_store_keys, _keys)
+
+
+def _through_state(work: Work, chunk, slot):
   """(Σ sim' v, Σ sim') of the tokens before the chunk, (C, V) and (C,)."""
-  rolled = common.roll_all(q_s, rolls_s)
+  call, kv_s = work.call, work.shared.kv
+  q_s = work.inputs["q"].at[slot]
+  rolled = common.roll_all(work, q_s)
   x = plgpu.load(q_s, layout=LAYOUT)
   phi = common.query_features(x, rolled, range(call.blocks), call)
-  kv = lambda r: shared.kv.at[:, pl.ds(r * F, F)].transpose((1, 0))
-  num, quadratic, *linear = mmas(
+  kv = lambda r: kv_s.at[:, pl.ds(r * F, F)].transpose((1, 0))
+  num, *products = mmas(
+    work,
     ((C, V), *[(y, kv(r)) for r, y in enumerate(phi)]),
-    *common.denominator(q_s, shared.kk, call),
+    *common.denominator(work, q_s),
   )
-  form = quadratic + linear[0] if linear else quadratic
-  return num, (form * x.astype(f32)).sum(axis=1) + call.c0 * past
+  _, form = common.forms(work, products)
+  z = (form * x.astype(f32)).sum(axis=1)
+  if call.c0:
+    z = z + call.c0 * gpu_documents.past(work, chunk, slot)
+  mine = lambda y: gpu_documents.of_document(work, slot, FIRST, y)
+  return mine(times(num, 1 / call.shrink)), mine(z)
 
 
-def _within(q_s, k_s, v_s, part, call: common.Call):
-  """The sums with the tokens of the chunk."""
+def _within(work: Work, chunk, slot, part) -> None:
+  """Adds the tokens of the chunk, and writes o."""
+  call, o_s = work.call, work.tiles["o"]
+  q_s, k_s, v_s = (work.inputs[name].at[slot] for name in "qkv")
   num, z = part
   for start in range(0, C, TILE):
     some = pl.ds(start, TILE)
-    a = mma((q_s, k_s.at[some].transpose((1, 0))), shape=(C, TILE))
-    seen = common.seen(start, queries=0)
+    pair = q_s, k_s.at[some].transpose((1, 0))
+    a = mma(work, pair, shape=(C, TILE))
+    seen = gpu_documents.seen(work, slot, start, TILE, queries=0)
     sim = jnp.where(seen, common.polynomial(a, call), 0.0)
-    num = add_mma(num, (sim.astype(bf16), v_s.at[some]))
+    num = add_mma(work, num, (sim.astype(call.dtype), v_s.at[some]))
     z = z + sim.sum(axis=1)
-  return num, z
-
-
-def key_states(k, v, call: common.Call):
-  """(KVᵀ, KK) of each slice's own keys: (slices, B, H, V, E), (…, V, F)."""
-
-  def body(k_ref, v_ref, rolls_ref, *after, k, v, shared, rolls, once):
-    gpu_walk.walk(
-      call,
-      lambda _, mine, inputs, __: key_parts(mine, inputs, rolls, call),
-      ((k_ref, k), (v_ref, v)),
-      (),
-      shared,
-      (rolls_ref, rolls, once),
-      after=after,
-    )
-
-  return gpu_walk.launch(
-    body,
-    call,
-    "polynomial_key_state",
-    out=gpu_walk.state_shapes(call),
-    scratch=gpu_walk.scratch(call, dict(k=F, v=V), alone=True),
-    alone=True,
-  )(k, v, jnp.asarray(common.rolls(), bf16))
+  value = num / common.columns(z + call.eps, V)
+  plgpu.wait_smem_to_gmem(0)
+  o_s[...] = value[:, : call.width].astype(call.dtype)
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(o_s, common.values_at(work, work.outs[0], chunk))

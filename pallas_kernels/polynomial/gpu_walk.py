@@ -13,8 +13,10 @@ inputs are fetched a chunk ahead.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -23,183 +25,189 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.polynomial import gpu_common as common
-from pallas_kernels.polynomial.gpu_common import LAYOUT, C, F, V, bf16, f32
+from pallas_kernels.polynomial.gpu_common import (
+  LAYOUT,
+  C,
+  F,
+  Place,
+  Shared,
+  V,
+  Work,
+  f32,
+)
+from pallas_kernels.polynomial.gpu_documents import FIRST, LAST
 
 WARPGROUPS = 4  # of a program: 128 registers a thread
-
-
-class Shared(NamedTuple):
-  """What a walk holds in shared memory, for one head of the program."""
-
-  phi: Any  # (C, E)
-  wide: Any  # (C, V): k̃ or dz q̃, with zeros behind it
-  kv: Any  # (V, E)
-  kk: Any  # (hi and lo, V, F)
-  full: Any  # barriers: a stage's copies are there
-  ready: Any
-  read: Any
-  done: Any
-
-
-class Place(NamedTuple):
-  """Where a warpgroup stands."""
-
-  p: Any  # which of the program's heads
-  s: Any
-  b: Any
-  h: Any
-  first: Any  # chunk of the slice
-  chunks: Any  # of the slice
-
-  @property
-  def at(self):
-    return self.s, self.b, self.h
+SHARED_MEMORY = 230_000  # bytes of a program, what aligns and barriers aside
 
 
 class Parts(NamedTuple):
-  """A kernel's own parts, of (chunk, slot of its inputs)."""
+  """A kernel's own parts, of (work, chunk, slot of its inputs)."""
 
   features: Callable  # writes phi and wide
   update: Callable  # → (x_s, values_s) whose products the state sums
   through_state: Callable | None = None  # → part
-  within: Callable | None = None  # (chunk, slot, part) writes the outputs
+  within: Callable | None = None  # (work, chunk, slot, part) writes the outputs
 
 
-def heads(*, alone: bool) -> int:
-  """Heads of a program; `alone` without outputs."""
-  return WARPGROUPS if alone else WARPGROUPS // 2
+class Launch(NamedTuple):
+  """What a kernel reads and writes."""
+
+  name: str
+  streams: dict  # (B, T, H, ·) arrays
+  rows: dict  # (B, heads or 1, T filled up to chunks) arrays
+  states: tuple = ()  # before the slices: KVᵀ, KK and perhaps the count
+  outs: tuple = ()  # shapes of the outputs
+  tiles: tuple = ()  # (name, shape, swizzle or None for float32) of a head
+  after: bool = False  # whether to write the states behind the slices
+  left: bool = False  # whether to walk from the end
 
 
-def scratch(
-  call: common.Call, streams: dict[str, int], rows=(), *, alone: bool = False
-) -> dict:
-  """Shared memory of a program: the inputs' stages, rolls and `Shared`.
+def launch(call: common.Call, parts: Parts, what: Launch) -> list:
+  """Runs a kernel: grid (slices, groups of heads).
 
-  Args:
-    call: the launch.
-    streams: widths of the (B, T, H, ·) inputs, by name.
-    rows: names of the (B, H, T) inputs.
-    alone: whether the state alone is wanted.
+  Returns:
+    the outputs, and the states behind the slices where asked for.
   """
-  stages, N = call.stages, heads(alone=alone)
+  alone = parts.within is None
+  N = WARPGROUPS if alone else WARPGROUPS // 2
+  scratch = _scratch(call, what, N, alone=alone)
+  if _bytes(scratch) > SHARED_MEMORY:
+    call = dataclasses.replace(call, stages=1)
+    scratch = _scratch(call, what, N, alone=alone)
+  count, M = len(what.streams) + len(what.rows), len(what.states)
+
+  def body(*refs, inputs, tiles, shared, rolls, once, operand):
+    arrays, rolls_ref, rest = refs[:count], refs[count], refs[count + 1 :]
+    states, outs = rest[:M], rest[M:]
+    names = (*what.streams, *what.rows)
+    pairs = [(array, inputs[x]) for array, x in zip(arrays, names, strict=True)]
+    w = lax.axis_index("w")
+    p = w if alone else lax.div(w, 2)
+
+    @pl.when(w == 0)
+    def _():
+      plgpu.copy_gmem_to_smem(rolls_ref, rolls, once.at[0])
+
+    def run(role) -> None:
+      here = _place(call, p, N)
+      work = Work(
+        call,
+        here,
+        _of_head(shared, p, alone=alone),
+        {name: x.at[p] for name, x in inputs.items()},
+        {name: x.at[p] for name, x in tiles.items()},
+        outs[: len(what.outs)],
+        rolls,
+        operand.at[w] if call.by_shared else None,
+        states[2][here.at[:2] + (here.h,)] if M == 3 else jnp.zeros((), f32),
+      )
+      order = lambda i: here.first + (here.chunks - 1 - i if what.left else i)
+      fetch = functools.partial(_fetch, work, pairs, shared.full, p)
+      plgpu.barrier_wait(once.at[0])
+      role(work, parts, order, fetch)
+
+    keep = functools.partial(
+      _state,
+      before=states[:2],
+      after=outs[len(what.outs) :],
+      shrink=1.0 if what.left else call.shrink,
+    )
+    exists = lax.axis_index("n") * N + p < call.B * call.heads
+    if alone:
+      pl.when(exists)(lambda: run(keep))
+    else:
+      output = lax.rem(w, 2) == 1
+      pl.when(exists & ~output)(lambda: run(keep))
+      pl.when(exists & output)(lambda: run(_output))
+
+  kernel = plgpu.kernel(
+    body,
+    out_type=[*what.outs, *state_shapes(call) * what.after],
+    scratch_types=scratch,
+    compiler_params=common.compiler_params(),
+    kernel_name=f"polynomial_{what.name}",
+    grid=(call.slices, -(-call.B * call.heads // N)),
+    grid_names=("s", "n"),
+    num_threads=WARPGROUPS,
+    thread_name="w",
+  )
+  table = jnp.asarray(common.rolls(), call.dtype)
+  return kernel(
+    *what.streams.values(), *what.rows.values(), table, *what.states
+  )
+
+
+def _scratch(call: common.Call, what: Launch, N: int, *, alone: bool) -> dict:
+  """Shared memory of a program of N heads."""
+  stages = call.stages
+  width = lambda name: F if name in ("q", "k") else V
   inputs = {
-    name: common.smem(N, stages, C, width) for name, width in streams.items()
+    name: common.smem(call, N, stages, C, width(name)) for name in what.streams
   }
-  for name in rows:
-    inputs[name] = plgpu.SMEM((N, stages, C), f32)
+  for name, x in what.rows.items():
+    inputs[name] = plgpu.SMEM((N, stages, C), x.dtype)
   barrier = plgpu.Barrier(num_arrivals=1, num_barriers=N)
+  tile = functools.partial(common.smem, call, N)
   shared = Shared(
-    phi=common.smem(N, C, call.E),
-    wide=common.smem(N, C, V),
-    kv=common.smem(N, V, call.E),
-    kk=common.smem(N, 2, V, F),
+    phi=tile(C, call.E),
+    wide=tile(C, V),
+    kv=None if alone else tile(V, call.E),
+    kk=None if alone else tile(2, V, F),
+    x=tile(C, F) if call.segments else None,
+    values=tile(C, V) if call.segments else None,
     full=plgpu.Barrier(num_arrivals=len(inputs), num_barriers=N * stages),
     ready=barrier,
     read=barrier,
     done=barrier,
   )
-  if alone:
-    unused = plgpu.SMEM((1,), f32)
-    shared = shared._replace(kv=unused, kk=unused)
-  return inputs | dict(
+  tiles = {}
+  for name, shape, swizzle in what.tiles:
+    if swizzle is None:
+      tiles[name] = plgpu.SMEM((N, *shape), f32)
+    else:
+      tiles[name] = tile(*shape, swizzle=swizzle)
+  return dict(
+    inputs=inputs,
+    tiles=tiles,
     shared=shared,
-    rolls=common.smem(F, common.CYCLIC * F),
+    rolls=common.smem(call, F, common.CYCLIC * F),
     once=plgpu.Barrier(num_arrivals=1, num_barriers=1),
+    operand=common.smem(call, WARPGROUPS, C, F) if call.by_shared else None,
   )
 
 
-def launch(
-  body, call: common.Call, name: str, *, out, scratch, alone: bool = False
-):
-  """The kernel: grid (slices, groups of B · H)."""
-  return plgpu.kernel(
-    body,
-    out_type=out,
-    scratch_types=scratch,
-    compiler_params=common.compiler_params(),
-    kernel_name=name,
-    grid=(call.slices, -(-call.B * call.H // heads(alone=alone))),
-    grid_names=("s", "n"),
-    num_threads=WARPGROUPS,
-    thread_name="w",
+def _bytes(scratch: dict) -> int:
+  leaves = jax.tree.leaves(scratch, is_leaf=lambda x: hasattr(x, "dtype"))
+  return sum(
+    math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
+    for x in leaves
+    if not isinstance(x, plgpu.Barrier)
   )
 
 
-def walk(
-  call: common.Call,
-  parts_of: Callable,
-  streams,
-  rows,
-  shared: Shared,
-  rolls,
-  *,
-  states=None,
-  after=None,
-  left: bool = False,
-) -> None:
-  """Runs a program.
-
-  Args:
-    call: the launch.
-    parts_of: (place, shared of its head, inputs of its head, count) → `Parts`.
-    streams: pairs of a (B, T, H, ·) array and its stages.
-    rows: pairs of a (B, H, T) array and its stages.
-    shared: of the program.
-    rolls: the array Π, its place in shared memory and its barrier.
-    states: arrays of the state before the slices, KVᵀ, KK and perhaps the
-      count of tokens; None for 0.
-    after: arrays for the state behind the slices, or None.
-    left: whether to walk from the end.
-  """
-  w = lax.axis_index("w")
-  alone = shared.kv.shape == (1,)
-  p = w if alone else lax.div(w, 2)
-  n = lax.axis_index("n") * heads(alone=alone) + p
-
-  @pl.when(w == 0)
-  def _():
-    plgpu.copy_gmem_to_smem(rolls[0], rolls[1], rolls[2].at[0])
-
-  def run(role: Callable) -> None:
-    s = lax.axis_index("s")
-    first = s * call.chunks
-    chunks = jnp.minimum(call.chunks, call.total - first)
-    here = Place(p, s, lax.div(n, call.H), lax.rem(n, call.H), first, chunks)
-    order = lambda i: first + (chunks - 1 - i if left else i)
-    mine = _of_head(shared, p, call.stages)
-    fetch = functools.partial(_fetch, here, streams, rows, shared, call)
-    inputs = [buffer.at[p] for _, buffer in (*streams, *rows)]
-    count = jnp.zeros((), f32)
-    if states is not None and len(states) == 3:
-      count = states[2][here.at]
-    parts = parts_of(here, mine, inputs, count)
-    plgpu.barrier_wait(rolls[2].at[0])
-    role(call, parts, here, mine, order, fetch)
-
-  keep_state = functools.partial(_state, before=states, after=after)
-  exists = n < call.B * call.H
-  if alone:
-    pl.when(exists)(lambda: run(keep_state))
-  else:
-    output = lax.rem(w, 2) == 1
-    pl.when(exists & ~output)(lambda: run(keep_state))
-    pl.when(exists & output)(lambda: run(_output))
+def _place(call: common.Call, p, N: int) -> Place:
+  s, n = lax.axis_index("s"), lax.axis_index("n") * N + p
+  first = s * call.chunks
+  chunks = jnp.minimum(call.chunks, call.total - first)
+  b, head = lax.div(n, call.heads), lax.rem(n, call.heads)
+  if call.tiles == 1:
+    return Place(p, s, b, head, head, None, first, chunks)
+  h, tile = lax.div(head, call.tiles), lax.rem(head, call.tiles)
+  return Place(p, s, b, head, h, tile, first, chunks)
 
 
-def _of_head(shared: Shared, p, stages: int) -> Shared:
-  barriers = ("full", "ready", "read", "done")
-  if shared.kv.shape == (1,):
-    barriers += ("kv", "kk")
-  tiles = {
-    name: getattr(shared, name).at[p]
-    for name in Shared._fields
-    if name not in barriers
-  }
-  return shared._replace(**tiles)
+def _of_head(shared: Shared, p, *, alone: bool) -> Shared:
+  tiles = ("phi", "wide", "x", "values") + (() if alone else ("kv", "kk"))
+  mine = {name: getattr(shared, name) for name in tiles}
+  return shared._replace(
+    **{name: x.at[p] for name, x in mine.items() if x is not None}
+  )
 
 
-def _output(call, parts: Parts, here: Place, shared: Shared, order, fetch):
+def _output(work: Work, parts: Parts, order, fetch) -> None:
   """The warpgroup that writes the outputs; it fetches for both."""
+  call, here, shared = work.call, work.here, work.shared
   p, stages = here.p, call.stages
   for i in range(stages):
     pl.when(i < here.chunks)(functools.partial(fetch, order(i), i))
@@ -213,10 +221,10 @@ def _output(call, parts: Parts, here: Place, shared: Shared, order, fetch):
       lambda: fetch(order(ahead), lax.rem(ahead, stages))
     )
     plgpu.barrier_wait(shared.full.at[p * stages + slot])
-    part = parts.through_state(*at)
+    part = parts.through_state(work, *at)
     plgpu.barrier_wait(shared.ready.at[p])
     plgpu.barrier_arrive(shared.read.at[p])
-    parts.within(*at, part)
+    parts.within(work, *at, part)
     return ()
 
   lax.fori_loop(0, here.chunks, step, ())
@@ -224,90 +232,105 @@ def _output(call, parts: Parts, here: Place, shared: Shared, order, fetch):
 
 
 def _state(
-  call, parts: Parts, here: Place, shared: Shared, order, fetch, *, before,
-  after,
-):  # fmt: skip
+  work: Work, parts: Parts, order, fetch, *, before, after, shrink: float
+) -> None:
   """The warpgroup that keeps the state."""
+  call, here, shared = work.call, work.here, work.shared
   p, stages, alone = here.p, call.stages, parts.within is None
-  shared.wide[...] = common.zeros((C, V), bf16)
+  shared.wide[...] = common.zeros((C, V), call.dtype)
   plgpu.commit_smem()
   state = _load(before, here, call)
   if alone:
     for i in range(stages):
       pl.when(i < here.chunks)(functools.partial(fetch, order(i), i))
   else:
-    _show(shared, *state)
+    _show(shared, *state, shrink)
     plgpu.barrier_arrive(shared.done.at[p])
 
   def step(i, state):
     slot = lax.rem(i, stages)
     at = order(i), slot
     plgpu.barrier_wait(shared.full.at[p * stages + slot])
-    parts.features(*at)
+    parts.features(work, *at)
     plgpu.commit_smem()
     if not alone:
       plgpu.barrier_arrive(shared.ready.at[p])
-    state = _update(state, *parts.update(*at), shared)
+    state = _update(work, _kept(work, slot, state), *parts.update(work, slot))
     if alone:
       plgpu.commit_smem()  # the update has read its chunk and features
       ahead = i + stages
       pl.when(ahead < here.chunks)(lambda: fetch(order(ahead), slot))
       return state
     plgpu.barrier_wait(shared.read.at[p])
-    _show(shared, *state)
+    _show(shared, *state, shrink)
     plgpu.barrier_arrive(shared.done.at[p])
     return state
 
   kv, kk = lax.fori_loop(0, here.chunks, step, state)
-  if after is not None:
+  if after:
     after[0][here.at] = kv
     after[1][here.at] = kk
 
 
 def _load(refs, here: Place, call: common.Call):
   """(KVᵀ, KK) in registers."""
-  if refs is None:
+  if not refs:
     return common.zeros((V, call.E)), common.zeros((V, F))
   load = functools.partial(plgpu.load, layout=LAYOUT, optimized=False)
   return load(refs[0].at[here.at]), load(refs[1].at[here.at])
 
 
-def _show(shared: Shared, kv, kk) -> None:
-  shared.kv[...] = kv.astype(bf16)
-  common.store_split(shared.kk, kk)
+def _kept(work: Work, slot, state):
+  """The state, or zeros where a document begins or ends in the chunk."""
+  if not work.call.segments:
+    return state
+  both = FIRST | LAST
+  joined = (work.inputs["codes"][slot, 0] & both) == both
+  return tuple(jnp.where(joined, x, jnp.zeros_like(x)) for x in state)
+
+
+def _show(shared: Shared, kv, kk, shrink: float) -> None:
+  shared.kv[...] = common.times(kv, shrink).astype(shared.kv.dtype)
+  common.store_split(shared.kk, common.times(kk, shrink))
   plgpu.commit_smem()
 
 
-def _update(state, x_s, values_s, shared: Shared):
-  """KK += [k̃ …]ᵀ k and KVᵀ += vᵀ features, on the tensor core."""
+def _update(work: Work, state, x_s, values_s):
+  """KVᵀ += vᵀ features and KK += [k̃ …]ᵀ k, on the tensor core."""
+  kv, kk = state
+  wide, phi = work.shared.wide, work.shared.phi
+  return tuple(
+    common.add_mmas(
+      work,
+      (kv, (values_s.transpose((1, 0)), phi)),
+      (kk, (wide.transpose((1, 0)), x_s)),
+    )
+  )
 
-  def run(refs):
-    kv, kk = refs
-    plgpu.wgmma(kk, shared.wide.transpose((1, 0)), x_s)
-    plgpu.wgmma(kv, values_s.transpose((1, 0)), shared.phi)
 
-  return pl.run_state(run)(tuple(plgpu.ACC.init(x) for x in state))
-
-
-def _fetch(here: Place, streams, rows, shared: Shared, call, chunk, slot):
+def _fetch(work: Work, pairs, full, p, chunk, slot) -> None:
   """Starts the copies of one chunk; TMA fills what is beyond T with 0."""
-  p, b, h = here.p, here.b, here.h
-  barrier = shared.full.at[p * call.stages + slot]
-  for ref, buffer in streams:
-    width = buffer.shape[-1]
-    # Not a plain 0: TMA fills what is beyond the width, but a slice that is
-    # static and too wide is refused.
-    start = 0 if width == ref.shape[-1] else b * 0
-    source = ref.at[b, pl.ds(chunk * C, C), h, pl.ds(start, width)]
-    plgpu.copy_gmem_to_smem(source, buffer.at[p, slot], barrier)
-  for ref, buffer in rows:
-    source = ref.at[b, h, pl.ds(chunk * C, C)]
-    plgpu.copy_gmem_to_smem(source, buffer.at[p, slot], barrier)
+  call, here = work.call, work.here
+  b, barrier = here.b, full.at[p * call.stages + slot]
+  for ref, buffer in pairs:
+    tokens, target = pl.ds(chunk * C, C), buffer.at[p, slot]
+    if len(ref.shape) == 3:
+      row = 0 if ref.shape[1] == 1 else here.head
+      source = ref.at[b, row, tokens]
+    else:
+      width = buffer.shape[-1]
+      # Not a plain 0: TMA fills what is beyond the width, but a slice that is
+      # static and too wide is refused.
+      start = 0 if width == ref.shape[-1] else b * 0
+      if width == V and here.tile is not None:
+        start = here.tile * V
+      source = ref.at[b, tokens, here.h, pl.ds(start, width)]
+    plgpu.copy_gmem_to_smem(source, target, barrier)
 
 
 def state_shapes(call: common.Call) -> list:
   """Of the states of all slices."""
-  at = (call.slices, call.B, call.H, V)
+  at = (call.slices, call.B, call.heads, V)
   return [
     jax.ShapeDtypeStruct((*at, call.E), f32),
     jax.ShapeDtypeStruct((*at, F), f32),

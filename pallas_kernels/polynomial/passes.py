@@ -28,10 +28,15 @@ from pallas_kernels.polynomial import spec
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """The static part of a call; the scale is folded into the coefficients."""
+  """The static part of a call; the scale is folded into the coefficients.
+
+  `by_shared` sends the Hopper kernels' operands to the tensor core through
+  shared memory instead of registers: slower, and what interpret mode can run.
+  """
 
   coefficients: spec.Coefficients
   eps: float
+  by_shared: bool = False
 
 
 class Passes(Protocol):

@@ -16,7 +16,6 @@ import dataclasses
 from typing import NamedTuple
 
 from flax import nnx
-import jax
 from jax import Array
 import jax.numpy as jnp
 
@@ -128,10 +127,7 @@ class Attention(base.Mixer):
     runs_BT = softmax.runs(segment_ids, x_BTD.shape[1])
     q_BTHF, k_BTHF, v_BTHF = self._project(x_BTD, softmax.steps(runs_BT))
     if self._takes_cudnn(segment_ids):
-      o_BTHF = jax.nn.dot_product_attention(
-        q_BTHF, k_BTHF, v_BTHF, is_causal=True, implementation="cudnn"
-      )
-      o_BTD = _merge_heads(o_BTHF)
+      o_BTD = _merge_heads(softmax.by_cudnn(q_BTHF, k_BTHF, v_BTHF))
       return self.out_proj(base.take_positions(o_BTD, query_positions))
     q_BMD = base.take_positions(_merge_heads(q_BTHF), query_positions)
     o_BMHF = softmax.attend(

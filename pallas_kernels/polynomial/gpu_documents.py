@@ -1,0 +1,129 @@
+"""Rows of several documents, for the Hopper kernels.
+
+A token has a code, 4 run + 2 last + first: `first` and `last` say whether it is
+of the document that the state before its chunk is of, and the state behind it.
+A document's Inf or NaN stays out of other documents' states; within a chunk of
+64 tokens it may reach those that share it.
+"""
+
+from typing import NamedTuple
+
+import jax
+from jax import Array, lax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.polynomial.gpu_common import (
+  COLUMNS,
+  ROWS,
+  C,
+  Call,
+  Work,
+  columns,
+  f32,
+  iota,
+)
+
+FIRST, LAST = 1, 2  # bits of a token's code
+
+
+class Documents(NamedTuple):
+  """Of rows of several documents; all None where each row is one."""
+
+  codes_B1T: Array | None  # of the tokens, filled up to chunks
+  past_B1T: Array | None  # of the token's document, before its chunk
+  whole_SB: Array | None  # the document before a slice is the one behind it
+  all_B: Array | None  # the row is one document
+  first_B1T: Array | None  # the token is in the row's first document
+
+  def rows(self, call: Call, *, past: bool = False) -> dict[str, Array]:
+    if self.codes_B1T is None:
+      return {}
+    rows = dict(codes=self.codes_B1T)
+    return rows | dict(past=self.past_B1T) if past and call.c0 else rows
+
+
+def of_rows(runs_BT: Array | None, call: Call) -> Documents:
+  if runs_BT is None:
+    return Documents(*[None] * 5)
+  B, T = runs_BT.shape
+  pad = lambda x, value: jnp.pad(
+    x, ((0, 0), (0, call.total * C - T)), constant_values=value
+  )
+  # Of each chunk: the run before it, of its last token, and what is past.
+  last_BN = runs_BT[:, jnp.minimum(jnp.arange(call.total) * C + C, T) - 1]
+  before_BN = jnp.pad(last_BN[:, :-1], ((0, 0), (1, 0)))
+  token_T = jnp.arange(T, dtype=jnp.int32)
+  starts_BT = jax.lax.cummax(
+    jnp.where(jnp.diff(runs_BT, prepend=0) != 0, token_T[None], 0), axis=1
+  )
+  each = lambda x_BN: jnp.repeat(x_BN, C, axis=1)[:, :T]
+  first_BT = runs_BT == each(before_BN)
+  past_BT = jnp.maximum((token_T // C * C)[None] - starts_BT, 0)
+  bit = lambda value, where_BT: jnp.where(where_BT, value, 0)
+  last_BT = bit(LAST, runs_BT == each(last_BN))
+  code_BT = 4 * runs_BT + last_BT + bit(FIRST, first_BT)
+  ends_BS = last_BN[:, call.chunks - 1 :: call.chunks]
+  if ends_BS.shape[1] < call.slices:
+    ends_BS = jnp.concatenate([ends_BS, last_BN[:, -1:]], axis=1)
+  begins_BS = before_BN[:, :: call.chunks]
+  return Documents(
+    pad(code_BT.astype(jnp.int32), 4 * 2**28)[:, None],
+    pad(past_BT.astype(jnp.float32), 0.0)[:, None],
+    (begins_BS == ends_BS).T,
+    runs_BT[:, -1] == 0,
+    pad(runs_BT == 0, False)[:, None],
+  )
+
+
+def count(runs_BT: Array | None, call: Call) -> Array:
+  """Tokens of the last document, (B, H) float32."""
+  if runs_BT is None:
+    return jnp.full((call.B, call.H), call.T, jnp.float32)
+  count_B = (runs_BT == runs_BT[:, -1:]).sum(axis=1).astype(jnp.float32)
+  return jnp.broadcast_to(count_B[:, None], (call.B, call.H))
+
+
+# In the kernels.
+
+
+def code(work: Work, slot, layout=ROWS, some=slice(None)):
+  """The codes of a chunk's tokens, int32."""
+  ref = work.inputs["codes"].at[slot]
+  return plgpu.load(ref if some == slice(None) else ref.at[some], layout=layout)
+
+
+def of_document(work: Work, slot, bit: int, x):
+  """x (C, ·), and 0 in the rows that are not of the document of this bit."""
+  if not work.call.segments:
+    return x
+  mine = (code(work, slot) & bit) == bit
+  mine = jnp.where(mine, 1, 0)
+  if x.ndim == 1:
+    return jnp.where(mine == 1, x, jnp.zeros_like(x))
+  return jnp.where(columns(mine, x.shape[1]) == 1, x, jnp.zeros_like(x))
+
+
+def seen(work: Work, slot, start: int, width: int, *, queries: int):
+  """Whether a query sees a key of its chunk, for some columns of the chunk.
+
+  `queries` is the axis of the queries.
+  """
+  row, column = iota((C, width), 0), iota((C, width), 1) + start
+  seen = row >= column if queries == 0 else column >= row
+  if not work.call.segments:
+    return seen
+  run_C = code(work, slot) >> 2
+  run_W = code(work, slot, COLUMNS, pl.ds(start, width)) >> 2
+  same = columns(run_C, width) == lax.broadcast_in_dim(run_W, (C, width), [1])
+  return seen & same
+
+
+def past(work: Work, chunk, slot):
+  """Tokens of the state before a chunk: a scalar, or (C,) by document."""
+  if not work.call.segments:
+    return work.count + ((chunk - work.here.first) * C).astype(f32)
+  earlier = plgpu.load(work.inputs["past"].at[slot], layout=ROWS)
+  first_run = (code(work, slot) >> 2) == 0
+  return earlier + jnp.where(first_run, work.count, 0.0)
