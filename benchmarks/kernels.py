@@ -1,154 +1,293 @@
 """Times of the operator on a GPU, beside its peers, after a check of values.
 
-    python benchmarks/kernels.py
+    python benchmarks/kernels.py [--specs lm-1k …] [--only xla cudnn fla …]
+    python benchmarks/kernels.py --report
 
-Times are of the public call on (B, T, H, ·) arrays in bfloat16, all operations
-around the kernels included: wall time of a run of calls that the device works
-off one after the other, divided by their number; the median of several runs.
-Peers are the chunked XLA form and jax's softmax attention by cuDNN with head
-width 64. Values and gradients are compared with the chunked form in float32.
+The first measures; the operator always runs, `--only` chooses the rest. The
+second prints the table of the results as Markdown and draws the plot.
+benchmarks/README.md says how time is taken and what the columns are.
 """
 
 import argparse
-import datetime
-import functools
+from concurrent.futures import ThreadPoolExecutor
 import json
+import os
 from pathlib import Path
 import subprocess
 import sys
-import time
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import polynomial_attention
-from pallas_kernels.polynomial import arg_specs
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-_RESULTS = Path(__file__).parent / "results" / "kernels.json"
-# Of ‖a − ref‖ / ‖ref‖. bfloat16 operands give 3e-3; a few rows of each head's
-# first tokens, whose gradients are differences of large equal terms, the rest.
-_TOLERANCE = 2e-2
-_HBM = 3.35e12  # bytes a second, of an H100's data sheet
+import kernels_floor  # noqa: E402
+from kernels_peers import PEERS, Peer, peer  # noqa: E402
+import kernels_profile  # noqa: E402
+import record  # noqa: E402
 
+from pallas_kernels import measure  # noqa: E402
+from pallas_kernels.polynomial import arg_specs  # noqa: E402
 
-def inputs(spec: arg_specs.ArgSpec) -> list[jax.Array]:
-  """q, k, v and the cotangent of o."""
-  q, k, v = spec.arrays()
-  return _normal([x.shape for x in (q, k, v, v)])
-
-
-def _normal(shapes) -> list[jax.Array]:
-  keys = jax.random.split(jax.random.key(0), len(shapes))
-  return [
-    jax.random.normal(key, shape, jnp.bfloat16)
-    for key, shape in zip(keys, shapes, strict=True)
-  ]
+RESULTS = record.RESULTS / "kernels.json"
+EXTRAS = ("copy", "profile", "fla", "memory")
+CHECKED_ROWS = 2  # of the batch, that FLA's values are checked on
+MODES = ("forward", "both")
 
 
-def forward_and_backward(call):
-  """(q, k, v, do) → o and its gradients."""
-
-  def run(q, k, v, do):
-    o, pull = jax.vjp(call, q, k, v)
-    return o, *pull(do)
-
-  return run
-
-
-def errors(spec, both, arrays) -> dict[str, float]:
-  """‖a − ref‖ / ‖ref‖ of "gpu" against "xla" in float32."""
-  found = both(*arrays)
-  wide = [x.astype(jnp.float32) for x in arrays]
-  reference = functools.partial(_operator, spec, "xla")
-  expected = jax.jit(forward_and_backward(reference))(*wide)
-  norm = lambda x: jnp.linalg.norm(x.astype(jnp.float32))
-  names = ("o", "dq", "dk", "dv")
+def programs(item: Peer) -> dict[str, jax.stages.Lowered]:
+  """The forward, and it with the backward, lowered for their shapes."""
+  q, k, v, do = (
+    jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in item.shapes()
+  )
+  both = jax.jit(measure.forward_and_backward(item.call))
   return {
-    name: float(norm(a.astype(jnp.float32) - b) / norm(b))
-    for name, a, b in zip(names, found, expected, strict=True)
+    "forward": jax.jit(item.call).lower(q, k, v),
+    "both": both.lower(q, k, v, do),
   }
 
 
-def milliseconds(function, arrays, calls: int, runs: int = 9) -> float:
-  """The median time of a call, of `runs` runs of `calls` calls."""
-  jax.block_until_ready(function(*arrays))
-  times = []
-  for _ in range(runs):
-    start = time.perf_counter()
-    for _ in range(calls):
-      result = function(*arrays)
-    jax.block_until_ready(result)
-    times.append((time.perf_counter() - start) / calls)
-  return 1e3 * float(np.median(times))
+def expected(spec, arrays) -> tuple:
+  """o, dq, dk, dv by the chunked form in float32, and with a settled do."""
+  wide = [x.astype(jnp.float32) for x in arrays]
+  call = measure.forward_and_backward(measure.operator(spec, "xla"))
+  call = jax.jit(call)
+  return call(*wide), call(*wide[:3], measure.settled(wide[3]))
 
 
-def softmax(q, k, v):
-  """Causal softmax attention at head width 64, by cuDNN."""
-  return jax.nn.dot_product_attention(
-    q, k, v, is_causal=True, implementation="cudnn"
+def errors(both, arrays, wanted) -> dict:
+  """Of the first rows of the wanted, with a settled do."""
+  found = both(*arrays[:3], measure.settled(arrays[3]))
+  wanted = [x[: arrays[0].shape[0]] for x in wanted]
+  return dict(
+    zip(measure.RESULTS, measure.relative(found, wanted), strict=True)
   )
 
 
-def measure(spec: arg_specs.ArgSpec, peers: bool) -> dict:
-  """One row of the table; refuses where values are wrong."""
-  arrays = inputs(spec)
-  wide = _normal([(spec.B, spec.T, spec.H, 64)] * 4)
-  calls = {"gpu": (functools.partial(_operator, spec, "gpu"), arrays)}
-  if peers:
-    calls["xla"] = (functools.partial(_operator, spec, "xla"), arrays)
-    calls["cudnn softmax"] = (softmax, wide)
-  row = {"name": spec.name, "B": spec.B, "T": spec.T}
-  for name, (call, given) in calls.items():
-    both = jax.jit(forward_and_backward(call))
-    if name == "gpu":
-      row["errors"] = errors(spec, both, given)
-      if not all(error <= _TOLERANCE for error in row["errors"].values()):
-        raise SystemExit(f"{spec.name}: wrong values, no times: {row}")
-    row[name] = {
-      "forward_ms": milliseconds(jax.jit(call), given[:3], 10),
-      "both_ms": milliseconds(both, given, 5),
-    }
-  moved = 2 * spec.B * spec.T * spec.H * (2 * spec.F + 2 * spec.P)
-  row["forward_share_of_dram"] = moved / _HBM * 1e3 / row["gpu"]["forward_ms"]
+def time_peer(item: Peer, compiled: dict, wanted) -> dict:
+  """Times of one peer, or the values that forbid them."""
+  row = {"note": item.note} if item.note else {}
+  if not item.checked:
+    arrays = measure.normal(item.shapes())
+  else:
+    arrays = [x[: item.qk[0]] for x in wanted["arrays"]]
+    row["errors"] = errors(compiled["both"], arrays, wanted["settled"])
+    if not all(e <= measure.TOLERANCE for e in row["errors"].values()):
+      return row | {"skipped": "wrong values"}
+  given = {"forward": arrays[:3], "both": arrays}
+  for mode in MODES:
+    call, inputs = compiled[mode], given[mode]
+    row[f"{mode}_ms"] = measure.milliseconds(lambda c=call, x=inputs: c(*x))
   return row
 
 
-def _operator(spec, implementation, q, k, v):
-  return polynomial_attention(
-    q,
-    k,
-    v,
-    coefficients=spec.coefficients,
-    implementation=implementation,
-  )
+def time_copy(spec) -> dict:
+  """Of as many bytes as the forward and both must move, half read."""
+  row = {}
+  for mode, (moved, _) in kernels_floor.least(spec).items():
+    x = jax.random.bits(jax.random.key(0), (moved // 8,), jnp.uint32)
+    copy = jax.jit(lambda x: x ^ jnp.uint32(1)).lower(x).compile()
+    row[f"{mode}_ms"] = measure.milliseconds(lambda c=copy, x=x: c(x))
+  return row
+
+
+def ceilings() -> dict:
+  """What this card copies a second, and multiplies in bfloat16."""
+  x = jax.random.bits(jax.random.key(0), (1 << 28,), jnp.uint32)
+  copy = jax.jit(lambda x: x ^ jnp.uint32(1))
+  ms = measure.milliseconds(lambda: copy(x))
+  a, b = measure.normal([(8192, 8192)] * 2)
+  product = jax.jit(jnp.matmul)
+  product_ms = measure.milliseconds(lambda: product(a, b))
+  return {
+    "copy_bytes_per_s": round(2 * x.nbytes / ms * 1e3),
+    "matmul_operations_per_s": round(2 * 8192**3 / product_ms * 1e3),
+  }
+
+
+def measure_spec(spec, names, extras, pool, keep: Path) -> dict:
+  """One row; raises SystemExit where our own values are wrong."""
+  found = {name: peer(name, spec) for name in names}
+  lowered = {}
+  for name, item in found.items():
+    try:
+      lowered |= {name: programs(item)} if isinstance(item, Peer) else {}
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+      if name == "gpu":
+        raise
+      found[name] = str(error)[:200]
+  compiling = {
+    (name, mode): pool.submit(program.compile)
+    for name, each in lowered.items()
+    for mode, program in each.items()
+  }
+  arrays = measure.inputs(spec)
+  plain, settled = expected(spec, arrays)
+  wanted = {"arrays": arrays, "settled": settled}
+  row = {n: getattr(spec, n) for n in ("name", "B", "T", "H", "F", "P")}
+  device = jax.devices()[0].device_kind
+  for name, item in found.items():
+    if isinstance(item, str):
+      row[name] = {"skipped": item}
+      continue
+    try:
+      compiled = {m: compiling[name, m].result() for m in MODES}
+      row[name] = time_peer(item, compiled, wanted)
+    except jax.errors.JaxRuntimeError as error:
+      if name == "gpu":
+        raise
+      row[name] = {"skipped": str(error).splitlines()[0][:200]}
+      continue
+    if name == "gpu":
+      if "skipped" in row[name]:
+        raise SystemExit(f"{spec.name}: wrong values, no times: {row}")
+      # Not judged: rounding rules the rows of a short past.
+      every = measure.relative(compiled["both"](*arrays), plain)
+      row[name]["errors_with_first_tokens"] = dict(
+        zip(measure.RESULTS, every, strict=True)
+      )
+      row["compiled"] = compiled
+  for mode, work in kernels_floor.least(spec).items():
+    ms = row["gpu"][f"{mode}_ms"]
+    row["gpu"][f"{mode}_peak"] = kernels_floor.shares(work, ms, device)
+  if "copy" in extras:
+    row["copy"] = time_copy(spec)
+  if "fla" in extras and not spec.coefficients.affine:
+    _keep(keep / f"{spec.name}.npz", arrays, settled)
+  return row
+
+
+def _keep(path: Path, arrays, settled) -> None:
+  """Inputs and results of the first rows, for the process of FLA."""
+  q, k, v, do = arrays
+  low = dict(q=q, k=k, v=v, do=measure.settled(do))
+  low = {
+    n: np.asarray(x[:CHECKED_ROWS]).view(np.uint16) for n, x in low.items()
+  }
+  wide = zip(measure.RESULTS, settled, strict=True)
+  wide = {n: np.asarray(x[:CHECKED_ROWS], np.float32) for n, x in wide}
+  np.savez(path, **low, **wide)
+
+
+def profile(rows: list[dict]) -> None:
+  """Adds device times of the kernels alone, after all wall times."""
+  for row in rows:
+    spec = next(s for s in arg_specs.SPECS if s.name == row["name"])
+    arrays = measure.inputs(spec)
+    for mode, compiled in row["compiled"].items():
+      given = arrays[:3] if mode == "forward" else arrays
+      wall = row["gpu"][f"{mode}_ms"]
+      row["gpu"][f"{mode}_kernels"] = kernels_profile.kernels(
+        compiled, given, wall, spec
+      )
+
+
+def child(name: str, *words: str, seconds: int) -> tuple[list[dict], str]:
+  """The lines of JSON of a process, and why there may be fewer than wanted."""
+  command = [sys.executable, str(Path(__file__).parent / name), *words]
+  root = str(Path(__file__).resolve().parents[1])
+  path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+  with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    try:
+      run = subprocess.run(
+        command,
+        stdout=out,
+        stderr=err,
+        timeout=seconds,
+        check=False,
+        # This process holds its share of the memory: take what is needed.
+        env=os.environ
+        | {"PYTHONPATH": path, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+      )
+      reason = f"exit {run.returncode}"
+    except subprocess.TimeoutExpired:
+      reason = f"not within {seconds} s"
+    out.seek(0)
+    err.seek(0)
+    last = err.read().strip().splitlines()[-1:] or [""]
+    lines = [x for x in out.read().splitlines() if x.startswith("{")]
+  return [json.loads(line) for line in lines], f"{reason}: {last[0][:200]}"
+
+
+def add_fla(rows: list[dict], keep: Path, seconds: int) -> None:
+  """Times of `kernels_fla.py`, for the shapes that were left for it."""
+  mine = [row for row in rows if (keep / f"{row['name']}.npz").exists()]
+  sizes = [{n: row[n] for n in ("name", *"BTHFP")} for row in mine]
+  (keep / "sizes.json").write_text(json.dumps(sizes))
+  found, reason = child("kernels_fla.py", str(keep), seconds=seconds)
+  times = {(x.pop("name"), x.pop("mode")): x for x in found}
+  for row in rows:
+    absent = {"skipped": reason if row in mine else "ReBased only"}
+    for mode in ("parallel", "chunk"):
+      row[f"fla {mode}"] = times.get((row["name"], mode), absent)
+
+
+def run(args) -> dict:
+  """The whole result; written to the file after every shape too."""
+  extras = [x for x in EXTRAS if x in args.only]
+  names = [x for x in PEERS if x in args.only or x == "gpu"]
+  result = record.header() | {"ceilings": ceilings(), "rows": []}
+  rows = result["rows"]
+
+  def write() -> None:
+    plain = [{k: v for k, v in r.items() if k != "compiled"} for r in rows]
+    text = json.dumps(result | {"rows": plain}, indent=1)
+    args.out.write_text(text + "\n", encoding="utf-8")
+
+  with (
+    tempfile.TemporaryDirectory() as folder,
+    ThreadPoolExecutor(args.jobs) as pool,
+  ):
+    for spec in arg_specs.SPECS:
+      if spec.name in args.specs:
+        rows.append(measure_spec(spec, names, extras, pool, Path(folder)))
+        shown = {k: v for k, v in rows[-1].items() if k != "compiled"}
+        print(json.dumps(shown), flush=True)
+        write()
+    result["registers"] = kernels_profile.registers(
+      Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+    )
+    if "fla" in extras:
+      add_fla(rows, Path(folder), args.fla_seconds)
+      write()
+    if "profile" in extras:
+      profile(rows)
+      write()
+    if "memory" in extras:
+      found, reason = child("kernels_memory.py", "gpu", seconds=120)
+      result["memory"] = found[0] if found else {"skipped": reason}
+  write()
+  return result
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   names = [spec.name for spec in arg_specs.SPECS]
   parser.add_argument("--specs", nargs="+", choices=names, default=names)
-  parser.add_argument("--no-peers", action="store_true")
-  parser.add_argument("--out", type=Path, default=_RESULTS)
+  every = [*PEERS, *EXTRAS]
+  parser.add_argument("--only", nargs="+", choices=every, default=every)
+  parser.add_argument("--out", type=Path, default=RESULTS)
+  parser.add_argument("--jobs", type=int, default=8, help="compiling at once")
+  parser.add_argument("--fla-seconds", type=int, default=120)
+  parser.add_argument("--report", action="store_true")
   args = parser.parse_args()
-  if jax.devices()[0].platform != "gpu":
-    sys.exit("benchmarks/kernels.py needs a GPU")
-  commit = subprocess.run(
-    ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-  ).stdout.strip()
-  result = {
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "commit": commit,
-    "device": jax.devices()[0].device_kind,
-    "jax": jax.__version__,
-    "rows": [],
-  }
-  for spec in arg_specs.SPECS:
-    if spec.name in args.specs:
-      row = measure(spec, not args.no_peers)
-      result["rows"].append(row)
-      print(json.dumps(row), flush=True)
-      args.out.write_text(json.dumps(result, indent=1) + "\n")
+  if args.report:
+    import kernels_report
+
+    kernels_report.report(json.loads(args.out.read_text()), args.out)
+    return
+  # Room beside this process for those that it starts.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
+  os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+  with tempfile.TemporaryDirectory() as folder:
+    os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+    if jax.devices()[0].platform != "gpu":
+      sys.exit("benchmarks/kernels.py needs a GPU")
+    result = run(args)
+  for key in ("ceilings", "registers", "memory"):
+    print(key, json.dumps(result.get(key)))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,11 @@ def check_gpu() -> None:
     )
 
 
+def device_kind() -> str:
+  """The name of this process's first device, as jax has it."""
+  return jax.devices()[0].device_kind
+
+
 def has_mosaic_gpu() -> bool:
   """Whether this jax can lower the Hopper kernels."""
   return jax.__version_info__[:2] >= _MOSAIC_GPU

@@ -1,5 +1,6 @@
 """The public functions: check the arguments, choose an implementation."""
 
+import dataclasses
 from typing import Literal
 import warnings
 
@@ -7,12 +8,19 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import _compat
-from pallas_kernels.polynomial import checks, decode, sharded, spec, xla_chunked
+from pallas_kernels.polynomial import (
+  checks,
+  decode,
+  sharded,
+  spec,
+  tuned,
+  xla_chunked,
+)
 from pallas_kernels.polynomial.sharded import ShardAxes
 from pallas_kernels.polynomial.spec import REBASED, Coefficients, State
 
-Implementation = Literal["gpu", "xla", "reference"]
-IMPLEMENTATIONS: tuple[str, ...] = ("gpu", "xla", "reference")
+Implementation = Literal["gpu", "gpu_shared", "xla", "reference"]
+IMPLEMENTATIONS: tuple[str, ...] = ("gpu", "gpu_shared", "xla", "reference")
 
 
 def polynomial_attention(
@@ -49,9 +57,13 @@ def polynomial_attention(
     return_state: return (o, state) with the state after the last token, of
       the last token's document.
     axes: the axes of the ambient mesh that split batch, heads and time.
-    implementation: "gpu" (Hopper kernels), "xla" (chunked, linear; everywhere),
-      "reference" (quadratic; also for forward mode and higher derivatives) or
-      None: the device's kernels, or "xla" with a warning where they cannot.
+    implementation: "gpu" (Hopper kernels; operands of q's dtype, sums float32),
+      "gpu_shared" (the same, with no operand of the tensor core in registers:
+      slower, to tell a compiler's fault from ours), "xla" (chunked, linear;
+      everywhere), "reference" (quadratic; also for forward mode and higher
+      derivatives) or None: the device's kernels, or "xla" with a warning where
+      they cannot;
+      without `axes`, what the card's table of `tuned/` has as faster.
 
   Returns:
     o (B, T, H, P) in v's dtype, or (o, state).
@@ -74,6 +86,7 @@ def polynomial_attention(
   name = _choose(implementation, q, v, kernel, segment_ids, states, axes)
   if name == "reference":
     return _reference(q, k, v, kernel, segment_ids, initial_state, return_state)
+  kernel = dataclasses.replace(kernel, by_shared=name == "gpu_shared")
   call = sharded.Call(_passes(name), kernel, axes, return_state)
   o, state = sharded.attend(call, q, k, v, segment_ids, initial_state)
   return (o, state) if return_state else o
@@ -198,13 +211,16 @@ def which_implementation(
       _compat.check_gpu()
     except NotImplementedError as error:
       return "xla", str(error)
-    return "gpu", "a Hopper GPU; calls that its kernels cannot do run 'xla'"
+    return "gpu", (
+      "a Hopper GPU; calls that its kernels cannot do run 'xla', and shapes "
+      "that its table has as faster elsewhere run there"
+    )
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f"implementation={implementation!r}: expected None or one of "
       f"{IMPLEMENTATIONS}"
     )
-  if implementation == "gpu":
+  if implementation in ("gpu", "gpu_shared"):
     _compat.check_gpu()
   if implementation == "reference" and axes is not None and axes.time:
     raise NotImplementedError(
@@ -219,17 +235,22 @@ def _choose(
 ) -> str:
   """The implementation of this call, which is known to be able to do it."""
   name, _ = which_implementation(implementation, axes=axes)
-  if name != "gpu":
+  if name not in ("gpu", "gpu_shared"):
     return name
   states = states or (axes is not None and axes.time is not None)
   try:
     _passes("gpu").supports(q, v, segment_ids, kernel, states=states)
   except NotImplementedError as error:
-    if implementation == "gpu":
+    if implementation is not None:
       raise
     warnings.warn(f"polynomial_attention runs 'xla': {error}", stacklevel=3)
     return "xla"
-  return "gpu"
+  if implementation is not None or axes is not None:
+    return name
+  B, T, H, F = q.shape
+  square = not kernel.coefficients.affine
+  shape = tuned.Shape(B * H, T, F, v.shape[-1], square)
+  return tuned.here().implementation(shape)
 
 
 def _passes(name: str):
