@@ -11,22 +11,19 @@ longest T that both ran.
 """
 
 import argparse
-import datetime
 import itertools
 import json
 import os
 from pathlib import Path
-import platform
 import statistics
-import subprocess
 import sys
 import time
 
+from environment import ROOT, describe
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import pallas_kernels as pk  # noqa: E402
@@ -215,29 +212,6 @@ def verdicts(rows) -> list[tuple[bool, str]]:
   return found
 
 
-def environment() -> dict:
-  git = lambda *words: subprocess.run(
-    ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
-  ).stdout.strip()
-  dirty = git(
-    "status", "--porcelain", "--", "pallas_kernels", "benchmarks/*.py"
-  )
-  return {
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "commit": git("rev-parse", "HEAD") + (" + changes" if dirty else ""),
-    "device": jax.devices()[0].device_kind,
-    "machine": platform.machine(),
-    "versions": {
-      "python": platform.python_version(),
-      "jax": jax.__version__,
-      "jaxlib": jax.lib.__version__,
-      "numpy": np.__version__,
-    },
-    "sizes": {"B": B, "H": H, "F": F, "P": P, "dtype": "float32"},
-    "memory": "XLA's memory_analysis: temporaries and outputs",
-  }
-
-
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--rounds", type=int, default=31)
@@ -260,7 +234,9 @@ def main() -> int:
     "cores; above their number, times are noise"
   )
   print("\n".join(line for _, line in claims))
-  report = environment() | {
+  report = describe("pallas_kernels") | {
+    "sizes": {"B": B, "H": H, "F": F, "P": P, "dtype": "float32"},
+    "memory": "XLA's memory_analysis: temporaries and outputs",
     "cores": os.cpu_count(),
     "load_before_and_after": load,
     "rows": rows,

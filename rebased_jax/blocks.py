@@ -44,15 +44,8 @@ class ModelConfig:
       raise ValueError(
         f"ModelConfig.dropout={self.dropout}: expected a number in [0, 1)"
       )
-    if self.dtype not in ("float32", "bfloat16", "float16", "float64"):
-      raise ValueError(
-        f"ModelConfig.dtype={self.dtype!r}: expected float32, bfloat16, "
-        "float16 or float64"
-      )
-    if self.block not in ("pre-norm", "mamba"):
-      raise ValueError(
-        f"ModelConfig.block={self.block!r}: expected 'pre-norm' or 'mamba'"
-      )
+    base.one_of(self, "dtype", *base.DTYPES)
+    base.one_of(self, "block", "pre-norm", "mamba")
     if self.block == "mamba" and self.mlp_width is not None:
       raise ValueError(
         f"ModelConfig.mlp_width={self.mlp_width}: expected None with "

@@ -9,7 +9,6 @@ from mixer_subject import B, D, T, make, tokens
 import numpy as np
 import pytest
 
-from pallas_kernels import ShardAxes
 from rebased_jax import (
   LM,
   Attention,
@@ -76,18 +75,6 @@ def test_a_wrong_value_is_named(make_it, words) -> None:
     make_it()
   for word in words:
     assert word in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["attention", "hyena"])
-def test_time_is_not_split(name) -> None:
-  mixer = make(name).mixer
-  axes = ShardAxes(time="model")
-  for call in (
-    lambda: mixer(tokens(), axes=axes),
-    lambda: mixer.prefill(tokens(), mixer.init_state(B), axes=axes),
-  ):
-    with pytest.raises(NotImplementedError, match=f"(?i){name}.*time"):
-      call()
 
 
 def test_hyena_refuses_documents() -> None:

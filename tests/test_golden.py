@@ -72,7 +72,9 @@ def _loss(graph, params, tokens_BT, labels_BT):
 
 
 def _mqar(mixer, dtype: str) -> ModelConfig:
-  config = presets.mqar(mixer, width=32, length=24, vocab_size=64)
+  config = presets.mqar(
+    presets.hybrid(mixer), width=32, length=24, vocab_size=64
+  )
   return dataclasses.replace(config, dtype=dtype)
 
 

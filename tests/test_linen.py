@@ -11,8 +11,12 @@ import pytest
 
 from rebased_jax import (
   LM,
+  MIXER_CONFIGS,
+  AttentionConfig,
   BaseConvConfig,
   BasedConfig,
+  HyenaConfig,
+  MambaConfig,
   ModelConfig,
   ReBasedConfig,
   RWKVConfig,
@@ -91,15 +95,23 @@ def test_from_nnx_to_linen_and_back() -> None:
   assert_close(model(TOKENS_BT), bridged.apply({"params": trained}, TOKENS_BT))
 
 
+MIXERS = [
+  ReBasedConfig(**SIZES),
+  BasedConfig(**SIZES),
+  BaseConvConfig(),
+  RWKVConfig(wkv_dtype="float32"),
+  AttentionConfig(heads=2),
+  HyenaConfig(length=T),
+  MambaConfig(state=3),
+]
+
+
+def test_every_mixer_is_listed() -> None:
+  assert {type(config) for config in MIXERS} == set(MIXER_CONFIGS)
+
+
 @pytest.mark.parametrize(
-  "config",
-  [
-    ReBasedConfig(**SIZES),
-    BasedConfig(**SIZES),
-    BaseConvConfig(),
-    RWKVConfig(wkv_dtype="float32"),
-  ],
-  ids=lambda config: type(config).__name__,
+  "config", MIXERS, ids=lambda config: type(config).__name__
 )
 def test_a_mixer_in_a_module_of_ones_own(config) -> None:
   class Mine(linen.Module):

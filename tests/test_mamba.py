@@ -11,7 +11,7 @@ from mixer_subject import compiled
 import numpy as np
 import pytest
 
-from rebased_jax import MambaConfig, ShardAxes, parameter_count
+from rebased_jax import MambaConfig, parameter_count
 from rebased_jax.mixers import base
 from rebased_jax.mixers.selective_scan import CHUNK, selective_scan
 
@@ -223,17 +223,6 @@ def test_a_training_step_never_holds_all_states() -> None:
   # What must grow is some (B, T, I) and (B, T, N) arrays, and one state a
   # chunk (measured: 0.18); a single array of all states would be 1.
   assert 0 < growth < 0.25 * all_states
-
-
-def test_time_cannot_be_split() -> None:
-  mixer, x_BTD = make(8), jnp.zeros((B, 4, 8))
-  axes = ShardAxes(batch="data", time="time")
-  with pytest.raises(
-    NotImplementedError, match=r"Mamba with axes\.time='time'"
-  ):
-    mixer(x_BTD, axes=axes)
-  with pytest.raises(NotImplementedError, match="Mamba"):
-    mixer.prefill(x_BTD, mixer.init_state(B), axes=axes)
 
 
 @pytest.mark.parametrize(

@@ -40,24 +40,6 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   return {name(path): leaf.shape for path, leaf in leaves}
 
 
-@pytest.mark.parametrize(
-  ("width", "rows", "wanted"),  # rows of the position table: Table 4 mixes them
-  [
-    (64, 1024, 655360),
-    (128, 1024, 1413120),
-    (256, 1024, 3235840),
-    (512, 512, 7847936),
-  ],
-)
-def test_parameter_counts_of_table_4(width, rows, wanted) -> None:
-  mamba = MambaConfig()
-  config = ModelConfig(
-    mamba, mamba, 8192, width=width, positions=rows, block="mamba"
-  )
-  found = sum(int(np.prod(shape)) for shape in shapes(config).values())
-  assert found == wanted == 12.5 * width**2 + (8192 + rows + 224) * width
-
-
 def test_the_names_of_the_parameters() -> None:
   I, N = 2 * D, 3
   mixer = {

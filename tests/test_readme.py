@@ -1,5 +1,6 @@
 """The README is true: its script runs, its commands and presets exist."""
 
+import itertools
 from pathlib import Path
 import re
 import subprocess
@@ -38,10 +39,15 @@ def test_the_script_runs_beside_the_users_own_train_py(tmp_path):
 
 
 def test_the_presets_are_named():
-  for system in ("rebased", "based"):
-    for length in presets.PAPER_LENGTHS:
-      assert f"mqar-paper-{system}-{length}" in presets.make_presets()
-  assert "mqar-paper-{rebased,based}-{128,256,512,1024,2048}" in _README
+  names = presets.make_presets() | presets.presets.make_models()
+  listed = set()
+  for pattern in re.findall(r"`((?:mqar|table)[\w{},-]*)`", _README):
+    parts = re.split(r"\{([^}]*)\}", pattern)
+    choices = [x.split(",") if i % 2 else [x] for i, x in enumerate(parts)]
+    listed |= {"".join(words) for words in itertools.product(*choices)}
+  assert listed <= names.keys()
+  unlisted = names.keys() - listed - presets.ALIASES.keys()
+  assert {name for name in unlisted if "table-4" not in name} == {"lm-tiny"}
   lengths = ",".join(map(str, presets.ABLATION_LENGTHS))
   variants = ",".join(presets.presets.VARIANTS)
   assert f"mqar-paper-ablation-{{{variants}}}-{{{lengths}}}" in _README

@@ -9,15 +9,7 @@ import mixer_equations
 import numpy as np
 import pytest
 
-from rebased_jax import (
-  LM,
-  RWKV,
-  BaseConvConfig,
-  ModelConfig,
-  RWKVConfig,
-  ShardAxes,
-  parameter_count,
-)
+from rebased_jax import RWKV, RWKVConfig, parameter_count
 from rebased_jax.mixers import base, wkv
 
 B, D = 2, 6
@@ -217,18 +209,6 @@ def test_the_count_is_4_d_squared_and_5_d(width) -> None:
   assert parameter_count(mixer_of(width)) == 4 * width**2 + 5 * width
 
 
-@pytest.mark.parametrize(
-  ("first", "positions", "wanted"),
-  [(RWKVConfig(), 1024, 623_872), (BaseConvConfig(), 2048, 677_120)],
-  ids=["RWKV", "ConvRWKV"],
-)
-def test_the_counts_of_table_4_at_width_64(first, positions, wanted) -> None:
-  config = ModelConfig(first, RWKVConfig(), 8192, width=64, positions=positions)
-  make = lambda: nnx.state(LM(config, rngs=nnx.Rngs(0)), nnx.Param)
-  leaves = jax.tree.leaves(jax.eval_shape(make))
-  assert sum(x.size for x in leaves) == wanted
-
-
 @pytest.mark.parametrize(("layer", "layers"), [(0, 1), (0, 2), (1, 2), (3, 6)])
 def test_the_start_depends_on_the_layer(layer, layers) -> None:
   params = mixer_equations.parameters(mixer_of(64, layer, layers))
@@ -270,21 +250,3 @@ def test_a_wrong_field_is_named(fields) -> None:
   ((name, value),) = fields.items()
   with pytest.raises(ValueError, match=rf"RWKVConfig\.{name}='{value}'"):
     RWKVConfig(**fields)
-
-
-def test_time_is_not_split() -> None:
-  x_BTD = jnp.zeros((B, 4, D))
-  with pytest.raises(NotImplementedError, match=r"RWKV: axes\.time='seq'"):
-    mixer_of()(x_BTD, axes=ShardAxes(time="seq"))
-
-
-def test_rows_and_channels_split_over_a_mesh() -> None:
-  mesh = jax.make_mesh((2, 2), ("data", "model"))
-  mixer = mixer_of(wkv_dtype="float32")
-  x_BTD = jax.random.normal(jax.random.key(0), (B, 20, D))
-  wanted_BTD = mixer(x_BTD)
-  spec = jax.sharding.PartitionSpec("data", None, "model")
-  sharding = jax.sharding.NamedSharding(mesh, spec)
-  call = jax.jit(lambda x: mixer(x, axes=ShardAxes("data", "model")))
-  found_BTD = call(jax.device_put(x_BTD, sharding))
-  np.testing.assert_allclose(found_BTD, wanted_BTD, rtol=1e-5, atol=1e-6)

@@ -8,7 +8,7 @@ import jax
 import pytest
 from train_cases import tiny
 
-from rebased_jax import BasedConfig, ReBasedConfig
+from rebased_jax import BaseConvConfig, presets
 from train import build, config as config_lib
 from train.config import MQARPaperData
 from train.presets import make_presets
@@ -16,13 +16,32 @@ from train.presets import make_presets
 _PRESETS = make_presets()
 _PAIRS = {128: 16, 256: 64, 512: 128, 1024: 256, 2048: 512}
 _ACCUMULATE = {128: 1, 256: 1, 512: 2, 1024: 4, 2048: 8}
+_SMALL = (  # beside `mqar`, which is ReBased
+  "attention",
+  "conv-attention",
+  "rwkv",
+  "conv-rwkv",
+  "mamba",
+  "based",
+  "double-based",
+  "double-rebased",
+  "hyena",
+  "conv-hyena",
+)
+_ALIASES = {
+  "mqar-rebased": "mqar",
+  "mqar-conv-rebased": "mqar",
+  "mqar-conv-based": "mqar-based",
+}
+_TABLE_4 = (*_SMALL[:6], "rebased")
 _VARIANTS = ("based", "x2", "norm", "gamma", "gamma-beta", "rebased")
 
 
 def test_names() -> None:
   assert set(_PRESETS) == (
-    {"mqar", "lm-tiny"}
-    | {f"mqar-paper-{s}-{t}" for s in ("rebased", "based") for t in _PAIRS}
+    {"mqar", "lm-tiny", *_ALIASES}
+    | {f"mqar-{s}" for s in _SMALL}
+    | {f"mqar-paper-{s}-{t}" for s in _TABLE_4 for t in _PAIRS}
     | {f"mqar-paper-ablation-{v}-{t}" for v in _VARIANTS for t in (256, 2048)}
   )
 
@@ -44,11 +63,33 @@ def test_every_preset_builds_and_survives_json(name: str) -> None:
 
 
 def test_fingerprints_differ() -> None:
+  """But where two names mean one run."""
+  for alias, name in _ALIASES.items():
+    assert _PRESETS[alias] == _PRESETS[name]
   prints = {config_lib.fingerprint(config) for config in _PRESETS.values()}
-  assert len(prints) == len(_PRESETS)
+  assert len(prints) == len(_PRESETS) - len(_ALIASES)
 
 
-@pytest.mark.parametrize("system", ["rebased", "based"])
+@pytest.mark.parametrize("name", _SMALL)
+def test_the_small_runs_are_that_of_rebased(name: str) -> None:
+  """But for the mixers, Mamba's block and the learning rate."""
+  config, mqar = _PRESETS[f"mqar-{name}"], _PRESETS["mqar"]
+  system = presets.SYSTEMS[name]
+  assert type(config.model.conv) is type(system.first)
+  assert type(config.model.mixer) is type(system.second)
+  assert getattr(config.model.mixer, "heads", 1) in (1, 4)
+  assert config.model.block == system.block
+  model = dataclasses.replace(
+    config.model,
+    conv=mqar.model.conv,
+    mixer=mqar.model.mixer,
+    block="pre-norm",
+  )
+  optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-2)
+  assert mqar == dataclasses.replace(config, model=model, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("system", _TABLE_4)
 @pytest.mark.parametrize("length", _PAIRS)
 def test_paper_numbers(system: str, length: int) -> None:
   config = _PRESETS[f"mqar-paper-{system}-{length}"]
@@ -79,9 +120,13 @@ def test_paper_numbers(system: str, length: int) -> None:
   )
   model, mixer = config.model, config.model.mixer
   assert (model.width, model.layers, model.positions) == (64, 2, length)
-  assert (model.dropout, model.mlp_width, model.conv.taps) == (0.1, None, 3)
-  assert (mixer.heads, mixer.features, mixer.eps) == (12, 16, 1e-12)
-  assert type(mixer) is dict(rebased=ReBasedConfig, based=BasedConfig)[system]
+  dropout = 0.0 if system == "mamba" else 0.1
+  assert (model.dropout, model.mlp_width) == (dropout, None)
+  wanted = presets.SYSTEMS[system]
+  assert (model.conv, mixer, model.block) == wanted
+  if system in ("based", "rebased"):
+    assert (mixer.heads, mixer.features, mixer.eps) == (12, 16, 1e-12)
+    assert model.conv == BaseConvConfig(taps=3)
 
 
 def test_ablations() -> None:

@@ -11,7 +11,7 @@ from flax import nnx
 import jax
 from jax.sharding import Mesh
 
-from rebased_jax import LM
+from rebased_jax import LM, ModelConfig
 from train import optimizer, sharding, step
 from train.config import RunConfig
 
@@ -71,8 +71,13 @@ def build(config: RunConfig, mesh: Mesh) -> Built:
 
 
 def abstract_model(config: RunConfig) -> LM:
+  """The run's model with shapes in place of parameters."""
+  return abstract_lm(config.model)
+
+
+def abstract_lm(config: ModelConfig) -> LM:
   """The model with shapes in place of parameters."""
-  return nnx.eval_shape(lambda: LM(config.model, rngs=nnx.Rngs(0)))
+  return nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0)))
 
 
 def fresh_state(config: RunConfig, built: Built) -> step.State:

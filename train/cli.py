@@ -3,7 +3,7 @@
     rebased train PRESET [--options]   train, or go on in --run-dir
     rebased resume RUN                 go on with a run, as it was configured
     rebased evaluate RUN               held-out loss and accuracy of a run
-    rebased inspect WHAT               a preset, a run or a checkpoint
+    rebased inspect WHAT               a preset, a run, a checkpoint, a model
     rebased prepare INPUT ...          text to tokens, for training
     rebased tokenizer train INPUT ...  a BPE tokenizer from text
     rebased inspect data PATH          a data set: counts, lengths, a sample
@@ -53,9 +53,12 @@ class EvaluateArgs:
 
 @dataclasses.dataclass(frozen=True)
 class InspectArgs:
-  """Shows a preset, a run, or a checkpoint RUN/checkpoints/STEP."""
+  """Shows a preset, a run, a checkpoint RUN/checkpoints/STEP, or a model.
 
-  what: _What  # a preset's name or a folder
+  Models are those whose parameters the paper counts, as table-4-mamba-64.
+  """
+
+  what: _What  # a preset's or a model's name, or a folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +183,7 @@ def _evaluate(args: list[str]) -> int:
 
 
 def _inspect(args: list[str]) -> int:
+  from rebased_jax.presets import make_models
   from train import inspect_data, inspect_run
   from train.presets import make_presets
 
@@ -191,11 +195,14 @@ def _inspect(args: list[str]) -> int:
       parsed.path, Console(), length=parsed.length, verify=parsed.verify
     )
   what = tyro.cli(InspectArgs, prog="rebased inspect", args=args).what
-  presets = make_presets()
+  presets, models = make_presets(), make_models()
   if what in presets:
     inspect_run.show_config(presets[what], what, Console())
     return 0
-  return inspect_run.show_folder(what, tuple(presets), Console())
+  if what in models:
+    inspect_run.show_model(models[what], what, Console())
+    return 0
+  return inspect_run.show_folder(what, (*presets, *models), Console())
 
 
 def _prepare(args: list[str]) -> int:

@@ -9,6 +9,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from rebased_jax import ModelConfig
 from train import build, config as config_lib
 from train.checkpoint import NoCheckpointError, read_meta
 from train.config import RunConfig
@@ -19,7 +20,18 @@ from train.run_folder import RunFolder
 def show_config(config: RunConfig, title: str, console: Console) -> None:
   """The config's fields, and the parameters by group."""
   console.print(rows(title, _flat(config_lib.to_dict(config))))
-  model = build.abstract_model(config)
+  _show_sizes(config.model, config.data.length, console)
+
+
+def show_model(config: ModelConfig, title: str, console: Console) -> None:
+  """The same of a model of the paper's tables, which has positions."""
+  console.print(rows(title, _flat(config_lib.to_dict(config))))
+  _show_sizes(config, config.positions, console)
+
+
+def _show_sizes(config: ModelConfig, length: int, console: Console) -> None:
+  """The parameters by group, and the state of a sequence of this length."""
+  model = build.abstract_lm(config)
   table = Table(title="parameters", title_justify="left")
   table.add_column("group")
   table.add_column("shape")
@@ -35,7 +47,7 @@ def show_config(config: RunConfig, title: str, console: Console) -> None:
   table.add_section()
   table.add_row("all", "", f"{total:,}")
   console.print(table)
-  state = model.state_size(config.data.length)
+  state = model.state_size(length)
   console.print(f"state of a sequence: {state:,} bytes", highlight=False)
 
 

@@ -29,6 +29,8 @@ IMPLEMENTATIONS = ("xla", "cudnn")
 class AttentionConfig(base.MixerConfig):
   """The defaults are the ReBased paper's, one head as in its code.
 
+  But for its dropout of the weights in training, 0.1, which is not here.
+
   `implementation` is of whole rows; states and documents are always "xla". None
   is "cudnn" on a GPU that has it for the dtype and the head width, in a call
   without documents; else "xla".
@@ -113,7 +115,7 @@ class Attention(base.Mixer):
     self.rotary = config.rotary
     self.length = config.length or length
     self.implementation = config.implementation
-    self.dtype = jnp.dtype(dtype)
+    self.dtype = base.computation(dtype)
 
   def __call__(
     self,
@@ -124,6 +126,7 @@ class Attention(base.Mixer):
     query_positions: Array | None = None,
   ) -> Array:
     self._check_axes(axes)
+    base.check_rows(self, x_BTD, segment_ids, query_positions=query_positions)
     runs_BT = softmax.runs(segment_ids, x_BTD.shape[1])
     q_BTHF, k_BTHF, v_BTHF = self._project(x_BTD, softmax.steps(runs_BT))
     if self._takes_cudnn(segment_ids):
@@ -157,6 +160,7 @@ class Attention(base.Mixer):
     axes: ShardAxes | None = None,
   ) -> tuple[Array, AttentionState]:
     self._check_axes(axes)
+    base.check_rows(self, x_BTD, segment_ids, state=state)
     B, T, S = *x_BTD.shape[:2], state.k_BSHF.shape[1]
     runs_BT = jnp.broadcast_to(softmax.runs(segment_ids, T), (B, T))
     first_BT, last_BT = runs_BT == 0, runs_BT == runs_BT[:, -1:]
@@ -188,6 +192,7 @@ class Attention(base.Mixer):
   def step(
     self, x_BD: Array, state: AttentionState
   ) -> tuple[Array, AttentionState]:
+    base.check_token(self, x_BD, state)
     S = state.k_BSHF.shape[1]
     position_B1 = state.position_B[:, None]
     q_B1HF, k_B1HF, v_B1HF = self._project(x_BD[:, None], position_B1)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from pallas_kernels import ShardAxes
 
 MixerState = Any
+DTYPES = ("float32", "bfloat16", "float16", "float64")  # of a computation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +34,24 @@ class Site:
   dtype: str = "float32"  # of the computation; parameters are float32
   length: int | None = None  # the longest row, where the model has a longest
 
+  def __post_init__(self):
+    positive(self, "width", "layers", "length")
+    if not 0 <= self.layer < self.layers:
+      raise ValueError(
+        f"Site.layer={self.layer!r}: expected 0 to {self.layers - 1}"
+      )
+    computation(self.dtype)
+
 
 class Mixer(nnx.Module):
-  """Abstract: y_BTD = mixer(x_BTD), with a state for one token at a time."""
+  """Abstract: y_BTD = mixer(x_BTD), with a state for one token at a time.
+
+  A subclass sets its width and its dtype. An argument of a wrong shape raises
+  ValueError; what a mixer cannot do, NotImplementedError.
+  """
+
+  width: int  # D
+  dtype: jnp.dtype  # of the computation
 
   @abc.abstractmethod
   def __call__(
@@ -105,9 +121,78 @@ def linear(
     features_out,
     use_bias=use_bias,
     kernel_init=nnx.initializers.normal(stddev),
-    dtype=jnp.dtype(dtype),
+    dtype=computation(dtype),
     param_dtype=jnp.float32,
     rngs=rngs,
+  )
+
+
+def computation(dtype: str) -> jnp.dtype:
+  """The dtype of that name; raises ValueError where nothing computes in it."""
+  if dtype not in DTYPES:
+    raise ValueError(f"dtype={dtype!r}: expected one of {DTYPES}")
+  if dtype == "float64" and not jax.config.jax_enable_x64:
+    raise ValueError("dtype='float64': expected jax_enable_x64 to be set")
+  return jnp.dtype(dtype)
+
+
+def check_rows(
+  mixer: Mixer,
+  x_BTD: Array,
+  segment_ids: Array | None,
+  *,
+  query_positions: Array | None = None,
+  state: MixerState = None,
+) -> None:
+  """Raises ValueError where an argument of a call has a wrong shape or dtype.
+
+  Of a state, the number of rows alone is looked at.
+  """
+  _check_tokens(mixer, x_BTD, "(B, T, D)")
+  B, T = x_BTD.shape[:2]
+  if segment_ids is not None:
+    _check_integers(mixer, "segment_ids", segment_ids)
+    if segment_ids.shape != (B, T):
+      raise _wrong(mixer, "segment_ids", segment_ids, f"(B, T) = {(B, T)}")
+  if query_positions is not None:
+    shape = query_positions.shape
+    _check_integers(mixer, "query_positions", query_positions)
+    if len(shape) != 2 or shape[0] != B or shape[1] == 0:
+      form = f"(B, M), B = {B} and M ≥ 1"
+      raise _wrong(mixer, "query_positions", query_positions, form)
+  _check_state(mixer, B, state)
+
+
+def check_token(mixer: Mixer, x_BD: Array, state: MixerState) -> None:
+  """The same of the arguments of a step."""
+  _check_tokens(mixer, x_BD, "(B, D)")
+  _check_state(mixer, x_BD.shape[0], state)
+
+
+def _check_tokens(mixer: Mixer, x: Array, form: str) -> None:
+  D = mixer.width
+  if x.ndim != form.count(",") + 1 or 0 in x.shape or x.shape[-1] != D:
+    raise _wrong(mixer, "x", x, f"{form}, none 0, with D = {D}")
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(f"{type(mixer).__name__}: x is {x.dtype}: expected floats")
+
+
+def _check_integers(mixer: Mixer, name: str, x: Array) -> None:
+  if not jnp.issubdtype(x.dtype, jnp.integer):
+    mixer_name = type(mixer).__name__
+    raise ValueError(f"{mixer_name}: {name} is {x.dtype}: expected integers")
+
+
+def _check_state(mixer: Mixer, rows: int, state: MixerState) -> None:
+  for leaf in jax.tree.leaves(state):
+    if leaf.shape[0] != rows:
+      raise _wrong(mixer, "state", leaf, f"{rows} rows, as x has")
+
+
+def _wrong(mixer: Mixer, name: str, x: Array, form: str) -> ValueError:
+  mixer_name = type(mixer).__name__
+  return ValueError(
+    f"{mixer_name}: {name} has shape {x.shape}: expected {form}"
   )
 
 

@@ -44,6 +44,7 @@ class Based(polynomial.PolynomialMixer):
     self.project = polynomial.Projections(shape, width, dtype=dtype, rngs=rngs)
     self.coefficients = BASED
     self.eps = config.eps
+    self.width, self.dtype = width, base.computation(dtype)
     self.implementation = config.implementation
 
   def query(self, x_D: Array) -> Array:

@@ -48,7 +48,7 @@ class BaseConv(base.Mixer):
   ):
     self.kernel, self.bias = initial_taps(width, config.taps, rngs)
     self.gate = base.linear(width, width, dtype=dtype, use_bias=True, rngs=rngs)
-    self.width, self.dtype = width, jnp.dtype(dtype)
+    self.width, self.dtype = width, base.computation(dtype)
 
   def __call__(
     self,
@@ -58,6 +58,7 @@ class BaseConv(base.Mixer):
     axes: ShardAxes | None = None,
     query_positions: Array | None = None,
   ) -> Array:
+    base.check_rows(self, x_BTD, segment_ids, query_positions=query_positions)
     state = self.init_state(x_BTD.shape[0])
     y_BTD, _ = self.prefill(x_BTD, state, segment_ids=segment_ids, axes=axes)
     return base.take_positions(y_BTD, query_positions)
@@ -75,6 +76,7 @@ class BaseConv(base.Mixer):
     axes: ShardAxes | None = None,
   ) -> tuple[Array, Array]:
     del axes  # XLA splits it
+    base.check_rows(self, x_BTD, segment_ids, state=state)
     x_BTD = x_BTD.astype(self.dtype)
     c_BTD, state = depthwise(
       self.kernel[...], self.bias[...], x_BTD, state, segment_ids
@@ -82,6 +84,7 @@ class BaseConv(base.Mixer):
     return c_BTD * self.gate(x_BTD) + x_BTD, state
 
   def step(self, x_BD: Array, state: Array) -> tuple[Array, Array]:
+    base.check_token(self, x_BD, state)
     y_B1D, state = self.prefill(x_BD[:, None], state)
     return y_B1D[:, 0], state
 

@@ -66,7 +66,14 @@ class HyenaState(NamedTuple):
 class Filter(nnx.Module):
   """h_LD. Parameters: z (L, 3), frequency (W,), layers/{0,1,2,3}/…."""
 
-  def __init__(self, width: int, length: int, hidden: int, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    width: int,
+    length: int,
+    hidden: int,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+  ):
     p_L = np.arange(length)
     angle_L = FREQUENCY * 2 * np.pi * p_L / length
     t_L = p_L / max(length - 1, 1)
@@ -74,7 +81,7 @@ class Filter(nnx.Module):
     self.z = nnx.Param(jnp.asarray(z_L3, jnp.float32))
     self.frequency = nnx.Param(jnp.ones(hidden, jnp.float32))
     make = lambda i, o, use_bias: base.linear(
-      i, o, dtype="float32", use_bias=use_bias, rngs=rngs
+      i, o, dtype=jnp.dtype(dtype).name, use_bias=use_bias, rngs=rngs
     )
     self.layers = nnx.List(
       [
@@ -84,19 +91,20 @@ class Filter(nnx.Module):
         make(hidden, width, False),
       ]
     )
-    self.length, self.width = length, width
+    self.length, self.width, self.dtype = length, width, jnp.dtype(dtype)
 
   def __call__(self, lags: int) -> Array:
-    """h_TD of the first `lags` lags, in float32."""
-    x_TW = self.z[...][:lags]
+    """h_TD of the first `lags` lags, in its dtype."""
+    x_TW = self.z[...][:lags].astype(self.dtype)
+    frequency_1W = self.frequency[...].astype(self.dtype)[None]
     for layer in self.layers[:-1]:
-      x_TW = jnp.sin(self.frequency[...][None] * layer(x_TW))
+      x_TW = jnp.sin(frequency_1W * layer(x_TW))
     rates = np.abs(
       np.linspace(1 / SLOW, 1 / FAST, self.width) * math.log(TARGET)
     )
     t_T = np.arange(lags) / max(self.length - 1, 1)
     window_TD = np.exp(-t_T[:, None] * rates)
-    return self.layers[-1](x_TW) * jnp.asarray(window_TD, jnp.float32)
+    return self.layers[-1](x_TW) * jnp.asarray(window_TD, self.dtype)
 
 
 class Hyena(base.Mixer):
@@ -126,12 +134,18 @@ class Hyena(base.Mixer):
         "Hyena's filter has a fixed length, and nothing says which: set "
         "HyenaConfig.length, or ModelConfig.positions"
       )
+    self.width, self.taps = width, config.taps
+    self.dtype = base.computation(dtype)
     self.in_proj = base.linear(
       width, 3 * width, dtype=dtype, use_bias=True, rngs=rngs
     )
     self.conv = conv.ShortConv(3 * width, config.taps, rngs=rngs)
-    self.filter = Filter(width, self.length, config.filter_width, rngs)
-    self.bias = nnx.Param(jax.random.normal(rngs.params(), (width,)))
+    self.filter = Filter(
+      width, self.length, config.filter_width, accumulator(self.dtype), rngs
+    )
+    self.bias = nnx.Param(
+      jax.random.normal(rngs.params(), (width,), jnp.float32)
+    )
     self.out_proj = base.linear(
       width,
       width,
@@ -140,8 +154,6 @@ class Hyena(base.Mixer):
       stddev=base.depth_scaled(layers),
       rngs=rngs,
     )
-    self.width, self.taps = width, config.taps
-    self.dtype = jnp.dtype(dtype)
 
   def __call__(
     self,
@@ -152,9 +164,10 @@ class Hyena(base.Mixer):
     query_positions: Array | None = None,
   ) -> Array:
     self._check(x_BTD, segment_ids, axes)
+    base.check_rows(self, x_BTD, None, query_positions=query_positions)
     past_BKD = self._conv_past(x_BTD.shape[0])
     outer_BTD, g_BTD, _ = self._gate(x_BTD, past_BKD)
-    h_TD = self.filter(x_BTD.shape[1]).astype(g_BTD.dtype)
+    h_TD = self.filter(x_BTD.shape[1])
     o_BTD = self._close(outer_BTD, g_BTD, convolve(g_BTD, h_TD))
     return self.out_proj(base.take_positions(o_BTD, query_positions))
 
@@ -175,9 +188,11 @@ class Hyena(base.Mixer):
     axes: ShardAxes | None = None,
   ) -> tuple[Array, HyenaState]:
     self._check(x_BTD, segment_ids, axes)
+    base.check_rows(self, x_BTD, None, state=state)
     return self._continue(x_BTD, state, convolve)
 
   def step(self, x_BD: Array, state: HyenaState) -> tuple[Array, HyenaState]:
+    base.check_token(self, x_BD, state)
     last = lambda window_BLD, h_LD: jnp.einsum(
       "bld,ld->bd",
       window_BLD,
@@ -191,7 +206,7 @@ class Hyena(base.Mixer):
     T, L = x_BTD.shape[1], self.length
     outer_BTD, g_BTD, conv_BKD = self._gate(x_BTD, state.conv_BKD)
     window_BSD = jnp.concatenate([state.gated_BLD, g_BTD], axis=1)
-    h_LD = self.filter(L).astype(g_BTD.dtype)
+    h_LD = self.filter(L)
     c_BTD = convolution(window_BSD, h_LD)[:, -T:]
     y_BTD = self.out_proj(self._close(outer_BTD, g_BTD, c_BTD))
     t_1T = jnp.arange(T, dtype=jnp.int32)[None]

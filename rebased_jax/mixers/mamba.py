@@ -84,12 +84,12 @@ class Mamba(base.Mixer):
     self.in_proj, self.gate_proj = make(width, I), make(width, I)
     self.conv = conv.ShortConv(I, config.taps, rngs=rngs)
     self.x_proj = make(I, R + 2 * N)
-    self.dtype = jnp.dtype(dtype)
+    self.width, self.dtype = width, base.computation(dtype)
     self.acc = accumulator(self.dtype)  # the scan's
     self.dt_proj = _dt_proj(R, I, config.initialization, self.acc, rngs)
     states_N = jnp.arange(1, N + 1, dtype=jnp.float32)
     self.A_log = nnx.Param(jnp.tile(jnp.log(states_N), (I, 1)))
-    self.D = nnx.Param(jnp.ones(I))
+    self.D = nnx.Param(jnp.ones(I, jnp.float32))
     self.out_proj = make(I, width, stddev=base.depth_scaled(layers))
 
   def __call__(
@@ -100,6 +100,7 @@ class Mamba(base.Mixer):
     axes: ShardAxes | None = None,
     query_positions: Array | None = None,
   ) -> Array:
+    base.check_rows(self, x_BTD, segment_ids, query_positions=query_positions)
     state = self.init_state(x_BTD.shape[0])
     y_BTI, _ = self._mix(x_BTD, state, segment_ids, axes)
     take = lambda x: base.take_positions(x, query_positions)
@@ -126,10 +127,12 @@ class Mamba(base.Mixer):
     Raises:
       NotImplementedError: `axes` splits time.
     """
+    base.check_rows(self, x_BTD, segment_ids, state=state)
     y_BTI, state = self._mix(x_BTD, state, segment_ids, axes)
     return self._out(y_BTI, x_BTD), state
 
   def step(self, x_BD: Array, state: MambaState) -> tuple[Array, MambaState]:
+    base.check_token(self, x_BD, state)
     y_B1D, state = self.prefill(x_BD[:, None], state)
     return y_B1D[:, 0], state
 
@@ -165,7 +168,7 @@ class Mamba(base.Mixer):
 def _dt_proj(rank: int, inner: int, initialization: str, dtype, rngs: nnx.Rngs):
   """W_Δ and b_Δ."""
   if initialization == "published":
-    return base.linear(rank, inner, dtype=dtype, use_bias=True, rngs=rngs)
+    return base.linear(rank, inner, dtype=dtype.name, use_bias=True, rngs=rngs)
   bound = rank**-0.5
 
   def bias_init(key, shape, dtype):

@@ -61,7 +61,7 @@ def split_heads(x: Array, heads: int) -> Array:
 class PolynomialMixer(base.Mixer):
   """Abstract: a mixer over `polynomial_attention`.
 
-  A subclass sets the four fields and says what queries and keys are.
+  A subclass sets the fields, and says what queries and keys are.
   """
 
   project: Projections
@@ -89,6 +89,7 @@ class PolynomialMixer(base.Mixer):
     axes: ShardAxes | None = None,
     query_positions: Array | None = None,
   ) -> Array:
+    base.check_rows(self, x_BTD, segment_ids, query_positions=query_positions)
     k_BTHF, v_BTHP = self.key(x_BTD), self.value(x_BTD)
     whole_time = axes is None or axes.time is None
     few = (
@@ -139,6 +140,7 @@ class PolynomialMixer(base.Mixer):
     segment_ids: Array | None = None,
     axes: ShardAxes | None = None,
   ) -> tuple[Array, State]:
+    base.check_rows(self, x_BTD, segment_ids, state=state)
     o_BTHP, state = polynomial_attention(
       self.query(x_BTD),
       self.key(x_BTD),
@@ -154,6 +156,7 @@ class PolynomialMixer(base.Mixer):
     return self.project.out(o_BTHP), state
 
   def step(self, x_BD: Array, state: State) -> tuple[Array, State]:
+    base.check_token(self, x_BD, state)
     o_BHP, state = polynomial_attention_step(
       state,
       self.query(x_BD),

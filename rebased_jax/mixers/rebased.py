@@ -59,9 +59,9 @@ class KernelAffine(nnx.Module):
   """φ(x) = γ ∘ norm(x) + β on (…, H·F), in float32."""
 
   def __init__(self, config: ReBasedConfig):
-    size = config.heads * config.features
-    self.gamma = nnx.Param(jnp.ones(size)) if config.use_gamma else None
-    self.beta = nnx.Param(jnp.zeros(size)) if config.use_beta else None
+    ones = jnp.ones(config.heads * config.features, jnp.float32)
+    self.gamma = nnx.Param(ones) if config.use_gamma else None
+    self.beta = nnx.Param(0 * ones) if config.use_beta else None
     self.normalize = config.normalize
     self.groups = 1 if config.norm_scope == "joint" else config.heads
 
@@ -104,6 +104,7 @@ class ReBased(polynomial.PolynomialMixer):
     self.key_affine = KernelAffine(config)
     self.coefficients = REBASED
     self.eps = config.eps
+    self.width, self.dtype = width, base.computation(dtype)
     self.implementation = config.implementation
 
   def query(self, x_D: Array) -> Array:

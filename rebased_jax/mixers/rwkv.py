@@ -107,7 +107,7 @@ class RWKV(base.Mixer):
     self.k, self.v = make(others), make(values)
     self.r, self.o = make(others), make(others)
     self.rounded = config.wkv_dtype == "bfloat16"
-    self.width, self.dtype = width, jnp.dtype(dtype)
+    self.width, self.dtype = width, base.computation(dtype)
     self.sums_dtype = accumulator(self.dtype)
 
   def __call__(
@@ -118,6 +118,7 @@ class RWKV(base.Mixer):
     axes: ShardAxes | None = None,
     query_positions: Array | None = None,
   ) -> Array:
+    base.check_rows(self, x_BTD, segment_ids, query_positions=query_positions)
     state = self.init_state(x_BTD.shape[0])
     y_BMD, _ = self._row(x_BTD, state, segment_ids, axes, query_positions)
     return y_BMD
@@ -136,9 +137,11 @@ class RWKV(base.Mixer):
     segment_ids: Array | None = None,
     axes: ShardAxes | None = None,
   ) -> tuple[Array, RWKVState]:
+    base.check_rows(self, x_BTD, segment_ids, state=state)
     return self._row(x_BTD, state, segment_ids, axes, None)
 
   def step(self, x_BD: Array, state: RWKVState) -> tuple[Array, RWKVState]:
+    base.check_token(self, x_BD, state)
     x_BD = x_BD.astype(self.dtype)
     k_BD, v_BD = self._keys_and_values(x_BD, state.last_BD)
     cast = lambda x: x.astype(self.sums_dtype)
@@ -150,11 +153,9 @@ class RWKV(base.Mixer):
     return self._out(o_BD, x_BD, state.last_BD), RWKVState(x_BD, sums)
 
   def _row(self, x_BTD, state, segment_ids, axes, positions_BM):
-    if axes is not None and axes.time is not None:
-      raise NotImplementedError(
-        f"RWKV: axes.time={axes.time!r}: time cannot be split over a mesh, its "
-        "sums run from chunk to chunk; expected None"
-      )
+    base.refuse_time_axis(
+      "RWKV", axes, "its sums run from chunk to chunk; split batch or channels"
+    )
     x_BTD = x_BTD.astype(self.dtype)
     before_BTD = jnp.concatenate(
       [state.last_BD[:, None], x_BTD[:, :-1]], axis=1

@@ -1,0 +1,36 @@
+"""Where and with what a benchmark ran."""
+
+import datetime
+from pathlib import Path
+import platform
+import subprocess
+
+import jax
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def describe(*sources: str) -> dict:
+  """Date, commit, device and versions; the sources' changes are noted."""
+  git = lambda *words: subprocess.run(
+    ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
+  ).stdout.strip()
+  dirty = git("status", "--porcelain", "--", *sources, "benchmarks/*.py")
+  return {
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "commit": git("rev-parse", "HEAD") + (" + changes" if dirty else ""),
+    "device": jax.devices()[0].device_kind,
+    "machine": platform.machine(),
+    "versions": {
+      "python": platform.python_version(),
+      "jax": jax.__version__,
+      "jaxlib": jax.lib.__version__,
+      "numpy": np.__version__,
+    },
+  }
+
+
+def peak_bytes() -> int | None:
+  """The most bytes that the device has held, where it counts them."""
+  return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

@@ -1,0 +1,156 @@
+"""What every mixer refuses, in words that name it: shapes, dtypes, sizes."""
+
+import re
+
+from flax import nnx
+import jax.numpy as jnp
+from mixer_equations import CASES, NO_DOCUMENTS
+from mixer_subject import B, D, T, make, tokens
+import numpy as np
+import pytest
+
+from rebased_jax.mixers import base
+
+NAMES = ("based", "rebased", "conv", "attention", "hyena", "mamba", "rwkv")
+each_mixer = pytest.mark.parametrize("name", NAMES)
+_IDS_BT = jnp.zeros((B, T), jnp.int32)
+
+
+def test_every_class_is_listed() -> None:
+  kinds = {type(config) for config in CASES.values()}
+  assert {type(CASES[name]) for name in NAMES} == kinds
+
+
+def refuses(call, *words: str) -> None:
+  with pytest.raises(ValueError) as error:
+    call()
+  for word in words:
+    assert word in str(error.value)
+
+
+@each_mixer
+@pytest.mark.parametrize(
+  "shape", [(B, 0, D), (0, T, D), (B, T, D - 1), (T, D), (1, B, T, D)], ids=str
+)
+def test_rows_of_a_wrong_shape(name, shape) -> None:
+  mixer = make(name).mixer
+  words = type(mixer).__name__, f"x has shape {shape}", "(B, T, D)", f"D = {D}"
+  x_BTD = jnp.zeros(shape)
+  refuses(lambda: mixer(x_BTD), *words)
+  refuses(lambda: mixer.prefill(x_BTD, mixer.init_state(B)), *words)
+
+
+@each_mixer
+@pytest.mark.parametrize(
+  "shape", [(B, D - 1), (0, D), (D,), (B, 1, D)], ids=str
+)
+def test_a_token_of_a_wrong_shape(name, shape) -> None:
+  mixer = make(name).mixer
+  refuses(
+    lambda: mixer.step(jnp.zeros(shape), mixer.init_state(B)),
+    type(mixer).__name__,
+    f"x has shape {shape}",
+    "(B, D)",
+  )
+
+
+@each_mixer
+def test_a_state_of_other_rows(name) -> None:
+  mixer = make(name).mixer
+  state = mixer.init_state(B + 1)
+  words = type(mixer).__name__, "state has shape", f"{B} rows"
+  refuses(lambda: mixer.prefill(tokens(), state), *words)
+  refuses(lambda: mixer.step(tokens()[:, 0], state), *words)
+
+
+@each_mixer
+def test_integers_where_floats_belong(name) -> None:
+  mixer = make(name).mixer
+  refuses(lambda: mixer(tokens().astype(jnp.int32)), "x is int32", "floats")
+
+
+@pytest.mark.parametrize("name", [x for x in NAMES if x not in NO_DOCUMENTS])
+@pytest.mark.parametrize(
+  ("ids_BT", "words"),
+  [
+    (_IDS_BT[:, 1:], f"segment_ids has shape {(B, T - 1)}"),
+    (_IDS_BT[0], f"segment_ids has shape {(T,)}"),
+    (_IDS_BT.astype(jnp.float32), "segment_ids is float32"),
+  ],
+)
+def test_wrong_segment_ids(name, ids_BT, words) -> None:
+  mixer = make(name).mixer
+  state = mixer.init_state(B)
+  refuses(lambda: mixer(tokens(), segment_ids=ids_BT), words)
+  refuses(lambda: mixer.prefill(tokens(), state, segment_ids=ids_BT), words)
+
+
+@each_mixer
+@pytest.mark.parametrize(
+  ("positions_BM", "words"),
+  [
+    (_IDS_BT[:, :0], f"query_positions has shape {(B, 0)}"),
+    (_IDS_BT[:1], f"query_positions has shape {(1, T)}"),
+    (_IDS_BT[0], f"query_positions has shape {(T,)}"),
+    (_IDS_BT.astype(jnp.float32), "query_positions is float32"),
+  ],
+)
+def test_wrong_query_positions(name, positions_BM, words) -> None:
+  mixer = make(name).mixer
+  refuses(lambda: mixer(tokens(), query_positions=positions_BM), words)
+
+
+@each_mixer
+def test_a_position_outside_the_row_has_nan(name) -> None:
+  positions_BM = jnp.asarray([[0, T], [-1, T - 1]])
+  y_BMD = make(name).mixer(tokens(), query_positions=positions_BM)
+  spoilt_BM = np.isnan(y_BMD).all(axis=-1)
+  np.testing.assert_array_equal(spoilt_BM, [[False, True], [True, False]])
+  assert np.isfinite(y_BMD[~spoilt_BM]).all()
+
+
+@each_mixer
+def test_a_dtype_that_nothing_computes_in(name) -> None:
+  for dtype in ("int8", "float8_e4m3fn", "float"):
+    with pytest.raises(ValueError, match=f"dtype='{dtype}'.*bfloat16"):
+      _directly(name, dtype)
+  with pytest.raises(ValueError, match="'float64'.*jax_enable_x64"):
+    _directly(name, "float64")
+
+
+def _directly(name: str, dtype: str) -> base.Mixer:
+  """The mixer without a `Site`, which looks at dtypes too."""
+  config = CASES[name]
+  cls = type(make(name).mixer)
+  return cls(D, config, dtype=dtype, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+  ("fields", "words"),
+  [
+    ({"width": 0}, "Site.width=0: expected an integer ≥ 1"),
+    ({"width": 8.0}, "Site.width=8.0: expected an integer ≥ 1"),
+    ({"layers": 0}, "Site.layers=0"),
+    ({"layer": 1}, "Site.layer=1: expected 0 to 0"),
+    ({"layer": -1}, "Site.layer=-1: expected 0 to 0"),
+    ({"length": 0}, "Site.length=0"),
+    ({"dtype": "half"}, "dtype='half'"),
+  ],
+)
+def test_a_wrong_site(fields, words) -> None:
+  with pytest.raises(ValueError, match=re.escape(words)):
+    base.Site(**{"width": D, **fields})
+
+
+@each_mixer
+@pytest.mark.parametrize("width", [1, 7])
+def test_a_width_that_nothing_divides(name, width) -> None:
+  """One token and two; heads of Based and ReBased are floor(D / H) wide."""
+  fields = {"heads": 1} if name in ("attention", "based", "rebased") else {}
+  config = CASES[name]
+  config = type(config)(**fields) if fields else config
+  mixer = config.make(base.Site(width, length=T), rngs=nnx.Rngs(0))
+  y_B2D = mixer(jnp.ones((B, 2, width)))
+  y_B1D = mixer(jnp.ones((B, 1, width)))
+  np.testing.assert_allclose(y_B1D, y_B2D[:, :1], rtol=1e-5, atol=1e-6)
+  assert y_B2D.shape == (B, 2, width) and np.isfinite(y_B2D).all()

@@ -1,0 +1,95 @@
+"""Every mixer over a mesh of eight devices equals itself on one."""
+
+from flax import nnx
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from mixer_equations import CASES
+from mixer_subject import D, T, compiled, make
+import numpy as np
+import pytest
+
+from rebased_jax import ShardAxes
+
+ROWS = 4
+AXES = ShardAxes(batch="data", heads="model")
+NAMES = ("based", "rebased", "conv", "attention", "hyena", "mamba", "rwkv")
+WHOLE_TIME = ("attention", "hyena", "mamba", "rwkv")
+
+
+def _mesh() -> jax.sharding.Mesh:
+  types = (AxisType.Auto,) * 2
+  return jax.make_mesh((4, 2), ("data", "model"), axis_types=types)
+
+
+def test_every_class_is_listed() -> None:
+  kinds = {type(config) for config in CASES.values()}
+  assert {type(CASES[name]) for name in NAMES} == kinds
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batch_and_heads_are_split(name) -> None:
+  """Values, states and gradients; parameters split by their last axis."""
+  subject = make(name)
+  x_BTD = jax.random.normal(jax.random.key(3), (ROWS, T, D))
+  w_BTD = jax.random.normal(jax.random.key(4), (ROWS, T, D))
+  state = subject.mixer.init_state(ROWS)
+
+  def loss(params, x_BTD, axes):
+    mixer = nnx.merge(subject.graph, params)
+    y_BTD = mixer(x_BTD, axes=axes)
+    again_BTD, after = mixer.prefill(x_BTD, state, axes=axes)
+    return (w_BTD * y_BTD).sum(), (y_BTD, again_BTD, after)
+
+  gradients = compiled(jax.grad(loss, (0, 1), has_aux=True), static_argnums=2)
+  wanted = gradients(subject.params, x_BTD, None)
+  mesh = _mesh()
+  place = lambda x, *spec: jax.device_put(
+    x, NamedSharding(mesh, PartitionSpec(*spec))
+  )
+
+  def split(p):
+    spec = [None] * (p.ndim - 1) + ["model"] * (p.shape[-1] % 2 == 0)
+    return place(p, *spec)
+
+  with jax.set_mesh(mesh):
+    params = jax.tree.map(split, subject.params)
+    assert any(not x.is_fully_replicated for x in jax.tree.leaves(params))
+    found = gradients(params, place(x_BTD, "data"), AXES)
+  y_BTD = found[1][0]
+  assert y_BTD.addressable_shards[0].data.shape[0] == ROWS // 4
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    # Relative to each array's norm: other orders of sums of a few dozen terms.
+    error, size = np.linalg.norm(x - y), np.linalg.norm(y)
+    # A key's bias has a gradient of roundings alone.
+    assert error <= 1e-5 * size + 1e-6, x.shape
+
+
+@pytest.mark.parametrize("name", WHOLE_TIME)
+def test_time_is_not_split(name) -> None:
+  mixer = make(name).mixer
+  axes, x_BTD = ShardAxes(time="model"), jax.numpy.zeros((ROWS, T, D))
+  kind = type(mixer).__name__
+  for call in (
+    lambda: mixer(x_BTD, axes=axes),
+    lambda: mixer.prefill(x_BTD, mixer.init_state(ROWS), axes=axes),
+  ):
+    with pytest.raises(NotImplementedError, match=f"{kind}.*time='model'"):
+      call()
+
+
+@pytest.mark.parametrize("name", [x for x in NAMES if x not in WHOLE_TIME])
+def test_time_is_split(name) -> None:
+  subject = make(name)
+  x_BTD = jax.random.normal(jax.random.key(3), (ROWS, T, D))
+  call = compiled(
+    lambda p, x, axes: nnx.merge(subject.graph, p)(x, axes=axes),
+    static_argnums=2,
+  )
+  wanted_BTD = call(subject.params, x_BTD, None)
+  mesh = _mesh()
+  spec = PartitionSpec("data", "model")
+  with jax.set_mesh(mesh):
+    x_BTD = jax.device_put(x_BTD, NamedSharding(mesh, spec))
+    axes = ShardAxes(batch="data", time="model")
+    found_BTD = call(subject.params, x_BTD, axes)
+  np.testing.assert_allclose(found_BTD, wanted_BTD, rtol=2e-5, atol=2e-5)

@@ -1,0 +1,108 @@
+"""The paper's models: their parameters are those that its tables count."""
+
+from flax import nnx
+import jax
+import pytest
+
+from rebased_jax import (
+  LM,
+  BaseConvConfig,
+  MambaConfig,
+  ModelConfig,
+  parameter_count,
+  presets,
+)
+
+TABLE_4 = {  # at widths 64, 128, 256 and 512
+  "attention": (623_744, 1_313_024, 2_888_192, 6_824_960),
+  "conv-attention": (578_752, 1_149_312, 2_462_464, 5_580_288),
+  "rwkv": (623_872, 1_313_280, 2_888_704, 6_825_984),
+  "conv-rwkv": (677_120, 1_395_200, 2_561_024, 5_777_408),
+  "mamba": (655_360, 1_413_120, 3_235_840, 7_847_936),
+  "based": (577_984, 1_179_520, 2_459_392, 5_307_904),
+  "rebased": (578_752, 1_180_288, 2_460_160, 5_308_672),
+}
+TABLE_9 = {
+  "attention": 126_807_552,
+  "based": 156_955_392,
+  "rebased": 156_992_256,
+}
+WANTED = {
+  **{
+    f"table-4-{name}-{width}": count
+    for name, counts in TABLE_4.items()
+    for width, count in zip((64, 128, 256, 512), counts, strict=True)
+  },
+  **{f"table-9-{name}": count for name, count in TABLE_9.items()},
+}
+TABLE_1 = {
+  256: {16: 142_192, 24: 214_056, 32: 285_664, 48: 431_568},
+  2048: {16: 170_864, 24: 257_064, 32: 343_008, 48: 517_584},
+}
+# Above Based: γ and β of 192 numbers, for queries and keys.
+EXTRA = {
+  "based": 0,
+  "x2": 0,
+  "norm": 0,
+  "gamma": 384,
+  "gamma-beta": 768,
+  "rebased": 768,
+}
+_MODELS = presets.make_models()
+
+
+def count(config: ModelConfig) -> int:
+  make = lambda: nnx.state(LM(config, rngs=nnx.Rngs(0)), nnx.Param)
+  return sum(x.size for x in jax.tree.leaves(jax.eval_shape(make)))
+
+
+def test_there_are_28_and_3() -> None:
+  assert _MODELS.keys() == WANTED.keys()
+  assert len(WANTED) == 28 + 3
+
+
+@pytest.mark.parametrize(("name", "wanted"), WANTED.items())
+def test_parameter_counts_of_tables_4_and_9(name, wanted) -> None:
+  assert count(_MODELS[name]) == wanted
+
+
+@pytest.mark.parametrize("name", presets.VARIANTS)
+@pytest.mark.parametrize("length", TABLE_1)
+def test_parameter_counts_of_table_1(length, name) -> None:
+  system = presets.hybrid(presets.VARIANTS[name])
+  for width, wanted in TABLE_1[length].items():
+    config = presets.mqar(system, width=width, length=length)
+    assert count(config) == wanted + EXTRA[name]
+
+
+def test_a_count_is_of_the_model_that_is_made() -> None:
+  config = presets.mqar(
+    presets.SYSTEMS["mamba"], width=8, length=4, vocab_size=11
+  )
+  assert parameter_count(LM(config, rngs=nnx.Rngs(0))) == count(config)
+
+
+def test_what_the_systems_are() -> None:
+  """Those named conv have the convolution first; only the others are pairs."""
+  for name, system in presets.SYSTEMS.items():
+    is_hybrid = name.startswith("conv-") or name in ("based", "rebased")
+    assert (system.first == BaseConvConfig()) == is_hybrid
+    assert is_hybrid or system.first == system.second
+    assert (system.block == "mamba") == (name == "mamba")
+  for name in ("attention", "rwkv", "hyena"):  # Figure 7's pairs
+    pair, hybrid = presets.SYSTEMS[name], presets.SYSTEMS[f"conv-{name}"]
+    assert pair.second == hybrid.second
+  for name in ("based", "rebased"):
+    double = presets.SYSTEMS[f"double-{name}"]
+    assert double.first == double.second == presets.SYSTEMS[name].second
+
+
+def test_what_a_count_does_not_see() -> None:
+  for name, config in _MODELS.items():
+    mamba = isinstance(config.mixer, MambaConfig)
+    assert config.dropout == (0.0 if mamba else 0.1), name
+    assert config.vocab_size == (50304 if "-9-" in name else 8192)
+    if "attention" in name:
+      assert config.mixer.heads == (12 if "-9-" in name else 1)
+    if name in ("table-9-based", "table-9-rebased"):
+      assert (config.mixer.heads, config.mixer.features) == (64, 16)
