@@ -9,6 +9,8 @@ import struct
 from array_record.python.array_record_module import ArrayRecordWriter
 import numpy as np
 
+from train.data.tokenize import ByteTokenizer
+
 EOS = 256
 
 
@@ -95,9 +97,17 @@ def write_prepared(
         "tokens": int(lengths.sum()),
         "skipped": 0,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "domains": {},
+        "domains": {
+          name: {
+            "documents": len(lengths[k :: len(domains)]),
+            "tokens": int(lengths[k :: len(domains)].sum()),
+          }
+          for k, name in enumerate(sorted(domains))
+        },
       }
     )
+  known = {"bytes": ByteTokenizer().spec.sha256}
+  other = hashlib.sha256(tokenizer.encode()).hexdigest()
   sidecar = {
     "format": "rebased-tokens",
     "version": 1,
@@ -106,7 +116,7 @@ def write_prepared(
     "vocab_size": vocab_size,
     "tokenizer": {
       "name": tokenizer,
-      "sha256": hashlib.sha256(tokenizer.encode()).hexdigest(),
+      "sha256": known.get(tokenizer, other),
     },
     "eos": EOS,
     "shards": entries,

@@ -13,6 +13,7 @@ from rich.console import Console
 import zstandard
 
 from train.data import prepare, text, text_sources, tokenize
+from train.data.checks import file_hash
 from train.data.prepare import PrepareConfig
 
 DOMAINS = ("Wikipedia (en)", "ArXiv", "Github")
@@ -93,7 +94,7 @@ def shard_texts(out: Path) -> list[list[str]]:
   found = []
   for shard in dataset["shards"]:
     path = out / shard["name"]
-    assert text.hash_file(str(path)) == shard["sha256"]
+    assert file_hash(path) == shard["sha256"]
     reader = ArrayRecordReader(str(path))
     assert reader.num_records() == shard["documents"]
     raw = reader.read_all() if shard["documents"] else []

@@ -5,7 +5,7 @@ import pickle
 import subprocess
 import sys
 
-from data_cases import EOS
+from data_cases import EOS, write_megatron
 from lm_cases import ROOT, TEXTS, batches as batches, make, paths as paths, take
 import numpy as np
 import pytest
@@ -129,6 +129,39 @@ def test_held_out_rows_are_no_training_rows(paths) -> None:
       documents_in.append(set(pieces.document_P.tolist()))
     assert not documents_in[0] & documents_in[1]
     assert len(documents_in[1]) > 10
+
+
+@pytest.mark.parametrize("name", ["prepared", "one"])
+def test_the_end_of_a_text_can_be_held_out(paths, tmp_path, name) -> None:
+  """Of a single document, too: there the rest is all that is trained on."""
+  texts = TEXTS if name == "prepared" else [np.concatenate(TEXTS)]
+  if name == "one":
+    paths = paths | {"one": str(write_megatron(tmp_path / "one", texts))}
+  layout = Layout(16, validation=0.1, test=0.2, held_out="end")
+  stream, sizes, first = np.concatenate(texts), {}, 0
+  for split in ("train", "validation", "test"):
+    batches = make(paths, name, layout=layout, split=split, shuffle=False)
+    plan = batches.parts[0].plan
+    sizes[split] = len(plan)
+    rows = np.concatenate([batches[step]["tokens"] for step in range(2)])
+    for r in range(min(16, len(plan))):
+      place = 16 * (first + r)
+      np.testing.assert_array_equal(rows[r], stream[place : place + 16])
+    first += len(plan)
+  total = (len(stream) - 1) // 16
+  assert sum(sizes.values()) == total
+  assert sizes["validation"] == total // 10 and sizes["test"] == total // 5
+  whole = make(paths, name, layout=Layout(16, validation=0.0)).parts[0].plan
+  assert len(whole) == total
+  with pytest.raises(ValueError, match="held_out='end': expected 'documents'"):
+    Layout(16, "documents", held_out="end")
+  with pytest.raises(ValueError, match="held_out='start'"):
+    Layout(16, held_out="start")
+  if name == "one":
+    few = Layout(16, validation=0.1)
+    held = make(paths, name, layout=few, split="validation")
+    with pytest.raises(ValueError, match="held_out='end' holds out the end"):
+      held.read(0)
 
 
 def test_held_out_batches_are_padded(paths) -> None:

@@ -21,6 +21,7 @@ _CHANGES = {
   "packing": dict(layout=Layout(16, "documents", validation=0.2)),
   "validation": dict(layout=Layout(16, validation=0.3)),
   "test": dict(layout=Layout(16, validation=0.2, test=0.1)),
+  "held_out": dict(layout=Layout(16, validation=0.2, held_out="end")),
   "split": dict(split="validation"),
   "shuffle": dict(shuffle=False),
   "once": dict(once=True),

@@ -112,9 +112,24 @@ def test_splits_part_the_documents() -> None:
 
 
 def test_splits_of_ready_rows_keep_the_order_of_the_first() -> None:
-  assert plans.split_rows(100, "train", 0.1, 0.05) == (0, 85)
-  assert plans.split_rows(100, "validation", 0.1, 0.05) == (85, 10)
-  assert plans.split_rows(100, "test", 0.1, 0.05) == (95, 5)
+  def parts(count: int, *fractions: float) -> list[list[int]]:
+    whole = plans.FixedRows(3, count)
+    found = []
+    for split in plans.SPLITS:
+      plan = plans.split_rows(whole, split, *fractions)
+      assert plan.width == 3
+      pieces, _ = plan.pieces(np.arange(len(plan)))
+      found.append(pieces.document_P.tolist())
+    return found
+
+  def ranges(*ends: int) -> list[list[int]]:
+    return [list(range(a, b)) for a, b in zip((0, *ends), ends, strict=False)]
+
+  assert parts(100, 0.1, 0.05) == ranges(85, 95, 100)
+  # Few rows: one is held out all the same, the last of them.
+  assert parts(3, 0.01, 0) == ranges(2, 3, 3)
+  assert parts(1, 0.01, 0) == ranges(0, 1, 1)
+  assert parts(3, 0, 0) == ranges(3, 3, 3)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 64, 65, 1000, 4097])

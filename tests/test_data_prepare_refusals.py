@@ -10,6 +10,7 @@ import pytest
 
 from train.data import text_sources
 from train.data.prepare import PrepareConfig
+from train.data.prepare_shard import DataError
 
 
 def test_another_data_set_is_refused_by_what_differs(tmp_path):
@@ -21,6 +22,7 @@ def test_another_data_set_is_refused_by_what_differs(tmp_path):
     (dict(text_field="meta"), "fields.text was 'text', is 'meta'"),
     (dict(eos="none"), "tokenizer.eos was 256, is None"),
     (dict(max_document_mb=1), "fields.most_bytes was"),
+    (dict(row_length=8), "rows.length was None, is 8"),
   ):
     with pytest.raises(ValueError, match=expected):
       run([folder], out, **options)
@@ -114,3 +116,51 @@ def test_two_processes_do_not_make_the_same_shard(tmp_path):
     assert run([tmp_path / "in"], out, shard="1/4") is None
     process.stdin.close()
   assert run([tmp_path / "in"], out) is not None
+
+
+def test_a_first_try_that_failed_is_told_from_work(tmp_path):
+  (tmp_path / "x.jsonl").write_bytes(jsonl([dict(content="a")]))
+  out = tmp_path / "out"
+  with pytest.raises(DataError, match=r"\['content'\] \(--text-field\); --on"):
+    run([tmp_path / "x.jsonl"], out)
+  hint = "is 'content'; choose another --out, or delete the folder: no shard"
+  with pytest.raises(ValueError, match=hint):
+    run([tmp_path / "x.jsonl"], out, text_field="content")
+  done = tmp_path / "done"
+  run([tmp_path / "x.jsonl"], done, text_field="content")
+  with pytest.raises(ValueError, match="choose another --out$"):
+    run([tmp_path / "x.jsonl"], done)
+
+
+def test_a_folder_without_text_says_what_is_in_it(tmp_path):
+  folder = tmp_path / "in"
+  folder.mkdir()
+  for files, expected in (
+    ((), "but nothing; --text-suffixes"),
+    (("a.py", "b.py", "c.png"), "but 2 with .py, 1 with .png; --text-suffixes"),
+  ):
+    for name in files:
+      (folder / name).write_text("text")
+    with pytest.raises(ValueError) as error:
+      run([folder], tmp_path / "out")
+    assert expected in str(error.value)
+  assert not (tmp_path / "out").exists()
+  dataset = run([folder], tmp_path / "out", text_suffixes=(".py",))
+  assert dataset["documents"] == 2
+
+
+def test_a_changed_file_of_a_group_is_named(tmp_path):
+  folder, out = tmp_path / "in", tmp_path / "out"
+  folder.mkdir()
+  for i in range(9):
+    (folder / f"{i}.txt").write_text(f"text {i}")
+  run([folder], out)
+  (folder / "3.txt").write_text("text 3")  # of another time, and the same
+  run([folder], out)
+  (folder / "4.txt").write_text("tExt 4")
+  with pytest.raises(ValueError, match="^4.txt changed since shard-00000"):
+    run([folder], out)
+  for i in range(9):
+    (folder / f"{i}.txt").write_text(f"tExt {i}")
+  with pytest.raises(ValueError, match="^0.txt, .* 4.txt and 4 more changed"):
+    run([folder], out)

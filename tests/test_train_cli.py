@@ -107,7 +107,7 @@ def test_help(call) -> None:
     (["train", "mqar", "--help"], "--optimizer.learning-rate"),
     (["resume", "--help"], "the run's folder"),
     (["evaluate", "--help"], "--step"),
-    (["inspect", "--help"], "a preset's name or a folder"),
+    (["inspect", "--help"], "a preset's or a model's name, or a folder"),
   ):
     code, out, _ = call(*args)
     assert code == 0 and option in out

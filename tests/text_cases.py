@@ -34,7 +34,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def make_config(path: Path, *, data=None, model=None, **changes) -> RunConfig:
-  base = tiny(model=dict(vocab_size=257, **(model or {})))
+  base = tiny(model={**dict(vocab_size=257), **(model or {})})
   text = TextData(
     **{
       **dict(path=(str(path),), length=16, validation=0.2, eval_rows=20),

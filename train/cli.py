@@ -3,6 +3,7 @@
     rebased train PRESET [--options]   train, or go on in --run-dir
     rebased resume RUN                 go on with a run, as it was configured
     rebased evaluate RUN               held-out loss and accuracy of a run
+    rebased generate RUN --prompt ...  text from a run's language model
     rebased inspect WHAT               a preset, a run, a checkpoint, a model
     rebased prepare INPUT ...          text to tokens, for training
     rebased tokenizer train INPUT ...  a BPE tokenizer from text
@@ -52,6 +53,21 @@ class EvaluateArgs:
 
 
 @dataclasses.dataclass(frozen=True)
+class GenerateArgs:
+  """Prints a prompt and what a run's language model writes behind it."""
+
+  run_dir: _Run  # the run's folder
+  prompt: str  # the text to go on with; --prompt=-x where it begins with -
+  tokens: int = 200  # at most; the end of a document ends it before
+  temperature: float = 0.8  # 0 takes the likeliest token
+  top_k: int | None = None  # sample from the likeliest alone
+  seed: int = 0  # the same seed, the same text
+  step: int | None = None  # of the checkpoint; default the newest
+  tokenizer: str | None = None  # default the data set's; bytes or a file
+  eos: str = "auto"  # with --tokenizer: the token that ends a document
+
+
+@dataclasses.dataclass(frozen=True)
 class InspectArgs:
   """Shows a preset, a run, a checkpoint RUN/checkpoints/STEP, or a model.
 
@@ -80,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train=_train,
     resume=_resume,
     evaluate=_evaluate,
+    generate=_generate,
     inspect=_inspect,
     prepare=_prepare,
     tokenizer=_tokenizer,
@@ -180,6 +197,18 @@ def _evaluate(args: list[str]) -> int:
   return report.evaluate_run(
     parsed.run_dir, parsed.step, Console(), test=parsed.test
   )
+
+
+def _generate(args: list[str]) -> int:
+  from train import complete
+
+  parsed = tyro.cli(GenerateArgs, prog="rebased generate", args=args)
+  how = complete.Sampling(
+    parsed.tokens, parsed.temperature, parsed.top_k, parsed.seed
+  )
+  named = complete.Named(parsed.step, parsed.tokenizer, parsed.eos)
+  print(complete.complete(parsed.run_dir, parsed.prompt, how, named))
+  return 0
 
 
 def _inspect(args: list[str]) -> int:

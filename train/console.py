@@ -89,6 +89,11 @@ def _headline(values: dict[str, float], digits: int = 3) -> str:
   return f"accuracy {values['accuracy']:.{digits}f}"
 
 
+def say(console: Console, text: str) -> None:
+  """A line as it is, without markup, colours or breaks."""
+  console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
 def rows(title: str, values: dict[str, object]) -> table.Table:
   """A two-column table."""
   result = table.Table(title=title, show_header=False, title_justify="left")

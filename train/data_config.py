@@ -1,13 +1,15 @@
 """Where the batches of a run come from: the data part of its config."""
 
 import abc
+from collections.abc import Sequence
 import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
 from train.data import batches, lm, mqar, mqar_paper
 from train.data.plan_cache import CACHE_DIR
-from train.data.rows import Layout, Packing, open_source
+from train.data.rows import HeldOut, Layout, Packing, open_source
+from train.data.source import DataError, TokenSource
 
 
 class DataConfig(abc.ABC):
@@ -103,10 +105,11 @@ class MQARPaperData(MQARData):
 class TextData(DataConfig):
   """Text as tokens: data sets that `rebased prepare` made, or Megatron's.
 
-  A held-out row is one of documents that are in no training row. `packing` is
-  "stream", rows cut from the documents one behind the other; "documents",
-  whole documents with a reset at each border; or "rows", sequences of
-  `length` + 1 tokens as they are.
+  A held-out row is one of documents that are in no training row, or, with
+  `held_out="end"`, one of the last of the stream. `packing` is "stream", rows
+  cut from the documents one behind the other; "documents", whole documents with
+  a reset at each border; or "rows", sequences of `length` + 1 tokens as they
+  are, of which the last are held out.
   """
 
   path: tuple[str, ...] = ()  # prepared folders, or Megatron indices NAME.idx
@@ -115,6 +118,7 @@ class TextData(DataConfig):
   packing: Packing = "stream"
   validation: float = 0.01  # fraction that is held out
   test: float = 0.0  # fraction that is held out for `evaluate --test`
+  held_out: HeldOut = "documents"  # or the end of the text, for a few documents
   eval_path: tuple[str, ...] = ()  # held-out text of its own, in place of it
   eval_rows: int | None = 1024  # the most held-out rows; None: all
   shuffle: bool = True  # False: in the order of the files
@@ -156,7 +160,8 @@ class TextData(DataConfig):
 
   def _layout(self, held_out: bool) -> Layout:
     fractions = (self.validation, self.test) if held_out else (0.0, 0.0)
-    return Layout(self.length, self.packing, *fractions)
+    place = self.held_out if held_out else "documents"
+    return Layout(self.length, self.packing, *fractions, place)
 
   def _batches(
     self, rows: int, seed: int, split: str, *, own: bool = False
@@ -190,5 +195,19 @@ class TextData(DataConfig):
 
   def read_vocab_size(self) -> int | None:
     paths = (*self.path, *self.eval_path)
-    sizes = [open_source(path, self.packing).vocab_size for path in paths]
+    sources = [open_source(path, self.packing) for path in paths]
+    _check_tokenizers(sources)
+    sizes = [source.vocab_size for source in sources]
     return max((size for size in sizes if size is not None), default=None)
+
+
+def _check_tokenizers(sources: Sequence[TokenSource]) -> None:
+  """Raises DataError where two data sets were made by two tokenizers."""
+  known = [x for x in sources if "tokenizer" in x.fingerprint]
+  for source in known[1:]:
+    first, other = (x.fingerprint["tokenizer"] for x in (known[0], source))
+    if first != other:
+      raise DataError(
+        f"{source.name}: its tokenizer's SHA-256 is {other[:16]}…: expected "
+        f"{first[:16]}…, as {known[0].name} has it"
+      )

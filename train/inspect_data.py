@@ -1,7 +1,7 @@
 """`rebased inspect data`: what is in a data set of tokens."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -14,6 +14,7 @@ from train.data.megatron import MegatronSource
 from train.data.plan import stream_plan
 from train.data.rows import fill_pieces, open_source
 from train.data.source import TokenSource
+from train.data.tokenize import load_recorded
 
 _BORDER = "▌"  # stands between the documents of a sample
 _QUANTILES = {
@@ -44,9 +45,10 @@ def show(path: str, console: Console, *, length: int, verify: bool) -> int:
     raise ValueError(f"length={length}: expected 1 or more")
   source = open_source(path)
   console.print(rows(path, _summary(source)))
-  console.print(_lengths(source.lengths))
-  if isinstance(source, PreparedSource) and source.domains is not None:
-    console.print(_domains(source))
+  if source.row_length is None:
+    console.print(_lengths(source.lengths))
+  if isinstance(source, PreparedSource) and source.sidecar.get("domain_names"):
+    console.print(_domains(source.sidecar))
   if verify:
     if not isinstance(source, PreparedSource):
       raise ValueError(f"{path}: Megatron's format has no checksums to verify")
@@ -65,6 +67,12 @@ def _summary(source: TokenSource) -> dict[str, object]:
   }
   if isinstance(source, PreparedSource):
     data = source.sidecar
+    values |= {x: f"{data[x]:,}" for x in ("documents", "tokens")}
+    if source.row_length is not None:
+      values |= {
+        "rows": f"{len(source):,} of {source.row_length} + 1 tokens",
+        "tokens behind the last rows": f"{data.get('left_over', 0):,}",
+      }
     values |= {
       "skipped": f"{data.get('skipped', 0):,}",
       "shards": f"{len(source.shards):,}",
@@ -93,42 +101,54 @@ def _lengths(lengths_n: np.ndarray) -> Table:
   return table
 
 
-def _domains(source: PreparedSource) -> Table:
+def _domains(sidecar: dict[str, Any]) -> Table:
   """Documents and tokens of each domain."""
-  names = source.sidecar["domain_names"]
-  documents = np.bincount(source.domains, minlength=len(names))
-  tokens = np.bincount(source.domains, source.lengths, minlength=len(names))
   table = Table(title="domains", title_justify="left")
   for column in ("domain", "documents", "tokens", "share of tokens"):
     table.add_column(column, justify="left" if column == "domain" else "right")
-  total = max(tokens.sum(), 1)
-  for name, count, size in zip(names, documents, tokens, strict=True):
-    table.add_row(name, f"{count:,}", f"{size:,.0f}", f"{size / total:.1%}")
+  total = max(sidecar["tokens"], 1)
+  for name in sidecar["domain_names"]:
+    found = [x["domains"].get(name, {}) for x in sidecar["shards"]]
+    documents, tokens = (
+      sum(x.get(field, 0) for x in found) for field in ("documents", "tokens")
+    )
+    table.add_row(
+      name, f"{documents:,}", f"{tokens:,}", f"{tokens / total:.1%}"
+    )
   return table
 
 
 def _sample(source: TokenSource, length: int, console: Console) -> None:
-  """Tokens around the start of the middle document, with the borders."""
-  everything = np.arange(len(source))
+  """Tokens around the start of the middle document, with the borders.
+
+  Of rows, which may share tokens, the first tokens of the middle one.
+  """
   total = int(source.lengths.sum(dtype=np.int64))
-  length = min(length, total)
+  width = None if source.row_length is None else source.row_length + 1
+  length = min(length, width or total)
   if length < 2:
     console.print("no sample: it has no two tokens")
     return
-  plan = stream_plan(length, source.lengths, everything)
-  border = int(plan.start_n[len(plan.document_n) // 2])
-  begin = min(max(border - length // 2, 0), total - length)
+  plan = stream_plan(length, source.lengths, np.arange(len(source)))
+  begin = int(plan.start_n[len(plan.document_n) // 2])
+  if width is None:
+    begin = min(max(begin - length // 2, 0), total - length)
   row = fill_pieces(source, *plan.pieces_at(np.array([begin])), (1, length))
+  document_P, start_P, _, place_P = row.pieces
+  tokens_N, borders = row.tokens_RW[0], place_P[1:]
+  where = f"documents {document_P[0]} to {document_P[-1]}, from token "
+  where += f"{start_P[0]} of the first"
+  if width is not None:
+    borders = np.flatnonzero(tokens_N[:-1] == _end(source)) + 1
+    where = f"row {document_P[0]}"
   decode, note = decoder(source)
   text = Text()
-  document_P, start_P, length_P, place_P = row.pieces
-  for size, place in zip(length_P.tolist(), place_P.tolist(), strict=True):
-    text.append(_BORDER if place else "", style="bold red")
-    text.append(decode(row.tokens_RW[0, place : place + size].tolist()))
+  for i, part in enumerate(np.split(tokens_N, borders)):
+    text.append(_BORDER if i else "", style="bold red")
+    text.append(decode(part.tolist()))
   console.print(
-    f"\nsample: {length} tokens, documents {document_P[0]} to "
-    f"{document_P[-1]}, from token {start_P[0]} of the first; {_BORDER} is a "
-    f"border between documents{note}",
+    f"\nsample: {length} tokens, {where}; {_BORDER} is a border between "
+    f"documents{note}",
     highlight=False,
     soft_wrap=True,
   )
@@ -140,19 +160,14 @@ def decoder(source: TokenSource) -> tuple[Decode, str]:
   numbers = lambda tokens: " ".join(map(str, tokens))
   if not isinstance(source, PreparedSource):
     return numbers, "; the format has no tokenizer, so tokens are numbers"
-  if source.sidecar["tokenizer"]["name"] == "bytes":
-    return _decode_bytes, ""
-  path = Path(source.path) / "tokenizer.json"
+  eos = _end(source)
   try:
-    from tokenizers import Tokenizer
-  except ImportError:
-    return numbers, "; without the package tokenizers, tokens are numbers"
-  if not path.exists():
-    return numbers, f"; there is no {path}, so tokens are numbers"
-  return Tokenizer.from_file(str(path)).decode, ""
+    tokenizer = load_recorded(source.path, source.sidecar["tokenizer"])
+  except ValueError as error:
+    return numbers, f"; tokens are numbers: {error}"
+  return lambda tokens: tokenizer.decode([x for x in tokens if x != eos]), ""
 
 
-def _decode_bytes(tokens: Sequence[int]) -> str:
-  """The text of bytes; what is no byte, as the end of text, is left out."""
-  raw = bytes(token for token in tokens if token < 256)
-  return raw.decode("utf-8", errors="replace")
+def _end(source: PreparedSource) -> int | None:
+  """The token that ends a document."""
+  return source.sidecar.get("eos")

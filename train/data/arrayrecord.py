@@ -2,11 +2,13 @@
 
     dataset.json                written last, so that it marks a finished set
     tokenizer.json              not for the tokenizer "bytes"
-    shard-00000.arrayrecord     a record is a document: little-endian tokens
+    shard-00000.arrayrecord     a record is a document, or a row of "length" + 1
+                                tokens: little-endian tokens
     shard-00000.lengths.npy     int64, the tokens of each record
     shard-00000.domains.npy     int16, into "domain_names"; where there are any
 
-Documents are numbered over all shards.
+Documents are numbered over all shards; where the "kind" is "rows", each row is
+one.
 """
 
 import functools
@@ -18,12 +20,12 @@ from array_record.python.array_record_module import ArrayRecordReader
 import numpy as np
 
 from train.data.batches import Fingerprint
+from train.data.checks import file_hash
 from train.data.source import (
   DataError,
   Pieces,
   TokenSource,
   array_hash,
-  file_hash,
   sampled_hash,
   sizes_hash,
 )
@@ -51,7 +53,7 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
   if not path.exists():
     raise DataError(
       f"{folder}: no dataset.json, so it is no prepared data set or an "
-      "unfinished one"
+      "unfinished one; `rebased prepare` makes it"
     )
   try:
     data = json.loads(path.read_text())
@@ -77,9 +79,15 @@ def _check_values(path: Path, data: dict[str, Any]) -> None:
 
   def check(ok: bool, field: str, expected: str) -> None:
     if not ok:
-      raise DataError(f"{path}: {field}={data[field]!r}: expected {expected}")
+      value = data.get(field)
+      raise DataError(f"{path}: {field}={value!r}: expected {expected}")
 
-  check(data["kind"] == "documents", "kind", "'documents'")
+  rows = data["kind"] == "rows"
+  check(rows or data["kind"] == "documents", "kind", "'documents' or 'rows'")
+  if rows:
+    length = data.get("length")
+    check(type(length) is int and length >= 1, "length", "1 or more")
+  counts = ("documents", "tokens") + ("rows",) * rows
   check(data["dtype"] in _DTYPES, "dtype", f"one of {', '.join(_DTYPES)}")
   limit = 2 ** min(8 * _DTYPES[data["dtype"]].itemsize, 31)
   fits = 1 <= data["vocab_size"] <= limit
@@ -89,16 +97,16 @@ def _check_values(path: Path, data: dict[str, Any]) -> None:
   for i, shard in enumerate(data["shards"]):
     try:
       named = isinstance(shard["name"], str)
-      counted = all(type(shard[x]) is int for x in ("documents", "tokens"))
+      counted = all(type(shard[x]) is int for x in counts)
     except (KeyError, TypeError):
       named = counted = False
     if not (named and counted and Path(shard["name"]).name == shard["name"]):
       raise DataError(
-        f"{path}: shards[{i}]: expected name, documents and tokens"
+        f"{path}: shards[{i}]: expected name, {' and '.join(counts)}"
       )
-  for field in ("documents", "tokens"):
+  for field in counts:
     total = sum(shard[field] for shard in data["shards"])
-    check(data[field] == total, field, f"{total}, the sum over its shards")
+    check(data.get(field) == total, field, f"{total}, the sum over its shards")
 
 
 class PreparedSource(TokenSource):
@@ -116,8 +124,10 @@ class PreparedSource(TokenSource):
     self.path = Path(path)
     self.sidecar = read_sidecar(self.path)
     self._dtype = _DTYPES[self.sidecar["dtype"]]
-    counts = [shard["documents"] for shard in self.sidecar["shards"]]
-    self._ends = np.cumsum(counts)
+    rows = self.row_length is not None
+    counted = "rows" if rows else "documents"
+    self._counts = [shard[counted] for shard in self.sidecar["shards"]]
+    self._ends = np.cumsum(self._counts)
     self.shards = [self.path / s["name"] for s in self.sidecar["shards"]]
     self._readers: dict[int, ArrayRecordReader] = {}
     parts = [self._lengths(i) for i in range(len(self.shards))]
@@ -126,7 +136,7 @@ class PreparedSource(TokenSource):
 
   def _lengths(self, shard: int) -> np.ndarray:
     """The lengths of the records of a shard, checked against the sidecar."""
-    entry, path = self.sidecar["shards"][shard], self.shards[shard]
+    path = self.shards[shard]
     if not path.exists():
       raise DataError(f"{path}: missing, though dataset.json lists it")
     lengths_n = self._array(shard, "lengths", np.int64)
@@ -136,17 +146,20 @@ class PreparedSource(TokenSource):
         f"{_beside(path, 'lengths')}: record {bad} has {lengths_n[bad]} "
         "tokens: expected 0 or more"
       )
-    if int(lengths_n.sum()) != entry["tokens"]:
+    tokens = self.sidecar["shards"][shard]["tokens"]
+    if self.row_length is not None:
+      tokens = self._counts[shard] * (self.row_length + 1)
+    if int(lengths_n.sum()) != tokens:
       raise DataError(
         f"{_beside(path, 'lengths')}: {lengths_n.sum()} tokens: expected "
-        f"{entry['tokens']}, as dataset.json says"
+        f"{tokens}, as dataset.json says"
       )
     return lengths_n
 
   def _array(self, shard: int, what: str, dtype: type) -> np.ndarray:
     """NAME.what.npy of a shard: one value a record."""
     path = _beside(self.shards[shard], what)
-    expected = self.sidecar["shards"][shard]["documents"]
+    expected = self._counts[shard]
     try:
       array_n = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -163,6 +176,13 @@ class PreparedSource(TokenSource):
     return str(self.path)
 
   @property
+  def row_length(self) -> int | None:
+    """L where the documents are rows of L + 1 tokens, else None."""
+    return (
+      self.sidecar.get("length") if self.sidecar["kind"] == "rows" else None
+    )
+
+  @property
   def lengths(self) -> np.ndarray:
     return self._lengths_n
 
@@ -174,11 +194,13 @@ class PreparedSource(TokenSource):
   def domains(self) -> np.ndarray | None:
     """The domain of each document, into `domain_names`; None without any.
 
+    Rows have none: a row may be of several.
+
     Raises:
       DataError: a file is missing, or names a domain that there is not.
     """
     names = self.sidecar.get("domain_names")
-    if not names:
+    if not names or self.row_length is not None:
       return None
     shards = range(len(self.shards))
     domains_n = np.concatenate(
@@ -214,7 +236,7 @@ class PreparedSource(TokenSource):
 
   def _fill_from(self, shard: int, pieces: Pieces, out_N: np.ndarray) -> None:
     """`fill` with pieces of one shard; each record is read once."""
-    first = int(self._ends[shard]) - self.sidecar["shards"][shard]["documents"]
+    first = int(self._ends[shard]) - self._counts[shard]
     document_R, record_P = np.unique(pieces.document_P, return_inverse=True)
     path, reader = self.shards[shard], self._reader(shard)
     try:
@@ -247,7 +269,7 @@ class PreparedSource(TokenSource):
         count = reader.num_records()
       except (RuntimeError, ValueError) as error:
         raise DataError(f"{path}: no ArrayRecord file: {error}") from error
-      expected = self.sidecar["shards"][shard]["documents"]
+      expected = self._counts[shard]
       if count != expected:
         raise DataError(
           f"{path}: {count} records: expected {expected}, as dataset.json says"

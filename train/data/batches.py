@@ -25,18 +25,14 @@ from absl import flags
 import grain
 import numpy as np
 
+from train.data.checks import require as require
+
 Batch = dict[str, np.ndarray]
 Fingerprint = dict[str, int | str | float]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLY_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLY_2 = np.uint64(0x94D049BB133111EB)
-
-
-def require(ok: bool, field: str, value: object, expected: str) -> None:
-  """Raises a ValueError that names the field and its value unless `ok`."""
-  if not ok:
-    raise ValueError(f"{field}={value!r}: expected {expected}")
 
 
 def hash64(*words: int | np.ndarray) -> np.ndarray:

@@ -12,25 +12,18 @@ from collections.abc import Sequence
 import functools
 import re
 
-from train.data import tokenize
 from train.data.prepare_shard import DataError, Job, write_shard
-from train.data.tokenize import Tokenizer, TokenizerSpec
+from train.data.prepare_tokenizer import Planned
 
 
 def run_jobs(
-  jobs: Sequence[Job],
-  tokenizer: str,
-  eos: str,
-  spec: TokenizerSpec,
-  options: Sequence[str],
+  jobs: Sequence[Job], planned: Planned, options: Sequence[str]
 ) -> None:
   """Makes every shard.
 
   Args:
     jobs: which.
-    tokenizer: its name, for `tokenize.load`, which each worker calls.
-    eos: as `tokenize.load` takes it.
-    spec: what the tokenizer has to be.
+    planned: the tokenizer, which each worker loads.
     options: Beam's own, as "--runner=FlinkRunner".
 
   Raises:
@@ -44,7 +37,7 @@ def run_jobs(
     raise ValueError(
       "runner='beam' needs apache-beam: pip install 'rebased-jax[beam]'"
     ) from error
-  make = functools.partial(_make, tokenizer=tokenizer, eos=eos, spec=spec)
+  make = functools.partial(_make, planned=planned)
   try:
     with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
       _ = (
@@ -63,18 +56,8 @@ def message(error: Exception) -> str:
   return (found[1] if found else str(error)).partition(" [while running")[0]
 
 
-def _make(job: Job, *, tokenizer: str, eos: str, spec: TokenizerSpec) -> None:
-  write_shard(
-    job, _load(tokenizer, eos, spec), lambda _: None, stop=lambda: False
-  )
+def _make(job: Job, *, planned: Planned) -> None:
+  write_shard(job, _load(planned), lambda _: None, stop=lambda: False)
 
 
-@functools.cache
-def _load(name: str, eos: str, spec: TokenizerSpec) -> Tokenizer:
-  try:
-    found = tokenize.load(name, eos)
-  except ValueError as error:
-    raise DataError(str(error)) from error
-  if found.spec != spec:
-    raise DataError(f"{name}: the tokenizer is another one on this worker")
-  return found
+_load = functools.cache(Planned.load)  # once in a worker

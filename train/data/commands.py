@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from rich.console import Console
 import tyro
 
+from train.console import say
 from train.data import tokenize
 from train.data.prepare import PrepareConfig, prepare
 from train.data.prepare_shard import DataError
@@ -93,7 +94,7 @@ class _Sample:
       for found in read(source, fields, nothing, nothing):
         if isinstance(found, Problem):
           if self._args.on_error == "fail":
-            raise DataError(str(found))
+            raise DataError(f"{found}; --on-error skip goes on")
           self.skipped += found.lost
           continue
         size = len(found.text.encode())
@@ -124,11 +125,9 @@ def _train_tokenizer(args: TokenizerArgs, console: Console) -> int:
   temporary.write_text(text)
   temporary.replace(out)
   spec = tokenize.load(args.out).spec
-  console.print(
+  say(
+    console,
     f"{out}: {spec.vocab_size:,} tokens, from {sample.documents:,} documents, "
     f"{sample.bytes / 1e6:,.1f} MB, {sample.skipped:,} skipped",
-    highlight=False,
-    soft_wrap=True,
-    markup=False,
   )
   return 0

@@ -132,10 +132,12 @@ class LMBatches(Batches):
     source = open_source(path, self.layout.packing)
     plan = make_plan(source, self.layout, self.split, self.cache_dir)
     if not len(plan):
+      few = self.layout.packing == "stream" and self.split != "train"
+      hint = "; held_out='end' holds out the end of the text" * few
       raise DataError(
         f"{path}: no {self.split} row of length + 1 = {self.length + 1} "
-        f"tokens: {len(source)} documents, "
-        f"validation={self.layout.validation}, test={self.layout.test}"
+        f"tokens: {len(source)} documents of {source.lengths.sum():,} tokens, "
+        f"validation={self.layout.validation}, test={self.layout.test}{hint}"
       )
     return _Part(source, plan)
 

@@ -28,11 +28,11 @@ from typing import Literal, NamedTuple, NoReturn
 import numpy as np
 
 from train.data.batches import Fingerprint
+from train.data.checks import file_hash
 from train.data.source import (
   DataError,
   Pieces,
   TokenSource,
-  file_hash,
   sampled_hash,
   sizes_hash,
 )

@@ -59,10 +59,9 @@ class Plan(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class FixedRows(Plan):
-  """The documents first..first+count-1, each a row."""
+  """The documents 0..count-1, each a row."""
 
   width: int
-  first: int
   count: int
 
   def __len__(self) -> int:
@@ -71,10 +70,27 @@ class FixedRows(Plan):
   def pieces(self, rows_R: np.ndarray) -> tuple[Pieces, np.ndarray]:
     row_R = np.arange(len(rows_R))
     width_R = np.full(len(rows_R), self.width)
-    pieces = Pieces(
-      self.first + rows_R, np.zeros_like(row_R), width_R, row_R * self.width
-    )
+    pieces = Pieces(rows_R, np.zeros_like(row_R), width_R, row_R * self.width)
     return pieces, row_R
+
+
+@dataclasses.dataclass(frozen=True)
+class RowRange(Plan):
+  """The rows first..first+count-1 of another plan."""
+
+  plan: Plan
+  first: int
+  count: int
+
+  @property
+  def width(self) -> int:
+    return self.plan.width
+
+  def __len__(self) -> int:
+    return self.count
+
+  def pieces(self, rows_R: np.ndarray) -> tuple[Pieces, np.ndarray]:
+    return self.plan.pieces(self.first + rows_R)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,17 +189,19 @@ def split_documents(
 
 
 def split_rows(
-  count: int, split: str, validation: float, test: float
-) -> tuple[int, int]:
-  """First row and number of rows of a split of ready rows.
+  plan: Plan, split: str, validation: float, test: float
+) -> RowRange:
+  """The rows of a split: one or more where its fraction is above 0.
 
   The held-out rows are the last ones, so that the others keep their order.
   """
-  sizes = {"validation": int(count * validation), "test": int(count * test)}
-  train = count - sum(sizes.values())
+  count = len(plan)
+  most = lambda part: min(count, max(int(count * part), part > 0))
+  sizes = {"validation": most(validation), "test": most(test)}
+  train = max(count - sum(sizes.values()), 0)
   firsts = {"train": 0, "validation": train, "test": train}
   firsts["test"] += sizes["validation"]
-  return firsts[split], {"train": train, **sizes}[split]
+  return RowRange(plan, firsts[split], {"train": train, **sizes}[split])
 
 
 def stream_plan(

@@ -1,6 +1,6 @@
 """What a data set is going to be, claimed in its folder before any of it is.
 
-    OUT/prepare/plan.json   tokenizer, fields, and every source with its size
+    OUT/prepare/plan.json   tokenizer, fields, rows; every source with its size
 
 A folder goes on with the plan that it has, or refuses and says what differs.
 The plan's file also carries the locks: byte i is held by who makes shard i.
@@ -27,7 +27,10 @@ _SHOWN = 5
 
 
 def make_plan(
-  sources: Sequence[Source], spec: TokenizerSpec, fields: Fields
+  sources: Sequence[Source],
+  spec: TokenizerSpec,
+  fields: Fields,
+  row_length: int | None = None,
 ) -> dict[str, Any]:
   """All that the output depends on, but for the bytes of the sources."""
   return dict(
@@ -35,6 +38,7 @@ def make_plan(
     version=1,
     tokenizer=dataclasses.asdict(spec),
     fields=dataclasses.asdict(fields),
+    rows=dict(length=row_length),
     sources=[
       dict(
         name=source.name,
@@ -70,7 +74,7 @@ def claimed(out: Path, plan: dict[str, Any]) -> Iterator[BinaryIO]:
       tail = f"; and {more} more" if more > 0 else ""
       raise ValueError(
         f"{out} holds another data set: {'; '.join(changed[:_SHOWN])}{tail}; "
-        "choose another --out"
+        f"choose another --out{_or_delete(out)}"
       )
     yield opened
 
@@ -104,7 +108,7 @@ def finishing(plan: BinaryIO) -> Iterator[None]:
 def differences(held: dict[str, Any], plan: dict[str, Any]) -> list[str]:
   """What differs between two plans, field by field and file by file."""
   found = []
-  for part in ("tokenizer", "fields"):
+  for part in ("tokenizer", "fields", "rows"):
     for name, value in plan[part].items():
       was = held.get(part, {}).get(name)
       if was != value:
@@ -128,6 +132,13 @@ def _files(plan: dict[str, Any]) -> dict[str, int]:
     for source in plan.get("sources", ())
     for name, size in source["files"]
   }
+
+
+def _or_delete(out: Path) -> str:
+  """A hint where deleting the folder loses no shard."""
+  if any((out / WORK).glob("shard-*.json")):
+    return ""
+  return ", or delete the folder: no shard of it is finished"
 
 
 def _claim(out: Path, file: Path, plan: dict[str, Any]) -> None:

@@ -15,10 +15,10 @@ import time
 from rich import progress
 from rich.console import Console
 
-from train.data import tokenize
 from train.data.atomic import WORK
 from train.data.prepare_shard import DataError, Job, Stopped, write_shard
-from train.data.tokenize import Tokenizer, TokenizerSpec
+from train.data.prepare_tokenizer import Planned
+from train.data.tokenize import Tokenizer
 
 _LOOK = 0.1  # seconds between two looks at the workers
 _LINE = 10.0  # seconds between two lines where there is no terminal
@@ -26,20 +26,13 @@ _worker: dict[str, object] = {}  # what `_start` gave to this process
 
 
 def run_jobs(
-  jobs: Sequence[Job],
-  tokenizer: str,
-  eos: str,
-  spec: TokenizerSpec,
-  workers: int,
-  console: Console,
+  jobs: Sequence[Job], planned: Planned, workers: int, console: Console
 ) -> None:
   """Makes every shard; after the first failure the others stop.
 
   Args:
     jobs: which.
-    tokenizer: its name, for `tokenize.load`, which each process calls.
-    eos: as `tokenize.load` takes it.
-    spec: what the tokenizer has to be.
+    planned: the tokenizer, which each process loads.
     workers: processes; 0 is one a core.
     console: where the progress goes.
 
@@ -55,7 +48,7 @@ def run_jobs(
     min(workers or os.cpu_count() or 1, len(jobs)),
     mp_context=context,
     initializer=_start,
-    initargs=(tokenizer, eos, spec, read, stop),
+    initargs=(planned, read, stop),
   ) as pool:
     futures = {pool.submit(_work, job): job for job in largest}
     try:
@@ -134,12 +127,12 @@ def _display(total: int, files: int, console: Console) -> Iterator:
   yield line
 
 
-def _start(tokenizer: str, eos: str, spec: TokenizerSpec, read, stop) -> None:
+def _start(planned: Planned, read, stop) -> None:
   """Runs once in each worker."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
   os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one core
   threading.Thread(target=_die_with_parent, daemon=True).start()
-  _worker.update(args=(tokenizer, eos, spec), read=read, stop=stop)
+  _worker.update(planned=planned, read=read, stop=stop)
 
 
 def _die_with_parent() -> None:
@@ -149,14 +142,7 @@ def _die_with_parent() -> None:
 
 def _tokenizer() -> Tokenizer:
   if "tokenizer" not in _worker:
-    name, eos, spec = _worker["args"]
-    try:
-      found = tokenize.load(name, eos)
-    except ValueError as error:
-      raise DataError(str(error)) from error
-    if found.spec != spec:
-      raise DataError(f"{name}: the tokenizer changed while it was used")
-    _worker["tokenizer"] = found
+    _worker["tokenizer"] = _worker["planned"].load()
   return _worker["tokenizer"]
 
 

@@ -3,7 +3,8 @@
 Each file appears under its name when all of it is written, the record of the
 shard last, so a shard is there as a whole or is made again:
 
-    OUT/shard-00000.arrayrecord      one record a document, tokens and its end
+    OUT/shard-00000.arrayrecord      one record a document, tokens and its end,
+                                     or a row (`prepare_rows.py`)
     OUT/shard-00000.lengths.npy      int64, tokens of each record
     OUT/prepare/shard-00000.json     the record: what is in it, out of what
     OUT/prepare/shard-00000.domains.npy   int16, into the record's own names
@@ -20,6 +21,8 @@ import numpy as np
 
 from train.data import text
 from train.data.atomic import WORK, sync, temporary, write_array, write_json
+from train.data.checks import file_hash
+from train.data.prepare_rows import RowCutter
 from train.data.text import Document, Fields, Problem
 from train.data.text_sources import Source, source_sha256, times
 from train.data.tokenize import Tokenizer
@@ -48,6 +51,7 @@ class Job:
     out: the folder of the data set, which has a folder `prepare`.
     fields: what of a record is read.
     skip: whether a problem is counted and passed over, or a DataError.
+    row_length: cut into rows of so many inputs; None keeps documents whole.
   """
 
   index: int
@@ -55,6 +59,7 @@ class Job:
   out: str
   fields: Fields
   skip: bool = False
+  row_length: int | None = None
 
   @property
   def name(self) -> str:
@@ -71,7 +76,10 @@ class _Counts:
   empty: int = 0
   text_bytes: int = 0
   problems: list[str] = dataclasses.field(default_factory=list)
-  lengths: array.array = dataclasses.field(
+  lengths: array.array = dataclasses.field(  # of documents
+    default_factory=lambda: array.array("q")
+  )
+  records: array.array = dataclasses.field(  # their lengths
     default_factory=lambda: array.array("q")
   )
   domains: array.array = dataclasses.field(
@@ -101,6 +109,7 @@ def write_shard(
   """
   hashes: list[str] = []
   counts = _Counts()
+  cutter = None if job.row_length is None else RowCutter(job.row_length)
   out = Path(job.out)
   before = times(job.source)
   with temporary(out / WORK, f"{job.name}.arrayrecord") as records:
@@ -110,31 +119,39 @@ def write_shard(
         for documents in _batches(_good(found, job, counts)):
           if stop():
             raise Stopped
-          _add(documents, tokenizer, write, counts, job)
+          for tokens in _added(documents, tokenizer, counts, job):
+            for record in [tokens] if cutter is None else cutter.cut(tokens):
+              write(record.tobytes())
+              counts.records.append(record.size)
     except text.Changed as error:
       raise DataError(str(error)) from error
     if times(job.source) != before:
       raise DataError(f"{job.source.name}: it changed while it was read")
-    _check(records, len(counts.lengths))
+    _check(records, len(counts.records))
     record = _record(job, counts, hashes, records, before)
+    if cutter is not None:
+      record["shard"] |= dict(rows=cutter.rows, left_over=cutter.left_over)
     sync(records)
     records.replace(out / f"{job.name}.arrayrecord")
-  write_array(out / f"{job.name}.lengths.npy", counts.lengths, np.int64)
+  write_array(out / f"{job.name}.lengths.npy", counts.records, np.int64)
   domains = out / WORK / f"{job.name}.domains.npy"
   write_array(domains, counts.domains, np.int16)
   write_json(job.record_file, record)
   return record
 
 
-def unchanged(source: Source, record: dict[str, Any]) -> bool:
-  """Whether the source is what the record was made of.
+def changed_files(source: Source, record: dict[str, Any]) -> list[str]:
+  """The names of the files that are not what the record was made of.
 
   Files of another time but the same size are read again and compared.
   """
   if times(source) == record["times"]:
-    return True
-  hashes = [text.hash_file(file.path) for file in source.files]
-  return source_sha256(source, hashes) == record["shard"]["input"]["sha256"]
+    return []
+  return [
+    file.name
+    for file, sha256 in zip(source.files, record["hashes"], strict=True)
+    if file_hash(file.path) != sha256
+  ]
 
 
 def _good(
@@ -152,7 +169,7 @@ def _good(
 
 def _problem(problem: Problem, job: Job, counts: _Counts) -> None:
   if not job.skip:
-    raise DataError(str(problem))
+    raise DataError(f"{problem}; --on-error skip counts it and goes on")
   counts.skipped += problem.lost
   if len(counts.problems) < _PROBLEMS_KEPT:
     counts.problems.append(str(problem))
@@ -170,22 +187,17 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
     yield batch
 
 
-def _add(
-  documents: list[Document],
-  tokenizer: Tokenizer,
-  write: Callable[[bytes], None],
-  counts: _Counts,
-  job: Job,
-) -> None:
+def _added(
+  documents: list[Document], tokenizer: Tokenizer, counts: _Counts, job: Job
+) -> Iterator[np.ndarray]:
+  """The tokens and the end of each document that has some; counts it."""
   spec = tokenizer.spec
-  end = [] if spec.eos is None else [spec.eos]
-  tail = np.array(end, spec.dtype).tobytes()
+  end = np.array([] if spec.eos is None else [spec.eos], spec.dtype)
   for document, tokens in _encoded(documents, tokenizer, counts, job):
     if not tokens.size:
       counts.empty += 1
       continue
-    write(tokens.tobytes() + tail)
-    counts.lengths.append(tokens.size + len(end))
+    counts.lengths.append(tokens.size + end.size)
     counts.text_bytes += (
       len(document.text)
       if document.text.isascii()
@@ -199,6 +211,7 @@ def _add(
         f"{_MOST_DOMAINS:,} values: expected the name of a data set"
       )
     counts.domains.append(number)
+    yield np.concatenate([tokens, end])
 
 
 def _encoded(
@@ -272,7 +285,7 @@ def _record(
     empty=counts.empty,
     text_bytes=counts.text_bytes,
     bytes=records.stat().st_size,
-    sha256=text.hash_file(str(records)),
+    sha256=file_hash(records),
     domains={
       name: dict(documents=int(documents[i]), tokens=int(tokens[i]))
       for name, i in sorted(names.items())
@@ -281,6 +294,7 @@ def _record(
   return dict(
     shard=shard,
     domain_names=list(names),
+    hashes=hashes,
     problems=counts.problems,
     times=before,
   )

@@ -17,6 +17,8 @@ from train.data.source import DataError, Pieces, TokenSource
 
 Packing = Literal["stream", "documents", "rows"]
 PACKINGS = ("stream", "documents", "rows")
+HeldOut = Literal["documents", "end"]
+HELD_OUT = ("documents", "end")
 
 _VERSION = 1  # of the plans
 _CHUNK = 1 << 20
@@ -31,12 +33,16 @@ class Layout:
     packing: "stream", "documents" or "rows", see `plan.py`.
     validation: the fraction held out for validation.
     test: the fraction held out for tests.
+    held_out: what of a stream is held out: "documents", some of all, or "end",
+      its last rows, of whatever documents, a single one among them. Ready rows
+      are held out from the end.
   """
 
   length: int
   packing: Packing = "stream"
   validation: float = 0.01
   test: float = 0.0
+  held_out: HeldOut = "documents"
 
   def __post_init__(self) -> None:
     positive = isinstance(self.length, int) and self.length >= 1
@@ -46,6 +52,11 @@ class Layout:
     for field in ("validation", "test"):
       value = getattr(self, field)
       require(0 <= value < 1, field, value, "a fraction in [0, 1)")
+    known = self.held_out in HELD_OUT
+    require(known, "held_out", self.held_out, f"one of {HELD_OUT}")
+    packed = self.packing == "documents" and self.held_out == "end"
+    expected = "'documents' with packing='documents'"
+    require(not packed, "held_out", self.held_out, expected)
     left = self.validation + self.test < 1
     require(left, "test", self.test, "below 1 with validation added")
 
@@ -93,15 +104,27 @@ def make_plan(
   """The plan of one split of a data set, from the cache where it can be.
 
   Raises:
-    DataError: the packing is "rows" and a document has another length.
+    DataError: the packing is "rows" and a document has another length, or the
+      data set is of rows and the packing is not.
     OSError: the cache cannot be written.
   """
   width = layout.length + 1
+  ready = source.row_length
+  if ready is not None and (layout.packing, ready) != ("rows", layout.length):
+    raise DataError(
+      f"{source.name}: it was cut into rows of {ready} + 1 tokens: expected "
+      f"packing='rows' and length={ready}, not packing={layout.packing!r} and "
+      f"length={layout.length}"
+    )
   fractions = (layout.validation, layout.test)
   if layout.packing == "rows":
     _check_rows(source, width)
-    bounds = plans.split_rows(len(source), split, *fractions)
-    return plans.FixedRows(width, *bounds)
+    whole: plans.Plan = plans.FixedRows(width, len(source))
+    return plans.split_rows(whole, split, *fractions)
+  if layout.held_out == "end" and fractions != (0, 0):
+    all_rows = Layout(layout.length, layout.packing, validation=0.0)
+    whole = make_plan(source, all_rows, "train", cache_dir)
+    return plans.split_rows(whole, split, *fractions)
   packed = layout.packing == "documents"
   make = plans.packed_plan if packed else plans.stream_plan
 

@@ -19,7 +19,6 @@ from train.data.batches import Fingerprint
 
 _BLOCKS = 64
 _BLOCK_BYTES = 4096
-_HASH_BYTES = 1 << 24
 
 
 class DataError(ValueError):
@@ -54,6 +53,11 @@ class TokenSource(abc.ABC):
     """The size of the vocabulary, None where the files do not say."""
 
   @property
+  def row_length(self) -> int | None:
+    """L where the files say that documents are rows of L + 1, else None."""
+    return None
+
+  @property
   @abc.abstractmethod
   def fingerprint(self) -> Fingerprint:
     """Named fields: equal ones mean, but for what no sample can see, equal
@@ -86,15 +90,6 @@ class TokenSource(abc.ABC):
       words = (np.array([x]) for x in (index, 0, length, 0))
       self.fill(Pieces(*words), out_N)
     return out_N
-
-
-def file_hash(path: Path) -> str:
-  """The SHA-256 of a file."""
-  digest = hashlib.sha256()
-  with path.open("rb") as file:
-    while block := file.read(_HASH_BYTES):
-      digest.update(block)
-  return digest.hexdigest()
 
 
 def array_hash(*arrays: np.ndarray) -> str:

@@ -109,12 +109,6 @@ def read(
         )
 
 
-def hash_file(path: str) -> str:
-  """The SHA-256 of a file."""
-  with HashedFile(path, _nothing) as raw:
-    return raw.sha256()
-
-
 def _nothing(_: int) -> None:
   pass
 
@@ -155,7 +149,8 @@ def _document(record: object, fields: Fields, where: str) -> Document:
   found, text = _get(record, fields.text)
   if not found:
     raise _Malformed(
-      f"there is no field {fields.text!r}; there are {sorted(record)[:8]}"
+      f"there is no field {fields.text!r}; there are {sorted(record)[:8]} "
+      "(--text-field)"
     )
   if not isinstance(text, str):
     raise _Malformed(f"{fields.text} is {_type(text)}: expected a string")
@@ -208,7 +203,8 @@ def _parquet(
     if text not in names:
       yield Problem(
         file.name,
-        f"there is no column {text!r}; there are {sorted(names)[:8]}",
+        f"there is no column {text!r}; there are {sorted(names)[:8]} "
+        "(--text-field)",
         max(table.metadata.num_rows, 1),
       )
       on_bytes(file.bytes)

@@ -115,9 +115,11 @@ def find_sources(
     else:
       raise ValueError(f"{name}: there is no such plain file or folder")
   if not paths:
+    seen = ", ".join(f"{n} with {x}" for x, n in left_out.most_common(5))
     raise ValueError(
       f"inputs={tuple(inputs)}: no .jsonl, .parquet or "
-      f"{', '.join(text_suffixes)} file is in there"
+      f"{', '.join(text_suffixes)} file is in there, but {seen or 'nothing'}; "
+      "--text-suffixes says what else is plain text"
     )
   return Found(
     _sources(sorted(paths), Path(os.path.commonpath(roots))),

@@ -8,7 +8,7 @@
 A document becomes its tokens and, where there is one, the end of text.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -143,8 +143,42 @@ def load(name: str, eos: str = "auto") -> Tokenizer:
   """
   if name == BYTES:
     return ByteTokenizer(eos)
+  return FileTokenizer(file_of(name), eos)
+
+
+def file_of(name: str) -> Path:
+  """The file of a name: itself, or the tokenizer.json of a folder."""
   path = Path(name)
-  return FileTokenizer(path / "tokenizer.json" if path.is_dir() else path, eos)
+  return path / "tokenizer.json" if path.is_dir() else path
+
+
+def load_recorded(folder: Path, recorded: Mapping[str, str]) -> Tokenizer:
+  """The tokenizer that made a data set; it marks no end of a document.
+
+  Args:
+    folder: the data set.
+    recorded: the "tokenizer" of its dataset.json.
+
+  Raises:
+    ValueError: its tokenizer.json is missing or another one, or `tokenizers`
+      is not installed.
+  """
+  if recorded.get("type", recorded["name"]) == BYTES:
+    return ByteTokenizer("none")
+  path = folder / "tokenizer.json"
+  tokenizer = FileTokenizer(path, "none")
+  check_same(tokenizer, recorded["sha256"], str(path))
+  return tokenizer
+
+
+def check_same(tokenizer: Tokenizer, sha256: str, name: str) -> None:
+  """Raises ValueError where a tokenizer is not the one of this SHA-256."""
+  found = tokenizer.spec.sha256
+  if found != sha256:
+    raise ValueError(
+      f"tokenizer={name!r}: its SHA-256 is {found[:16]}…: expected "
+      f"{sha256[:16]}…, of the tokenizer that made the tokens"
+    )
 
 
 def read_tokenizer_file(path: str | Path) -> bytes:
