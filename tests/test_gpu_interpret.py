@@ -77,3 +77,42 @@ def test_interpreted_kernels(T, P, coefficients, dtype, borders):
     for a, b in pairs:
       error = np.linalg.norm(np.float64(a) - np.float64(b))
       assert error <= _TOLERANCE[dtype] * np.linalg.norm(b), name
+
+
+@pytest.mark.parametrize(
+  "T, borders",
+  [(1100, ()), pytest.param(1100, (300, 700, 1090), marks=pytest.mark.slow)],
+)
+def test_sums_of_slices(T, borders):
+  """Of 18 chunks in two slices, each made of two halves."""
+  kernel = Kernel(BASED.scaled(0.25), 1e-6, by_shared=True)
+  q, k, v, do = _inputs(T, 16, "bfloat16")
+  runs_BT = None
+  if borders:
+    steps = jnp.zeros((1, T), jnp.int32).at[0, jnp.array(borders)].set(1)
+    runs_BT = spec.document_runs(jnp.cumsum(steps, axis=1))
+  across = jax.random.normal(jax.random.key(1), (1, T, 1, 2))
+  r_BTH, dz_BTH = 0.01 * (across**2)[..., 0], 0.01 * across[..., 1]
+  wide = [x.astype(jnp.float32) for x in (q, k, v, do)]
+  expected = (
+    xla_chunked.key_state(*wide[1:3], runs_BT, kernel),
+    xla_chunked.query_cotangent(
+      wide[0], wide[3], r_BTH, dz_BTH, runs_BT, kernel
+    ),
+  )
+  # The kernels divide sim by c2, and hold r and dz as (B, H, whole chunks).
+  rows = lambda x: (
+    kernel.coefficients.c2
+    * jnp.pad(jnp.moveaxis(x, 2, 1), ((0, 0), (0, 0), (0, -T % 64)))
+  )
+  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    found = (
+      gpu.key_state(k, v, runs_BT, kernel),
+      gpu.query_cotangent(q, do, rows(r_BTH), rows(dz_BTH), runs_BT, kernel),
+    )
+    found = jax.tree.map(np.asarray, found)
+  for a, b in zip(
+    jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+  ):
+    error = np.linalg.norm(np.float64(a) - np.float64(b))
+    assert error <= _TOLERANCE["bfloat16"] * np.linalg.norm(b)

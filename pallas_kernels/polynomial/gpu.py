@@ -67,7 +67,7 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
   if not return_state:
     return o, None
   if not alone:
-    joined_B = None if runs_BT is None else documents.whole_SB[-1]
+    joined_B = None if runs_BT is None else documents.whole(call)[-1]
     after = [
       _add(y[-1], x[-1], joined_B) for x, y in zip(before, own, strict=False)
     ]
@@ -86,9 +86,8 @@ def key_state(k, v, runs_BT, kernel: Kernel) -> State:
   call = _call(k, v, runs_BT, kernel)
   _, filled_k, filled_v = _fill(k, k, v)
   documents = gpu_documents.of_rows(runs_BT, call)
-  rows = documents.rows(call)
-  own = gpu_forward.key_states(filled_k, filled_v, rows, call)
-  kv, kk = (_last(x, documents.whole_SB) for x in own)
+  own = _own_keys(filled_k, filled_v, documents, call)
+  kv, kk = (_last(x, documents.whole(call)) for x in own)
   count_BH = gpu_documents.count(runs_BT, call)
   return gpu_states.from_kernel(kv, kk, count_BH, v.shape[-1], call)
 
@@ -132,7 +131,7 @@ def backward_keys(
   if not return_state:
     return dk, dv, None
   if not alone:
-    joined_B = None if runs_BT is None else documents.whole_SB[0]
+    joined_B = None if runs_BT is None else documents.whole(call)[0]
     before = [
       _add(y[0], x[0], joined_B) for x, y in zip(after, own, strict=True)
     ]
@@ -148,8 +147,8 @@ def query_cotangent(q, do, r, dz, runs_BT, kernel: Kernel) -> State:
   q, _, do = _fill(q, q, do)
   documents = gpu_documents.of_rows(runs_BT, call)
   rows = dict(r=r, dz=dz) | documents.rows(call)
-  own = gpu_backward.query_cotangents(q, do, rows, call)
-  whole_SB = documents.whole_SB
+  own = _own_queries(q, do, rows, documents, call)
+  whole_SB = documents.whole(call)
   backwards = None if whole_SB is None else whole_SB[::-1]
   kv, kk = (_last(x[::-1], backwards) for x in own)
   return _cotangent(kv, kk, dz, None, documents, P, call)
@@ -196,8 +195,8 @@ def _prefix(k, v, documents: Documents, state: State | None, call: Call):
       count_BH = state.kk_BHGG[:, :, -1, -1]
   own = None
   if call.slices > 1:
-    own = gpu_forward.key_states(k, v, documents.rows(call), call)
-  kv, kk = _exclusive(own, outer, documents.whole_SB)
+    own = _own_keys(k, v, documents, call)
+  kv, kk = _exclusive(own, outer, documents.whole(call))
   steps = jnp.arange(call.slices, dtype=jnp.float32) * (call.chunks * C)
   if documents.codes_B1T is not None:
     steps = jnp.zeros_like(steps)  # `past` knows them
@@ -211,11 +210,43 @@ def _suffix(q, do, rows, documents: Documents, dstate, call: Call):
     outer = gpu_states.to_kernel(dstate, call, cotangent=True)
   if call.slices == 1:
     return (tuple(x[None] for x in outer) if outer else ()), None
-  own = gpu_backward.query_cotangents(q, do, rows, call)
+  own = _own_queries(q, do, rows, documents, call)
   flip = lambda xs: tuple(x[::-1] for x in xs)
-  whole_SB = documents.whole_SB
+  whole_SB = documents.whole(call)
   backwards = None if whole_SB is None else whole_SB[::-1]
   return flip(_exclusive(flip(own), outer, backwards)), own
+
+
+def _own_keys(k, v, documents: Documents, call: Call) -> tuple:
+  """(KVᵀ, KK) behind each slice, of its own keys."""
+  rows = documents.rows(call)
+  if call.slices == 1:
+    return tuple(gpu_forward.key_states(k, v, rows, call))
+  halves = gpu_forward.key_states(k, v, rows, call.halves)
+  pairs = (_pairs(x, documents, call) for x in halves)
+  return tuple(_add(late, early, whole) for early, late, _, whole in pairs)
+
+
+def _own_queries(q, do, rows, documents: Documents, call: Call) -> tuple:
+  """The cotangents of (KVᵀ, KK) before each slice, of its own queries."""
+  if call.slices == 1:
+    return tuple(gpu_backward.query_cotangents(q, do, rows, call))
+  halves = gpu_backward.query_cotangents(q, do, rows, call.halves)
+  pairs = (_pairs(x, documents, call) for x in halves)
+  return tuple(_add(early, late, whole) for early, late, whole, _ in pairs)
+
+
+def _pairs(x_SB: Array, documents: Documents, call: Call):
+  """The halves of each slice and whether they are whole; a missing one is 0."""
+  missing = 2 * call.slices - x_SB.shape[0]
+  fill = lambda x, value: jnp.pad(
+    x, ((0, missing), *((0, 0),) * (x.ndim - 1)), constant_values=value
+  )
+  x_SB, whole_SB = fill(x_SB, 0), documents.whole(call.halves)
+  if whole_SB is None:
+    return x_SB[::2], x_SB[1::2], None, None
+  whole_SB = fill(whole_SB, True)
+  return x_SB[::2], x_SB[1::2], whole_SB[::2], whole_SB[1::2]
 
 
 def _exclusive(own, outer, whole_SB):

@@ -122,6 +122,14 @@ class Call:
     return -(-self.T // C)
 
   @property
+  def halves(self) -> "Call":
+    """Slices half as long, for a program that walks twice as many heads."""
+    chunks = self.chunks // 2
+    return dataclasses.replace(
+      self, chunks=chunks, slices=-(-self.total // chunks)
+    )
+
+  @property
   def affine(self) -> bool:
     """Whether sim' is more than the square."""
     return bool(self.c0 or self.c1)
@@ -180,6 +188,8 @@ def make_call(
   total = -(-T // C)
   slices = max(1, min(programs // (B * H * -(-P // V)), total // 8))
   chunks = -(-total // slices)
+  if slices > 1:
+    chunks += chunks % 2  # `halves` are as long
   c0, c1, c2 = dataclasses.astuple(kernel.coefficients)
   square = 1.0
   if dtype == jnp.float16:

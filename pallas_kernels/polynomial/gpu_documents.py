@@ -33,7 +33,8 @@ class Documents(NamedTuple):
 
   codes_B1T: Array | None  # of the tokens, filled up to chunks
   past_B1T: Array | None  # of the token's document, before its chunk
-  whole_SB: Array | None  # the document before a slice is the one behind it
+  before_BN: Array | None  # the run before each chunk
+  last_BN: Array | None  # the run of each chunk's last token
   all_B: Array | None  # the row is one document
   first_B1T: Array | None  # the token is in the row's first document
 
@@ -43,10 +44,18 @@ class Documents(NamedTuple):
     rows = dict(codes=self.codes_B1T)
     return rows | dict(past=self.past_B1T) if past and call.c0 else rows
 
+  def whole(self, call: Call) -> Array | None:
+    """(slices, B): the document before a slice is the one behind it."""
+    if self.codes_B1T is None:
+      return None
+    begins_S = jnp.arange(call.slices) * call.chunks
+    ends_S = jnp.minimum(begins_S + call.chunks, call.total) - 1
+    return (self.before_BN[:, begins_S] == self.last_BN[:, ends_S]).T
+
 
 def of_rows(runs_BT: Array | None, call: Call) -> Documents:
   if runs_BT is None:
-    return Documents(*[None] * 5)
+    return Documents(*[None] * 6)
   B, T = runs_BT.shape
   pad = lambda x, value: jnp.pad(
     x, ((0, 0), (0, call.total * C - T)), constant_values=value
@@ -64,14 +73,11 @@ def of_rows(runs_BT: Array | None, call: Call) -> Documents:
   bit = lambda value, where_BT: jnp.where(where_BT, value, 0)
   last_BT = bit(LAST, runs_BT == each(last_BN))
   code_BT = 4 * runs_BT + last_BT + bit(FIRST, first_BT)
-  ends_BS = last_BN[:, call.chunks - 1 :: call.chunks]
-  if ends_BS.shape[1] < call.slices:
-    ends_BS = jnp.concatenate([ends_BS, last_BN[:, -1:]], axis=1)
-  begins_BS = before_BN[:, :: call.chunks]
   return Documents(
     pad(code_BT.astype(jnp.int32), 4 * 2**28)[:, None],
     pad(past_BT.astype(jnp.float32), 0.0)[:, None],
-    (begins_BS == ends_BS).T,
+    before_BN,
+    last_BN,
     runs_BT[:, -1] == 0,
     pad(runs_BT == 0, False)[:, None],
   )
