@@ -105,7 +105,9 @@ class Block(nnx.Module):
       axes=axes,
       query_positions=query_positions,
     )
-    return self._rest(base.take_positions(x_BTD, query_positions), y_BTD)
+    place = lambda x: base.place(x, axes, whole_rows=query_positions is None)
+    x_BTD = base.take_positions(x_BTD, query_positions)
+    return place(self._rest(x_BTD, place(y_BTD)))
 
   def prefill(self, x_BTD: Array, state, *, segment_ids=None, axes=None):
     y_BTD, state = self.mixer.prefill(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from pallas_kernels import ShardAxes
 from rebased_jax import blocks
 from rebased_jax.blocks import ModelConfig as ModelConfig, Pair
+from rebased_jax.mixers import base
 
 
 class LMState(NamedTuple):
@@ -83,7 +84,9 @@ class LM(nnx.Module):
     _check_rows("tokens", tokens)
     if positions_to_predict is not None:
       _check_rows("positions_to_predict", positions_to_predict)
-    x_BTD = self._embed(tokens, jnp.arange(tokens.shape[1])[None], dropout_key)
+    x_BTD = self._embed(
+      tokens, jnp.arange(tokens.shape[1])[None], dropout_key, axes
+    )
     last = self.config.pairs - 1
     graph, stacked = nnx.split(self.pairs)
 
@@ -172,13 +175,18 @@ class LM(nnx.Module):
     body = lambda x, inputs: call(nnx.merge(graph, inputs[0]), x, inputs[1])
     return jax.lax.scan(body, x, (stacked, states))
 
-  def _embed(self, tokens_BT, positions_BT, dropout_key=None) -> Array:
+  def _embed(
+    self, tokens_BT, positions_BT, dropout_key=None, axes=None
+  ) -> Array:
     config = self.config
     dtype = jnp.float64 if config.dtype == "float64" else jnp.float32
-    x_BTD = _lookup(self.token_embedding[...], tokens_BT).astype(dtype)
+    lookup = lambda table, index: _lookup(
+      base.gathered(table[...], axes), index
+    ).astype(dtype)
+    x_BTD = base.place(lookup(self.token_embedding, tokens_BT), axes)
     if self.position_embedding is not None:
       check_length(config, tokens_BT.shape[1])
-      x_BTD += _lookup(self.position_embedding[...], positions_BT).astype(dtype)
+      x_BTD += lookup(self.position_embedding, positions_BT)
     if dropout_key is None or config.dropout == 0:
       return x_BTD
     return nnx.Dropout(config.dropout)(

@@ -3,7 +3,12 @@
 import os
 
 os.environ["XLA_FLAGS"] = " ".join(
-  [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+  [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    # Eight devices on two busy cores wait for each other longer than 40 s.
+    "--xla_cpu_collective_call_terminate_timeout_seconds=300",
+  ]
 )
 os.environ.setdefault("MPLBACKEND", "agg")
 

@@ -64,6 +64,18 @@ _REFUSED = {
     _train("--accumulate", "2"),
     ["batch=8", "8 devices × accumulate=2"],
   ),
+  "mesh": (
+    _train("--mesh.fsdp", "3"),
+    ["mesh='fsdp 3 × context 1 × tensor 1'", "divides the 8 devices"],
+  ),
+  "context": (
+    _train("--mesh.context", "8", "--data.length", "12", "--batch", "8"),
+    ["data.length=12", "a multiple of mesh.context=8"],
+  ),
+  "distributed": (
+    _train("--distributed", "yes"),
+    ["distributed='yes'", "auto"],
+  ),
   "too many steps": (
     ("train", "mqar-paper-rebased-128", "--steps", "12545"),
     ["steps=12545", "12544 batches"],
@@ -240,6 +252,12 @@ def test_inspect(call, finished: Path) -> None:
   assert code == 0 and re.search(r"│ step +│ +4 │", out)
   assert re.search(r"│ data.length +│ +16 │", out)
   assert re.search(r"│ finished +│ +None │", out)
+  code, out, _ = call("inspect", "mqar", "--mesh.fsdp", "4")
+  assert code == 0 and "mesh: fsdp 4" in out
+  assert re.search(r"token_embedding +│ \(256, 64\) +│ –, fsdp +│ +4,096", out)
+  code, out, _ = call("inspect", str(finished), "--mesh.tensor", "5")
+  assert code == 0 and re.search("heads=2 is no multiple of mesh.tensor=5", out)
+  assert "token_embedding: tensor: 32 is no multiple of 5" in out
   code, _, err = call("inspect", str(finished / "checkpoints" / "5"))
   assert code == 2 and "no step 5" in err
 

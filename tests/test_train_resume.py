@@ -25,7 +25,13 @@ from train_cases import (
   trainer as trainer,
 )
 
-from train import build, config as config_lib, loop, sharding, start
+from train import (
+  build,
+  config as config_lib,
+  loop,
+  mesh as mesh_lib,
+  start,
+)
 from train.checkpoint import read_meta
 from train.run_folder import RunFolder, RunFolderError
 
@@ -36,12 +42,12 @@ _SIGNAL = """
 import os, signal
 from train import sharding
 put, count = sharding.put_batch, 0
-def put_batch(batch, mesh):
+def put_batch(*args):
   global count
   count += "evaluate" not in sys._getframe(1).f_code.co_name
   if count == {at}:
     os.kill(os.getpid(), signal.{name})
-  return put(batch, mesh)
+  return put(*args)
 sharding.put_batch = put_batch
 """
 _SLOW = """
@@ -194,7 +200,7 @@ def test_warm_start(finished: Path, tmp_path: Path) -> None:
     saved_bits(finished, _CONFIG)[1],
     dataclasses.replace(_CONFIG, init_from=str(finished), seed=5),
   )
-  mesh = sharding.make_mesh()
+  mesh = mesh_lib.make_mesh()
   with jax.set_mesh(mesh):
     built = build.build(config, mesh)
     with loop.Checkpoints(tmp_path / "none") as none:

@@ -17,7 +17,7 @@ from train_cases import (
 )
 
 import train
-from train import build, cli, plots, restore, sharding
+from train import build, cli, mesh as mesh_lib, plots, restore
 from train.checkpoint import Checkpoints, read_meta
 from train.config import MQARStreamData
 from train.loop import TrainingFailed
@@ -68,7 +68,7 @@ def test_it_learns_and_stops_early(learned: Path) -> None:
 def test_the_files_of_a_run(learned: Path) -> None:
   assert {x.name for x in learned.iterdir()} == {
     *("config.json", "metrics.jsonl", "checkpoints", "tensorboard"),
-    *("learning.png", "attention.png"),
+    *("learning.png", "attention.png", "sharding.txt"),
   }
   assert RunFolder(learned).read_config() == _CONFIG
   assert len(list((learned / "checkpoints").iterdir())) <= _CONFIG.keep
@@ -209,7 +209,7 @@ def _checkpoint_steps(folder: Path) -> set[int]:
 
 
 def _restored(folder: Path, config) -> dict:
-  mesh = sharding.make_mesh()
+  mesh = mesh_lib.make_mesh()
   with jax.set_mesh(mesh):
     abstract = build.to_dicts(build.build(config, mesh).abstract)
     with Checkpoints(folder / "checkpoints") as checkpoints:

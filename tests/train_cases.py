@@ -119,7 +119,8 @@ def environment(cache: Path, devices: int = 1) -> dict[str, str]:
     "JAX_PLATFORMS": "cpu",
     "PYTHONPATH": str(ROOT),
     "COLUMNS": "200",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=300",
     "JAX_COMPILATION_CACHE_DIR": str(cache),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
@@ -156,10 +157,10 @@ def bits(tree: Any) -> dict[str, tuple]:
 
 def saved_bits(path: Path, config: RunConfig) -> tuple[int, dict[str, tuple]]:
   """(step, bytes of every array) of the newest checkpoint of a run."""
-  from train import build, sharding
+  from train import build, mesh as mesh_lib
   from train.checkpoint import Checkpoints
 
-  mesh = sharding.make_mesh()
+  mesh = mesh_lib.make_mesh()
   with jax.set_mesh(mesh):
     abstract = build.to_dicts(build.build(config, mesh).abstract)
     with Checkpoints(path / "checkpoints", keep=config.keep) as checkpoints:

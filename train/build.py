@@ -12,20 +12,30 @@ import jax
 from jax.sharding import Mesh
 
 from rebased_jax import LM, ModelConfig
-from train import optimizer, sharding, step
+from train import mesh as mesh_lib, optimizer, sharding, step
 from train.config import RunConfig
 
 _DROPOUT = 1  # folded into the run's key; parameters use the key itself
 
 
-class Built(NamedTuple):
-  """The parts of a run that live on devices."""
+class Steps(NamedTuple):
+  """The compiled functions of a run, and what they take."""
 
   mesh: Mesh
   program: step.Program
   abstract: step.State  # shapes, dtypes and shardings of the state
   train_step: Any  # (state, batch, key) → (state, metrics); donates the state
   eval_step: Any  # (params, batch) → sums
+
+
+class Built(NamedTuple):
+  """The parts of a run that live on devices: `Steps`, and the run's key."""
+
+  mesh: Mesh
+  program: step.Program
+  abstract: step.State
+  train_step: Any
+  eval_step: Any
   key: jax.Array
 
 
@@ -35,37 +45,51 @@ def build(config: RunConfig, mesh: Mesh) -> Built:
   Raises:
     ValueError: the batch does not fit the devices.
   """
-  sharding.check_batch(config.batch, config.accumulate, mesh)
+  key = jax.random.fold_in(jax.random.key(config.seed), _DROPOUT)
+  return Built(
+    *steps(config, mesh), jax.device_put(key, sharding.replicated(mesh))
+  )
+
+
+def steps(config: RunConfig, mesh: Mesh) -> Steps:
+  """`build`, on devices that need not be there.
+
+  Raises:
+    ValueError: the batch does not fit the devices.
+  """
+  mesh_lib.check_batch(
+    config.batch, config.accumulate, config.data.length, mesh
+  )
   tx = optimizer.make(config.optimizer, config.steps)
   graph, _ = nnx.split(abstract_model(config))
-  program = step.Program(graph, tx, config.accumulate, sharding.AXES)
   shapes = jax.eval_shape(lambda: _init(config, tx))
   placed = sharding.of_tree(shapes, mesh)
+  axes = mesh_lib.shard_axes(mesh, getattr(config.model.mixer, "heads", None))
+  program = step.Program(graph, tx, config.accumulate, axes, placed["params"])
   abstract = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     shapes,
     placed,
   )
-  rows, everywhere = sharding.of_batch(mesh), sharding.replicated(mesh)
+  fields = tuple(config.data.fields(config.batch))
+  batch = sharding.of_batch(fields, mesh)
+  everywhere = sharding.replicated(mesh)
   train_step = functools.partial(step.train_step, program=program)
   eval_step = functools.partial(step.eval_step, program=program)
-  return Built(
+  return Steps(
     mesh,
     program,
     abstract,
     jax.jit(
       _named(train_step, "train_step"),
-      in_shardings=(placed, rows, everywhere),
+      in_shardings=(placed, batch, everywhere),
       out_shardings=(placed, everywhere),
       donate_argnums=0,
     ),
     jax.jit(
       _named(eval_step, "eval_step"),
-      in_shardings=(placed["params"], rows),
+      in_shardings=(placed["params"], batch),
       out_shardings=everywhere,
-    ),
-    jax.device_put(
-      jax.random.fold_in(jax.random.key(config.seed), _DROPOUT), everywhere
     ),
   )
 

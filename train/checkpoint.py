@@ -23,6 +23,7 @@ from etils import epath
 
 from train import checkpoint_record as records, checkpoint_storage as storage
 from train.checkpoint_record import FORMAT_VERSION, CheckpointError
+from train.distributed import all_processes
 
 __all__ = [
   "FORMAT_VERSION",
@@ -267,7 +268,7 @@ def _read_newest(
       reason = str(error)
     except CheckpointError as error:
       raise CheckpointError(f"{directory}/{candidate}: {error}") from error
-    if storage.all_processes(reason is None):
+    if all_processes(reason is None):
       return found, passed
     passed.append((candidate, reason or "unreadable in another process"))
     _log.warning("%s/%d is unreadable: %s", directory, *passed[-1])

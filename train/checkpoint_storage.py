@@ -18,11 +18,10 @@ import warnings
 
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
-import numpy as np
 from orbax.checkpoint import v1
 
 from train.checkpoint_record import CheckpointError, DamagedError
+from train.distributed import all_processes
 
 # What these say about a read is about the machine, not about the files.
 _NOT_DAMAGE = (
@@ -161,13 +160,6 @@ def steps(directory: epath.Path) -> list[int]:
       f"{directory}: only damaged checkpoints: {', '.join(sorted(damaged))}"
     )
   return found
-
-
-def all_processes(ok: bool) -> bool:
-  """Whether `ok` holds in every process."""
-  if jax.process_count() == 1:
-    return ok
-  return bool(np.all(multihost_utils.process_allgather(np.bool_(ok))))
 
 
 def rename(path: epath.Path, target: epath.Path) -> None:

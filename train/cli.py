@@ -5,6 +5,7 @@
     rebased evaluate RUN               held-out loss and accuracy of a run
     rebased generate RUN --prompt ...  text from a run's language model
     rebased inspect WHAT               a preset, a run, a checkpoint, a model
+    rebased compile PRESET             the step, for TPUs that are not attached
     rebased prepare INPUT ...          text to tokens, for training
     rebased tokenizer train INPUT ...  a BPE tokenizer from text
     rebased inspect data PATH          a data set: counts, lengths, a sample
@@ -19,6 +20,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import datetime
 import difflib
+import os
 import shlex
 import sys
 import typing
@@ -30,51 +32,7 @@ import tyro
 if typing.TYPE_CHECKING:
   from train.config import RunConfig
 
-_Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 _Path = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-_What = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
-
-
-@dataclasses.dataclass(frozen=True)
-class ResumeArgs:
-  """Goes on with a run, as it was configured."""
-
-  run_dir: _Run  # the run's folder
-  allow_data_change: bool = False  # go on although the data has changed
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateArgs:
-  """Held-out loss and accuracy of a run's weights."""
-
-  run_dir: _Run  # the run's folder
-  step: int | None = None  # of the checkpoint; default the newest
-  test: bool = False  # the test split in place of the validation split
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateArgs:
-  """Prints a prompt and what a run's language model writes behind it."""
-
-  run_dir: _Run  # the run's folder
-  prompt: str  # the text to go on with; --prompt=-x where it begins with -
-  tokens: int = 200  # at most; the end of a document ends it before
-  temperature: float = 0.8  # 0 takes the likeliest token
-  top_k: int | None = None  # sample from the likeliest alone
-  seed: int = 0  # the same seed, the same text
-  step: int | None = None  # of the checkpoint; default the newest
-  tokenizer: str | None = None  # default the data set's; bytes or a file
-  eos: str = "auto"  # with --tokenizer: the token that ends a document
-
-
-@dataclasses.dataclass(frozen=True)
-class InspectArgs:
-  """Shows a preset, a run, a checkpoint RUN/checkpoints/STEP, or a model.
-
-  Models are those whose parameters the paper counts, as table-4-mamba-64.
-  """
-
-  what: _What  # a preset's or a model's name, or a folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +42,14 @@ class InspectDataArgs:
   path: _Path  # a prepared folder, or a Megatron index NAME.idx
   length: int = 256  # of the sample
   verify: bool = False  # read every byte and compare its checksums
+
+
+_COMPILE_ONLY = dict(
+  JAX_PLATFORMS="cpu",
+  ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+  TPU_SKIP_MDS_QUERY="1",
+  TPU_WORKER_HOSTNAMES="localhost",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -98,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluate=_evaluate,
     generate=_generate,
     inspect=_inspect,
+    compile=_compile,
     prepare=_prepare,
     tokenizer=_tokenizer,
     doctor=_doctor,
@@ -107,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     _refuse(_unknown("command", args[0], commands))
   if args[0] in ("prepare", "tokenizer"):  # no jax: their workers need none
     sys.exit(_without_jax(command, args[1:]))
+  if args[0] == "compile":  # libtpu is not to look for TPUs, nor to lock them
+    for name, value in _COMPILE_ONLY.items():
+      os.environ.setdefault(name, value)
   # Not at the top: jax and orbax take seconds that a wrong word need not wait.
   from train.checkpoint import CheckpointError
   from train.loop import TrainingFailed
@@ -132,12 +102,12 @@ def _unknown(kind: str, name: str, known) -> str:
   return f"there is no {kind} {name!r}{hint} Known: {', '.join(known)}"
 
 
-def _preset(args: list[str]) -> tuple[str, "RunConfig"]:
+def _preset(args: list[str], command: str = "train") -> tuple[str, "RunConfig"]:
   from train.presets import make_presets
 
   presets = make_presets()
   if not args or args[0].startswith("-"):
-    print("usage: rebased train PRESET [--options]\n\npresets:")
+    print(f"usage: rebased {command} PRESET [--options]\n\npresets:")
     print("\n".join(f"  {name}" for name in presets))
     sys.exit(0 if args else 2)
   if args[0] not in presets:
@@ -146,6 +116,7 @@ def _preset(args: list[str]) -> tuple[str, "RunConfig"]:
 
 
 def _train(args: list[str]) -> int:
+  from train import distributed
   from train.train_args import TrainArgs
 
   name, preset = _preset(args)
@@ -155,6 +126,12 @@ def _train(args: list[str]) -> int:
     args=args[1:],
     default=TrainArgs(preset),
   )
+  distributed.start(parsed.distributed)
+  if parsed.run_dir is None and parsed.distributed != "off":
+    raise ValueError(
+      "--run-dir: expected a folder that all processes share, with "
+      f"--distributed {parsed.distributed}"
+    )
   time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
   default = f"runs/{name}-{time}"
   run_dir = default if parsed.run_dir is None else parsed.run_dir
@@ -162,18 +139,21 @@ def _train(args: list[str]) -> int:
 
 
 def _resume(args: list[str]) -> int:
-  from train.run_folder import RunFolder
+  from train import distributed
+  from train.train_args import ResumeArgs, of_run
 
-  parsed = tyro.cli(ResumeArgs, prog="rebased resume", args=args)
-  config = RunFolder(parsed.run_dir).read_config()
+  parsed, config = of_run(ResumeArgs, "rebased resume", args)
+  distributed.start(parsed.distributed)
   return _run(config, parsed.run_dir, parsed.allow_data_change)
 
 
 def _run(config: "RunConfig", run_dir: str, allow_data_change: bool) -> int:
+  import jax
+
   from train import loop, report
   from train.run_folder import RunFolder
 
-  console = Console()
+  console = Console(quiet=jax.process_index() != 0)
   folder = RunFolder(run_dir)
   outcome = loop.train(
     config, folder, console, allow_data_change=allow_data_change
@@ -191,16 +171,21 @@ def _run(config: "RunConfig", run_dir: str, allow_data_change: bool) -> int:
 
 
 def _evaluate(args: list[str]) -> int:
-  from train import report
+  from train import distributed, report
+  from train.run_folder import RunFolder
+  from train.train_args import EvaluateArgs, of_run
 
-  parsed = tyro.cli(EvaluateArgs, prog="rebased evaluate", args=args)
+  parsed, config = of_run(EvaluateArgs, "rebased evaluate", args)
+  distributed.start(parsed.distributed)
+  folder = RunFolder(parsed.run_dir)
   return report.evaluate_run(
-    parsed.run_dir, parsed.step, Console(), test=parsed.test
+    config, folder, parsed.step, Console(), test=parsed.test
   )
 
 
 def _generate(args: list[str]) -> int:
   from train import complete
+  from train.train_args import GenerateArgs
 
   parsed = tyro.cli(GenerateArgs, prog="rebased generate", args=args)
   how = complete.Sampling(
@@ -215,6 +200,7 @@ def _inspect(args: list[str]) -> int:
   from rebased_jax.presets import make_models
   from train import inspect_data, inspect_run
   from train.presets import make_presets
+  from train.train_args import InspectArgs
 
   if args[:1] == ["data"] and len(args) > 1:
     parsed = tyro.cli(
@@ -223,15 +209,31 @@ def _inspect(args: list[str]) -> int:
     return inspect_data.show(
       parsed.path, Console(), length=parsed.length, verify=parsed.verify
     )
-  what = tyro.cli(InspectArgs, prog="rebased inspect", args=args).what
+  parsed = tyro.cli(InspectArgs, prog="rebased inspect", args=args)
+  what, mesh, console = parsed.what, parsed.mesh, Console()
   presets, models = make_presets(), make_models()
   if what in presets:
-    inspect_run.show_config(presets[what], what, Console())
+    config = dataclasses.replace(presets[what], mesh=mesh)
+    inspect_run.show_config(config, what, console)
     return 0
   if what in models:
-    inspect_run.show_model(models[what], what, Console())
+    inspect_run.show_model(models[what], what, console)
     return 0
-  return inspect_run.show_folder(what, (*presets, *models), Console())
+  return inspect_run.show_folder(what, (*presets, *models), console, mesh)
+
+
+def _compile(args: list[str]) -> int:
+  from train import aot
+  from train.train_args import CompileArgs
+
+  name, preset = _preset(args, "compile")
+  parsed = tyro.cli(
+    CompileArgs,
+    prog=f"rebased compile {name}",
+    args=args[1:],
+    default=CompileArgs(preset),
+  )
+  return aot.show(parsed.run, parsed.topology, Console())
 
 
 def _prepare(args: list[str]) -> int:

@@ -19,6 +19,7 @@ from train.data_config import (
   MQARStreamData as MQARStreamData,
   TextData as TextData,
 )
+from train.mesh import MeshConfig as MeshConfig
 
 VERSION = 1  # of the JSON form
 
@@ -88,6 +89,7 @@ class RunConfig:
   stop_accuracy: float | None = None  # held out: above it the run ends early
   init_from: str | None = None  # a run folder: its weights, a fresh optimiser
   tensorboard: bool = False  # event files too
+  mesh: MeshConfig = MeshConfig()  # of the devices; free to change
 
   def __post_init__(self):
     integers = ("steps", "batch", "accumulate", "eval_every", "save_every")
@@ -142,6 +144,7 @@ _CLASSES: dict[str, type] = {
   cls.__name__: cls
   for cls in (
     *MIXER_CONFIGS,
+    MeshConfig,
     ModelConfig,
     MQARPaperData,
     MQARStreamData,
@@ -232,6 +235,11 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
     return [] if a == b else [f"{path}: {a!r} → {b!r}"]
 
   return walk(to_dict(old), to_dict(new), "")
+
+
+def of_mesh(difference: str) -> bool:
+  """Whether one of `differences` is of where the run computes, not of what."""
+  return difference.startswith("mesh.")
 
 
 def of_data(difference: str) -> bool:

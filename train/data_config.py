@@ -4,12 +4,19 @@ import abc
 from collections.abc import Sequence
 import dataclasses
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from train.data import batches, lm, mqar, mqar_paper
 from train.data.plan_cache import CACHE_DIR
 from train.data.rows import HeldOut, Layout, Packing, open_source
 from train.data.source import DataError, TokenSource
+
+
+class Field(NamedTuple):
+  """One array of a batch."""
+
+  shape: tuple[int, int]
+  dtype: str
 
 
 class DataConfig(abc.ABC):
@@ -27,6 +34,10 @@ class DataConfig(abc.ABC):
   @abc.abstractmethod
   def eval_batches(self, rows: int, seed: int) -> batches.Batches:
     """The held-out batches, finitely many, of `rows` rows each."""
+
+  @abc.abstractmethod
+  def fields(self, rows: int) -> dict[str, Field]:
+    """The arrays of a batch of `rows` rows, of every split; reads no file."""
 
   def test_batches(self, rows: int, seed: int) -> batches.Batches:
     """The batches of the test split; ValueError where there is none."""
@@ -53,6 +64,15 @@ class MQARData(DataConfig):
 
   def rows(self) -> mqar.MQARConfig:
     return mqar.MQARConfig(self.vocab_size, self.length, self.pairs, self.power)
+
+  def fields(self, rows: int) -> dict[str, Field]:
+    predicted = (rows, self.pairs)
+    return dict(
+      tokens=Field((rows, self.length), "int32"),
+      positions=Field(predicted, "int32"),
+      targets=Field(predicted, "int32"),
+      weights=Field(predicted, "float32"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +200,14 @@ class TextData(DataConfig):
       limit=self.eval_rows if held_out else None,
       cache_dir=CACHE_DIR if self.cache_dir is None else Path(self.cache_dir),
     )
+
+  def fields(self, rows: int) -> dict[str, Field]:
+    shape = (rows, self.length)
+    names = ("tokens", "targets") + ("segment_ids",) * (
+      self.packing == "documents"
+    )
+    integers = {name: Field(shape, "int32") for name in names}
+    return {**integers, "weights": Field(shape, "float32")}
 
   def train_batches(self, rows: int, seed: int) -> batches.Batches:
     return self._batches(rows, seed, "train")

@@ -14,7 +14,7 @@ def evaluate(
 
   Padding rows have weight 0 and count for nothing.
   """
-  rows = sharding.local_rows(data.rows)
+  rows = sharding.local_rows(data.rows, built.mesh)
   total = dict(loss=0.0, correct=0.0, tokens=0.0)
   sums = []
   with batches_lib.iterate(
@@ -22,7 +22,9 @@ def evaluate(
   ) as iterator:
     for batch in iterator:
       sums.append(
-        built.eval_step(params, sharding.put_batch(batch, built.mesh))
+        built.eval_step(
+          params, sharding.put_batch(batch, built.mesh, data.rows)
+        )
       )
   for batch_sums in sums:
     for name in total:

@@ -1,5 +1,6 @@
 """`rebased inspect`: what a preset, a run or a checkpoint is."""
 
+import dataclasses
 import difflib
 from typing import Any
 
@@ -10,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rebased_jax import ModelConfig
-from train import build, config as config_lib
+from train import build, config as config_lib, mesh_report
 from train.checkpoint import NoCheckpointError, read_meta
 from train.config import RunConfig
 from train.console import rows
+from train.mesh import MeshConfig
 from train.run_folder import RunFolder
 
 
@@ -21,6 +23,8 @@ def show_config(config: RunConfig, title: str, console: Console) -> None:
   """The config's fields, and the parameters by group."""
   console.print(rows(title, _flat(config_lib.to_dict(config))))
   _show_sizes(config.model, config.data.length, console)
+  if config.mesh != MeshConfig():
+    _show_mesh(config, console)
 
 
 def show_model(config: ModelConfig, title: str, console: Console) -> None:
@@ -51,7 +55,24 @@ def _show_sizes(config: ModelConfig, length: int, console: Console) -> None:
   console.print(f"state of a sequence: {state:,} bytes", highlight=False)
 
 
-def show_folder(what: str, presets: tuple[str, ...], console: Console) -> int:
+def _show_mesh(config: RunConfig, console: Console) -> None:
+  """What parameters get of the mesh, whatever devices there are."""
+  mesh = dataclasses.replace(config.mesh, data=config.mesh.data or 1)
+  sizes = mesh.sizes(mesh.data * mesh.fsdp * mesh.context * mesh.tensor)
+  model = build.abstract_model(config)
+  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  lines, table = mesh_report.describe(config, params, sizes)
+  console.print(table)
+  for line in lines:
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+def show_folder(
+  what: str,
+  presets: tuple[str, ...],
+  console: Console,
+  mesh: MeshConfig | None = None,
+) -> int:
   """A run folder, or one checkpoint in it.
 
   Raises:
@@ -66,7 +87,10 @@ def show_folder(what: str, presets: tuple[str, ...], console: Console) -> int:
     near = difflib.get_close_matches(what, presets, n=1)
     hint = f"; did you mean the preset {near[0]!r}?" if near else ""
     raise ValueError(f"{what!r} is no preset, run folder or checkpoint{hint}")
-  show_config(folder.read_config(), str(path), console)
+  config = folder.read_config()
+  if mesh is not None and mesh != MeshConfig():
+    config = dataclasses.replace(config, mesh=mesh)
+  show_config(config, str(path), console)
   _show_progress(folder, console)
   return 0
 

@@ -15,7 +15,10 @@ from rich.console import Console
 
 from train import (
   build as build_lib,
+  distributed,
   evaluate,
+  mesh as mesh_lib,
+  mesh_report,
   metrics as metrics_lib,
   sharding,
   start as start_lib,
@@ -62,7 +65,10 @@ class Loop:
     self.eval_data = config.data.eval_batches(config.batch, config.seed)
     self.window = metrics_lib.Window()
     self.display: Display | None = None
-    self.pending: tuple[int, Any, float] | None = None
+    self.pending: tuple[int, Any, float, jax.Array | None] | None = None
+    several = jax.process_count() > 1
+    self.vote = distributed.Vote(built.mesh) if several else None
+    self.signal = 0  # that a process was sent, known to all
     self.held_out: dict[str, float] = {}
 
   def meta(self, finished: str | None) -> dict[str, Any]:
@@ -78,7 +84,7 @@ class Loop:
   def run(self, state: Any, start: int, display: Display, stop: Preemption):
     """Trains from step `start`; (state, step, reason)."""
     config, self.display = self.config, display
-    rows = sharding.local_rows(config.batch)
+    rows = sharding.local_rows(config.batch, self.built.mesh)
     data = batches_lib.iterate(
       self.train_data,
       start=start,
@@ -90,17 +96,28 @@ class Loop:
     with data:
       while reason is None:
         before = time.perf_counter()
-        batch = sharding.put_batch(next(data), self.built.mesh)
+        batch = sharding.put_batch(next(data), self.built.mesh, config.batch)
         wait = time.perf_counter() - before
         state, metrics = self.built.train_step(state, batch, self.built.key)
         self.settle(state)
-        self.pending, step = (step, metrics, wait), step + 1
-        reason = self.after(state, step, stop)
+        vote = self.heed(stop.signal_number)
+        self.pending, step = (step, metrics, wait, vote), step + 1
+        reason = self.after(state, step)
     self.settle(state)
     self.record(step)  # of a window that a stop cut short
     return state, step, reason
 
-  def after(self, state: Any, step: int, stop: Preemption) -> str | None:
+  def heed(self, signal: int) -> jax.Array | None:
+    """Takes a signal of this process; of several, tells the others of it.
+
+    They all hear of it when they read the metrics of this step.
+    """
+    if self.vote is None:
+      self.signal = signal
+      return None
+    return self.vote.cast(signal)
+
+  def after(self, state: Any, step: int) -> str | None:
     """Evaluates and saves where it is due; a reason ends the loop."""
     config = self.config
     last = step == config.steps
@@ -109,7 +126,7 @@ class Loop:
       accuracy = self.evaluate(state, step)["accuracy"]
       if config.stop_accuracy is not None and accuracy > config.stop_accuracy:
         reason = "accuracy"
-    if reason is None and stop.requested:
+    if reason is None and self.signal:
       reason = "signal"
     if reason is not None or step % config.save_every == 0:
       self.settle(state)
@@ -138,7 +155,9 @@ class Loop:
     """Reads the metrics of the step before; fails where they are not finite."""
     if self.pending is None:
       return
-    (step, metrics, wait), self.pending = self.pending, None
+    (step, metrics, wait, vote), self.pending = self.pending, None
+    if vote is not None:
+      self.signal = int(vote)
     values = {name: float(x) for name, x in metrics.items()}
     if not metrics_lib.finite(values):
       raise TrainingFailed(self.dump(state, step, values))
@@ -195,7 +214,7 @@ def train(
     RunFolderError, ValueError: the run cannot start; nothing was changed.
     CheckpointError, TrainingFailed: it cannot go on.
   """
-  mesh = sharding.make_mesh()
+  mesh = mesh_lib.make_mesh(config.mesh)
   first = jax.process_index() == 0
   with jax.set_mesh(mesh):
     built = build_lib.build(config, mesh)
@@ -203,9 +222,11 @@ def train(
     if config.init_from is not None and not folder.config_file.exists():
       weights = start_lib.source_weights(config, built)
     start_lib.try_data(config)
-    folder.open(config, allow_data_change=allow_data_change)
+    placed = mesh_report.describe(
+      config, build_lib.to_dicts(built.abstract)["params"], mesh.shape
+    )
     with (
-      folder.locked(),
+      start_lib.claimed(folder, config, allow_data_change=allow_data_change),
       Checkpoints(folder.checkpoints, keep=config.keep) as checkpoints,
       Preemption() as stop,
     ):
@@ -220,13 +241,14 @@ def train(
       if first:
         folder.update(config)
         folder.cut_metrics(start)
+        folder.write("sharding.txt", mesh_report.as_text(*placed))
       display = Display(console, start=start, steps=config.steps, active=first)
       writer = metrics_lib.Writer(
         folder, tensorboard=config.tensorboard, active=first
       )
       begin = time.perf_counter()
       with writer, display:
-        for note in (f"run folder: {folder.path}", *notes):
+        for note in (f"run folder: {folder.path}", *placed[0], *notes):
           display.line(note)
         loop = Loop(config, folder, built, checkpoints, writer)
         reason, step = meta.get("finished"), start
@@ -235,5 +257,5 @@ def train(
           state, step, reason = loop.run(state, start, display, stop)
         checkpoints.wait()
       seconds = time.perf_counter() - begin
-      code = stop.exit_code if reason == "signal" else 0
+      code = 128 + loop.signal if reason == "signal" else 0
       return Outcome(step, reason, code, loop.held_out, seconds, state)

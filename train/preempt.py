@@ -22,9 +22,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Preemption:
   """Watches for SIGTERM and SIGINT while its context is open.
 
-  The flag is that of this process; several processes have to agree on the
-  step to stop at. `jax.distributed.initialize` installs its own SIGTERM
-  handler: call it before this context is entered, which replaces it.
+  The flag is that of this process; several processes agree on the step to
+  stop at by `distributed.Vote`. `jax.distributed.initialize` installs its own
+  SIGTERM handler: call it before this context is entered, which replaces it.
   """
 
   def __init__(self) -> None:
@@ -37,6 +37,12 @@ class Preemption:
     """Whether a signal has asked the run to stop."""
     self._watch()
     return self._first is not None
+
+  @property
+  def signal_number(self) -> int:
+    """The number of the first signal; 0 without one."""
+    self._watch()
+    return self._first or 0
 
   @property
   def signal_name(self) -> str | None:

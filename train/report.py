@@ -2,10 +2,18 @@
 
 from flax import nnx
 import jax
+from jax.experimental import multihost_utils
 from rich.console import Console
 
 from rebased_jax import LM, parameter_count
-from train import build, evaluate, metrics, plots, restore, sharding
+from train import (
+  build,
+  evaluate,
+  mesh as mesh_lib,
+  metrics,
+  plots,
+)
+from train.checkpoint import restore_params
 from train.config import MQARData, RunConfig
 from train.console import rows
 from train.loop import Outcome
@@ -15,11 +23,17 @@ from train.run_folder import RunFolder
 def finish(
   config: RunConfig, folder: RunFolder, outcome: Outcome, console: Console
 ) -> None:
-  """Draws learning.png and attention.png and prints the run's table."""
+  """Draws learning.png and attention.png and prints the run's table.
+
+  Every process calls it; the first one draws and prints.
+  """
+  params = outcome.state["params"]
+  if isinstance(config.data, MQARData):  # small: each process takes all of it
+    params = multihost_utils.process_allgather(params, tiled=True)
   if jax.process_index() != 0:
     return
   graph, _ = nnx.split(build.abstract_model(config))
-  model = nnx.merge(graph, jax.device_get(outcome.state["params"]))
+  model = nnx.merge(graph, params)
   records = folder.read_metrics()
   plots.learning(records, config, folder.path / "learning.png")
   attention = draw_attention(config, model, folder)
@@ -55,19 +69,24 @@ def draw_attention(config: RunConfig, model: LM, folder: RunFolder) -> bool:
 
 
 def evaluate_run(
-  run_dir: str, step: int | None, console: Console, *, test: bool = False
+  config: RunConfig,
+  folder: RunFolder,
+  step: int | None,
+  console: Console,
+  *,
+  test: bool = False,
 ) -> int:
   """Prints the held-out, or the test, results of a run's checkpoint.
 
   Raises:
-    ValueError: there is no such run, or no test split of its data.
+    ValueError: its data has no test split.
+    CheckpointError: there is no such checkpoint.
   """
-  config, step, params = restore.params(run_dir, step)
-  mesh = sharding.make_mesh()
+  mesh = mesh_lib.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     built = build.build(config, mesh)
-    placed = jax.tree.map(lambda x: x.sharding, built.abstract["params"])
-    params = jax.device_put(params, placed)
+    target = build.to_dicts(built.abstract)["params"]
+    step, params = restore_params(folder.checkpoints, target, step)
     make = config.data.test_batches if test else config.data.eval_batches
     found = evaluate.evaluate(built, params, make(config.batch, config.seed))
   values = {
@@ -75,5 +94,6 @@ def evaluate_run(
     **_results(config, found, "test" if test else "held-out"),
     "targets": f"{found['tokens']:,.0f}",
   }
-  console.print(rows(str(run_dir), values))
+  if jax.process_index() == 0:
+    console.print(rows(str(folder.path), values))
   return 0

@@ -33,14 +33,18 @@ class RunFolder:
   def open(self, config: RunConfig, *, allow_data_change: bool = False) -> None:
     """Claims the folder for a new run, or checks that it is this run's.
 
-    With `allow_data_change` the config may differ in the data, the batch and
-    the seed; `update` writes it.
+    The mesh may be another one. With `allow_data_change` the config may differ
+    in the data, the batch and the seed too; `update` writes it.
 
     Raises:
       RunFolderError: it holds another run, or other files.
     """
     if self.config_file.exists():
-      changed = config_lib.differences(self.read_config(), config)
+      changed = [
+        x
+        for x in config_lib.differences(self.read_config(), config)
+        if not config_lib.of_mesh(x)
+      ]
       data = all(config_lib.of_data(x) for x in changed)
       if changed and not (data and allow_data_change):
         hint = "; --allow-data-change goes on with the new data" * data

@@ -1,8 +1,12 @@
 """How a run starts: its data tried, its state restored, warm or fresh."""
 
+from collections.abc import Iterator
+import contextlib
 from typing import Any
 
-from train import build as build_lib
+import jax
+
+from train import build as build_lib, distributed
 from train.build import Built
 from train.checkpoint import (
   CheckpointError,
@@ -10,7 +14,13 @@ from train.checkpoint import (
   NoCheckpointError,
   restore_params,
 )
-from train.config import RunConfig, differences, from_dict, of_data
+from train.config import (
+  RunConfig,
+  differences,
+  from_dict,
+  of_data,
+  of_mesh,
+)
 from train.data import batches as batches_lib
 from train.run_folder import RunFolder, RunFolderError
 
@@ -56,24 +66,49 @@ def initial(
     return build_lib.warm_state(params, built), 0, {}, [note]
   changes = changes_since(found.meta, config, folder, allow_data_change)
   notes = [f"warning: {broken}" for broken in found.broken]
-  notes += [f"warning: {change}" for change in changes]
+  notes += [
+    change if of_mesh(change) else f"warning: {change}" for change in changes
+  ]
   notes.append(f"resuming at step {found.step}")
   state = build_lib.from_dicts(found.state, built.abstract)
   return state, found.step, found.meta, notes
 
 
+@contextlib.contextmanager
+def claimed(
+  folder: RunFolder, config: RunConfig, *, allow_data_change: bool = False
+) -> Iterator[None]:
+  """The folder, opened and locked by the first process for all of them.
+
+  Raises:
+    RunFolderError: it cannot be used, or another run is training in it.
+  """
+  failure = None
+  distributed.all_processes(True)  # each has seen what was there before
+  with contextlib.ExitStack() as locks:
+    if jax.process_index() == 0:
+      try:
+        folder.open(config, allow_data_change=allow_data_change)
+        locks.enter_context(folder.locked())
+      except RunFolderError as error:
+        failure = error
+    if not distributed.all_processes(failure is None):
+      raise failure or RunFolderError(f"{folder.path}: refused by process 0")
+    yield
+
+
 def changes_since(
   meta: dict[str, Any], config: RunConfig, folder: RunFolder, allow: bool
 ) -> list[str]:
-  """What of the data is not as it was when a checkpoint was saved.
+  """What of data and mesh is not as it was when a checkpoint was saved.
 
   Raises:
-    RunFolderError: something is, and `allow` is not given; or something else
-      of the run is.
+    RunFolderError: the data is not, and `allow` is not given; or something
+      else of the run is not.
   """
   saved = from_dict(meta["config"], "checkpoint")
   changed = differences(saved, config)
-  refused = [x for x in changed if not (allow and of_data(x))]
+  refused = [x for x in changed if not (of_mesh(x) or (allow and of_data(x)))]
   if refused:
     raise RunFolderError(
       f"{folder.path}: its checkpoint is of another config: "

@@ -28,6 +28,7 @@ class Program(NamedTuple):
   tx: optax.GradientTransformation
   accumulate: int
   axes: ShardAxes | None
+  placed: Any = None  # shardings of the parameters, and so of their gradient
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> State:
@@ -117,13 +118,18 @@ def _gradient(params, batch, dropout_key, program):
   )
   if program.accumulate == 1:
     (loss, sums), grads = value_and_grad(params, batch, dropout_key=dropout_key)
+    grads = _place(grads, program)
   else:
     A = program.accumulate
     # Row b is in micro-batch b mod A, so that each device keeps its rows.
     split = lambda x_B: jnp.moveaxis(x_B.reshape(-1, A, *x_B.shape[1:]), 1, 0)
     micro = jax.tree.map(split, batch)
     keys = jax.random.split(dropout_key, A)
-    run = lambda x: value_and_grad(params, x[0], dropout_key=x[1])
+
+    def run(x):
+      result, grads = value_and_grad(params, x[0], dropout_key=x[1])
+      return result, _place(grads, program)
+
     first = jax.tree.map(lambda x: x[0], (micro, keys))
     shapes = jax.eval_shape(run, first)
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -131,3 +137,10 @@ def _gradient(params, batch, dropout_key, program):
     ((loss, sums), grads), _ = jax.lax.scan(add, zero, (micro, keys))
   scale = 1 / sums["tokens"]
   return loss * scale, jax.tree.map(lambda g: g * scale, grads), sums
+
+
+def _place(grads: Any, program: Program) -> Any:
+  """The gradient where its parameters are, before anything is made of it."""
+  if program.placed is None:
+    return grads
+  return jax.lax.with_sharding_constraint(grads, program.placed)

@@ -1,11 +1,16 @@
-"""The arguments of `rebased train`, apart: only they need jax."""
+"""The arguments of the commands about runs, apart: only they need jax."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 
 from train.config import RunConfig
+from train.mesh import MeshConfig
+from train.run_folder import RunFolder
+
+_Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+_What = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,3 +20,78 @@ class TrainArgs:
   run: Annotated[RunConfig, tyro.conf.arg(name="")]
   run_dir: str | None = None  # new, or this run's own; default runs/PRESET-TIME
   allow_data_change: bool = False  # go on with other data, batch or seed
+  distributed: str = "off"  # off, auto or HOST:PORT,N,I: process I of N
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileArgs:
+  """Compiles the preset's training step, with these fields changed."""
+
+  run: Annotated[RunConfig, tyro.conf.arg(name="")]
+  topology: str = "v5e:4x4"  # of the TPU slice
+
+
+@dataclasses.dataclass(frozen=True)
+class ResumeArgs:
+  """Goes on with a run, as it was configured."""
+
+  run_dir: _Run  # the run's folder
+  mesh: MeshConfig = MeshConfig()  # default: as the run had it
+  allow_data_change: bool = False  # go on although the data has changed
+  distributed: str = "off"  # off, auto or HOST:PORT,N,I: process I of N
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateArgs:
+  """Held-out loss and accuracy of a run's weights."""
+
+  run_dir: _Run  # the run's folder
+  step: int | None = None  # of the checkpoint; default the newest
+  test: bool = False  # the test split in place of the validation split
+  mesh: MeshConfig = MeshConfig()  # default: as the run had it
+  distributed: str = "off"  # off, auto or HOST:PORT,N,I: process I of N
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateArgs:
+  """Prints a prompt and what a run's language model writes behind it."""
+
+  run_dir: _Run  # the run's folder
+  prompt: str  # the text to go on with; --prompt=-x where it begins with -
+  tokens: int = 200  # at most; the end of a document ends it before
+  temperature: float = 0.8  # 0 takes the likeliest token
+  top_k: int | None = None  # sample from the likeliest alone
+  seed: int = 0  # the same seed, the same text
+  step: int | None = None  # of the checkpoint; default the newest
+  tokenizer: str | None = None  # default the data set's; bytes or a file
+  eos: str = "auto"  # with --tokenizer: the token that ends a document
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectArgs:
+  """Shows a preset, a run, a checkpoint RUN/checkpoints/STEP, or a model.
+
+  Models are those whose parameters the paper counts, as table-4-mamba-64.
+  """
+
+  what: _What  # a preset's or a model's name, or a folder
+  mesh: MeshConfig = MeshConfig()  # what parameters would get of it
+
+
+_Args = TypeVar("_Args", ResumeArgs, EvaluateArgs)
+
+
+def of_run(
+  kind: type[_Args], prog: str, args: list[str]
+) -> tuple[_Args, RunConfig]:
+  """The arguments, and the config of their run on the mesh that they name.
+
+  Raises:
+    RunFolderError: there is no such run.
+  """
+  run_dir = tyro.cli(kind, prog=prog, args=args).run_dir
+  config = RunFolder(run_dir).read_config()
+  # Again, so that what the command leaves out is as the run had it.
+  default = kind(run_dir, mesh=config.mesh)
+  parsed = tyro.cli(kind, prog=prog, args=args, default=default)
+  return parsed, dataclasses.replace(config, mesh=parsed.mesh)

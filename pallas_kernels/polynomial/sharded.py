@@ -33,8 +33,14 @@ class ShardAxes:
   heads: Axis = None
   time: Axis = None
 
-  def check(self, batch: int, heads: int, time: int) -> None:
-    """Raises ValueError where the ambient mesh does not fit the sizes."""
+  def check(self, batch: int, heads: int | None, time: int) -> None:
+    """Raises ValueError where the ambient mesh does not fit the sizes.
+
+    Args:
+      batch: rows.
+      heads: None of what has no heads.
+      time: tokens of a row.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
       raise ValueError(f"axes={self}: there is no mesh; use jax.set_mesh(mesh)")
@@ -53,7 +59,7 @@ class ShardAxes:
           raise ValueError(f"axes={self} uses the mesh axis {name!r} twice")
         used.add(name)
         devices *= mesh.shape[name]
-      if size % devices:
+      if size is not None and size % devices:
         raise ValueError(
           f"axes.{field}={axis!r} splits {size} over {devices} devices: "
           f"expected a multiple of {devices}"

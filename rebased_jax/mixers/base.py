@@ -17,6 +17,7 @@ from flax import nnx
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from pallas_kernels import ShardAxes
 
@@ -205,6 +206,36 @@ def take_positions(x_BTD: Array, positions_BM: Array | None) -> Array:
     x_BTD, positions_BM[:, :, None], axis=1, mode="clip"
   )
   return jnp.where(inside_BM[..., None], x_BMD, jnp.nan)
+
+
+def place(
+  x_BTD: Array, axes: ShardAxes | None, *, whole_rows: bool = True
+) -> Array:
+  """x_BTD, held to the split of batch and time: weights move to it, not it.
+
+  Args:
+    x_BTD: (B, T, D); or (B, M, D) of chosen positions.
+    axes: the mesh axes; None: there is no mesh.
+    whole_rows: False of (B, M, D), which is split over the batch alone.
+
+  Raises:
+    ValueError: the ambient mesh does not fit.
+  """
+  if axes is None:
+    return x_BTD
+  if whole_rows:
+    axes.check(x_BTD.shape[0], None, x_BTD.shape[1])
+  spec = axes.bt() if whole_rows else PartitionSpec(axes.batch)
+  return jax.lax.with_sharding_constraint(x_BTD, spec)
+
+
+def gathered(table_VD: Array, axes: ShardAxes | None) -> Array:
+  """A table with its rows whole, to look them up."""
+  if axes is None:
+    return table_VD
+  return jax.lax.with_sharding_constraint(
+    table_VD, PartitionSpec(PartitionSpec.UNCONSTRAINED, None)
+  )
 
 
 def tree_bytes(make: Callable[[], Any]) -> int:

@@ -3,16 +3,18 @@
     c_t = w_0 ∘ u_{t−2} + w_1 ∘ u_{t−1} + w_2 ∘ u_t + b
     y_t = c_t ∘ (W u_t + b_W) + u_t
 
-with u = 0 before a document's first token. It is written in shifts along
-time, so XLA splits it over a mesh by itself, halo included.
+with u = 0 before a document's first token. Where a mesh splits time, each
+device takes the K − 1 tokens before its own from its neighbour on the left.
 """
 
 import dataclasses
+import math
 
 from flax import nnx
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from pallas_kernels import ShardAxes, document_runs
 from rebased_jax.mixers import base
@@ -75,11 +77,10 @@ class BaseConv(base.Mixer):
     segment_ids: Array | None = None,
     axes: ShardAxes | None = None,
   ) -> tuple[Array, Array]:
-    del axes  # XLA splits it
     base.check_rows(self, x_BTD, segment_ids, state=state)
     x_BTD = x_BTD.astype(self.dtype)
-    c_BTD, state = depthwise(
-      self.kernel[...], self.bias[...], x_BTD, state, segment_ids
+    c_BTD, state = over_time(
+      self.kernel[...], self.bias[...], x_BTD, state, segment_ids, axes
     )
     return c_BTD * self.gate(x_BTD) + x_BTD, state
 
@@ -118,24 +119,88 @@ def initial_taps(
   return kernel, uniform(width)
 
 
+def over_time(
+  kernel_KD: Array,
+  bias_D: Array,
+  x_BTD: Array,
+  past_BKD: Array,
+  segment_ids: Array | None,
+  axes: ShardAxes | None,
+) -> tuple[Array, Array]:
+  """`depthwise` of rows whose time the mesh may split.
+
+  Raises:
+    ValueError: a device holds fewer than K − 1 tokens of a row.
+  """
+  if axes is None or axes.time is None:
+    return depthwise(kernel_KD, bias_D, x_BTD, past_BKD, segment_ids)
+  axes.check(x_BTD.shape[0], None, x_BTD.shape[1])
+  past, time = past_BKD.shape[1], axes.time
+  sizes = jax.sharding.get_abstract_mesh().shape
+  size_of = lambda axis: math.prod(
+    sizes[name] for name in ((axis,) if isinstance(axis, str) else axis)
+  )
+  devices = size_of(time)
+  if x_BTD.shape[1] < past * devices:
+    raise ValueError(
+      f"a convolution of {past + 1} taps over a row of {x_BTD.shape[1]} "
+      f"tokens, split over {devices} devices: expected at least {past} on each"
+    )
+
+  def local(kernel_KD, bias_D, x_BTD, past_BKD, ids_BT):
+    here = jax.lax.axis_index(time)
+    shift = [(i, i + 1) for i in range(devices - 1)]
+    left = lambda x_BT: jax.lax.ppermute(x_BT[:, -past:], time, shift)
+    past_BKD = jnp.where(here == 0, past_BKD, left(x_BTD)) if past else past_BKD
+    past_ids_BK = None
+    if past and ids_BT is not None:
+      past_ids_BK = jnp.where(here == 0, ids_BT[:, :1], left(ids_BT))
+    c_BTD, after_BKD = depthwise(
+      kernel_KD, bias_D, x_BTD, past_BKD, ids_BT, past_ids_BK
+    )
+    last = jnp.where(here == devices - 1, after_BKD, 0)
+    return c_BTD, jax.lax.psum(last, time)
+
+  # Channels are apart: they are split as heads are, where they divide.
+  channels = axes.heads
+  if channels is not None and x_BTD.shape[-1] % size_of(channels):
+    channels = None
+  tokens = PartitionSpec(axes.batch, time, channels)
+  rows = PartitionSpec(axes.batch, None, channels)
+  taps, bias = PartitionSpec(None, channels), PartitionSpec(channels)
+  return jax.shard_map(
+    local,
+    in_specs=(taps, bias, tokens, rows, axes.bt()),
+    out_specs=(tokens, rows),
+    check_vma=False,
+  )(kernel_KD, bias_D, x_BTD, past_BKD, segment_ids)
+
+
 def depthwise(
   kernel_KD: Array,
   bias_D: Array,
   x_BTD: Array,
   past_BKD: Array,
   segment_ids: Array | None,
+  past_ids_BK: Array | None = None,
 ) -> tuple[Array, Array]:
   """c_BTD = bias + Σ_j kernel_j ∘ x_{t−K+1+j}, and the last K − 1 tokens.
 
   Another document's tokens count as 0, before the row, in it and behind it.
+  The past is of the first token's document, unless it has ids of its own.
   """
   T, past = x_BTD.shape[1], past_BKD.shape[1]
   window_BSD = jnp.concatenate([past_BKD, x_BTD], axis=1)  # S = K − 1 + T
   taps = [window_BSD[:, j : j + T] for j in range(past + 1)]
   after_BKD = window_BSD[:, T:]
   if segment_ids is not None:
-    runs_BT = document_runs(segment_ids)
-    runs_BS = jnp.pad(runs_BT, ((0, 0), (past, 0)))
+    if past_ids_BK is None:
+      runs_BT = document_runs(segment_ids)
+      runs_BS = jnp.pad(runs_BT, ((0, 0), (past, 0)))
+    else:
+      window_BS = jnp.concatenate([past_ids_BK, segment_ids], axis=1)
+      runs_BS = document_runs(window_BS)
+      runs_BT = runs_BS[:, past:]
     own = lambda x, j, runs: jnp.where(
       (runs_BS[:, j : j + runs.shape[1]] == runs)[..., None], x, 0
     )

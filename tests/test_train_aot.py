@@ -1,0 +1,96 @@
+"""`rebased compile`, with libtpu where it is installed."""
+
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from train_cases import (
+  command,
+  finish,
+  flags,
+  tiny,
+  trainer as trainer,
+)
+
+from train import aot, build, mesh as mesh_lib, sharding
+from train.mesh import MeshConfig
+
+_HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+
+
+def test_collectives_are_counted_by_the_bytes_of_their_result() -> None:
+  text = """
+  %a = f32[16,8]{1,0} all-gather(%x), channel_id=1, dimensions={0}
+  %a.1 = f32[16,8]{1,0} all-gather(%x), channel_id=1, dimensions={0}
+  %b = (f32[4,8]{1,0}, bf16[16]{0}) all-reduce(%x, %y), to_apply=%add
+  %c = (f32[2,8]{1,0}, f32[8,8]{1,0}) all-gather-start(%z), dimensions={0}
+  %d = f32[8,8]{1,0} all-gather-done(%c)
+  %e = (f32[3]{0}, f32[3]{0}, u32[], u32[]) collective-permute-start(%w)
+  %f = s32[] all-reduce(%v), to_apply=%add
+  %g = f32[4]{0} add(%all-reduce.1, %u)
+  """
+  assert list(aot.collectives(text)) == [
+    ("all-gather", 512),
+    ("all-reduce", 128 + 32),
+    ("all-gather", 256),
+    ("collective-permute", 12),
+    ("all-reduce", 4),
+  ]
+
+
+def test_what_is_measured_is_of_one_device() -> None:
+  split = jax.NamedSharding(mesh_lib.make_mesh(), jax.P("data"))
+  x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=split)
+  call = lambda x: (2 * x, jnp.square(x).sum())
+  found = aot.measure(jax.jit(call, donate_argnums=0).lower(x).compile())
+  assert found.arguments == 64 * 32 * 4 // 8
+  assert found.memory < 3 * found.arguments  # what is donated counts once
+  assert found.collectives == {"all-reduce": (1, 4)}
+
+
+def test_the_step_is_the_one_that_runs() -> None:
+  config = tiny(mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+  mesh = mesh_lib.make_mesh(config.mesh)
+  lowered = aot.lower(config, mesh).as_text()
+  with jax.set_mesh(mesh):
+    built = build.build(config, mesh)
+    batch = sharding.put_batch(config.data.train_batches(8, 0).read(0), mesh)
+    state = build.fresh_state(config, built)
+    run = built.train_step.lower(state, batch, built.key).as_text()
+  assert lowered == run
+  for name, x in config.data.fields(8).items():
+    assert (x.shape, x.dtype) == (batch[name].shape, str(batch[name].dtype))
+    assert isinstance(np.zeros(x.shape, x.dtype), np.ndarray)
+
+
+def _compile(cache, *options: str) -> tuple[int, str, str]:
+  args = ("compile", "mqar", *flags(tiny()), *options)
+  return finish(command(*args, cache=cache))
+
+
+@pytest.mark.skipif(_HAS_LIBTPU, reason="libtpu is installed")
+def test_without_libtpu_it_says_so(trainer) -> None:
+  code, out, err = _compile(trainer)
+  assert (code, out) == (2, "")
+  assert err.startswith("rebased: rebased compile needs libtpu")
+  assert "Traceback" not in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _HAS_LIBTPU, reason="libtpu is not installed")
+def test_a_slice_that_is_not_attached(trainer) -> None:
+  code, out, err = _compile(
+    trainer, "--topology", "v5e:2x4", "--mesh.fsdp", "4", "--mesh.context", "2"
+  )
+  assert code == 0, err
+  assert "8 × TPU v5 lite" in out and "mesh: fsdp 4 × context 2" in out
+  assert re.search(r"it fits: 0\.\d+ GiB of 16 GiB", out)
+  assert "all-gather" in out and "collective-permute" in out
+  code, _, err = _compile(trainer, "--topology", "v5e:3x")
+  assert code == 2 and "topology='v5e:3x': expected the name of a slice" in err
+  big = ("--model.width", "32768", "--model.pairs", "4")
+  code, out, err = _compile(trainer, "--topology", "v5e:2x2", *big)
+  assert code == 1 and "does not fit" in out, err
