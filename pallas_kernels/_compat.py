@@ -1,9 +1,73 @@
 """The one place that knows versions of jax and kinds of devices."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 
 _MOSAIC_GPU = (0, 11)  # the first jax whose Pallas Mosaic GPU the kernels fit
+
+# The generations that the TPU kernels are compiled for, by jax's names.
+_TPUS = {
+  "TPU v5 lite": "v5e",
+  "TPU v5e": "v5e",
+  "TPU v5": "v5p",
+  "TPU v5p": "v5p",
+  "TPU v6 lite": "v6e",
+  "TPU v6e": "v6e",
+}
+
+
+def _device() -> tuple[str, str]:
+  """(platform, kind) of the ambient mesh's devices, or of this process's.
+
+  A mesh of devices that are not here is what a step is compiled for ahead of
+  time.
+  """
+  abstract = jax.sharding.get_abstract_mesh().abstract_device
+  if abstract is not None:
+    return abstract.platform or "", abstract.device_kind
+  device = jax.devices()[0]
+  return device.platform, device.device_kind
+
+
+def platform() -> str:
+  """The platform that calls run on: "cpu", "gpu", "tpu"."""
+  return _device()[0]
+
+
+def tpu_generation() -> str:
+  """ "v5e", "v5p" or "v6e"; NotImplementedError where there is none of them."""
+  found, kind = _device()
+  if found != "tpu":
+    raise NotImplementedError(
+      f"implementation='tpu' needs a TPU; this process runs on {found}"
+    )
+  if kind not in _TPUS:
+    raise NotImplementedError(
+      f"implementation='tpu' needs a TPU v5e, v5p or v6e; this is a {kind}"
+    )
+  return _TPUS[kind]
+
+
+def tpu_topology(generation: str) -> list:
+  """Devices of a TPU that is not attached, to compile for; needs libtpu.
+
+  For a process of its own: the TPU runtime is told that it is alone.
+  """
+  from jax.experimental import topologies
+
+  alone = dict(
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_WORKER_HOSTNAMES="localhost",
+    TPU_ACCELERATOR_TYPE="v5litepod-4",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # several processes may compile
+  )
+  for name, value in alone.items():
+    os.environ.setdefault(name, value)
+  name = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}[generation]
+  found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+  return list(found.devices)
 
 
 def check_gpu() -> None:

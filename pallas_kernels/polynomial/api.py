@@ -19,8 +19,14 @@ from pallas_kernels.polynomial import (
 from pallas_kernels.polynomial.sharded import ShardAxes
 from pallas_kernels.polynomial.spec import REBASED, Coefficients, State
 
-Implementation = Literal["gpu", "gpu_shared", "xla", "reference"]
-IMPLEMENTATIONS: tuple[str, ...] = ("gpu", "gpu_shared", "xla", "reference")
+Implementation = Literal["gpu", "gpu_shared", "tpu", "xla", "reference"]
+IMPLEMENTATIONS: tuple[str, ...] = (
+  "gpu",
+  "gpu_shared",
+  "tpu",
+  "xla",
+  "reference",
+)
 
 
 def polynomial_attention(
@@ -59,11 +65,12 @@ def polynomial_attention(
     axes: the axes of the ambient mesh that split batch, heads and time.
     implementation: "gpu" (Hopper kernels; operands of q's dtype, sums float32),
       "gpu_shared" (the same, with no operand of the tensor core in registers:
-      slower, to tell a compiler's fault from ours), "xla" (chunked, linear;
-      everywhere), "reference" (quadratic; also for forward mode and higher
-      derivatives) or None: the device's kernels, or "xla" with a warning where
-      they cannot;
-      without `axes`, what the card's table of `tuned/` has as faster.
+      slower, to tell a compiler's fault from ours), "tpu" (TPU kernels; the
+      same), "xla" (chunked, linear; everywhere), "reference" (quadratic; also
+      for forward mode and higher derivatives) or None: the device's kernels, or
+      "xla" with a warning where they cannot;
+      on a GPU and without `axes`, what the card's table of `tuned/` has as
+      faster.
 
   Returns:
     o (B, T, H, P) in v's dtype, or (o, state).
@@ -207,6 +214,8 @@ def which_implementation(
     NotImplementedError: the named one cannot run here.
   """
   if implementation is None:
+    if _compat.platform() == "tpu":
+      return _on_a_tpu()
     try:
       _compat.check_gpu()
     except NotImplementedError as error:
@@ -222,6 +231,8 @@ def which_implementation(
     )
   if implementation in ("gpu", "gpu_shared"):
     _compat.check_gpu()
+  if implementation == "tpu":
+    _compat.tpu_generation()
   if implementation == "reference" and axes is not None and axes.time:
     raise NotImplementedError(
       f"implementation='reference' does not split time (axes.time="
@@ -230,22 +241,30 @@ def which_implementation(
   return implementation, "it was named"
 
 
+def _on_a_tpu() -> tuple[str, str]:
+  try:
+    generation = _compat.tpu_generation()
+  except NotImplementedError as error:
+    return "xla", str(error)
+  return "tpu", f"a TPU {generation}; calls that its kernels cannot do run 'xla'"
+
+
 def _choose(
   implementation, q, v, kernel, segment_ids, states: bool, axes
 ) -> str:
   """The implementation of this call, which is known to be able to do it."""
   name, _ = which_implementation(implementation, axes=axes)
-  if name not in ("gpu", "gpu_shared"):
+  if name not in ("gpu", "gpu_shared", "tpu"):
     return name
   states = states or (axes is not None and axes.time is not None)
   try:
-    _passes("gpu").supports(q, v, segment_ids, kernel, states=states)
+    _passes(name).supports(q, v, segment_ids, kernel, states=states)
   except NotImplementedError as error:
     if implementation is not None:
       raise
     warnings.warn(f"polynomial_attention runs 'xla': {error}", stacklevel=3)
     return "xla"
-  if implementation is not None or axes is not None:
+  if implementation is not None or axes is not None or name == "tpu":
     return name
   B, T, H, F = q.shape
   square = not kernel.coefficients.affine
@@ -256,7 +275,12 @@ def _choose(
 def _passes(name: str):
   if name == "xla":
     return xla_chunked
-  # Not at the top: older jax cannot import what it is written with.
+  # Not at the top: Pallas takes long to import, and older jax cannot import
+  # what the GPU kernels are written with.
+  if name == "tpu":
+    from pallas_kernels.polynomial import tpu
+
+    return tpu
   from pallas_kernels.polynomial import gpu
 
   return gpu

@@ -1,0 +1,233 @@
+"""Polynomial attention on TPUs: the five passes, by Pallas Mosaic TPU.
+
+The kernels take (B, H·X, T) arrays, tokens on lanes. The arrays of the public
+call are (B, T, H, X); XLA turns them by giving what made them, or uses them,
+the other layout, as it does for a projection.
+"""
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from pallas_kernels.polynomial import (
+  tpu_backward,
+  tpu_common,
+  tpu_forward,
+  tpu_sizes,
+)
+from pallas_kernels.polynomial.passes import Kernel
+from pallas_kernels.polynomial.spec import State
+from pallas_kernels.polynomial.tpu_common import Call
+
+WIDTHS = (8, 16, 32, 64)
+VALUES = 128
+
+
+def supports(
+  q: Array, v: Array, segment_ids: Array | None, kernel: Kernel, *, states: bool
+) -> None:
+  """Raises NotImplementedError with the reason where "xla" must do the call."""
+  del segment_ids, states
+  F, P = q.shape[-1], v.shape[-1]
+  reasons = [
+    (
+      q.dtype not in (jnp.bfloat16, jnp.float32),
+      f"dtype {q.dtype}: bfloat16 and float32 only",
+    ),
+    (F not in WIDTHS, f"F={F}: {', '.join(map(str, WIDTHS))} only"),
+    (P > VALUES, f"P={P}: 1 to {VALUES}"),
+    (kernel.coefficients.c2 <= 0, "c2 ≤ 0"),
+  ]
+  for fails, reason in reasons:
+    if fails:
+      raise NotImplementedError(
+        f"implementation='tpu' does not do {reason}; 'xla' does"
+      )
+
+
+def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
+  """o_BTHP and the state after the last token, if asked for."""
+  call = _call("forward", q, v, runs_BT, kernel)
+  o, after = tpu_forward.forward(
+    *map(_turn, (q, k, v)),
+    _starts(runs_BT, call),
+    _to_kernel(state, kernel, call, by_feature=False),
+    call,
+    return_state=return_state,
+  )
+  if not return_state:
+    return _back(o, v), None
+  after = _from_kernel(after, kernel, call, by_feature=False)
+  return _back(o, v), _skew(after, state, runs_BT)
+
+
+def key_state(k, v, runs_BT, kernel: Kernel) -> State:
+  """The state after the last token, from a zero state."""
+  call = _call("forward", k, v, runs_BT, kernel)
+  _, after = tpu_forward.forward(
+    None,
+    _turn(k),
+    _turn(v),
+    _starts(runs_BT, call),
+    None,
+    call,
+    return_state=True,
+  )
+  return _from_kernel(after, kernel, call, by_feature=False)
+
+
+def backward_queries(q, k, v, do, runs_BT, state, kernel: Kernel):
+  """dq_BTHF; and r and dz, c2 times those of `spec.py`, (B, H, 1, T)."""
+  call = _call("backward_queries", q, v, runs_BT, kernel)
+  dq, r, dz = tpu_backward.backward_queries(
+    *map(_turn, (q, k, v, do)),
+    _starts(runs_BT, call),
+    _to_kernel(state, kernel, call, by_feature=True),
+    call,
+  )
+  return _back(dq, q), r, dz
+
+
+def backward_keys(
+  q, k, v, do, r, dz, runs_BT, dstate, kernel: Kernel, *, return_state: bool
+):
+  """dk_BTHF, dv_BTHP and the cotangent of the state before, if asked for."""
+  call = _call("backward_keys", q, v, runs_BT, kernel)
+  dk, dv, before = tpu_backward.backward_keys(
+    *map(_turn, (q, k, v, do)),
+    r,
+    dz,
+    _starts(runs_BT, call),
+    _to_kernel(dstate, kernel, call, by_feature=True),
+    call,
+    return_state=return_state,
+  )
+  if not return_state:
+    return _back(dk, k), _back(dv, v), None
+  before = _from_kernel(before, kernel, call, by_feature=True)
+  return _back(dk, k), _back(dv, v), _skew(before, dstate, runs_BT)
+
+
+def query_cotangent(q, do, r, dz, runs_BT, kernel: Kernel) -> State:
+  """The cotangent of the state before token 0, from these queries alone."""
+  call = _call("backward_keys", q, do, runs_BT, kernel)
+  _, _, before = tpu_backward.backward_keys(
+    _turn(q),
+    None,
+    None,
+    _turn(do),
+    r,
+    dz,
+    _starts(runs_BT, call),
+    None,
+    call,
+    return_state=True,
+  )
+  return _from_kernel(before, kernel, call, by_feature=True)
+
+
+def _call(name: str, q, v, runs_BT, kernel: Kernel) -> Call:
+  B, T, H, F = q.shape
+  P, c = v.shape[-1], kernel.coefficients
+  chunk, span, block = tpu_sizes.sizes(name, F, T)
+  heads = _heads(H, P)
+  # The program grows with heads and span.
+  full = span
+  while span * heads > full and span % (2 * chunk) == 0:
+    span //= 2
+  return Call(
+    B,
+    T,
+    H,
+    F,
+    P,
+    str(q.dtype),
+    c.c1 / c.c2,
+    c.c0 / c.c2,
+    kernel.eps / c.c2,
+    c.affine,
+    runs_BT is not None,
+    heads,
+    chunk,
+    span,
+    block,
+  )
+
+
+def _heads(H: int, P: int) -> int:
+  """The fewest heads whose values are rows of whole tiles of 8, or all."""
+  fits = (n for n in range(1, H) if H % n == 0 and n * P % 8 == 0)
+  return next(fits, H)
+
+
+def _turn(x_BTHX: Array) -> Array:
+  """(B, H·X, T), which is how a projection's output lies if turned."""
+  B, T, H, X = x_BTHX.shape
+  return x_BTHX.reshape(B, T, H * X).swapaxes(1, 2)
+
+
+def _back(x_BRT: Array, like_BTHX: Array) -> Array:
+  """(B, T, H, X), as the other is."""
+  return x_BRT.swapaxes(1, 2).reshape(like_BTHX.shape)
+
+
+def _starts(runs_BT: Array | None, call: Call) -> Array | None:
+  """The place of the first token of each token's document."""
+  if runs_BT is None:
+    return None
+  place_1T = jnp.arange(call.T, dtype=jnp.int32)[None]
+  border_BT = runs_BT[:, 1:] != runs_BT[:, :-1]
+  border_BT = jnp.pad(border_BT, ((0, 0), (1, 0)))
+  start_BT = jax.lax.cummax(jnp.where(border_BT, place_1T, 0), axis=1)
+  filled = call.steps * call.block - call.T
+  return jnp.pad(start_BT, ((0, 0), (0, filled)), mode="edge")[:, None]
+
+
+# The states: the public form has rows where a coefficient is not 0.
+
+
+def _to_kernel(state: State | None, kernel: Kernel, call: Call, *, by_feature):
+  if state is None:
+    return None
+  kv, kk = state
+  kk = (kk + kk.swapaxes(2, 3)) / 2
+  kv = jnp.pad(kv, ((0, 0), (0, 0), (0, 0), (0, call.V - call.P)))
+  if call.affine:
+    c = kernel.coefficients
+    zeros = lambda rows: jnp.zeros((*kv.shape[:2], rows, call.V), kv.dtype)
+    at = call.squares
+    x = kv[:, :, at : at + call.F] if c.c1 != 0 else zeros(call.F)
+    one = kv[:, :, -1:] if c.c0 != 0 else zeros(1)
+    rest = zeros(tpu_common.ONES - 1)
+    kv = jnp.concatenate([kv[:, :, :at], x, one, rest], axis=2)
+    more = call.G - kk.shape[-1]
+    kk = jnp.pad(kk, ((0, 0), (0, 0), (0, more), (0, more)))
+  return kv if by_feature else kv.swapaxes(2, 3), kk
+
+
+def _from_kernel(state, kernel: Kernel, call: Call, *, by_feature) -> State:
+  kv, kk = state
+  kv = (kv if by_feature else kv.swapaxes(2, 3))[..., : call.P]
+  if call.affine:
+    c = kernel.coefficients
+    at = call.squares
+    parts = [kv[:, :, :at]]
+    if c.c1 != 0:
+      parts.append(kv[:, :, at : at + call.F])
+    if c.c0 != 0:
+      parts.append(kv[:, :, at + call.F : at + call.F + 1])
+    kv = jnp.concatenate(parts, axis=2)
+    G = call.F + 1
+    kk = kk[:, :, :G, :G]
+  return State(kv, kk)
+
+
+def _skew(state: State, outer: State | None, runs_BT: Array | None) -> State:
+  """Puts the antisymmetric part of KK back, which no sum over tokens has."""
+  if outer is None:
+    return state
+  skew = (outer.kk_BHGG - outer.kk_BHGG.swapaxes(2, 3)) / 2
+  if runs_BT is not None:
+    joined_B = runs_BT[:, 0] == runs_BT[:, -1]
+    skew = jnp.where(joined_B[:, None, None, None], skew, 0)
+  return state._replace(kk_BHGG=state.kk_BHGG + skew)

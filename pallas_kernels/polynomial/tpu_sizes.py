@@ -1,0 +1,25 @@
+"""The TPU kernels' sizes, by generation: files that say what chose them."""
+
+import functools
+import json
+from pathlib import Path
+
+from pallas_kernels import _compat
+
+_LANES = 128
+
+
+@functools.cache
+def table(generation: str) -> dict:
+  """`tuned/tpu_<generation>.json`."""
+  path = Path(__file__).parent / "tuned" / f"tpu_{generation}.json"
+  return json.loads(path.read_text())
+
+
+def sizes(kernel: str, F: int, T: int) -> tuple[int, int, int]:
+  """Tokens of a chunk, a span and a block, on the TPU that the call runs on."""
+  found = table(_compat.tpu_generation())["sizes"][kernel][str(F)]
+  up = lambda x, to: -(-x // to) * to
+  chunk = min(found["chunk"], up(T, _LANES))
+  span = min(found["span"], up(T, chunk))
+  return chunk, span, min(found["block"], up(T, span))
