@@ -246,7 +246,10 @@ def _on_a_tpu() -> tuple[str, str]:
     generation = _compat.tpu_generation()
   except NotImplementedError as error:
     return "xla", str(error)
-  return "tpu", f"a TPU {generation}; calls that its kernels cannot do run 'xla'"
+  return (
+    "tpu",
+    f"a TPU {generation}; calls that its kernels cannot do run 'xla'",
+  )
 
 
 def _choose(
