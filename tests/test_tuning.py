@@ -95,6 +95,7 @@ def test_an_entry_counts_for_shapes_near_its_own():
 def test_the_shipped_tables():
   folder = tuned.resources.files(tuned.__name__)
   names = [f.name for f in folder.iterdir() if f.name.endswith(".json")]
+  names = [x for x in names if not x.startswith("tpu_")]  # of tpu_sizes.py
   assert "h100.json" in names
   for name in names:
     table = tuned.parse((folder / name).read_text(), name)
