@@ -120,12 +120,13 @@ def weighted(kk_GG: Array, call: Call) -> Array:
 def dot(a: Array, b: Array, over: tuple[int, int], call: Call) -> Array:
   """Σ over a's axis and b's, in float32."""
   wide = call.dtype == "float32"
+  level = jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
   return jax.lax.dot_general(
     a.astype(call.dtype),
     b.astype(call.dtype),
     (((over[0],), (over[1],)), ((), ())),
     preferred_element_type=jnp.float32,
-    precision=jax.lax.Precision.HIGHEST if wide else None,
+    precision=level,
   )
 
 
