@@ -29,6 +29,7 @@ from pallas_kernels.polynomial import tpu_sizes
 
 SIZES = (16, 16, 32)  # tokens of a chunk, a span and a block
 _UNPATCHED = _compat.tpu_generation
+_SIZES = tpu_sizes.sizes
 CELLS = [
   Cell(70, 16, 64, "rebased", "random", False, "none", "bfloat16", False),
   Cell(70, 16, 5, "based", "clustered", True, "random", "bfloat16", True),
@@ -222,3 +223,16 @@ def test_it_is_chosen_on_a_tpu(monkeypatch):
   q = jnp.ones((1, 4, 1, 24))
   with pytest.warns(UserWarning, match="runs 'xla'.*F=24"):
     pk.polynomial_attention(q, q, q)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward_keys"])
+@pytest.mark.parametrize("F", [8, 16, 32, 64])
+@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
+def test_sizes_fit_every_length(generation, F, kernel, monkeypatch):
+  monkeypatch.setattr(_compat, "tpu_generation", lambda: generation)
+  for T in (1, 127, 128, 129, 500, 1024, 2049, 4096, 5000, 65536, 100001):
+    chunk, span, block = _SIZES(kernel, F, T)
+    assert chunk % 128 == span % chunk == block % span == 0
+    work = -(-T // block) * block
+    assert work <= max(1.25 * T + chunk, 256) + span, (T, chunk, span, block)
+    assert work - T < block

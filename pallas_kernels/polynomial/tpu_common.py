@@ -325,32 +325,30 @@ def take_up(new, kv_ref, kk_ref, m: Masks, call: Call, *, by_feature) -> None:
 # The grid, and the arrays' blocks: some heads, some tokens.
 
 
-def _block(rows: int, call: Call, reverse: bool, of_head: bool):
-  place = lambda c: call.steps - 1 - c if reverse else c
-  if not of_head:
-    return pl.BlockSpec(
-      (None, rows, call.block), lambda b, h, c: (b, 0, place(c))
-    )
-  return pl.BlockSpec(
-    (None, call.heads * rows, call.block), lambda b, h, c: (b, h, place(c))
-  )
+def _step(call: Call, reverse: bool):
+  """The block of time at a step of the grid."""
+  return lambda c: call.steps - 1 - c if reverse else c
 
 
 def tokens(rows: int, call: Call, *, reverse: bool = False) -> pl.BlockSpec:
   """Of a (B, H·rows, T) array; a head's rows need not be whole tiles."""
-  return _block(rows, call, reverse, True)
+  at = _step(call, reverse)
+  return pl.BlockSpec(
+    (None, call.heads * rows, call.block), lambda b, h, c: (b, h, at(c))
+  )
 
 
 def starts(call: Call, *, reverse: bool = False) -> pl.BlockSpec:
   """Of the (B, 1, T) documents' starts."""
-  return _block(1, call, reverse, False)
+  at = _step(call, reverse)
+  return pl.BlockSpec((None, 1, call.block), lambda b, h, c: (b, 0, at(c)))
 
 
 def scalars(call: Call, *, reverse: bool = False) -> pl.BlockSpec:
   """Of a (B, H, 1, T) array."""
-  place = lambda c: call.steps - 1 - c if reverse else c
+  at = _step(call, reverse)
   return pl.BlockSpec(
-    (None, call.heads, 1, call.block), lambda b, h, c: (b, h, 0, place(c))
+    (None, call.heads, 1, call.block), lambda b, h, c: (b, h, 0, at(c))
   )
 
 

@@ -17,9 +17,16 @@ def table(generation: str) -> dict:
 
 
 def sizes(kernel: str, F: int, T: int) -> tuple[int, int, int]:
-  """Tokens of a chunk, a span and a block, on the TPU that the call runs on."""
+  """Tokens of a chunk, a span and a block, on the TPU that the call runs on.
+
+  Smaller than in the file where the row is short, or more than a quarter of
+  the work would be behind its end.
+  """
   found = table(_compat.tpu_generation())["sizes"][kernel][str(F)]
   up = lambda x, to: -(-x // to) * to
   chunk = min(found["chunk"], up(T, _LANES))
   span = min(found["span"], up(T, chunk))
-  return chunk, span, min(found["block"], up(T, span))
+  while span % (2 * chunk) == 0 and 4 * up(T, span) > 5 * T:
+    span //= 2
+  steps = -(-T // found["block"])
+  return chunk, span, up(-(-T // steps), span)
