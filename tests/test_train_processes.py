@@ -15,6 +15,7 @@ from train_cases import (
   flags,
   metrics,
   run,
+  signal_at,
   tiny,
   trainer as trainer,
 )
@@ -78,21 +79,6 @@ def test_resume_on_other_devices(
   assert RunFolder(folder).read_config() == _on(mesh)
 
 
-# Sends a signal from inside a step, so that the run stops behind a known one.
-_SIGNAL = """
-import os, signal, sys
-from train import sharding
-put, count = sharding.put_batch, 0
-def put_batch(*args):
-  global count
-  count += "evaluate" not in sys._getframe(1).f_code.co_name
-  if count == 3:
-    os.kill(os.getpid(), signal.SIGTERM)
-  return put(*args)
-sharding.put_batch = put_batch
-"""
-
-
 def _together(
   processes: int, folder: Path, cache: Path, *options: str, stop: bool = False
 ) -> list[tuple[int, str, str]]:
@@ -106,7 +92,7 @@ def _together(
       "--distributed",
       f"{address},{processes},{i}",
       cache=cache,
-      before=_SIGNAL if stop and i == processes - 1 else "",
+      before=signal_at(3, "SIGTERM") if stop and i == processes - 1 else "",
       devices=2,
     )
     for i in range(processes)

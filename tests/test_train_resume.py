@@ -21,6 +21,7 @@ from train_cases import (
   metrics,
   run,
   saved_bits,
+  signal_at,
   tiny,
   trainer as trainer,
 )
@@ -37,29 +38,12 @@ from train.run_folder import RunFolder, RunFolderError
 
 _CONFIG = tiny(model=dict(dropout=0.1))
 
-# Sends a signal from inside a step, so that the run stops behind a known one.
-_SIGNAL = """
-import os, signal
-from train import sharding
-put, count = sharding.put_batch, 0
-def put_batch(*args):
-  global count
-  count += "evaluate" not in sys._getframe(1).f_code.co_name
-  if count == {at}:
-    os.kill(os.getpid(), signal.{name})
-  return put(*args)
-sharding.put_batch = put_batch
-"""
 _SLOW = """
 import time
 from train import sharding
 put = sharding.put_batch
 sharding.put_batch = lambda *args: (time.sleep(0.1), put(*args))[1]
 """
-
-
-def _at(at: int, name: str) -> str:
-  return "import sys" + _SIGNAL.format(at=at, name=name)
 
 
 def _train(folder: Path, cache: Path, before: str = "", config=_CONFIG):
@@ -95,7 +79,7 @@ def test_two_processes_are_one(
   undisturbed: Path, tmp_path: Path, trainer: Path
 ) -> None:
   folder = tmp_path / "a run"
-  code, out, err = finish(_train(folder, trainer, _at(3, "SIGTERM")))
+  code, out, err = finish(_train(folder, trainer, signal_at(3, "SIGTERM")))
   assert (code, err) == (143, "")
   assert "stopped at step 3, saved; go on with" in out
   line = out.splitlines()[-1].strip()
@@ -114,10 +98,10 @@ def test_sigint_and_kill(
   undisturbed: Path, tmp_path: Path, trainer: Path
 ) -> None:
   folder = tmp_path / "run"
-  code, _, _ = finish(_train(folder, trainer, _at(5, "SIGKILL")))
+  code, _, _ = finish(_train(folder, trainer, signal_at(5, "SIGKILL")))
   assert code == -signal.SIGKILL
   assert [step for step, _ in metrics(folder)][-1] > 2
-  code, out, err = finish(_resume(folder, trainer, _at(1, "SIGINT")))
+  code, out, err = finish(_resume(folder, trainer, signal_at(1, "SIGINT")))
   assert (code, err) == (130, "")
   start = int(out.split("resuming at step ")[1].split()[0])
   assert start in (2, 4)  # the save of step 4 may not have been done

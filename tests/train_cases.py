@@ -24,6 +24,20 @@ from train.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 
+# Sends a signal from inside a step, so that the run stops behind a known one.
+_SIGNAL = """
+import os, signal
+from train import sharding
+put, count = sharding.put_batch, 0
+def put_batch(*args):
+  global count
+  count += "evaluate" not in sys._getframe(1).f_code.co_name
+  if count == {at}:
+    os.kill(os.getpid(), signal.{name})
+  return put(*args)
+sharding.put_batch = put_batch
+"""
+
 
 @pytest.fixture(autouse=True, scope="module")
 def trainer(tmp_path_factory):
@@ -112,6 +126,11 @@ def command(
     stderr=subprocess.PIPE,
     text=True,
   )
+
+
+def signal_at(at: int, name: str) -> str:
+  """What makes a process send itself a signal from inside its step `at`."""
+  return "import sys" + _SIGNAL.format(at=at, name=name)
 
 
 def environment(cache: Path, devices: int = 1) -> dict[str, str]:
