@@ -25,6 +25,10 @@ from train.checkpoint import read_meta
 from train.mesh import MeshConfig
 from train.run_folder import RunFolder
 
+# On two cores the eight fake devices of one process can wait for each other
+# for good (seen once in a full run with jax 0.10.2), which ends pytest's worker.
+pytestmark = pytest.mark.slow
+
 _CONFIG = tiny(
   model=dict(dropout=0.1, mlp_width=32), optimizer=dict(eps=1e-5), accumulate=2
 )
