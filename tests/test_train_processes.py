@@ -26,7 +26,7 @@ from train.mesh import MeshConfig
 from train.run_folder import RunFolder
 
 # On two cores the eight fake devices of one process can wait for each other
-# for good (seen once in a full run with jax 0.10.2), which ends pytest's worker.
+# for good (seen once in a full run, jax 0.10.2), which ends pytest's worker.
 pytestmark = pytest.mark.slow
 
 _CONFIG = tiny(
