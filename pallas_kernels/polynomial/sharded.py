@@ -8,6 +8,7 @@ backward does the same from the right with the state's cotangents.
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,10 @@ from pallas_kernels.polynomial.passes import Kernel, Passes
 from pallas_kernels.polynomial.spec import State
 
 Axis = str | tuple[str, ...] | None
+
+
+def _names(axis: Axis) -> tuple[str, ...]:
+  return (axis,) if isinstance(axis, str) else axis or ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +52,7 @@ class ShardAxes:
     used: set[str] = set()
     for field, size in (("batch", batch), ("heads", heads), ("time", time)):
       axis = getattr(self, field)
-      names = (axis,) if isinstance(axis, str) else axis or ()
-      devices = 1
-      for name in names:
+      for name in _names(axis):
         if name not in mesh.shape:
           raise ValueError(
             f"axes.{field}={axis!r}: the mesh has the axes "
@@ -58,12 +61,17 @@ class ShardAxes:
         if name in used:
           raise ValueError(f"axes={self} uses the mesh axis {name!r} twice")
         used.add(name)
-        devices *= mesh.shape[name]
+      devices = self.devices(axis)
       if size is not None and size % devices:
         raise ValueError(
           f"axes.{field}={axis!r} splits {size} over {devices} devices: "
           f"expected a multiple of {devices}"
         )
+
+  def devices(self, axis: Axis) -> int:
+    """How many devices of the ambient mesh one of the three splits over."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[name] for name in _names(axis))
 
   def btx(self) -> PartitionSpec:
     """Of (B, T, H, ·) arrays."""

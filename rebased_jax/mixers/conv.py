@@ -8,7 +8,6 @@ device takes the K − 1 tokens before its own from its neighbour on the left.
 """
 
 import dataclasses
-import math
 
 from flax import nnx
 import jax
@@ -136,11 +135,7 @@ def over_time(
     return depthwise(kernel_KD, bias_D, x_BTD, past_BKD, segment_ids)
   axes.check(x_BTD.shape[0], None, x_BTD.shape[1])
   past, time = past_BKD.shape[1], axes.time
-  sizes = jax.sharding.get_abstract_mesh().shape
-  size_of = lambda axis: math.prod(
-    sizes[name] for name in ((axis,) if isinstance(axis, str) else axis)
-  )
-  devices = size_of(time)
+  devices = axes.devices(time)
   if x_BTD.shape[1] < past * devices:
     raise ValueError(
       f"a convolution of {past + 1} taps over a row of {x_BTD.shape[1]} "
@@ -163,7 +158,7 @@ def over_time(
 
   # Channels are apart: they are split as heads are, where they divide.
   channels = axes.heads
-  if channels is not None and x_BTD.shape[-1] % size_of(channels):
+  if channels is not None and x_BTD.shape[-1] % axes.devices(channels):
     channels = None
   tokens = PartitionSpec(axes.batch, time, channels)
   rows = PartitionSpec(axes.batch, None, channels)
