@@ -12,13 +12,11 @@ or a rate is below its target.
 """
 
 import argparse
-import datetime
 import json
 import os
 from pathlib import Path
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from data_cases import write_megatron, write_prepared  # noqa: E402
+from environment import moment  # noqa: E402
 import grain  # noqa: E402
 
 from train.data import plan as plans  # noqa: E402
@@ -157,14 +156,8 @@ def measure(batches: dict, steps: int, rounds: int) -> list[dict]:
   ]
 
 
-def environment() -> dict:
-  git = lambda *words: subprocess.run(
-    ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
-  ).stdout.strip()
-  dirty = git("status", "--porcelain", "--", "train", "benchmarks/*.py")
-  return {
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "commit": git("rev-parse", "HEAD") + (" + changes" if dirty else ""),
+def setting() -> dict:
+  return moment("train") | {
     "machine": platform.machine(),
     "cores": len(os.sched_getaffinity(0)),
     "versions": {
@@ -202,7 +195,7 @@ def main() -> int:
       f"{row['best'] / 1e6:>10.1f} best   target {target}"
     )
   print(f"load before and after: {load[0]:.1f}, {load[1]:.1f}")
-  result = environment() | {
+  result = setting() | {
     "load_before_and_after": load,
     "note": args.note,
     "targets_met": met,

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
-def describe(*sources: str) -> dict:
-  """Date, commit, device and versions; the sources' changes are noted."""
+def moment(*sources: str) -> dict:
+  """Date and commit; changes of the sources and benchmarks are noted."""
   git = lambda *words: subprocess.run(
     ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
   ).stdout.strip()
@@ -20,6 +21,12 @@ def describe(*sources: str) -> dict:
   return {
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "commit": git("rev-parse", "HEAD") + (" + changes" if dirty else ""),
+  }
+
+
+def describe(*sources: str) -> dict:
+  """`moment`, and the device and versions."""
+  return moment(*sources) | {
     "device": jax.devices()[0].device_kind,
     "machine": platform.machine(),
     "versions": {

@@ -23,15 +23,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import environment  # noqa: E402
 import kernels_floor  # noqa: E402
 from kernels_peers import PEERS, Peer, peer  # noqa: E402
 import kernels_profile  # noqa: E402
-import record  # noqa: E402
 
 from pallas_kernels import measure  # noqa: E402
 from pallas_kernels.polynomial import arg_specs  # noqa: E402
 
-RESULTS = record.RESULTS / "kernels.json"
+RESULTS = environment.RESULTS / "kernels.json"
 EXTRAS = ("copy", "profile", "fla", "memory")
 CHECKED_ROWS = 2  # of the batch, that FLA's values are checked on
 MODES = ("forward", "both")
@@ -233,7 +233,10 @@ def run(args) -> dict:
   """The whole result; written to the file after every shape too."""
   extras = [x for x in EXTRAS if x in args.only]
   names = [x for x in PEERS if x in args.only or x == "gpu"]
-  result = record.header() | {"ceilings": ceilings(), "rows": []}
+  result = environment.describe("pallas_kernels") | {
+    "ceilings": ceilings(),
+    "rows": [],
+  }
   rows = result["rows"]
 
   def write() -> None:

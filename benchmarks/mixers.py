@@ -27,7 +27,7 @@ import sys
 import time
 from typing import Any
 
-from environment import ROOT, describe, peak_bytes
+from environment import RESULTS, ROOT, describe, peak_bytes
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,6 @@ sys.path.insert(0, str(ROOT))
 import rebased_jax as rj  # noqa: E402
 from rebased_jax.mixers import base  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
 MODES = ("forward", "both")
 WIDER = {"bfloat16": "float32", "float32": "float64"}
 # Of ‖a − b‖ / ‖b‖: roundings of 2⁻⁹ and 6e-8, up to 3e-2 and 1e-6 in short

@@ -161,16 +161,16 @@ def main() -> None:
     return
   if shutil.which("compute-sanitizer") is None:
     sys.exit("benchmarks/sanitize.py needs compute-sanitizer, of CUDA")
-  import record
+  import environment
 
-  result = record.header() | {
+  result = environment.describe("pallas_kernels") | {
     "cases": [case._asdict() for case in CASES],
     "tools": {},
   }
   for tool in args.tools:
     result["tools"][tool] = run_tool(tool, args.seconds)
     print(tool, json.dumps(result["tools"][tool]), flush=True)
-  path = record.RESULTS / "sanitize.json"
+  path = environment.RESULTS / "sanitize.json"
   path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
   if not all(row["clean"] for row in result["tools"].values()):
     sys.exit(1)
