@@ -19,5 +19,6 @@ from pallas_kernels.polynomial.spec import (
   Coefficients as Coefficients,
   State as State,
   document_runs as document_runs,
+  document_starts as document_starts,
   zero_state as zero_state,
 )

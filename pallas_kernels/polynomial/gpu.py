@@ -20,10 +20,9 @@ from pallas_kernels.polynomial import (
 )
 from pallas_kernels.polynomial.gpu_common import C, Call
 from pallas_kernels.polynomial.gpu_documents import Documents
-from pallas_kernels.polynomial.passes import Kernel
-from pallas_kernels.polynomial.spec import State
+from pallas_kernels.polynomial.passes import Kernel, refuse
+from pallas_kernels.polynomial.spec import State, with_skew
 
-PROGRAMS = tuned.DEFAULT.programs
 P_MAX = 128
 
 
@@ -44,11 +43,7 @@ def supports(
     (kernel.coefficients.c2 <= 0, "c2 ≤ 0"),
     (kernel.eps <= 0, "eps = 0"),
   ]
-  for fails, reason in reasons:
-    if fails:
-      raise NotImplementedError(
-        f"implementation='gpu' does not do {reason}; 'xla' does"
-      )
+  refuse("gpu", reasons)
 
 
 def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
@@ -67,10 +62,7 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
   if not return_state:
     return o, None
   if not alone:
-    joined_B = None if runs_BT is None else documents.whole(call)[-1]
-    after = [
-      _add(y[-1], x[-1], joined_B) for x, y in zip(before, own, strict=False)
-    ]
+    after = _behind(before[:2], own, documents.whole(call), -1)
   else:
     after = [x[-1] for x in after]
   count_BH = gpu_documents.count(runs_BT, call)
@@ -78,7 +70,7 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
     corner_BH = state.kk_BHGG[:, :, -1, -1]
     count_BH = _add(count_BH, corner_BH, documents.all_B)
   found = gpu_states.from_kernel(*after, count_BH, P, call)
-  return o, _skew(found, state, documents.all_B)
+  return o, with_skew(found, state, documents.all_B)
 
 
 def key_state(k, v, runs_BT, kernel: Kernel) -> State:
@@ -102,8 +94,7 @@ def backward_queries(q, k, v, do, runs_BT, state, kernel: Kernel):
   rows = documents.rows(call, past=True)
   dq, r, dz = gpu_backward.backward_queries(q, k, v, do, rows, before, call)
   if call.tiles > 1:
-    dq = dq.reshape(*dq.shape[:2], call.H, call.tiles, -1)
-    dq = dq.astype(jnp.float32).sum(axis=3).astype(dq.dtype)
+    dq = _over_tiles(dq, call)
     dz = dz.reshape(call.B, call.H, call.tiles, -1).sum(axis=2)
     dz = gpu_states.in_first_tile(dz, call)
   return dq[:, :T, :, :F], r, dz
@@ -125,16 +116,12 @@ def backward_keys(
     q, k, v, do, rows, after, call, state=return_state and alone
   )
   if call.tiles > 1:
-    dk = dk.reshape(*dk.shape[:2], call.H, call.tiles, -1)
-    dk = dk.astype(jnp.float32).sum(axis=3).astype(dv.dtype)
+    dk = _over_tiles(dk, call)
   dk, dv = dk[:, :T, :, :F], dv[:, :T, :, :P]
   if not return_state:
     return dk, dv, None
   if not alone:
-    joined_B = None if runs_BT is None else documents.whole(call)[0]
-    before = [
-      _add(y[0], x[0], joined_B) for x, y in zip(after, own, strict=True)
-    ]
+    before = _behind(after, own, documents.whole(call), 0)
   else:
     before = [x[0] for x in before]
   return dk, dv, _cotangent(*before, dz, dstate, documents, P, call)
@@ -148,21 +135,25 @@ def query_cotangent(q, do, r, dz, runs_BT, kernel: Kernel) -> State:
   documents = gpu_documents.of_rows(runs_BT, call)
   rows = dict(r=r, dz=dz) | documents.rows(call)
   own = _own_queries(q, do, rows, documents, call)
-  whole_SB = documents.whole(call)
-  backwards = None if whole_SB is None else whole_SB[::-1]
-  kv, kk = (_last(x[::-1], backwards) for x in own)
+  backwards = _reverse(documents.whole(call))
+  kv, kk = (_last(_reverse(x), backwards) for x in own)
   return _cotangent(kv, kk, dz, None, documents, P, call)
 
 
 def _call(q, v, runs_BT, kernel: Kernel) -> Call:
   B, T, H, _ = q.shape
-  P = -(-v.shape[-1] // 16) * 16
+  P = _width(v)
   square = not kernel.coefficients.affine
   shape = tuned.Shape(B * H, T, gpu_common.F, P, square)
   programs = shape.programs(tuned.here().sizes(shape))
   return gpu_common.make_call(
     B, T, H, P, kernel, q.dtype, programs, segments=runs_BT is not None
   )
+
+
+def _width(v: Array) -> int:
+  """P of the arrays that the kernels take."""
+  return -(-v.shape[-1] // 16) * 16
 
 
 def _fill(q, k, v, *more):
@@ -176,9 +167,15 @@ def _fill(q, k, v, *more):
     pad = ((0, 0), (0, -T % 8), (0, 0), (0, width - x.shape[-1]))
     return x if not any(after for _, after in pad) else jnp.pad(x, pad)
 
-  P = -(-v.shape[-1] // 16) * 16
+  P = _width(v)
   wide = (fill(x, P) for x in (v, *more))
   return fill(q, gpu_common.F), fill(k, gpu_common.F), *wide
+
+
+def _over_tiles(x_BTHF: Array, call: Call) -> Array:
+  """(B, T, heads, F) summed over the tiles of each head's values."""
+  x = x_BTHF.reshape(*x_BTHF.shape[:2], call.H, call.tiles, -1)
+  return x.astype(jnp.float32).sum(axis=3).astype(x.dtype)
 
 
 def _prefix(k, v, documents: Documents, state: State | None, call: Call):
@@ -211,10 +208,9 @@ def _suffix(q, do, rows, documents: Documents, dstate, call: Call):
   if call.slices == 1:
     return (tuple(x[None] for x in outer) if outer else ()), None
   own = _own_queries(q, do, rows, documents, call)
-  flip = lambda xs: tuple(x[::-1] for x in xs)
-  whole_SB = documents.whole(call)
-  backwards = None if whole_SB is None else whole_SB[::-1]
-  return flip(_exclusive(flip(own), outer, backwards)), own
+  backwards = _reverse(documents.whole(call))
+  later = _exclusive(tuple(map(_reverse, own)), outer, backwards)
+  return tuple(map(_reverse, later)), own
 
 
 def _own_keys(k, v, documents: Documents, call: Call) -> tuple:
@@ -261,6 +257,16 @@ def _exclusive(own, outer, whole_SB):
   return found
 
 
+def _behind(start, own, whole_SB: Array | None, i: int) -> list[Array]:
+  """The sums behind slice i: its own, on top of what it starts from."""
+  joined_B = None if whole_SB is None else whole_SB[i]
+  return [_add(y[i], x[i], joined_B) for x, y in zip(start, own, strict=True)]
+
+
+def _reverse(x_SB: Array | None) -> Array | None:
+  return None if x_SB is None else x_SB[::-1]
+
+
 def _cumulate(x_SB: Array, whole_SB: Array | None) -> Array:
   """y_s = x_s + y_{s−1}; without y_{s−1} where slice s−1 is not whole."""
   if whole_SB is None:
@@ -300,13 +306,4 @@ def _cotangent(kv, kk, dz, dstate, documents: Documents, P: int, call: Call):
   if dstate is not None and call.affine:
     corner_BH = _add(corner_BH, dstate.kk_BHGG[:, :, -1, -1], documents.all_B)
   found = gpu_states.from_kernel(kv, kk, corner_BH, P, call, cotangent=True)
-  return _skew(found, dstate, documents.all_B)
-
-
-def _skew(state: State, outer: State | None, joined_B) -> State:
-  """Puts the antisymmetric part of KK back, which no sum over tokens has."""
-  if outer is None:
-    return state
-  kk = outer.kk_BHGG
-  skew = (kk - kk.swapaxes(2, 3)) / 2
-  return state._replace(kk_BHGG=_add(state.kk_BHGG, skew, joined_B))
+  return with_skew(found, dstate, documents.all_B)

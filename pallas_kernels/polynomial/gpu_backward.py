@@ -192,7 +192,6 @@ def backward_keys(
       (B, heads, T filled up); and the codes of documents.
     states: the cotangents behind the slices, or ().
   """
-  swizzle = common.SWIZZLE_128 if call.P % V == 0 else common.SWIZZLE_32
   what = gpu_walk.Launch(
     "backward_keys",
     dict(q=q, k=k, v=v, do=do),
@@ -204,7 +203,7 @@ def backward_keys(
     ),
     tiles=(
       ("dk", (C, F), common.SWIZZLE_32),
-      ("dv", (C, call.width), swizzle),
+      common.values_tile("dv", call),
     ),
     after=state,
     left=True,
@@ -225,16 +224,9 @@ def _store_queries(work: Work, chunk, slot) -> None:
   """r times the weighted features of the queries, and dz q̃."""
   del chunk
   call, shared = work.call, work.shared
-  q_s, r_s, dz_s = (work.inputs[name].at[slot] for name in ("q", "r", "dz"))
+  r_s, dz_s = (work.inputs[name].at[slot] for name in ("r", "dz"))
   mine = lambda y: gpu_documents.of_document(work, slot, FIRST, y)
-  x = plgpu.load(q_s, layout=LAYOUT)
-  if call.segments:
-    do = plgpu.load(work.inputs["do"].at[slot], layout=LAYOUT)
-    x = mine(x)
-    shared.x[...] = x
-    shared.values[...] = mine(do)
-    plgpu.commit_smem()
-    q_s = shared.x
+  x, q_s = gpu_documents.own_rows(work, slot, FIRST, "q", "do")
   r, dz = (
     columns(mine(times(plgpu.load(ref, layout=ROWS), call.grow)), F)
     for ref in (r_s, dz_s)
@@ -250,20 +242,16 @@ def _store_queries(work: Work, chunk, slot) -> None:
     shared.wide[:, pl.ds(F, F)] = line.astype(call.dtype)
 
 
-def _queries(work: Work, slot):
-  if work.call.segments:
-    return work.shared.x, work.shared.values
-  return work.inputs["q"].at[slot], work.inputs["do"].at[slot]
-
-
 # The parts that sum queries.
-_QUERIES = gpu_walk.Parts(_store_queries, _queries)
+_QUERIES = gpu_walk.Parts(
+  _store_queries, lambda work, slot: gpu_documents.summed(work, slot, "q", "do")
+)
 
 
 def _dkv_state(work: Work, chunk, slot):
   """dk (C, F) and dv (C, V) from the queries behind the chunk."""
   del chunk
-  call, kk_s, kv_s = work.call, work.shared.kk, work.shared.kv
+  call, kk_s = work.call, work.shared.kk
   k_s, v_s = (work.inputs[name].at[slot] for name in "kv")
   x = plgpu.load(k_s, layout=LAYOUT)
   halves = common.halves(kk_s, 0)
@@ -279,9 +267,7 @@ def _dkv_state(work: Work, chunk, slot):
       dk = dk + u[:, block(CYCLIC - blocks.start)]
   rolled = common.roll_all(work, k_s)
   phi = common.key_features(x, rolled, range(call.blocks), call)
-  kv = lambda r: kv_s.at[:, pl.ds(r * F, F)].transpose((1, 0))
-  terms = [(y, kv(r)) for r, y in enumerate(phi)]
-  dv = mma(work, *terms, shape=(C, V))
+  dv = mma(work, *common.by_state(work, phi), shape=(C, V))
   mine = lambda y: gpu_documents.of_document(work, slot, LAST, y)
   return mine(dk), mine(dv)
 

@@ -438,6 +438,18 @@ def values_at(work: Work, ref, chunk):
   return ref.at[here.b, tokens, here.h, pl.ds(here.tile * V, V)]
 
 
+def values_tile(name: str, call: Call) -> tuple:
+  """A tile of values for an output: its name, shape and swizzle."""
+  swizzle = SWIZZLE_128 if call.P % V == 0 else SWIZZLE_32
+  return name, (C, call.width), swizzle
+
+
+def by_state(work: Work, phi: list) -> list:
+  """The pairs whose products are Σ_r phi_r KV_r, (C, V)."""
+  kv = lambda r: work.shared.kv.at[:, pl.ds(r * F, F)].transpose((1, 0))
+  return [(x, kv(r)) for r, x in enumerate(phi)]
+
+
 def store_blocks(phi_s, blocks: range, features: list) -> None:
   for r, x in zip(blocks, features, strict=True):
     phi_s[:, pl.ds(r * F, F)] = x

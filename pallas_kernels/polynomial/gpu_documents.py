@@ -8,14 +8,15 @@ A document's Inf or NaN stays out of other documents' states; within a chunk of
 
 from typing import NamedTuple
 
-import jax
 from jax import Array, lax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from pallas_kernels.polynomial import spec
 from pallas_kernels.polynomial.gpu_common import (
   COLUMNS,
+  LAYOUT,
   ROWS,
   C,
   Call,
@@ -64,12 +65,11 @@ def of_rows(runs_BT: Array | None, call: Call) -> Documents:
   last_BN = runs_BT[:, jnp.minimum(jnp.arange(call.total) * C + C, T) - 1]
   before_BN = jnp.pad(last_BN[:, :-1], ((0, 0), (1, 0)))
   token_T = jnp.arange(T, dtype=jnp.int32)
-  starts_BT = jax.lax.cummax(
-    jnp.where(jnp.diff(runs_BT, prepend=0) != 0, token_T[None], 0), axis=1
-  )
   each = lambda x_BN: jnp.repeat(x_BN, C, axis=1)[:, :T]
   first_BT = runs_BT == each(before_BN)
-  past_BT = jnp.maximum((token_T // C * C)[None] - starts_BT, 0)
+  past_BT = jnp.maximum(
+    (token_T // C * C)[None] - spec.document_starts(runs_BT), 0
+  )
   bit = lambda value, where_BT: jnp.where(where_BT, value, 0)
   last_BT = bit(LAST, runs_BT == each(last_BN))
   code_BT = 4 * runs_BT + last_BT + bit(FIRST, first_BT)
@@ -133,3 +133,29 @@ def past(work: Work, chunk, slot):
   earlier = plgpu.load(work.inputs["past"].at[slot], layout=ROWS)
   first_run = (code(work, slot) >> 2) == 0
   return earlier + jnp.where(first_run, work.count, 0.0)
+
+
+def own_rows(work: Work, slot, bit: int, x_name: str, values_name: str):
+  """x of a chunk, (C, F), and its tile.
+
+  Of several documents, those of the bit's: copies of x and the values, with 0
+  for the others, which `summed` then gives.
+  """
+  x_s = work.inputs[x_name].at[slot]
+  x = plgpu.load(x_s, layout=LAYOUT)
+  if not work.call.segments:
+    return x, x_s
+  values = plgpu.load(work.inputs[values_name].at[slot], layout=LAYOUT)
+  shared = work.shared
+  x = of_document(work, slot, bit, x)
+  shared.x[...] = x
+  shared.values[...] = of_document(work, slot, bit, values)
+  plgpu.commit_smem()
+  return x, shared.x
+
+
+def summed(work: Work, slot, x_name: str, values_name: str):
+  """The tiles of x and the values that a chunk adds to the state."""
+  if work.call.segments:
+    return work.shared.x, work.shared.values
+  return work.inputs[x_name].at[slot], work.inputs[values_name].at[slot]

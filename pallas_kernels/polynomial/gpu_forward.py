@@ -36,7 +36,6 @@ def forward(q, k, v, rows, states, call: common.Call, *, state: bool) -> list:
     call: the launch.
     state: whether to write the states behind the slices.
   """
-  swizzle = common.SWIZZLE_128 if call.P % V == 0 else common.SWIZZLE_32
   shape = (call.B, call.rows, call.H, call.P)
   parts = KEYS._replace(through_state=_through_state, within=_within)
   what = gpu_walk.Launch(
@@ -45,7 +44,7 @@ def forward(q, k, v, rows, states, call: common.Call, *, state: bool) -> list:
     rows,
     states,
     outs=(jax.ShapeDtypeStruct(shape, call.dtype),),
-    tiles=(("o", (C, call.width), swizzle),),
+    tiles=(common.values_tile("o", call),),
     after=state,
   )
   return gpu_walk.launch(call, parts, what)
@@ -67,15 +66,7 @@ def _exists(work: Work, chunk):
 def _store_keys(work: Work, chunk, slot) -> None:
   """The features of the keys, and k̃ with its ones, for the update."""
   call, shared = work.call, work.shared
-  k_s = work.inputs["k"].at[slot]
-  x = plgpu.load(k_s, layout=LAYOUT)
-  if call.segments:
-    v = plgpu.load(work.inputs["v"].at[slot], layout=LAYOUT)
-    x = gpu_documents.of_document(work, slot, LAST, x)
-    shared.x[...] = x
-    shared.values[...] = gpu_documents.of_document(work, slot, LAST, v)
-    plgpu.commit_smem()
-    k_s = shared.x
+  x, k_s = gpu_documents.own_rows(work, slot, LAST, "k", "v")
   one = None
   if call.affine:
     one = gpu_documents.of_document(work, slot, LAST, _exists(work, chunk))
@@ -89,27 +80,21 @@ def _store_keys(work: Work, chunk, slot) -> None:
     shared.wide[:, pl.ds(F, F)] = common.two_columns(call.dtype, one)
 
 
-def _keys(work: Work, slot):
-  if work.call.segments:
-    return work.shared.x, work.shared.values
-  return work.inputs["k"].at[slot], work.inputs["v"].at[slot]
-
-
 # The parts that sum keys.
-KEYS = gpu_walk.Parts(_store_keys, _keys)
+KEYS = gpu_walk.Parts(
+  _store_keys, lambda work, slot: gpu_documents.summed(work, slot, "k", "v")
+)
 
 
 def _through_state(work: Work, chunk, slot):
   """(Σ sim' v, Σ sim') of the tokens before the chunk, (C, V) and (C,)."""
-  call, kv_s = work.call, work.shared.kv
-  q_s = work.inputs["q"].at[slot]
+  call, q_s = work.call, work.inputs["q"].at[slot]
   rolled = common.roll_all(work, q_s)
   x = plgpu.load(q_s, layout=LAYOUT)
   phi = common.query_features(x, rolled, range(call.blocks), call)
-  kv = lambda r: kv_s.at[:, pl.ds(r * F, F)].transpose((1, 0))
   num, *products = mmas(
     work,
-    ((C, V), *[(y, kv(r)) for r, y in enumerate(phi)]),
+    ((C, V), *common.by_state(work, phi)),
     *common.denominator(work, q_s),
   )
   _, form = common.forms(work, products)

@@ -18,6 +18,7 @@ A state is made where `return_state` asks for it.
 `sharded.py` joins them, on one device and over the devices of a mesh.
 """
 
+from collections.abc import Iterable
 import dataclasses
 from typing import Protocol
 
@@ -37,6 +38,15 @@ class Kernel:
   coefficients: spec.Coefficients
   eps: float
   by_shared: bool = False
+
+
+def refuse(implementation: str, reasons: Iterable[tuple[bool, str]]) -> None:
+  """Raises NotImplementedError with the first reason that holds."""
+  for holds, reason in reasons:
+    if holds:
+      raise NotImplementedError(
+        f"implementation={implementation!r} does not do {reason}; 'xla' does"
+      )
 
 
 class Passes(Protocol):

@@ -165,6 +165,29 @@ def document_runs(segment_ids_BT: Array) -> Array:
   return jnp.pad(runs_BT, ((0, 0), (1, 0)))
 
 
+def document_starts(runs_BT: Array) -> Array:
+  """The place in the row of the first token of each token's document."""
+  t_1T = jnp.arange(runs_BT.shape[1], dtype=jnp.int32)[None]
+  border_BT = jnp.pad(runs_BT[:, 1:] != runs_BT[:, :-1], ((0, 0), (1, 0)))
+  return jax.lax.cummax(jnp.where(border_BT, t_1T, 0), axis=1)
+
+
+def with_skew(
+  state: State, outer: State | None, joined_B: Array | None = None
+) -> State:
+  """The state with the antisymmetric part of KK of the one that it began from.
+
+  No sum over tokens has one. `joined_B` says which rows went on from `outer`;
+  None: all.
+  """
+  if outer is None:
+    return state
+  skew_BHGG = (outer.kk_BHGG - outer.kk_BHGG.swapaxes(2, 3)) / 2
+  if joined_B is not None:
+    skew_BHGG = jnp.where(joined_B[:, None, None, None], skew_BHGG, 0)
+  return state._replace(kk_BHGG=state.kk_BHGG + skew_BHGG)
+
+
 def weights_BHTS(
   q_BTHF: Array,
   k_BSHF: Array,

@@ -5,7 +5,6 @@ call are (B, T, H, X); XLA turns them by giving what made them, or uses them,
 the other layout, as it does for a projection.
 """
 
-import jax
 from jax import Array
 import jax.numpy as jnp
 
@@ -15,8 +14,12 @@ from pallas_kernels.polynomial import (
   tpu_forward,
   tpu_sizes,
 )
-from pallas_kernels.polynomial.passes import Kernel
-from pallas_kernels.polynomial.spec import State
+from pallas_kernels.polynomial.passes import Kernel, refuse
+from pallas_kernels.polynomial.spec import (
+  State,
+  document_starts,
+  with_skew,
+)
 from pallas_kernels.polynomial.tpu_common import Call
 
 WIDTHS = (8, 16, 32, 64)
@@ -38,11 +41,7 @@ def supports(
     (P > VALUES, f"P={P}: 1 to {VALUES}"),
     (kernel.coefficients.c2 <= 0, "c2 ≤ 0"),
   ]
-  for fails, reason in reasons:
-    if fails:
-      raise NotImplementedError(
-        f"implementation='tpu' does not do {reason}; 'xla' does"
-      )
+  refuse("tpu", reasons)
 
 
 def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
@@ -58,7 +57,7 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
   if not return_state:
     return _back(o, v), None
   after = _from_kernel(after, kernel, call, by_feature=False)
-  return _back(o, v), _skew(after, state, runs_BT)
+  return _back(o, v), with_skew(after, state, _joined(runs_BT))
 
 
 def key_state(k, v, runs_BT, kernel: Kernel) -> State:
@@ -105,7 +104,7 @@ def backward_keys(
   if not return_state:
     return _back(dk, k), _back(dv, v), None
   before = _from_kernel(before, kernel, call, by_feature=True)
-  return _back(dk, k), _back(dv, v), _skew(before, dstate, runs_BT)
+  return _back(dk, k), _back(dv, v), with_skew(before, dstate, _joined(runs_BT))
 
 
 def query_cotangent(q, do, r, dz, runs_BT, kernel: Kernel) -> State:
@@ -175,10 +174,7 @@ def _starts(runs_BT: Array | None, call: Call) -> Array | None:
   """The place of the first token of each token's document."""
   if runs_BT is None:
     return None
-  place_1T = jnp.arange(call.T, dtype=jnp.int32)[None]
-  border_BT = runs_BT[:, 1:] != runs_BT[:, :-1]
-  border_BT = jnp.pad(border_BT, ((0, 0), (1, 0)))
-  start_BT = jax.lax.cummax(jnp.where(border_BT, place_1T, 0), axis=1)
+  start_BT = document_starts(runs_BT)
   filled = call.steps * call.block - call.T
   return jnp.pad(start_BT, ((0, 0), (0, filled)), mode="edge")[:, None]
 
@@ -222,12 +218,6 @@ def _from_kernel(state, kernel: Kernel, call: Call, *, by_feature) -> State:
   return State(kv, kk)
 
 
-def _skew(state: State, outer: State | None, runs_BT: Array | None) -> State:
-  """Puts the antisymmetric part of KK back, which no sum over tokens has."""
-  if outer is None:
-    return state
-  skew = (outer.kk_BHGG - outer.kk_BHGG.swapaxes(2, 3)) / 2
-  if runs_BT is not None:
-    joined_B = runs_BT[:, 0] == runs_BT[:, -1]
-    skew = jnp.where(joined_B[:, None, None, None], skew, 0)
-  return state._replace(kk_BHGG=state.kk_BHGG + skew)
+def _joined(runs_BT: Array | None) -> Array | None:
+  """Which rows are one document."""
+  return None if runs_BT is None else runs_BT[:, 0] == runs_BT[:, -1]

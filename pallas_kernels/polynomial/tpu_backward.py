@@ -49,11 +49,7 @@ def backward_queries(
   sizes = (call.E, call.V), (call.G, call.G)
   if start_B1T is not None:
     inputs.append((start_B1T, common.starts(call)))
-  if state is not None:
-    inputs += [
-      (x, common.whole(size, call))
-      for x, size in zip(state, sizes, strict=True)
-    ]
+  inputs += common.states_in(state, sizes, call)
   row = jax.ShapeDtypeStruct((call.B, call.H, 1, call.T), jnp.float32)
   dq = jax.ShapeDtypeStruct(q_BRT.shape, q_BRT.dtype)
   outputs = [
@@ -80,10 +76,7 @@ def _queries_body(*refs, call: Call, has_ids: bool, has_state: bool):
 
   step = pl.program_id(2)
 
-  @pl.when(step == 0)
-  def _():
-    for i, ref in enumerate((kv_ref, kk_ref)):
-      ref[...] = before[i][...] if has_state else jnp.zeros_like(ref)
+  common.begin((kv_ref, kk_ref), before)
 
   def chunk(head, place):
     at = common.lanes(place, call)
@@ -176,15 +169,9 @@ def backward_keys(
     ]
   if start_B1T is not None:
     inputs.append((start_B1T, common.starts(call, reverse=True)))
-  if dstate is not None:
-    inputs += [
-      (x, common.whole(size, call))
-      for x, size in zip(dstate, sizes, strict=True)
-    ]
+  inputs += common.states_in(dstate, sizes, call)
   if return_state:
-    for size in sizes:
-      shape = jax.ShapeDtypeStruct((call.B, call.H, *size), jnp.float32)
-      outputs.append((shape, common.whole(size, call)))
+    outputs += common.states_out(sizes, call)
   flags = has_k, start_B1T is not None, dstate is not None, return_state
   body = functools.partial(_keys_body, call=call, flags=flags)
   name = "backward_keys" if has_k else "query_cotangent"
@@ -203,10 +190,7 @@ def _keys_body(*refs, call: Call, flags):
   dk_ref, dv_ref = (refs.pop(0), refs.pop(0)) if has_k else (None, None)
   step = pl.program_id(2)
 
-  @pl.when(step == 0)
-  def _():
-    for i, ref in enumerate((kv_ref, kk_ref)):
-      ref[...] = after[i][...] if has_state else jnp.zeros_like(ref)
+  common.begin((kv_ref, kk_ref), after)
 
   def chunk(head, place):
     at = common.lanes(place, call)
@@ -245,11 +229,7 @@ def _keys_body(*refs, call: Call, flags):
   common.each_chunk(chunk, call, reverse=True)
 
   if return_state:
-
-    @pl.when(step == call.steps - 1)
-    def _():
-      refs[0][...] = kv_ref[...]
-      refs[1][...] = kk_ref[...]
+    common.end((kv_ref, kk_ref), refs, call)
 
 
 def _past_keys(k_FC, v_PC, kv_ref, kk_ref, call: Call) -> tuple[Array, Array]:

@@ -357,6 +357,39 @@ def whole(size: tuple[int, int], call: Call) -> pl.BlockSpec:
   return pl.BlockSpec((None, call.heads, *size), lambda b, h, c: (b, h, 0, 0))
 
 
+def states_in(state, sizes, call: Call) -> list:
+  """The inputs that a state is, for `run`; none where there is none."""
+  if state is None:
+    return []
+  return [(x, whole(n, call)) for x, n in zip(state, sizes, strict=True)]
+
+
+def states_out(sizes, call: Call) -> list:
+  """The outputs that a state is, for `run`."""
+  shape = lambda size: jax.ShapeDtypeStruct(
+    (call.B, call.H, *size), jnp.float32
+  )
+  return [(shape(size), whole(size, call)) for size in sizes]
+
+
+def begin(states, start) -> None:
+  """At a row's first step, the states in VMEM are `start`, or None: 0."""
+
+  @pl.when(pl.program_id(2) == 0)
+  def _():
+    for ref, x in zip(states, start or (None,) * len(states), strict=True):
+      ref[...] = jnp.zeros_like(ref) if x is None else x[...]
+
+
+def end(states, out, call: Call) -> None:
+  """At a row's last step, the states in VMEM go out."""
+
+  @pl.when(pl.program_id(2) == call.steps - 1)
+  def _():
+    for ref, x in zip(out, states, strict=True):
+      ref[...] = x[...]
+
+
 def load(ref, head: int, rows: int, at, mask_1C: Array | None = None) -> Array:
   """A head's rows, masked and filled up with zeros to whole tiles."""
   x = ref[pl.ds(head * rows, rows), at]

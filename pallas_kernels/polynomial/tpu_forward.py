@@ -40,19 +40,13 @@ def forward(
     inputs.append((q_BRT, common.tokens(call.F, call)))
   if has_ids:
     inputs.append((start_B1T, common.starts(call)))
-  if has_state:
-    inputs += [
-      (x, common.whole(size, call))
-      for x, size in zip(state, sizes, strict=True)
-    ]
+  inputs += common.states_in(state, sizes, call)
   outputs = []
   if has_q:
     shape = jax.ShapeDtypeStruct(v_BRT.shape, v_BRT.dtype)
     outputs.append((shape, common.tokens(call.P, call)))
   if return_state:
-    for size in sizes:
-      shape = jax.ShapeDtypeStruct((call.B, call.H, *size), jnp.float32)
-      outputs.append((shape, common.whole(size, call)))
+    outputs += common.states_out(sizes, call)
   body = functools.partial(
     _body, call=call, flags=(has_q, has_ids, has_state, return_state)
   )
@@ -74,10 +68,7 @@ def _body(*refs, call: Call, flags):
 
   step = pl.program_id(2)
 
-  @pl.when(step == 0)
-  def _():
-    for i, ref in enumerate((kv_ref, kk_ref)):
-      ref[...] = before[i][...] if has_state else jnp.zeros_like(ref)
+  common.begin((kv_ref, kk_ref), before)
 
   def chunk(head, place):
     at = common.lanes(place, call)
@@ -108,11 +99,7 @@ def _body(*refs, call: Call, flags):
   common.each_chunk(chunk, call)
 
   if return_state:
-
-    @pl.when(step == call.steps - 1)
-    def _():
-      refs[0][...] = kv_ref[...]
-      refs[1][...] = kk_ref[...]
+    common.end((kv_ref, kk_ref), refs, call)
 
 
 def similarity(a_CC: Array, m: Masks, call: Call) -> Array:

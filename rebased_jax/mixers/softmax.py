@@ -10,7 +10,7 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels import document_runs
+from pallas_kernels import document_runs, document_starts
 from pallas_kernels.polynomial.spec import accumulator, precision
 
 ROTARY_BASE = 10000.0
@@ -103,8 +103,7 @@ def runs(segment_ids: Array | None, T: int) -> Array:
 def steps(runs_BT: Array) -> Array:
   """How many tokens of its document in the row are before each token."""
   t_1T = jnp.arange(runs_BT.shape[1], dtype=jnp.int32)[None]
-  border_BT = jnp.pad(runs_BT[:, 1:] != runs_BT[:, :-1], ((0, 0), (1, 0)))
-  return t_1T - jax.lax.cummax(jnp.where(border_BT, t_1T, 0), axis=1)
+  return t_1T - document_starts(runs_BT)
 
 
 def visible(runs_BT: Array, positions_BM: Array | None = None) -> Array:
