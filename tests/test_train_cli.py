@@ -89,7 +89,7 @@ _REFUSED = {
   "evaluate": (("evaluate", "none"), ["none is no run folder"]),
   "inspect": (
     ("inspect", "mqar-papr-rebased-128"),
-    ["no preset, run folder", "mean the preset 'mqar-paper-rebased-128'"],
+    ["no preset, model, run folder", "mean 'mqar-paper-rebased-128'"],
   ),
   "doctor": (("doctor", "--all"), ["no options", "--all"]),
 }

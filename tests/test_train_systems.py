@@ -58,4 +58,4 @@ def test_inspect_counts_the_models_of_the_tables(call, name: str) -> None:
 
 def test_inspect_of_an_unknown_model_names_a_near_one(call) -> None:
   code, _, err = call("inspect", "table-4-mamba-63")
-  assert code == 2 and "did you mean the preset 'table-4-mamba-64'" in err
+  assert code == 2 and "did you mean 'table-4-mamba-64'" in err

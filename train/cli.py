@@ -22,7 +22,9 @@ import datetime
 import difflib
 import os
 import shlex
+import signal
 import sys
+from types import FrameType
 import typing
 from typing import Annotated
 
@@ -99,7 +101,7 @@ def _refuse(message: str) -> None:
 def _unknown(kind: str, name: str, known) -> str:
   near = difflib.get_close_matches(name, known, n=1)
   hint = f"; did you mean {near[0]!r}?" if near else ""
-  return f"there is no {kind} {name!r}{hint} Known: {', '.join(known)}"
+  return f"there is no {kind} {name!r}{hint}. Known: {', '.join(known)}"
 
 
 def _preset(args: list[str], command: str = "train") -> tuple[str, "RunConfig"]:
@@ -239,7 +241,11 @@ def _compile(args: list[str]) -> int:
 def _prepare(args: list[str]) -> int:
   from train.data import commands
 
-  return commands.run_prepare(args)
+  before = signal.signal(signal.SIGTERM, _terminate)
+  try:
+    return commands.run_prepare(args)
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 def _tokenizer(args: list[str]) -> int:
@@ -255,10 +261,14 @@ def _without_jax(command: Callable[[list[str]], int], args: list[str]) -> int:
     _refuse(str(error))
   except OSError as error:
     print(f"rebased: {error}", file=sys.stderr)
-  except KeyboardInterrupt:
+  except KeyboardInterrupt as error:
     print("rebased: stopped; the same command goes on", file=sys.stderr)
-    return 130
+    return 128 + (signal.SIGTERM if error.args else signal.SIGINT)
   return 1
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+  raise KeyboardInterrupt(number)
 
 
 def _doctor(args: list[str]) -> int:

@@ -85,8 +85,10 @@ def show_folder(
   folder = RunFolder(path)
   if not folder.config_file.exists():
     near = difflib.get_close_matches(what, presets, n=1)
-    hint = f"; did you mean the preset {near[0]!r}?" if near else ""
-    raise ValueError(f"{what!r} is no preset, run folder or checkpoint{hint}")
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+      f"{what!r} is no preset, model, run folder or checkpoint{hint}"
+    )
   config = folder.read_config()
   if mesh is not None and mesh != MeshConfig():
     config = dataclasses.replace(config, mesh=mesh)

@@ -99,6 +99,7 @@ class Attention(base.Mixer):
       dtype: of the computation.
       rngs: of the initial parameters.
     """
+    base.check_made(width, config, AttentionConfig)
     _check_heads(config, width)
     self.qkv = base.linear(
       width, 3 * width, dtype=dtype, rngs=rngs, use_bias=config.use_bias

@@ -137,6 +137,15 @@ def computation(dtype: str) -> jnp.dtype:
   return jnp.dtype(dtype)
 
 
+def check_made(width: int, config: object, kind: type[MixerConfig]) -> None:
+  """Raises ValueError where a mixer is made of another config or no width."""
+  if not isinstance(config, kind):
+    name = type(config).__name__
+    raise ValueError(f"config is a {name}: expected a {kind.__name__}")
+  if not _whole(width) or width < 1:
+    raise ValueError(f"width={width!r}: expected an integer ≥ 1")
+
+
 def check_rows(
   mixer: Mixer,
   x_BTD: Array,
@@ -268,8 +277,11 @@ def positive(config: object, *names: str) -> None:
   """Raises ValueError where a named field is not an integer ≥ 1."""
   for name in names:
     value = getattr(config, name)
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if value is not None and (not whole or value < 1):
+    if value is not None and (not _whole(value) or value < 1):
       raise ValueError(
         f"{type(config).__name__}.{name}={value!r}: expected an integer ≥ 1"
       )
+
+
+def _whole(value: object) -> bool:
+  return isinstance(value, numbers.Integral) and not isinstance(value, bool)

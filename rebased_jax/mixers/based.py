@@ -40,6 +40,7 @@ class Based(polynomial.PolynomialMixer):
     dtype: str = "float32",
     rngs: nnx.Rngs,
   ):
+    base.check_made(width, config, BasedConfig)
     shape = polynomial.check_sizes(config, width)
     self.project = polynomial.Projections(shape, width, dtype=dtype, rngs=rngs)
     self.coefficients = BASED

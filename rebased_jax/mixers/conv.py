@@ -47,6 +47,7 @@ class BaseConv(base.Mixer):
     dtype: str = "float32",
     rngs: nnx.Rngs,
   ):
+    base.check_made(width, config, BaseConvConfig)
     self.kernel, self.bias = initial_taps(width, config.taps, rngs)
     self.gate = base.linear(width, width, dtype=dtype, use_bias=True, rngs=rngs)
     self.width, self.dtype = width, base.computation(dtype)

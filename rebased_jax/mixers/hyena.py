@@ -128,6 +128,7 @@ class Hyena(base.Mixer):
     rngs: nnx.Rngs,
   ):
     """Raises ValueError where nothing says how long the filter is."""
+    base.check_made(width, config, HyenaConfig)
     self.length = config.length or length
     if self.length is None:
       raise ValueError(

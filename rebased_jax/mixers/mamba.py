@@ -77,6 +77,7 @@ class Mamba(base.Mixer):
     dtype: str = "float32",
     rngs: nnx.Rngs,
   ):
+    base.check_made(width, config, MambaConfig)
     I, N, R = config.expand * width, config.state, math.ceil(width / 16)
     make = lambda *sizes, stddev=0.02: base.linear(
       *sizes, dtype=dtype, rngs=rngs, stddev=stddev

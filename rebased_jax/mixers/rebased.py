@@ -98,6 +98,7 @@ class ReBased(polynomial.PolynomialMixer):
     dtype: str = "float32",
     rngs: nnx.Rngs,
   ):
+    base.check_made(width, config, ReBasedConfig)
     shape = polynomial.check_sizes(config, width)
     self.project = polynomial.Projections(shape, width, dtype=dtype, rngs=rngs)
     self.query_affine = KernelAffine(config)

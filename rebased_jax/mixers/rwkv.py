@@ -85,6 +85,7 @@ class RWKV(base.Mixer):
     dtype: str = "float32",
     rngs: nnx.Rngs,
   ):
+    base.check_made(width, config, RWKVConfig)
     start = _start(width, layer, layers)
     self.decay = nnx.Param(start.decay_D)
     self.first = nnx.Param(start.first_D)

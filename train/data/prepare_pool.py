@@ -22,6 +22,7 @@ from train.data.tokenize import Tokenizer
 
 _LOOK = 0.1  # seconds between two looks at the workers
 _LINE = 10.0  # seconds between two lines where there is no terminal
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _worker: dict[str, object] = {}  # what `_start` gave to this process
 
 
@@ -50,13 +51,39 @@ def run_jobs(
     initializer=_start,
     initargs=(planned, read, stop),
   ) as pool:
-    futures = {pool.submit(_work, job): job for job in largest}
     try:
+      with _undisturbed():  # a submission starts a worker
+        futures = {pool.submit(_work, job): job for job in largest}
       _watch(futures, read, console)
     except BaseException:
       stop.value = 1
-      pool.shutdown(wait=False, cancel_futures=True)
+      # With a wait: a worker that still starts needs `read` and `stop`.
+      pool.shutdown(cancel_futures=True)
       raise
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+  """SIGINT and SIGTERM wait; a process that starts meanwhile gets no SIGINT.
+
+  The mask is for that process. It does not help this one, where another thread
+  may take a signal, and half a start would be a traceback of the process.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    yield  # signals are the main thread's
+    return
+  came: list[int] = []
+  note = lambda number, frame: came.append(number)
+  handlers = {x: signal.signal(x, note) for x in _SIGNALS}
+  mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for number, handler in handlers.items():
+      signal.signal(number, handler)
+    for number in came[:1]:
+      signal.raise_signal(number)
 
 
 def _watch(futures: dict, read, console: Console) -> None:

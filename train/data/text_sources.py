@@ -17,7 +17,7 @@ import sysconfig
 _JSON = (".jsonl", ".json", ".ndjson")
 _COMPRESSED = (".gz", ".zst")
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
-# No plain text, whatever the user says.
+# No plain text, whatever the user says. All are found in any case (.TXT).
 _BINARY = (".gz", ".zst", ".arrayrecord", ".bin", ".idx", ".npy", ".zip")
 _LEAST_GROUP, _LARGEST_GROUP, _GROUPS = 4 << 20, 256 << 20, 64
 _CORPORA = ("stdlib",)
@@ -103,9 +103,9 @@ def find_sources(
         elif _is_text_of_a_folder(file.name, text_suffixes):
           paths.add(file)
         else:
-          left_out[file.suffix or "no suffix"] += 1
+          left_out[file.suffix.lower() or "no suffix"] += 1
     elif path.is_file():
-      if _kind(path.name) == "text" and path.name.endswith(_BINARY):
+      if _kind(path.name) == "text" and path.name.lower().endswith(_BINARY):
         raise ValueError(
           f"{name}: expected .jsonl, .jsonl.gz, .jsonl.zst, .parquet or plain "
           "text"
@@ -129,6 +129,7 @@ def find_sources(
 
 def compression(name: str) -> str:
   """ "gz", "zst" or "", by the suffix."""
+  name = name.lower()
   return name.rpartition(".")[2] if name.endswith(_COMPRESSED) else ""
 
 
@@ -149,6 +150,7 @@ def times(source: Source) -> list[int]:
 
 
 def _kind(name: str) -> str:
+  name = name.lower()
   if name.endswith(".parquet"):
     return "parquet"
   stem = name
@@ -158,8 +160,9 @@ def _kind(name: str) -> str:
 
 
 def _is_text_of_a_folder(name: str, text_suffixes: Sequence[str]) -> bool:
+  name = name.lower()
   if _kind(name) == "text":
-    return name.endswith(tuple(text_suffixes))
+    return name.endswith(tuple(x.lower() for x in text_suffixes))
   return not name.endswith(".json")  # most often no lines but a config
 
 
