@@ -221,3 +221,18 @@ def test_byte_tokens():
   (tokens,) = tokenizer.encode(["é\0<|endoftext|>"])
   assert tokens.tolist() == list("é\0<|endoftext|>".encode())
   assert tokenizer.decode([104, 105, 256, 106]) == "hi<|endoftext|>j"
+
+
+def test_a_suffix_counts_in_any_case(tmp_path):
+  lower, upper = tmp_path / "lower", tmp_path / "UPPER"
+  write_formats(lower)
+  (lower / "e.txt").write_text("plain")
+  upper.mkdir()
+  for path in lower.iterdir():
+    (upper / path.name.upper()).write_bytes(path.read_bytes())
+  run([lower], tmp_path / "a")
+  run([upper], tmp_path / "b")
+  assert shard_texts(tmp_path / "b") == shard_texts(tmp_path / "a")
+  with pytest.raises(ValueError, match="expected .jsonl"):
+    (tmp_path / "x.ZIP").write_bytes(b"PK")
+    run([tmp_path / "x.ZIP"], tmp_path / "c")

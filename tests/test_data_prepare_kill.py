@@ -16,7 +16,9 @@ _ROOT = Path(__file__).parents[1]
 _CODE = "import sys; from train import cli; cli.main(sys.argv[1:])"
 
 
-def _start(folder: Path, out: Path) -> subprocess.Popen:
+def _start(
+  folder: Path, out: Path, *, start_new_session: bool = False
+) -> subprocess.Popen:
   words = ["prepare", str(folder), "--out", str(out), "--workers", "2"]
   return subprocess.Popen(
     [sys.executable, "-c", _CODE, *words],
@@ -24,6 +26,7 @@ def _start(folder: Path, out: Path) -> subprocess.Popen:
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
+    start_new_session=start_new_session,
   )
 
 
@@ -161,3 +164,21 @@ def _is_running(pid: int) -> bool:
   except OSError:
     return False
   return status.rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("group", [False, True])
+def test_a_stop_says_so_and_nothing_else(tmp_path, number, group):
+  """At once after the plan, where the workers are still starting."""
+  folder, out = tmp_path / "in", tmp_path / "out"
+  folder.mkdir()
+  for i in range(4):
+    (folder / f"{i}.jsonl").write_bytes(jsonl(records(40_000)))
+  process = _start(folder, out, start_new_session=True)
+  while not (out / "prepare" / "plan.json").exists():
+    assert process.poll() is None, process.stdout.read()
+    time.sleep(0.001)
+  (os.killpg if group else os.kill)(process.pid, number)
+  printed, _ = process.communicate(timeout=60)
+  assert printed == "rebased: stopped; the same command goes on\n"
+  assert process.returncode == 128 + number

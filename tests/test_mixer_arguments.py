@@ -154,3 +154,24 @@ def test_a_width_that_nothing_divides(name, width) -> None:
   y_B1D = mixer(jnp.ones((B, 1, width)))
   np.testing.assert_allclose(y_B1D, y_B2D[:, :1], rtol=1e-5, atol=1e-6)
   assert y_B2D.shape == (B, 2, width) and np.isfinite(y_B2D).all()
+
+
+@each_mixer
+@pytest.mark.parametrize("width", [0, -4, 2.5, True, "8"], ids=str)
+def test_no_width(name, width) -> None:
+  config = CASES[name]
+  kind = type(make(name).mixer)
+  refuses(
+    lambda: kind(width, config, rngs=nnx.Rngs(0)), f"width={width!r}", "≥ 1"
+  )
+
+
+@each_mixer
+def test_another_mixers_config(name) -> None:
+  other = CASES["conv" if name != "conv" else "rwkv"]
+  expected = type(CASES[name]).__name__
+  kind = type(make(name).mixer)
+  refuses(
+    lambda: kind(D, other, rngs=nnx.Rngs(0)),
+    f"config is a {type(other).__name__}: expected a {expected}",
+  )

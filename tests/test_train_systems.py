@@ -1,5 +1,6 @@
 """Every system of the paper: one command trains it, another counts it."""
 
+from pathlib import Path
 import re
 
 import pytest
@@ -59,3 +60,26 @@ def test_inspect_counts_the_models_of_the_tables(call, name: str) -> None:
 def test_inspect_of_an_unknown_model_names_a_near_one(call) -> None:
   code, _, err = call("inspect", "table-4-mamba-63")
   assert code == 2 and "did you mean 'table-4-mamba-64'" in err
+
+
+@pytest.mark.parametrize(
+  ("system", "option", "value", "words"),
+  [
+    ("hyena", "length", "8", "a row of 32 tokens: Hyena's filter has 8 lags"),
+    ("rebased", "implementation", "gpu", "implementation='gpu' needs"),
+    ("attention", "implementation", "cudnn", "='cudnn' needs a GPU"),
+  ],
+)
+def test_what_a_step_refuses_leaves_no_folder(
+  call, system, option, value, words
+) -> None:
+  code, _, err = call(
+    "train", f"mqar-{system}", "--batch", "8", f"--model.mixer.{option}", value
+  )
+  assert code == 2 and words in err
+  assert list(Path.cwd().iterdir()) == []
+
+
+def test_inspect_data_without_a_path_asks_for_one(call) -> None:
+  code, out, err = call("inspect", "data")
+  assert code == 2 and "PATH" in out + err and "preset" not in out + err

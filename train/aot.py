@@ -17,7 +17,7 @@ from jax.experimental import topologies
 from rich.console import Console
 
 from rebased_jax import parameter_count
-from train import build, mesh as mesh_lib, mesh_report, sharding
+from train import build, mesh as mesh_lib, mesh_report
 from train.config import RunConfig
 from train.console import rows
 
@@ -128,20 +128,9 @@ def describe(topology: str) -> list[jax.Device]:
 
 def lower(config: RunConfig, mesh: jax.sharding.Mesh) -> Any:
   """The training step, lowered for a mesh whose devices need not be there."""
-  key = jax.eval_shape(lambda: jax.random.key(0)).dtype
-  fields = config.data.fields(config.batch)
-  placed = sharding.of_batch(tuple(fields), mesh)
   with jax.set_mesh(mesh):
     steps = build.steps(config, mesh)
-    batch = {
-      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed[name])
-      for name, x in fields.items()
-    }
-    return steps.train_step.lower(
-      steps.abstract,
-      batch,
-      jax.ShapeDtypeStruct((), key, sharding=sharding.replicated(mesh)),
-    )
+    return steps.train_step.lower(*build.inputs(config, steps))
 
 
 def measure(compiled: Any) -> Compiled:

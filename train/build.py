@@ -94,6 +94,23 @@ def steps(config: RunConfig, mesh: Mesh) -> Steps:
   )
 
 
+def inputs(config: RunConfig, steps: Steps | Built) -> tuple[Any, Any, Any]:
+  """What a training step takes: shapes, dtypes and shardings, no arrays."""
+  fields = config.data.fields(config.batch)
+  placed = sharding.of_batch(tuple(fields), steps.mesh)
+  batch = {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed[name])
+    for name, x in fields.items()
+  }
+  key = jax.eval_shape(lambda: jax.random.key(0)).dtype
+  everywhere = sharding.replicated(steps.mesh)
+  return (
+    steps.abstract,
+    batch,
+    jax.ShapeDtypeStruct((), key, sharding=everywhere),
+  )
+
+
 def abstract_model(config: RunConfig) -> LM:
   """The run's model with shapes in place of parameters."""
   return abstract_lm(config.model)

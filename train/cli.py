@@ -204,7 +204,7 @@ def _inspect(args: list[str]) -> int:
   from train.presets import make_presets
   from train.train_args import InspectArgs
 
-  if args[:1] == ["data"] and len(args) > 1:
+  if args[:1] == ["data"] and (len(args) > 1 or not os.path.isdir("data")):
     parsed = tyro.cli(
       InspectDataArgs, prog="rebased inspect data", args=args[1:]
     )

@@ -222,6 +222,8 @@ def train(
     if config.init_from is not None and not folder.config_file.exists():
       weights = start_lib.source_weights(config, built)
     start_lib.try_data(config)
+    # What a step refuses, it refuses before there is a folder.
+    built.train_step.eval_shape(*build_lib.inputs(config, built))
     placed = mesh_report.describe(
       config, build_lib.to_dicts(built.abstract)["params"], mesh.shape
     )
