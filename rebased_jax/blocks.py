@@ -7,6 +7,7 @@ Its Mamba model has blocks of one line, x ← x + mixer(RMSNorm(x)).
 """
 
 import abc
+from collections.abc import Callable
 import dataclasses
 from typing import Literal
 
@@ -35,6 +36,8 @@ class ModelConfig:
   dropout: float = 0.0  # of the embeddings
   dtype: str = "float32"  # of the computation; parameters are float32
   block: Literal["pre-norm", "mamba"] = "pre-norm"  # around each mixer
+  scan_layers: bool = True  # one compiled pair for all; False: each its own
+  remat: Literal["none", "dots", "full"] = "none"  # what the backward repeats
 
   def __post_init__(self):
     base.positive(
@@ -46,6 +49,7 @@ class ModelConfig:
       )
     base.one_of(self, "dtype", *base.DTYPES)
     base.one_of(self, "block", "pre-norm", "mamba")
+    base.one_of(self, "remat", "none", "dots", "full")
     if self.block == "mamba" and self.mlp_width is not None:
       raise ValueError(
         f"ModelConfig.mlp_width={self.mlp_width}: expected None with "
@@ -206,6 +210,22 @@ class Pair(nnx.Module):
     x_BD, first = self.conv.step(x_BD, states[0])
     x_BD, second = self.mixer.step(x_BD, states[1])
     return x_BD, (first, second)
+
+
+def remat(function: Callable, config: ModelConfig) -> Callable:
+  """The function; its backward makes again what `config.remat` does not keep.
+
+  "none" keeps all; "dots" the outputs of projections, so that norms, gates,
+  GELUs and the mixer's operator run twice; "full" the inputs alone.
+  """
+  if config.remat == "none":
+    return function
+  dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  return jax.checkpoint(
+    function,
+    prevent_cse=not config.scan_layers,  # a scan's body is apart already
+    policy=dots if config.remat == "dots" else None,
+  )
 
 
 def layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:

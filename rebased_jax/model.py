@@ -5,7 +5,8 @@
     logits = W_E LN(x)
 
 A `Pair` is two blocks, the short convolution's and the mixer's; pairs have one
-shape, so their parameters are stacked and the model scans over them.
+shape, so their parameters are stacked and the model scans over them. Without
+`scan_layers` it takes them one by one, from the same stacked parameters.
 """
 
 from typing import Any, NamedTuple
@@ -81,30 +82,60 @@ class LM(nnx.Module):
     Raises:
       ValueError: T is beyond the position table, or a shape does not fit.
     """
+    return self.head(
+      self.features(
+        tokens,
+        segment_ids=segment_ids,
+        positions_to_predict=positions_to_predict,
+        axes=axes,
+        dropout_key=dropout_key,
+      )
+    )
+
+  def features(
+    self,
+    tokens: Array,
+    *,
+    segment_ids: Array | None = None,
+    positions_to_predict: Array | None = None,
+    axes: ShardAxes | None = None,
+    dropout_key: Array | None = None,
+  ) -> Array:
+    """x (B, T, D), or (B, M, D), whose product with the head is the logits.
+
+    In the dtype of the computation; arguments as of a call.
+    """
     _check_rows("tokens", tokens)
     if positions_to_predict is not None:
       _check_rows("positions_to_predict", positions_to_predict)
     x_BTD = self._embed(
       tokens, jnp.arange(tokens.shape[1])[None], dropout_key, axes
     )
-    last = self.config.pairs - 1
     graph, stacked = nnx.split(self.pairs)
 
-    def body(x_BTD, state):
+    def run(x_BTD, state, positions_BM=None):
       pair = nnx.merge(graph, state)
-      return pair(x_BTD, segment_ids=segment_ids, axes=axes), None
+      return pair(
+        x_BTD,
+        segment_ids=segment_ids,
+        axes=axes,
+        query_positions=positions_BM,
+      )
 
-    if last > 0:
-      first = jax.tree.map(lambda p: p[:last], stacked)
-      x_BTD, _ = jax.lax.scan(body, x_BTD, first)
-    pair = nnx.merge(graph, jax.tree.map(lambda p: p[last], stacked))
-    x_BTD = pair(
-      x_BTD,
-      segment_ids=segment_ids,
-      axes=axes,
-      query_positions=positions_to_predict,
+    run = blocks.remat(run, self.config)
+    if positions_to_predict is None:
+      return self.norm(self._through(run, x_BTD, stacked))
+    first, last = _split_last(stacked)
+    x_BTD = self._through(run, x_BTD, first)
+    return self.norm(run(x_BTD, last, positions_to_predict))
+
+  def head(self, x_D: Array) -> Array:
+    """Logits (…, V) of `features`, in float32."""
+    embedding_VD = self.token_embedding[...].astype(x_D.dtype)
+    acc = jnp.float64 if x_D.dtype == jnp.float64 else jnp.float32
+    return jnp.einsum(
+      "...d,vd->...v", x_D, embedding_VD, preferred_element_type=acc
     )
-    return self._logits(x_BTD)
 
   def init_state(self, batch: int) -> LMState:
     """The state before a row's first token."""
@@ -170,6 +201,15 @@ class LM(nnx.Module):
     graph, stacked = nnx.split(self.pairs)
     return graph, jax.tree.map(lambda p: p[index], stacked)
 
+  def _through(self, run, x: Array, stacked) -> Array:
+    """x behind the pairs, scanned or one by one; x itself of no pair."""
+    pairs = len(jax.tree.leaves(stacked)[0])
+    if self.config.scan_layers and pairs:
+      return jax.lax.scan(lambda x, pair: (run(x, pair), None), x, stacked)[0]
+    for index in range(pairs):
+      x = run(x, jax.tree.map(lambda p: p[index], stacked))  # noqa: B023
+    return x
+
   def _scan(self, call, x: Array, states):
     graph, stacked = nnx.split(self.pairs)
     body = lambda x, inputs: call(nnx.merge(graph, inputs[0]), x, inputs[1])
@@ -194,12 +234,7 @@ class LM(nnx.Module):
     )
 
   def _logits(self, x_D: Array) -> Array:
-    x_D = self.norm(x_D)
-    embedding_VD = self.token_embedding[...].astype(x_D.dtype)
-    acc = jnp.float64 if x_D.dtype == jnp.float64 else jnp.float32
-    return jnp.einsum(
-      "...d,vd->...v", x_D, embedding_VD, preferred_element_type=acc
-    )
+    return self.head(self.norm(x_D))
 
 
 def check_length(config: ModelConfig, length: int) -> None:
@@ -220,6 +255,14 @@ def _check_rows(name: str, x: Array) -> None:
   """Raises ValueError where x is no (B, T) with something in it."""
   if x.ndim != 2 or 0 in x.shape:
     raise ValueError(f"{name} has shape {x.shape}: expected (B, T), none 0")
+
+
+def _split_last(stacked):
+  """All pairs but the last, and the last."""
+  return (
+    jax.tree.map(lambda p: p[:-1], stacked),
+    jax.tree.map(lambda p: p[-1], stacked),
+  )
 
 
 def _lookup(table_VD: Array, index_BT: Array) -> Array:

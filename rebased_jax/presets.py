@@ -99,26 +99,68 @@ def mqar(
   )
 
 
-def pile(mixer: MixerConfig) -> ModelConfig:
-  """The 18-layer hybrid of Table 9, with H·F = 1024 as its counts demand."""
-  mixer = dataclasses.replace(mixer, heads=64, features=16)
-  return _pile(hybrid(mixer), pairs=9)
+# H·F of Based and ReBased in Table 9's models. Its counts allow no other, so
+# the "12 heads" and "head dim 16" of the paper's Tables 6 and 8 cannot both
+# hold: 64 heads keep the latter and are the default.
+PILE_FEATURES = 1024
 
 
-def pile_attention() -> ModelConfig:
-  """The 12-layer softmax attention of Table 9: 12 heads, q, k, v no bias."""
-  return _pile(double(AttentionConfig(heads=12, use_bias=False)), pairs=6)
+def pile(mixer: MixerConfig, *, heads: int = 64) -> ModelConfig:
+  """The 18-layer hybrid of Table 9.
+
+  Args:
+    mixer: of the even layers, Based or ReBased.
+    heads: H, with F = 1024 / H: any gives Table 9's count.
+
+  Raises:
+    ValueError: the heads do not divide 1024.
+  """
+  if heads < 1 or PILE_FEATURES % heads:
+    raise ValueError(f"heads={heads}: expected a divisor of {PILE_FEATURES}")
+  features = PILE_FEATURES // heads
+  return _pile_hybrid(mixer, heads, features, width=768, pairs=9)
 
 
-def _pile(system: System, pairs: int) -> ModelConfig:
+def pile_text(mixer: MixerConfig) -> ModelConfig:
+  """The same with H = 12 and F = 16, as the paper's text has it: 145 M."""
+  return _pile_hybrid(mixer, 12, 16, width=768, pairs=9)
+
+
+def pile_large(mixer: MixerConfig, *, width: int) -> ModelConfig:
+  """A hybrid beyond the paper: 28 layers, F = P = 16, and so H = width / 16.
+
+  364 M parameters at width 1024, 1.34 G at 2048.
+  """
+  return _pile_hybrid(mixer, width // 16, 16, width=width, pairs=14)
+
+
+def pile_attention(*, width: int = 768) -> ModelConfig:
+  """Table 9's softmax attention, 12 layers of 12 heads; q, k, v have no bias.
+
+  At widths 1024 and 2048 it has the 24 layers of 16 heads of GPT-3's models,
+  358 M and 1.32 G.
+  """
+  heads, pairs = (12, 6) if width == 768 else (16, 12)
+  mixer = AttentionConfig(heads=heads, use_bias=False)
+  return _pile(double(mixer), width=width, pairs=pairs)
+
+
+def _pile_hybrid(
+  mixer: MixerConfig, heads: int, features: int, *, width: int, pairs: int
+) -> ModelConfig:
+  mixer = dataclasses.replace(mixer, heads=heads, features=features)
+  return _pile(hybrid(mixer), width=width, pairs=pairs)
+
+
+def _pile(system: System, *, width: int, pairs: int) -> ModelConfig:
   return ModelConfig(
     conv=system.first,
     mixer=system.second,
     vocab_size=50304,
-    width=768,
+    width=width,
     pairs=pairs,
     positions=4096,
-    mlp_width=4 * 768,
+    mlp_width=4 * width,
     dropout=0.1,
   )
 

@@ -81,6 +81,7 @@ class RunConfig:
   steps: int  # updates of the optimiser
   batch: int  # rows of the global batch
   accumulate: int = 1  # micro-batches that a batch is cut into
+  loss_chunks: int = 1  # parts of a row whose logits exist at a time
   seed: int = 0  # of parameters, dropout and data
   eval_every: int = 100  # steps between evaluations on held-out rows
   save_every: int = 500  # steps between checkpoints
@@ -93,7 +94,7 @@ class RunConfig:
 
   def __post_init__(self):
     integers = ("steps", "batch", "accumulate", "eval_every", "save_every")
-    for name in (*integers, "log_every", "keep"):
+    for name in (*integers, "log_every", "keep", "loss_chunks"):
       value = getattr(self, name)
       batches.require(
         isinstance(value, int) and value >= 1, name, value, "an integer ≥ 1"
@@ -103,6 +104,12 @@ class RunConfig:
       "batch",
       self.batch,
       f"a multiple of accumulate={self.accumulate}",
+    )
+    batches.require(
+      self.data.targets % self.loss_chunks == 0,
+      "loss_chunks",
+      self.loss_chunks,
+      f"a divisor of the {self.data.targets} targets of a row",
     )
     batches.require(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2³¹ − 1")
     batches.require(
@@ -138,6 +145,11 @@ class RunConfig:
       self.steps,
       f"at most the {limit} batches of the data",
     )
+
+  @property
+  def micro_batch(self) -> int:
+    """Rows that are on the devices at a time."""
+    return self.batch // self.accumulate
 
 
 _CLASSES: dict[str, type] = {

@@ -27,6 +27,11 @@ class DataConfig(abc.ABC):
   workers: int = 0  # processes that read ahead
   perplexity: ClassVar[bool] = False  # whether it says more than accuracy
 
+  @property
+  def targets(self) -> int:
+    """Targets of a row."""
+    return self.length
+
   @abc.abstractmethod
   def train_batches(self, rows: int, seed: int) -> batches.Batches:
     """The training batches, of `rows` rows each."""
@@ -61,6 +66,10 @@ class MQARData(DataConfig):
 
   def __post_init__(self):
     self.rows()  # raises where there is no such row
+
+  @property
+  def targets(self) -> int:
+    return self.pairs
 
   def rows(self) -> mqar.MQARConfig:
     return mqar.MQARConfig(self.vocab_size, self.length, self.pairs, self.power)

@@ -2,19 +2,13 @@
 
 import dataclasses
 
-from rebased_jax import (
-  BaseConvConfig,
-  MixerConfig,
-  ModelConfig,
-  ReBasedConfig,
-  presets,
-)
+from rebased_jax import MixerConfig, ReBasedConfig, presets
+from train import lm_presets
 from train.config import (
   MQARPaperData,
   MQARStreamData,
   OptimizerConfig,
   RunConfig,
-  TextData,
 )
 
 PAPER_LENGTHS = {128: 16, 256: 64, 512: 128, 1024: 256, 2048: 512}  # T: pairs
@@ -72,37 +66,6 @@ def _small(system: presets.System, *, learning_rate: float) -> RunConfig:
   )
 
 
-def lm_tiny() -> RunConfig:
-  """A small ReBased language model on `--data.path`, for a CPU.
-
-  The end of the text is held out, so that a single file is enough. The
-  vocabulary is the byte tokenizer's; another needs --model.vocab-size.
-  """
-  return RunConfig(
-    model=ModelConfig(
-      conv=BaseConvConfig(),
-      mixer=ReBasedConfig(heads=4),
-      vocab_size=257,
-      width=128,
-      pairs=2,
-      mlp_width=512,
-    ),
-    data=TextData(validation=0.05, held_out="end"),
-    optimizer=OptimizerConfig(
-      learning_rate=3e-3,
-      warmup_steps=50,
-      final_fraction=0.1,
-      beta2=0.95,
-      decay="matrices",
-      clip_norm=1.0,
-    ),
-    steps=1000,
-    batch=16,
-    eval_every=100,
-    save_every=200,
-  )
-
-
 def paper(
   system: presets.System, *, length: int, pairs: int, width: int = 64
 ) -> RunConfig:
@@ -128,7 +91,7 @@ def paper(
 
 def make_presets() -> dict[str, RunConfig]:
   """Every preset, by name."""
-  runs = {"mqar": mqar(), "lm-tiny": lm_tiny()}
+  runs = {"mqar": mqar(), **lm_presets.make_presets()}
   for name in presets.SYSTEMS:
     if f"mqar-{name}" not in ALIASES:
       runs[f"mqar-{name}"] = small(name)
