@@ -65,7 +65,16 @@ def steps(config: RunConfig, mesh: Mesh) -> Steps:
   shapes = jax.eval_shape(lambda: _init(config, tx))
   placed = sharding.of_tree(shapes, mesh)
   axes = mesh_lib.shard_axes(mesh, getattr(config.model.mixer, "heads", None))
-  program = step.Program(graph, tx, config.accumulate, axes, placed["params"])
+  program = step.Program(
+    graph,
+    tx,
+    config.accumulate,
+    axes,
+    placed["params"],
+    loss_chunks=config.loss_chunks,
+    skip=config.nan == "skip",
+    recall=config.data.recall,
+  )
   abstract = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     shapes,

@@ -20,13 +20,14 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import datetime
 import difflib
+import multiprocessing
 import os
 import shlex
 import signal
 import sys
 from types import FrameType
 import typing
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 from rich.console import Console
 import tyro
@@ -81,10 +82,13 @@ def main(argv: Sequence[str] | None = None) -> None:
       os.environ.setdefault(name, value)
   # Not at the top: jax and orbax take seconds that a wrong word need not wait.
   from train.checkpoint import CheckpointError
+  from train.data.patience import DataTimeout
   from train.loop import TrainingFailed
 
   try:
     code = command(args[1:])
+  except DataTimeout as error:
+    _leave(str(error))
   except (ValueError, NotImplementedError) as error:
     _refuse(str(error))
   except (CheckpointError, TrainingFailed, OSError) as error:
@@ -96,6 +100,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _refuse(message: str) -> None:
   print(f"rebased: {message}", file=sys.stderr)
   sys.exit(2)
+
+
+def _leave(message: str) -> NoReturn:
+  """Ends the process although a thread of it hangs."""
+  print(f"rebased: {message}", file=sys.stderr, flush=True)
+  sys.stdout.flush()
+  for child in multiprocessing.active_children():
+    child.terminate()
+  os._exit(1)
 
 
 def _unknown(kind: str, name: str, known) -> str:

@@ -69,6 +69,20 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+  """Which steps the profiler watches; its trace is in the run folder."""
+
+  start: int = 10  # the first
+  steps: int = 0  # how many; 0: none
+
+  def __post_init__(self):
+    for name in ("start", "steps"):
+      value = getattr(self, name)
+      ok = isinstance(value, int) and value >= 0
+      batches.require(ok, f"profile.{name}", value, "an integer ≥ 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
   """One training run.
 
@@ -91,8 +105,14 @@ class RunConfig:
   init_from: str | None = None  # a run folder: its weights, a fresh optimiser
   tensorboard: bool = False  # event files too
   mesh: MeshConfig = MeshConfig()  # of the devices; free to change
+  wandb: str | None = None  # a project of Weights & Biases, for records too
+  profile: ProfileConfig = ProfileConfig()  # a trace of some steps
+  nan: Literal["abort", "skip"] = "abort"  # of a step that is not finite
 
   def __post_init__(self):
+    batches.require(
+      self.nan in ("abort", "skip"), "nan", self.nan, "'abort' or 'skip'"
+    )
     integers = ("steps", "batch", "accumulate", "eval_every", "save_every")
     for name in (*integers, "log_every", "keep", "loss_chunks"):
       value = getattr(self, name)
@@ -161,6 +181,7 @@ _CLASSES: dict[str, type] = {
     MQARPaperData,
     MQARStreamData,
     OptimizerConfig,
+    ProfileConfig,
     RunConfig,
     TextData,
   )

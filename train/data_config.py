@@ -10,6 +10,7 @@ from train.data import batches, lm, mqar, mqar_paper
 from train.data.plan_cache import CACHE_DIR
 from train.data.rows import HeldOut, Layout, Packing, open_source
 from train.data.source import DataError, TokenSource
+from train.recall import RECALLS, Recall
 
 
 class Field(NamedTuple):
@@ -25,6 +26,8 @@ class DataConfig(abc.ABC):
   length: int  # tokens of a row
   vocab_size: int | None  # None where only the files know it
   workers: int = 0  # processes that read ahead
+  timeout: float | None = 600.0  # seconds for a batch; None: any time
+  recall: Recall | None = None  # the targets that evaluation tells apart
   perplexity: ClassVar[bool] = False  # whether it says more than accuracy
 
   @property
@@ -153,6 +156,8 @@ class TextData(DataConfig):
   shuffle: bool = True  # False: in the order of the files
   workers: int = 0  # processes that read ahead; 0: a thread
   cache_dir: str | None = None  # of plans; default ~/.cache/rebased_jax/plans
+  timeout: float | None = 600.0  # seconds for a batch; None: any time
+  recall: Recall | None = "bigram"  # what makes a target AR, see recall.py
 
   perplexity: ClassVar[bool] = True
 
@@ -173,6 +178,15 @@ class TextData(DataConfig):
       "data.eval_rows",
       self.eval_rows,
       "1 or more, or None",
+    )
+    batches.require(
+      self.timeout is None or self.timeout > 0,
+      "data.timeout",
+      self.timeout,
+      "None or a number of seconds above 0",
+    )
+    batches.require(
+      self.recall in (None, *RECALLS), "data.recall", self.recall, str(RECALLS)
     )
     if self.eval_path:
       expected = f"0 with data.eval_path={self.eval_path!r}"

@@ -5,15 +5,17 @@ not wait for the host. The state is saved only when its metrics are known to be
 finite.
 """
 
+from collections.abc import Callable
+import contextlib
 import dataclasses
 import time
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from train import (
+  affine,
   build as build_lib,
   distributed,
   evaluate,
@@ -22,18 +24,19 @@ from train import (
   metrics as metrics_lib,
   sharding,
   start as start_lib,
+  wandb_run,
 )
 from train.build import Built
 from train.checkpoint import Checkpoints
 from train.config import RunConfig, fingerprint, to_dict
 from train.console import Display
 from train.data import batches as batches_lib
+from train.data.patience import DataTimeout
+from train.faults import Faults, TrainingFailed as TrainingFailed
+from train.gauges import Gauges
 from train.preempt import Preemption
+from train.profile import Profile
 from train.run_folder import RunFolder
-
-
-class TrainingFailed(RuntimeError):
-  """The run cannot go on; the message says why and what was kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,18 +61,27 @@ class Loop:
     built: Built,
     checkpoints: Checkpoints,
     writer: metrics_lib.Writer,
+    meta: dict[str, Any],
   ):
     self.config, self.folder, self.built = config, folder, built
     self.checkpoints, self.writer = checkpoints, writer
     self.train_data = config.data.train_batches(config.batch, config.seed)
-    self.eval_data = config.data.eval_batches(config.batch, config.seed)
+    self.eval_data = config.data.eval_batches(config.micro_batch, config.seed)
     self.window = metrics_lib.Window()
     self.display: Display | None = None
     self.pending: tuple[int, Any, float, jax.Array | None] | None = None
     several = jax.process_count() > 1
     self.vote = distributed.Vote(built.mesh) if several else None
     self.signal = 0  # that a process was sent, known to all
-    self.held_out: dict[str, float] = {}
+    self.held_out: dict[str, float] = meta.get("held_out", {})
+    self.faults = Faults(
+      skip=config.nan == "skip",
+      folder=folder,
+      data=self.train_data,
+      skipped=meta.get("skipped", 0),
+    )
+    self.gauges = Gauges(built.abstract["params"])
+    self.profile = Profile(config.profile, folder.path)
 
   def meta(self, finished: str | None) -> dict[str, Any]:
     return dict(
@@ -79,6 +91,7 @@ class Loop:
       jax=jax.__version__,
       finished=finished,
       held_out=self.held_out,
+      skipped=self.faults.skipped,
     )
 
   def run(self, state: Any, start: int, display: Display, stop: Preemption):
@@ -91,10 +104,12 @@ class Loop:
       stop=config.steps,
       rows=rows,
       workers=config.data.workers,
+      timeout=config.data.timeout,
     )
     step, reason = start, None if start < config.steps else "finished"
-    with data:
+    with self.saved_if_data_hangs(lambda: (state, step)), data, self.profile:
       while reason is None:
+        self.profile.before(step, state)
         before = time.perf_counter()
         batch = sharding.put_batch(next(data), self.built.mesh, config.batch)
         wait = time.perf_counter() - before
@@ -116,6 +131,18 @@ class Loop:
       self.signal = signal
       return None
     return self.vote.cast(signal)
+
+  @contextlib.contextmanager
+  def saved_if_data_hangs(self, where: Callable[[], tuple[Any, int]]):
+    """Saves (state, step) where a batch has not come in time."""
+    try:
+      yield
+    except DataTimeout:
+      state, step = where()
+      if jax.process_count() == 1:  # else the others do not know of it
+        self.settle(state)
+        self.save(state, step, None)
+      raise
 
   def after(self, state: Any, step: int) -> str | None:
     """Evaluates and saves where it is due; a reason ends the loop."""
@@ -144,7 +171,12 @@ class Loop:
     self.settle(state)
     before = time.perf_counter()
     self.held_out = self.describe(
-      evaluate.evaluate(self.built, state["params"], self.eval_data)
+      evaluate.evaluate(
+        self.built,
+        state["params"],
+        self.eval_data,
+        timeout=self.config.data.timeout,
+      )
     )
     self.writer.write("eval", step, **self.held_out)
     self.display.evaluated(step, self.held_out)
@@ -158,11 +190,13 @@ class Loop:
     (step, metrics, wait, vote), self.pending = self.pending, None
     if vote is not None:
       self.signal = int(vote)
-    values = {name: float(x) for name, x in metrics.items()}
-    if not metrics_lib.finite(values):
-      raise TrainingFailed(self.dump(state, step, values))
-    tokens = self.config.batch * self.train_data.length
-    self.window.add(values, tokens, wait)
+    values = affine.by_layer(jax.device_get(metrics))
+    if metrics_lib.finite(values):
+      tokens = self.config.batch * self.train_data.length
+      self.window.add(values, tokens, wait)
+    else:
+      meta = self.meta(None)
+      self.display.line(self.faults.handle(step, values, state, meta))
     done, due = step + 1, (step + 1) % self.config.log_every == 0
     self.display.step(done, self.record(done) if due else None)
 
@@ -171,6 +205,9 @@ class Loop:
     means = self.window.flush()
     if means is not None:
       means = self.describe(means)
+      means |= self.gauges.read(means["tokens_per_second"])
+      if self.config.nan == "skip":
+        means["skipped_steps"] = self.faults.skipped
       self.writer.write("train", step, **means)
     return means
 
@@ -179,22 +216,6 @@ class Loop:
     if not self.config.data.perplexity:
       return values
     return metrics_lib.with_perplexity(values)
-
-  def dump(self, state: Any, step: int, values: dict[str, float]) -> str:
-    """Keeps the state before a step that failed, its batch and its metrics."""
-    folder = RunFolder(self.folder.path / f"failed-step-{step}")
-    shown = ", ".join(f"{name}={x:.4g}" for name, x in values.items())
-    message = f"step {step} is not finite: {shown}"
-    if jax.process_index() == 0:
-      folder.path.mkdir(parents=True, exist_ok=True)
-      batch = self.train_data.read(step)
-      with (folder.path / "batch.npz").open("wb") as file:
-        np.savez(file, **batch)
-      folder.write("reason.txt", message + "\n")
-    with Checkpoints(folder.checkpoints) as kept:
-      if kept.latest() is None:  # else a resume has come to the same step
-        kept.save(step, build_lib.to_dicts(state), self.meta(None))
-    return f"{message}; the state before it and its batch are in {folder.path}"
 
 
 def train(
@@ -221,6 +242,7 @@ def train(
     weights = None
     if config.init_from is not None and not folder.config_file.exists():
       weights = start_lib.source_weights(config, built)
+    wandb_run.check(config)
     start_lib.try_data(config)
     # What a step refuses, it refuses before there is a folder.
     built.train_step.eval_shape(*build_lib.inputs(config, built))
@@ -245,16 +267,13 @@ def train(
         folder.cut_metrics(start)
         folder.write("sharding.txt", mesh_report.as_text(*placed))
       display = Display(console, start=start, steps=config.steps, active=first)
-      writer = metrics_lib.Writer(
-        folder, tensorboard=config.tensorboard, active=first
-      )
+      writer = metrics_lib.Writer(config, folder, active=first)
       begin = time.perf_counter()
       with writer, display:
         for note in (f"run folder: {folder.path}", *placed[0], *notes):
           display.line(note)
-        loop = Loop(config, folder, built, checkpoints, writer)
+        loop = Loop(config, folder, built, checkpoints, writer, meta)
         reason, step = meta.get("finished"), start
-        loop.held_out = meta.get("held_out", {})
         if reason is None:
           state, step, reason = loop.run(state, start, display, stop)
         checkpoints.wait()

@@ -1,4 +1,4 @@
-"""Records of a run: JSON lines always, TensorBoard where it is asked for."""
+"""Records of a run: JSON lines always, TensorBoard and wandb on request."""
 
 import json
 import math
@@ -7,22 +7,26 @@ from typing import Any
 
 import tensorboardX
 
+from train.config import RunConfig
 from train.run_folder import RunFolder
+from train.wandb_run import WandbRun
 
 
 class Writer:
   """Appends records to metrics.jsonl as they come; a context manager."""
 
-  def __init__(self, folder: RunFolder, *, tensorboard: bool, active: bool):
+  def __init__(self, config: RunConfig, folder: RunFolder, *, active: bool):
     self._file = folder.metrics_file.open("a") if active else None
-    self._board = None
-    if active and tensorboard:
+    self._board = self._wandb = None
+    if active and config.wandb is not None:
+      self._wandb = WandbRun(config, folder)
+    if active and config.tensorboard:
       self._board = tensorboardX.SummaryWriter(
         str(folder.path / "tensorboard"), flush_secs=10
       )
 
   def write(self, kind: str, step: int, **values: Any) -> None:
-    """One record; numbers also go to TensorBoard as kind/name."""
+    """One record; its numbers go to the other places as kind/name."""
     if self._file is None:
       return
     record = {"kind": kind, "step": step, **values}
@@ -31,6 +35,8 @@ class Writer:
     if self._board is not None:
       for name, value in values.items():
         self._board.add_scalar(f"{kind}/{name}", value, step)
+    if self._wandb is not None:
+      self._wandb.write(kind, step, values)
 
   def __enter__(self) -> "Writer":
     return self
@@ -38,8 +44,9 @@ class Writer:
   def __exit__(self, *_) -> None:
     if self._file is not None:
       self._file.close()
-    if self._board is not None:
-      self._board.close()
+    for other in (self._board, self._wandb):
+      if other is not None:
+        other.close()
 
 
 class Window:
@@ -81,10 +88,26 @@ class Window:
     return means | rates
 
 
+PERPLEXITIES = ("perplexity", "ar_perplexity", "non_ar_perplexity")
+LABELS = {  # in tables
+  "ar_perplexity": "AR perplexity",
+  "non_ar_perplexity": "non-AR perplexity",
+  "ar_share": "AR share of targets",
+}
+
+
 def with_perplexity(values: dict[str, float]) -> dict[str, float]:
-  """The values and perplexity = exp(loss), inf where that is beyond floats."""
-  loss = values["loss"]
-  return values | {"perplexity": math.exp(loss) if loss < 700 else math.inf}
+  """The values, and a perplexity exp(loss) for every loss among them.
+
+  inf where that is beyond floats.
+  """
+  exp = lambda loss: math.exp(loss) if not loss >= 700 else math.inf
+  found = {
+    name: exp(values[name.replace("perplexity", "loss")])
+    for name in PERPLEXITIES
+    if name.replace("perplexity", "loss") in values
+  }
+  return values | found
 
 
 def finite(metrics: dict[str, float]) -> bool:

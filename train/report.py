@@ -54,8 +54,12 @@ def _results(
 ) -> dict[str, str]:
   """Rows of a table: accuracy, loss and, of text, perplexity."""
   values = metrics.with_perplexity(found) if config.data.perplexity else found
-  names = ("accuracy", "loss", "perplexity")
-  return {f"{kind} {x}": f"{values[x]:.4f}" for x in names if x in values}
+  names = ("accuracy", "loss", *metrics.PERPLEXITIES, "ar_share")
+  return {
+    f"{kind} {metrics.LABELS.get(x, x)}": f"{values[x]:.4f}"
+    for x in names
+    if x in values
+  }
 
 
 def draw_attention(config: RunConfig, model: LM, folder: RunFolder) -> bool:
@@ -88,7 +92,8 @@ def evaluate_run(
     target = build.to_dicts(built.abstract)["params"]
     step, params = restore_params(folder.checkpoints, target, step)
     make = config.data.test_batches if test else config.data.eval_batches
-    found = evaluate.evaluate(built, params, make(config.batch, config.seed))
+    data = make(config.micro_batch, config.seed)
+    found = evaluate.evaluate(built, params, data, timeout=config.data.timeout)
   values = {
     "step": f"{step:,}",
     **_results(config, found, "test" if test else "held-out"),

@@ -6,7 +6,9 @@ over the positions of the whole batch that carry a target, however many
 micro-batches it is cut into.
 """
 
+import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -16,6 +18,9 @@ import jax.numpy as jnp
 import optax
 
 from rebased_jax import ShardAxes
+from train import affine, recall
+from train.cross_entropy import cross_entropy
+from train.recall import Recall
 
 Batch = dict[str, Array]
 State = dict[str, Any]  # step, ok, params, opt_state
@@ -29,6 +34,9 @@ class Program(NamedTuple):
   accumulate: int
   axes: ShardAxes | None
   placed: Any = None  # shardings of the parameters, and so of their gradient
+  loss_chunks: int = 1
+  skip: bool = False  # a step that is not finite stops no later one
+  recall: Recall | None = None  # what of text is told apart in evaluation
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> State:
@@ -48,21 +56,33 @@ def loss_sums(
   dropout_key: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
   """Σ of the loss over the targets, and {tokens, correct} summed likewise."""
-  model = nnx.merge(program.graph, params)
-  logits_BMV = model(
+  loss, tokens = _losses(params, batch, program, dropout_key)
+  weights_BM = batch["weights"]
+  right = (weights_BM * tokens.right_BM).sum()
+  return loss, dict(tokens=weights_BM.sum(), correct=right)
+
+
+def _losses(params, batch: Batch, program: Program, dropout_key=None):
+  """Σ w nll, and what is known of each target."""
+  model, axes = nnx.merge(program.graph, params), program.axes
+  positions_BM = batch.get("positions")
+  x_BMD = model.features(
     batch["tokens"],
     segment_ids=batch.get("segment_ids"),
-    positions_to_predict=batch.get("positions"),
-    axes=program.axes,
+    positions_to_predict=positions_BM,
+    axes=axes,
     dropout_key=dropout_key,
   )
-  weights_BM, targets_BM = batch["weights"], batch["targets"]
-  nll_BM = optax.softmax_cross_entropy_with_integer_labels(
-    logits_BMV, targets_BM
+  if axes is not None and positions_BM is not None:
+    axes = dataclasses.replace(axes, time=None)  # of positions, not of tokens
+  return cross_entropy(
+    x_BMD,
+    model.token_embedding[...],
+    batch["targets"],
+    batch["weights"],
+    chunks=program.loss_chunks,
+    axes=axes,
   )
-  right_BM = (jnp.argmax(logits_BMV, axis=-1) == targets_BM).astype(jnp.float32)
-  sums = dict(tokens=weights_BM.sum(), correct=(weights_BM * right_BM).sum())
-  return (weights_BM * nll_BM).sum(), sums
 
 
 def train_step(
@@ -71,7 +91,8 @@ def train_step(
   """The state after one update, and the step's metrics.
 
   A step whose loss, gradient or update is not finite changes only `ok`, which
-  becomes False and stops every later update.
+  becomes False and stops every later update; with `program.skip` it changes
+  the step number alone.
 
   Args:
     state: of `init_state`.
@@ -92,8 +113,10 @@ def train_step(
   )
   update_norm = optax.tree.norm(updates)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm + update_norm)
-  ok = state["ok"] & finite
+  ok = finite if program.skip else state["ok"] & finite
   old = {name: state[name] for name in new}
+  if program.skip:
+    old["step"] = new["step"]
   kept = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
   metrics = dict(
     loss=loss,
@@ -101,14 +124,24 @@ def train_step(
     grad_norm=grad_norm,
     update_norm=update_norm,
     param_norm=optax.tree.norm(state["params"]),
+    **affine.statistics(state["params"]),
   )
-  return dict(kept, ok=ok), metrics
+  return dict(kept, ok=ok | program.skip), metrics
 
 
 def eval_step(params: Any, batch: Batch, program: Program) -> dict[str, Array]:
-  """{loss, tokens, correct}, each summed over the targets of the batch."""
-  loss, sums = loss_sums(params, batch, program)
-  return dict(sums, loss=loss)
+  """{loss, tokens, correct}, each summed over the targets of the batch.
+
+  With `program.recall`, ar_loss and ar_tokens too: those of AR targets.
+  """
+  loss, tokens = _losses(params, batch, program)
+  weights_BM = batch["weights"]
+  total = lambda *x_BM: math.prod(x_BM, start=weights_BM).sum()
+  sums = dict(loss=loss, tokens=total(), correct=total(tokens.right_BM))
+  if program.recall is not None:
+    ar_BM = recall.recalled(batch, program.recall).astype(jnp.float32)
+    sums |= dict(ar_loss=total(ar_BM, tokens.nll_BM), ar_tokens=total(ar_BM))
+  return sums
 
 
 def _gradient(params, batch, dropout_key, program):

@@ -26,6 +26,7 @@ import grain
 import numpy as np
 
 from train.data.checks import require as require
+from train.data.patience import DataTimeout, within
 
 Batch = dict[str, np.ndarray]
 Fingerprint = dict[str, int | str | float]
@@ -187,8 +188,15 @@ class BatchIterator(Iterator[Batch]):
     step: the global step of the batch that `next` returns next.
   """
 
-  def __init__(self, span: _Span, start: int, workers: int = 0) -> None:
+  def __init__(
+    self,
+    span: _Span,
+    start: int,
+    workers: int = 0,
+    timeout: float | None = None,
+  ) -> None:
     self.step = start
+    self._timeout = timeout
     self._closed = False
     self._source = None
     if len(span):
@@ -209,9 +217,13 @@ class BatchIterator(Iterator[Batch]):
       raise ValueError(f"the batch iterator was closed at step {self.step}")
     if self._source is None:
       raise StopIteration
+    source, what = self._source, f"the batch of step {self.step}"
     try:
-      batch = next(self._source)
+      batch = within(self._timeout, what, lambda: next(source))
     except StopIteration:
+      raise
+    except DataTimeout:  # to close it would wait for it
+      self._closed, self._source = True, None
       raise
     except BaseException:
       self.close()
@@ -244,6 +256,7 @@ def iterate(
   stop: int,
   rows: slice | None = None,
   workers: int = 0,
+  timeout: float | None = None,
 ) -> BatchIterator:
   """Iterates over the batches of the global steps start..stop-1.
 
@@ -254,6 +267,8 @@ def iterate(
     rows: the rows that this process takes of every batch; None for all.
     workers: processes that read ahead; 0 for one thread. The batches and their
       order do not depend on it. `batches` must pickle.
+    timeout: seconds that `next` waits, before it raises DataTimeout and leaves
+      the source alone; None: any time.
 
   Returns:
     A closeable iterator, also a context manager.
@@ -270,4 +285,5 @@ def iterate(
     require(start <= limit, "start", start, f"at most the {limit} batches")
     require(stop <= limit, "stop", stop, f"at most the {limit} batches")
   bounds = slice(*_bounds(rows, batches.rows))
-  return BatchIterator(_Span(batches, start, stop, bounds), start, workers)
+  span = _Span(batches, start, stop, bounds)
+  return BatchIterator(span, start, workers, timeout)

@@ -1,0 +1,203 @@
+"""Cross-entropy behind a tied head, a part of the logits at a time.
+
+    z_t = E x_t,   nll_t = log Σ_v exp z_tv − z_t,target
+    loss = Σ_t w_t nll_t
+    ∂loss/∂z_t = w_t (softmax z_t − onehot target_t)
+
+With `chunks` above 1 the logits of one part of each row's tokens exist at a
+time, and the gradients of x and E are made in the same pass: nothing is
+computed twice, and nothing of (tokens, V) is kept. Token t is in part
+t mod (M / chunks), so that a device that holds a slice of a row keeps it.
+
+The product with ∂loss/∂z takes it in the dtype of x, as it takes the weights.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+import optax
+
+from pallas_kernels import ShardAxes
+from pallas_kernels.polynomial.spec import accumulator
+
+
+class Tokens(NamedTuple):
+  """What is known of each target; no gradient flows through it."""
+
+  nll_BM: Array  # float32
+  right_BM: Array  # float32: 1 where the target has the greatest logit
+
+
+class _Plan(NamedTuple):
+  """The static part."""
+
+  chunks: int
+  axes: ShardAxes | None
+
+
+def cross_entropy(
+  x_BMD: Array,
+  embedding_VD: Array,
+  targets_BM: Array,
+  weights_BM: Array,
+  *,
+  chunks: int = 1,
+  axes: ShardAxes | None = None,
+) -> tuple[Array, Tokens]:
+  """Σ w nll, float32, and each token's part.
+
+  Args:
+    x_BMD: of `LM.features`.
+    embedding_VD: of the head; computed with in the dtype of x.
+    targets_BM: integers in [0, V).
+    weights_BM: float32. They have no gradient.
+    chunks: parts of a row.
+    axes: the mesh axes that split batch and tokens.
+
+  Raises:
+    ValueError: the parts do not divide the tokens of a row on a device.
+  """
+  if chunks == 1:
+    tokens = _tokens(_logits(x_BMD, embedding_VD), targets_BM)
+    fixed = jax.tree.map(jax.lax.stop_gradient, tokens)
+    return (weights_BM * tokens.nll_BM).sum(), fixed
+  plan = _Plan(chunks, axes)
+  return _chunked(x_BMD, embedding_VD, targets_BM, weights_BM, plan)
+
+
+def _logits(x_D: Array, embedding_VD: Array) -> Array:
+  return jnp.einsum(
+    "...d,vd->...v",
+    x_D,
+    embedding_VD.astype(x_D.dtype),
+    preferred_element_type=accumulator(x_D.dtype),
+  )
+
+
+def _tokens(logits_V: Array, targets: Array) -> Tokens:
+  nll = optax.softmax_cross_entropy_with_integer_labels(logits_V, targets)
+  right = jnp.argmax(logits_V, axis=-1) == targets
+  return Tokens(nll, right.astype(jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _chunked(x_BMD, embedding_VD, targets_BM, weights_BM, plan: _Plan):
+  return _over_mesh(_forward, plan, has_grads=False)(
+    x_BMD, embedding_VD.astype(x_BMD.dtype), targets_BM, weights_BM
+  )
+
+
+def _chunked_forward(x_BMD, embedding_VD, targets_BM, weights_BM, plan):
+  result, (dx_BMD, dembedding_VD) = _over_mesh(_both, plan, has_grads=True)(
+    x_BMD, embedding_VD.astype(x_BMD.dtype), targets_BM, weights_BM
+  )
+  return result, (dx_BMD, dembedding_VD.astype(embedding_VD.dtype))
+
+
+def _chunked_backward(plan, grads, cotangents):
+  del plan
+  scale, _ = cotangents
+  dx_BMD, dembedding_VD = jax.tree.map(
+    lambda x: (x * scale).astype(x.dtype), grads
+  )
+  return dx_BMD, dembedding_VD, None, None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _over_mesh(function, plan: _Plan, *, has_grads: bool):
+  """The function, of each device's tokens."""
+  axes = plan.axes
+  if axes is None:
+    return functools.partial(function, chunks=plan.chunks, names=())
+  names: list[str] = []
+  for axis in (axes.batch, axes.time):
+    names += [axis] if isinstance(axis, str) else axis or ()
+  rows, whole = axes.bt(), jax.P()
+  result = whole, Tokens(rows, rows)
+  return jax.shard_map(
+    functools.partial(function, chunks=plan.chunks, names=tuple(names)),
+    in_specs=(rows, whole, rows, rows),
+    out_specs=(result, (rows, whole)) if has_grads else result,
+    axis_names=set(names),  # what splits V is the compiler's
+    check_vma=False,
+  )
+
+
+def _forward(x_BMD, embedding_VD, targets_BM, weights_BM, *, chunks, names):
+  def part(total, inputs):
+    x_BCD, targets_BC, weights_BC = inputs
+    tokens = _tokens(_logits(x_BCD, embedding_VD), targets_BC)
+    return total + (weights_BC * tokens.nll_BM).sum(), tokens
+
+  parts = _parts((x_BMD, targets_BM, weights_BM), chunks)
+  zero = jnp.zeros((), accumulator(x_BMD.dtype))
+  total, tokens = jax.lax.scan(part, zero, parts)
+  return jax.lax.psum(total, names), _whole(tokens)
+
+
+def _both(x_BMD, embedding_VD, targets_BM, weights_BM, *, chunks, names):
+  def part(carry, inputs):
+    total, dembedding_VD = carry
+    x_BCD, targets_BC, weights_BC = inputs
+    logits_BCV = _logits(x_BCD, embedding_VD)
+    tokens = _tokens(logits_BCV, targets_BC)
+    dlogits_BCV = _dlogits(logits_BCV, targets_BC, weights_BC)
+    dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
+    dx_BCD = jnp.einsum("bcv,vd->bcd", dlogits_BCV, embedding_VD)
+    dembedding_VD += jnp.einsum(
+      "bcv,bcd->vd",
+      dlogits_BCV,
+      x_BCD,
+      preferred_element_type=dembedding_VD.dtype,
+    )
+    total += (weights_BC * tokens.nll_BM).sum()
+    return (total, dembedding_VD), (tokens, dx_BCD)
+
+  parts = _parts((x_BMD, targets_BM, weights_BM), chunks)
+  dtype = accumulator(x_BMD.dtype)
+  zeros = jnp.zeros((), dtype), jnp.zeros(embedding_VD.shape, dtype)
+  sums, of_tokens = jax.lax.scan(part, zeros, parts)
+  total, dembedding_VD = jax.lax.psum(sums, names)
+  tokens, dx_BMD = _whole(of_tokens)
+  return (total, tokens), (dx_BMD, dembedding_VD)
+
+
+def _dlogits(logits_V: Array, targets: Array, weights: Array) -> Array:
+  """∂(w nll)/∂z."""
+  index_V = jax.lax.broadcasted_iota(
+    targets.dtype, logits_V.shape, logits_V.ndim - 1
+  )
+  is_target_V = index_V == targets[..., None]
+  excess_V = jax.nn.softmax(logits_V) - is_target_V.astype(logits_V.dtype)
+  return weights[..., None] * excess_V
+
+
+def _parts(tree, chunks: int):
+  """(B, M, …) → (chunks, B, C, …): token t is in part t mod chunks."""
+
+  def split(x_BM):
+    B, M, *rest = x_BM.shape
+    if M % chunks:
+      raise ValueError(
+        f"loss_chunks={chunks}: expected a divisor of the {M} targets of a row "
+        "on a device"
+      )
+    return jnp.moveaxis(x_BM.reshape(B, M // chunks, chunks, *rest), 2, 0)
+
+  return jax.tree.map(split, tree)
+
+
+def _whole(tree):
+  """The inverse of `_parts`."""
+
+  def join(x_NBC):
+    x_BCN = jnp.moveaxis(x_NBC, 0, 2)
+    B, C, N, *rest = x_BCN.shape
+    return x_BCN.reshape(B, C * N, *rest)
+
+  return jax.tree.map(join, tree)
