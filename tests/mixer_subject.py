@@ -20,9 +20,8 @@ CLOSE = dict(rtol=2e-5, atol=2e-5)
 
 
 # Most of the time is the compiler's: this halves it.
-compiled = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
+FAST = {"xla_backend_optimization_level": 0}  # to compile
+compiled = functools.partial(jax.jit, compiler_options=FAST)
 
 
 class Subject:

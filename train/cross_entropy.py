@@ -101,7 +101,7 @@ def _chunked_backward(plan, grads, cotangents):
   del plan
   scale, _ = cotangents
   dx_BMD, dembedding_VD = jax.tree.map(
-    lambda x: (x * scale).astype(x.dtype), grads
+    lambda x: (x.astype(scale.dtype) * scale).astype(x.dtype), grads
   )
   return dx_BMD, dembedding_VD, None, None
 

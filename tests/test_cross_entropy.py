@@ -1,0 +1,116 @@
+"""The loss in parts is the plain one: values, gradients, memory, meshes."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from mixer_subject import FAST, compiled
+import numpy as np
+import pytest
+
+from rebased_jax import ShardAxes
+from train.cross_entropy import cross_entropy
+
+B, T, D, V = 4, 12, 16, 37
+# float32: the same sums in another order. bfloat16: ∂loss/∂z is rounded to it
+# for the products, and x and E's gradients are; 2⁻⁹ each.
+TOLERANCES = {"float32": 1e-6, "bfloat16": 1e-2}
+
+
+def _inputs(dtype: str = "float32"):
+  keys = jax.random.split(jax.random.key(0), 4)
+  x_BTD = jax.random.normal(keys[0], (B, T, D)).astype(dtype)
+  embedding_VD = jax.random.normal(keys[1], (V, D))
+  targets_BT = jax.random.randint(keys[2], (B, T), 0, V)
+  weights_BT = jax.random.uniform(keys[3], (B, T)).at[1].set(0)
+  return x_BTD, embedding_VD, targets_BT, weights_BT
+
+
+def _run(inputs, **options):
+  """(loss, tokens), and the gradients of x and E."""
+  loss = lambda *inputs: cross_entropy(*inputs, **options)
+
+  def scaled(*inputs):
+    result = loss(*inputs)
+    return 3 * result[0], result
+
+  run = compiled(jax.grad(scaled, argnums=(0, 1), has_aux=True))
+  grads, result = run(*inputs)
+  return result, grads
+
+
+def _assert_near(found, wanted, tolerance: float) -> None:
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    assert (x.shape, x.dtype) == (y.shape, y.dtype)
+    x, y = np.float64(x), np.float64(y)
+    assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_parts_are_the_whole(dtype: str) -> None:
+  inputs = _inputs(dtype)
+  wanted = _run(inputs)
+  for chunks in (2, 12) if dtype == "float32" else (3,):
+    (loss, tokens), grads = _run(inputs, chunks=chunks)
+    # What is forward rounds alike in both.
+    _assert_near((loss, tokens), wanted[0], 1e-6)
+    _assert_near(grads, wanted[1], TOLERANCES[dtype])
+  # Without a gradient it is another program.
+  alone = compiled(lambda *x: cross_entropy(*x, chunks=4))(*inputs)
+  _assert_near(alone, wanted[0], 1e-6)
+
+
+def test_the_plain_loss_is_the_formula() -> None:
+  x_BTD, embedding_VD, targets_BT, weights_BT = _inputs()
+  z_BTV = np.float64(x_BTD) @ np.float64(embedding_VD).T
+  nll_BT = np.log(np.exp(z_BTV).sum(-1)) - np.take_along_axis(
+    z_BTV, np.asarray(targets_BT)[..., None], -1
+  ).squeeze(-1)
+  loss, tokens = cross_entropy(x_BTD, embedding_VD, targets_BT, weights_BT)
+  np.testing.assert_allclose(tokens.nll_BM, nll_BT, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(loss, (nll_BT * weights_BT).sum(), rtol=1e-5)
+  np.testing.assert_array_equal(tokens.right_BM, z_BTV.argmax(-1) == targets_BT)
+
+
+@pytest.mark.parametrize(
+  "shape", [dict(data=4, time=2), dict(data=2, tensor=4)], ids=str
+)
+def test_over_a_mesh(shape: dict[str, int]) -> None:
+  """Rows and tokens are each device's; another axis may split V."""
+  mesh = jax.make_mesh(
+    tuple(shape.values()), tuple(shape), (AxisType.Auto,) * len(shape)
+  )
+  time = "time" if "time" in shape else None
+  axes = ShardAxes(batch="data", time=time)
+  wanted = _run(_inputs(), chunks=1)
+  x, embedding, *rest = _inputs()
+  with jax.set_mesh(mesh):
+    if "tensor" in shape:
+      spec = jax.sharding.NamedSharding(mesh, jax.P(None, "tensor"))
+      embedding = jax.device_put(embedding, spec)
+    found = _run((x, embedding, *rest), chunks=3, axes=axes)
+  _assert_near(found, wanted, TOLERANCES["float32"])
+
+
+def test_logits_are_never_whole() -> None:
+  """XLA's account of the gradient's program, at 2048 tokens of 4096 words."""
+  shape = lambda *x, dtype=jnp.float32: jax.ShapeDtypeStruct(x, dtype)
+  inputs = (
+    shape(2, 1024, 32),
+    shape(4096, 32),
+    shape(2, 1024, dtype=jnp.int32),
+    shape(2, 1024),
+  )
+
+  def temporaries(chunks: int) -> int:
+    loss = lambda *inputs: cross_entropy(*inputs, chunks=chunks)[0]
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*inputs)
+    return lowered.compile(FAST).memory_analysis().temp_size_in_bytes
+
+  logits = 4 * 2 * 1024 * 4096
+  assert temporaries(1) >= logits
+  assert temporaries(16) < logits / 4
+
+
+def test_parts_that_do_not_divide_are_refused() -> None:
+  with pytest.raises(ValueError, match="loss_chunks=5: expected a divisor of"):
+    _run(_inputs(), chunks=5)
