@@ -9,7 +9,7 @@ import pytest
 from text_cases import folder as folder, make_config
 from train_cases import trainer as trainer
 
-from train import build, evaluate, metrics, recall, sharding
+from train import build, evaluate, mesh as mesh_lib, metrics, recall
 from train.recall import RECALLS
 
 
@@ -68,7 +68,7 @@ def test_the_perplexities_of_the_paper_have_one_share() -> None:
 @pytest.mark.parametrize("packing", ["stream", "documents"])
 def test_held_out_perplexities(folder, packing: str) -> None:
   config = make_config(folder, data=dict(packing=packing))
-  mesh = sharding.make_mesh()
+  mesh = mesh_lib.make_mesh()
   with jax.set_mesh(mesh):
     built = build.build(config, mesh)
     params = build.fresh_state(config, built)["params"]

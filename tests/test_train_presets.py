@@ -9,7 +9,7 @@ import pytest
 from train_cases import tiny
 
 from rebased_jax import BaseConvConfig, presets
-from train import build, config as config_lib
+from train import build, config as config_lib, lm_presets
 from train.config import MQARPaperData
 from train.presets import make_presets
 
@@ -39,7 +39,7 @@ _VARIANTS = ("based", "x2", "norm", "gamma", "gamma-beta", "rebased")
 
 def test_names() -> None:
   assert set(_PRESETS) == (
-    {"mqar", "lm-tiny", *_ALIASES}
+    {"mqar", *_ALIASES, *lm_presets.make_presets()}
     | {f"mqar-{s}" for s in _SMALL}
     | {f"mqar-paper-{s}-{t}" for s in _TABLE_4 for t in _PAIRS}
     | {f"mqar-paper-ablation-{v}-{t}" for v in _VARIANTS for t in (256, 2048)}

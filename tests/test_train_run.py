@@ -86,12 +86,19 @@ def test_the_records_of_a_run(learned: Path) -> None:
     "train": {
       *("loss", "accuracy", "grad_norm", "param_norm", "update_norm"),
       *("tokens_per_second", "step_time", "data_wait"),
+      *(
+        f"layer1/{side}_{name}_{kind}"
+        for side in ("query", "key")
+        for name in ("gamma", "beta")
+        for kind in ("mean", "std")
+      ),
     },
   }
   for record in records:
     assert record.keys() == {"kind", "step"} | fields[record["kind"]]
     for name in fields[record["kind"]]:
-      assert np.isfinite(record[name]) and record[name] >= 0, name
+      assert np.isfinite(record[name]), name
+      assert record[name] >= 0 or name.endswith("beta_mean"), name
     if record["kind"] == "eval":
       assert record["tokens"] == 100  # padding rows are no targets
     else:
