@@ -1,14 +1,59 @@
 """AdamW with the run's schedule, decay mask and clipping, from optax."""
 
+import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax import Array
 import jax.numpy as jnp
 import optax
 
-from train.config import OptimizerConfig
+from train.data.checks import require
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW; the defaults are the paper's for MQAR.
+
+  The learning rate rises linearly over `warmup_steps`, then falls as a half
+  cosine from `learning_rate` at `warmup_steps` to `final_fraction` of it at
+  the run's last step. With `epoch_steps` it is held for that many steps at a
+  time, as in a schedule that is stepped once an epoch.
+  """
+
+  learning_rate: float = 1e-3
+  warmup_steps: int = 0
+  final_fraction: float = 0.0
+  epoch_steps: int | None = None
+  beta1: float = 0.9
+  beta2: float = 0.999
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  decay: Literal["all", "matrices"] = "all"  # which parameters decay
+  clip_norm: float | None = None  # of the gradient over all parameters
+
+  def __post_init__(self):
+    check = lambda ok, name, expected: require(
+      ok, f"optimizer.{name}", getattr(self, name), expected
+    )
+    positive = ("learning_rate", "eps") + ("clip_norm",) * (
+      self.clip_norm is not None
+    )
+    for name in positive:
+      value = getattr(self, name)
+      check(0 < value < math.inf, name, "a number above 0")
+    for name in ("beta1", "beta2"):
+      check(0 <= getattr(self, name) < 1, name, "a number in [0, 1)")
+    check(0 <= self.weight_decay < math.inf, "weight_decay", "finite, ≥ 0")
+    for name in ("warmup_steps", "epoch_steps"):
+      check(isinstance(getattr(self, name), int | None), name, "an integer")
+    check(self.warmup_steps >= 0, "warmup_steps", "an integer ≥ 0")
+    check(0 <= self.final_fraction <= 1, "final_fraction", "0 to 1")
+    check(
+      self.epoch_steps is None or self.epoch_steps >= 1, "epoch_steps", "≥ 1"
+    )
+    check(self.decay in ("all", "matrices"), "decay", "'all' or 'matrices'")
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -1,0 +1,69 @@
+"""Whether a model's gradient is that of float32 in plain XLA."""
+
+import dataclasses
+import functools
+import math
+import sys
+from typing import Any
+
+from environment import ROOT
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(ROOT))
+
+from rebased_jax import LM, ModelConfig  # noqa: E402
+from train import step  # noqa: E402
+
+CHECKED = 512  # tokens of the row whose gradient is looked at
+# Of ‖g − g₃₂‖ / ‖g₃₂‖ of all mixers' parameters: roundings of 2⁻⁹ through the
+# layers, a few hundredths; a wrong kernel is near 1.
+TOLERANCE = 0.15
+
+
+def make_model(config: ModelConfig) -> LM:
+  return LM(config, rngs=nnx.Rngs(0))
+
+
+def lower(model: ModelConfig, length: int) -> dict[str, Any]:
+  """The gradient of one row, as trained and in float32."""
+  plain = dataclasses.replace(model, dtype="float32", remat="none")
+  mixer = dataclasses.replace(plain.mixer, implementation="xla")
+  conv = mixer if type(plain.conv) is type(mixer) else plain.conv
+  plain = dataclasses.replace(plain, mixer=mixer, conv=conv)
+  params = jax.eval_shape(
+    lambda: nnx.to_pure_dict(nnx.state(make_model(model), nnx.Param))
+  )
+  tokens = jax.ShapeDtypeStruct((1, min(length, CHECKED) + 1), "int32")
+
+  def gradient(config: ModelConfig, params, tokens_1W):
+    graph, _ = nnx.split(nnx.eval_shape(lambda: make_model(config)))
+    batch = {"tokens": tokens_1W[:, :-1], "targets": tokens_1W[:, 1:]}
+    batch["weights"] = jnp.ones(batch["tokens"].shape)
+    program = step.Program(graph, None, 1, None)
+    loss = lambda params: step.loss_sums(params, batch, program)[0]
+    return jax.grad(loss)(params)["pairs"]["mixer"]["mixer"]
+
+  lowered = {}
+  for name, config in (("trained", model), ("plain", plain)):
+    run = functools.partial(gradient, config)
+    with jax.default_matmul_precision("highest" if name == "plain" else None):
+      lowered[name] = jax.jit(run).lower(params, tokens)
+  return lowered
+
+
+def error(checks: dict[str, Any], params: Any, vocab_size: int) -> float:
+  """Of the mixers' gradient, relative to its norm."""
+  shape = checks["plain"].in_avals[0][1].shape
+  tokens = np.random.default_rng(1).integers(0, vocab_size, shape, np.int32)
+  found, wanted = (
+    jax.device_get(checks[name](params, tokens))
+    for name in ("trained", "plain")
+  )
+  squares = lambda tree: sum(
+    float(np.square(x.astype(np.float64)).sum()) for x in jax.tree.leaves(tree)
+  )
+  difference = squares(jax.tree.map(np.subtract, found, wanted))
+  return math.sqrt(difference / squares(wanted))

@@ -1,0 +1,85 @@
+"""Steps as the trainer makes them, and the time the device is idle in them."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+import tempfile
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class Runner:
+  """Steps one after the other, as the trainer makes them."""
+
+  def __init__(self, step: Any, state: Any, shape: tuple[int, int], words: int):
+    self._step, self._state = step, state
+    self._key, self._pending = jax.random.key(1), None
+    self.finite = True
+    rng = np.random.default_rng(0)
+    rows, length = shape
+    tokens_4BW = rng.integers(0, words, (4, rows, length + 1), np.int32)
+    ones = np.ones(shape, np.float32)
+    self._batches = [
+      dict(tokens=x[:, :-1].copy(), targets=x[:, 1:].copy(), weights=ones)
+      for x in tokens_4BW
+    ]
+
+  def steps(self, count: int) -> float:
+    """Seconds of so many steps, the last one's metrics read."""
+    begin = time.perf_counter()
+    for index in range(count):
+      batch = jax.device_put(self._batches[index % 4])
+      self._state, metrics = self._step(self._state, batch, self._key)
+      self._settle()
+      self._pending = metrics
+    self._settle()
+    return time.perf_counter() - begin
+
+  def _settle(self) -> None:
+    if self._pending is not None:
+      found = jax.device_get(self._pending)
+      self.finite &= bool(np.isfinite(found["loss"]))
+      self._pending = None
+
+
+def idle_share(
+  run: Callable[[], object], keep: Path | None = None
+) -> float | None:
+  """The idle share between the first and the last operation of `run`.
+
+  None where the trace has no lines of a device, as on a CPU.
+
+  Args:
+    run: what is traced; it returns when the device has done it.
+    keep: a folder for the trace; None: it is not kept.
+  """
+  with tempfile.TemporaryDirectory() as temporary:
+    folder = Path(keep or temporary)
+    jax.profiler.start_trace(str(folder))
+    run()
+    jax.profiler.stop_trace()
+    newest = max(folder.rglob("*.xplane.pb"), key=lambda x: x.stat().st_mtime)
+    spans = sorted(_spans(newest))
+  if not spans:
+    return None
+  end = begin = spans[0][0]
+  idle = 0.0
+  for start, stop in spans:
+    idle += max(start - end, 0.0)
+    end = max(end, stop)
+  return round(idle / (end - begin), 5)
+
+
+def _spans(path: Path) -> Iterator[tuple[float, float]]:
+  """(start, stop) of every kernel and copy on the device, in nanoseconds."""
+  data = jax.profiler.ProfileData.from_file(str(path))
+  for plane in data.planes:
+    if not plane.name.startswith("/device:"):
+      continue
+    for line in plane.lines:
+      # Of a GPU each stream; of a TPU the line of operations.
+      if line.name.startswith("Stream") or line.name == "XLA Ops":
+        for event in line.events:
+          yield event.start_ns, event.start_ns + event.duration_ns
