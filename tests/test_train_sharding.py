@@ -44,7 +44,12 @@ _LONG = ((), (8,), (), (7,), (9,), (), (6,), (10,))
 
 
 def _config(
-  mixer, mesh: MeshConfig, *, pairs: int = 1, accumulate: int = 1
+  mixer,
+  mesh: MeshConfig,
+  *,
+  pairs: int = 1,
+  accumulate: int = 1,
+  loss_chunks: int = 1,
 ) -> RunConfig:
   return RunConfig(
     model=ModelConfig(
@@ -63,6 +68,7 @@ def _config(
     steps=_STEPS,
     batch=_B,
     accumulate=accumulate,
+    loss_chunks=loss_chunks,
     mesh=mesh,
   )
 
@@ -156,7 +162,7 @@ def _same(mixer: str, mesh: MeshConfig, **changes) -> None:
 
 @pytest.mark.parametrize("mesh", _FAST, ids=_named)
 def test_a_mesh_trains_as_one_device(mesh: MeshConfig) -> None:
-  _same("rebased", mesh)
+  _same("rebased", mesh, loss_chunks=2 if mesh.fsdp > 1 else 1)
 
 
 def test_attention_trains_on_a_mesh_as_on_one_device() -> None:
