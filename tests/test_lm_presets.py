@@ -137,3 +137,9 @@ def test_a_tiny_run_of_one(call, folder: Path, tmp_path: Path) -> None:
   code, out, _ = call("evaluate", str(run_dir))
   number = re.search(r"│ held-out AR perplexity +│ +([\d.]+) │", out).group(1)
   assert code == 0 and abs(float(number) - last["ar_perplexity"]) < 0.01
+  code, other, _ = call("evaluate", str(run_dir), "--recall", "unigram")
+  shares = [
+    float(re.search(r"AR share of targets +│ +([\d.]+) │", text).group(1))
+    for text in (out, other)
+  ]
+  assert code == 0 and shares[1] > shares[0] + 0.1

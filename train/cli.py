@@ -188,9 +188,10 @@ def _run(config: "RunConfig", run_dir: str, allow_data_change: bool) -> int:
 def _evaluate(args: list[str]) -> int:
   from train import distributed, report
   from train.run_folder import RunFolder
-  from train.train_args import EvaluateArgs, of_run
+  from train.train_args import EvaluateArgs, of_run, with_recall
 
   parsed, config = of_run(EvaluateArgs, "rebased evaluate", args)
+  config = with_recall(config, parsed.recall)
   distributed.start(parsed.distributed)
   folder = RunFolder(parsed.run_dir)
   return report.evaluate_run(

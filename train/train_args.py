@@ -5,8 +5,9 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from train.config import RunConfig
+from train.config import RunConfig, TextData
 from train.mesh import MeshConfig
+from train.recall import Recall
 from train.run_folder import RunFolder
 
 _Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -48,6 +49,7 @@ class EvaluateArgs:
   run_dir: _Run  # the run's folder
   step: int | None = None  # of the checkpoint; default the newest
   test: bool = False  # the test split in place of the validation split
+  recall: Recall | None = None  # of text: what makes a target AR
   mesh: MeshConfig = MeshConfig()  # default: as the run had it
   distributed: str = "off"  # off, auto or HOST:PORT,N,I: process I of N
 
@@ -95,3 +97,19 @@ def of_run(
   default = kind(run_dir, mesh=config.mesh)
   parsed = tyro.cli(kind, prog=prog, args=args, default=default)
   return parsed, dataclasses.replace(config, mesh=parsed.mesh)
+
+
+def with_recall(config: RunConfig, recall: Recall | None) -> RunConfig:
+  """The run, with this definition of AR targets in evaluation, if it is one.
+
+  Raises:
+    ValueError: it is not of text.
+  """
+  if recall is None:
+    return config
+  if not isinstance(config.data, TextData):
+    kind = type(config.data).__name__
+    raise ValueError(f"recall={recall!r}: expected none with {kind}")
+  return dataclasses.replace(
+    config, data=dataclasses.replace(config.data, recall=recall)
+  )
