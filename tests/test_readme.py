@@ -41,7 +41,7 @@ def test_the_script_runs_beside_the_users_own_train_py(tmp_path):
 def test_the_presets_are_named():
   names = presets.make_presets() | presets.presets.make_models()
   listed = set()
-  for pattern in re.findall(r"`((?:mqar|pile|table)[\w.{},-]*)`", _README):
+  for pattern in re.findall(r"`((?:mqar|pile-|table)[\w.{},-]*)`", _README):
     parts = re.split(r"\{([^}]*)\}", pattern)
     choices = [x.split(",") if i % 2 else [x] for i, x in enumerate(parts)]
     listed |= {"".join(words) for words in itertools.product(*choices)}
