@@ -1,9 +1,11 @@
 """Where and with what a benchmark ran."""
 
 import datetime
+import json
 from pathlib import Path
 import platform
 import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -36,6 +38,21 @@ def describe(*sources: str) -> dict:
       "numpy": np.__version__,
     },
   }
+
+
+def describe_apart(*sources: str) -> dict:
+  """`describe` by a process of its own, so that the device stays free."""
+  code = (
+    f"import json, environment as e; print(json.dumps(e.describe{sources}))"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=ROOT / "benchmarks",
+    check=True,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  return json.loads(done.stdout.splitlines()[-1])
 
 
 def peak_bytes() -> int | None:

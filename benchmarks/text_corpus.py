@@ -21,7 +21,7 @@ from typing import Any
 
 SUFFIXES = (".py", ".pyi", ".rst", ".md")
 LEAST, MOST = 200, 1_000_000  # bytes of a file
-HELD_OUT = 100  # one document of so many
+HELD_OUT, FEWEST = 100, 8  # one document of so many is held out, and at least
 _SHOWN = 40  # packages that the record names
 STDLIB = "the standard library"
 
@@ -96,7 +96,7 @@ def gather(packages: bool, most_bytes: int) -> list[Document]:
 
 def write(documents: Sequence[Document], folder: Path, shards: int) -> None:
   """JSON lines for `rebased prepare`: folder/train, folder/held-out."""
-  held_out = documents[: max(len(documents) // HELD_OUT, 1)]
+  held_out = documents[: max(len(documents) // HELD_OUT, FEWEST)]
   parts = {
     "held-out": (held_out, 1),
     "train": (documents[len(held_out) :], shards),

@@ -28,7 +28,7 @@ import sys
 import time
 from typing import Any
 
-from environment import RESULTS, ROOT
+from environment import RESULTS, ROOT, describe_apart
 import text_corpus
 import text_run_report
 
@@ -105,24 +105,6 @@ def call(*words: str) -> None:
   done = subprocess.run(words, env=environment(), check=False)
   if done.returncode:
     raise SystemExit(f"exit code {done.returncode}: {' '.join(words)}")
-
-
-def machine() -> dict[str, Any]:
-  """`environment.describe`, in a process that gives the device back."""
-  code = (
-    "import json, environment;"
-    "print(json.dumps(environment.describe('train', 'rebased_jax')))"
-  )
-  place = str(Path(__file__).parent)
-  found = subprocess.run(
-    [sys.executable, "-c", code],
-    cwd=place,
-    env=environment(),
-    check=True,
-    capture_output=True,
-    text=True,
-  )
-  return json.loads(found.stdout.splitlines()[-1])
 
 
 def make_data(settings: Settings, work: Path) -> dict[str, Any]:
@@ -262,7 +244,7 @@ def parse(on_cpu: bool) -> argparse.Namespace:
 
 def main() -> None:
   begin = time.monotonic()
-  where = machine()
+  where = describe_apart("train", "rebased_jax", "pallas_kernels")
   args = parse(where["device"] == "cpu")
   given = {"tokens": args.tokens, "corpus_mb": args.corpus_mb}
   settings = dataclasses.replace(

@@ -86,7 +86,8 @@ def write(result: dict[str, Any], out: Path) -> None:
 
 def table(result: dict[str, Any]) -> list[str]:
   lines = [
-    "system      parameters  M tokens  tokens/s  perplexity     AR  non-AR  AR %"
+    "system      parameters  M tokens  tokens/s  "
+    "perplexity     AR  non-AR  AR %"
   ]
   for name, x in result["systems"].items():
     end = x["final"]

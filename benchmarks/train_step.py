@@ -2,6 +2,8 @@
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --cases rebased-145m --unroll --chunk 8192
+    python benchmarks/train_step.py --cases attention-127m --peer
+    python benchmarks/train_step.py --cases rebased-145m --devices 2
 
 The step is the trainer's: bfloat16 over float32 parameters, AdamW with clipping
 and decay of the matrices, the loss in parts, every metric; the state is
@@ -14,6 +16,10 @@ and none is reported if a loss was not finite. Cases compile side by side and
 run from the smallest on; one that does not fit in memory repeats norms and
 operators in its backward (remat "dots"), or says that it does not fit. A trace
 of more steps gives the share of their time in which the device did nothing.
+
+With --peer, a compiled PyTorch step of the same attention model is timed before,
+in a process of its own, at the same shapes. With --devices N, each case is timed
+on one device and then, as many rows on each, on N with FSDP; that alone.
 Needs jax, flax and optax. On a CPU the models are tiny and the case names mean
 their kinds alone.
 """
@@ -31,95 +37,29 @@ import sys
 import time
 from typing import Any
 
-from environment import ROOT, describe, peak_bytes
+from environment import ROOT, describe_apart, peak_bytes
 from flax import nnx
 import jax
+from train_step_cases import OPTIMIZER, STEPS, Case, make_cases, make_models
 import train_step_check
 from train_step_check import TOLERANCE, make_model
+import train_step_devices
+import train_step_peer
 import train_step_run
 
 sys.path.insert(0, str(ROOT))
 
-from rebased_jax import ModelConfig, presets  # noqa: E402
 from train import optimizer, peaks, step  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 WARM, TRACED = 3, 4  # steps before the clock, and in the trace
-_OPTIMIZER = optimizer.OptimizerConfig(
-  warmup_steps=200,
-  final_fraction=0.1,
-  beta2=0.95,
-  decay="matrices",
-  clip_norm=1.0,
-)
-
-
-@dataclasses.dataclass
-class Case:
-  """A model at a length: what is compiled, and its row of the table."""
-
-  row: dict[str, Any]
-  model: ModelConfig
-  rows: int
-  length: int
-  programs: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def make_models() -> dict[str, tuple[ModelConfig, tuple[int, ...]]]:
-  """(model, lengths of its rows) by name."""
-  mixer = presets.VARIANTS["rebased"]
-  text = presets.pile_text(mixer)
-  free = dataclasses.replace(text, positions=None)
-  return {
-    "attention-127m": (presets.pile_attention(), (4096,)),
-    "rebased-145m": (text, (4096,)),
-    "rebased-157m": (presets.pile(mixer), (4096,)),
-    "rebased-145m-long": (free, (4096, 16384, 131072)),
-  }
-
-
-def make_cases(args: argparse.Namespace) -> list[Case]:
-  cases = []
-  for name, (model, lengths) in make_models().items():
-    if name not in args.cases:
-      continue
-    if args.tiny:
-      model = _tiny(model)
-      lengths = tuple(length // 64 for length in lengths)
-    model = dataclasses.replace(
-      model,
-      dtype="bfloat16",
-      scan_layers=not args.unroll,
-      remat=args.remat,
-    )
-    for length in lengths:
-      rows = max(args.tokens // length, 1)
-      row = {"case": name, "length": length, "rows": rows}
-      cases.append(Case(row, model, rows, length))
-  return cases
-
-
-def _tiny(model: ModelConfig) -> ModelConfig:
-  """Two pairs, 32 wide, with 64 positions if there are some."""
-  mixer = dataclasses.replace(model.mixer, heads=4)
-  conv = mixer if type(model.conv) is type(mixer) else model.conv
-  return dataclasses.replace(
-    model,
-    conv=conv,
-    mixer=mixer,
-    vocab_size=512,
-    width=32,
-    pairs=2,
-    positions=model.positions and 64,
-    mlp_width=128,
-  )
 
 
 def lower(case: Case, chunk: int) -> None:
   """Fills `programs` with what is to be compiled."""
   chunks = max(case.rows * case.length // chunk, 1)
   case.row |= {"remat": case.model.remat, "loss_chunks": chunks}
-  tx = optimizer.make(_OPTIMIZER, 20_000)
+  tx = optimizer.make(OPTIMIZER, STEPS)
   graph, _ = nnx.split(nnx.eval_shape(lambda: make_model(case.model)))
   program = step.Program(graph, tx, 1, None, loss_chunks=chunks)
 
@@ -218,21 +158,21 @@ def _fits(case: Case) -> bool:
 def table(rows: list[dict[str, Any]]) -> list[str]:
   lines = ["case                 length  rows  tokens/s    MFU  GiB   idle"]
   for row in rows:
-    start = f"{row['case']:<20} {row['length']:>6}  {row['rows']:>4}"
+    name = row.get("peer", row["case"])
+    start = f"{name:<20} {row['length']:>6}  {row['rows']:>4}"
     if "failed" in row:
       lines.append(f"{start}  {row['failed']}")
       continue
-    size = (row["device_peak_bytes"] or row["program_bytes"]) / 2**30
+    size = (row["device_peak_bytes"] or row.get("program_bytes", 0)) / 2**30
     shown = lambda x: "–" if x is None else f"{x:.1%}"
     lines.append(
       f"{start}  {row['tokens_per_second']:>8,}  {shown(row['mfu']):>5}  "
-      f"{size:>4.1f}  {shown(row['idle']):>5}"
+      f"{size:>4.1f}  {shown(row.get('idle')):>5}"
     )
   return lines
 
 
-def parse() -> argparse.Namespace:
-  on_cpu = jax.devices()[0].platform == "cpu"
+def parse(on_cpu: bool) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   names = list(make_models())
   parser.add_argument("--cases", nargs="+", choices=names, default=names)
@@ -247,17 +187,20 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--seconds", type=float, default=2 if on_cpu else 6)
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--trace", type=Path, help="keeps the traces there")
-  out = RESULTS / f"train_step_{'cpu' if on_cpu else 'gpu'}.json"
-  parser.add_argument("--out", type=Path, default=out)
-  return parser.parse_args()
+  parser.add_argument("--peer", action="store_true", help="PyTorch's step too")
+  parser.add_argument("--peer-seconds", type=float, default=300, help="at most")
+  parser.add_argument("--devices", type=int, default=1, help="with FSDP")
+  place = "cpu" if on_cpu else "gpu"
+  parser.add_argument("--out", type=Path, help="of the JSON")
+  args = parser.parse_args()
+  several = f"_{args.devices}" * (args.devices > 1)
+  args.out = args.out or RESULTS / f"train_step{several}_{place}.json"
+  return args
 
 
-def main() -> None:
-  # Before the device is asked for anything: all of its memory but 8 %.
-  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-  args = parse()
+def measure_all(cases: list[Case], args) -> dict[str, Any]:
+  """Every case on one device, from the smallest on."""
   started = time.perf_counter()
-  cases = make_cases(args)
   checks = compile_all(cases, args.chunk)
   compiled = time.perf_counter() - started
   for case in sorted(cases, key=lambda case: case.row["program_bytes"]):
@@ -268,19 +211,42 @@ def main() -> None:
         raise
       case.row["failed"] = "does not fit in memory"
     print(table([case.row])[1], flush=True)
-  rows = [case.row for case in cases]
-  options = ("tiny", "tokens", "chunk", "remat", "unroll", "seconds", "rounds")
-  result = describe("pallas_kernels", "rebased_jax", "train") | {
-    "options": {name: getattr(args, name) for name in options},
-    "mfu": "by 6 N of all parameters, of the peak in bfloat16 "
-    f"({peaks.PEAK_FLOPS.get(jax.devices()[0].device_kind)})",
+  return {
     "device_peak_bytes": "since the process began; cases run by size",
     "tolerance": TOLERANCE,
     "compile_seconds": round(compiled, 1),
-    "seconds": round(time.perf_counter() - started, 1),
-    "rows": rows,
+    "rows": [case.row for case in cases],
   }
-  print("\n".join(table(rows)))
+
+
+def main() -> None:
+  # Before the device is asked for anything: all of its memory but 8 %.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+  started = time.perf_counter()
+  where = describe_apart("pallas_kernels", "rebased_jax", "train")
+  args = parse(where["device"] == "cpu")
+  cases, peers = make_cases(args), []
+  wanted = train_step_peer.request(cases, args, WARM) if args.peer else None
+  if wanted is not None:  # while jax has not taken the card's memory
+    peers = train_step_peer.measure(wanted, where["device"], args.peer_seconds)
+  if args.devices > 1:
+    train_step_devices.require(args.devices)
+    found = train_step_devices.settings(args)
+    found["rows"] = train_step_devices.measure(cases, args, WARM)
+  else:
+    found = measure_all(cases, args)
+    train_step_peer.check(peers, found["rows"])
+    found["peers"] = peers
+    print("\n".join(table(found["rows"] + peers)))
+  options = ("tiny", "tokens", "chunk", "remat", "unroll", "seconds", "rounds")
+  result = where | {
+    "options": {name: getattr(args, name) for name in (*options, "devices")},
+    "mfu": "by 6 N of all parameters, of the peak in bfloat16 "
+    f"({peaks.PEAK_FLOPS.get(where['device'])})",
+    "seconds": round(time.perf_counter() - started, 1),
+    **found,
+  }
+  args.out.parent.mkdir(parents=True, exist_ok=True)
   args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

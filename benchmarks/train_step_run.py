@@ -13,24 +13,53 @@ import numpy as np
 class Runner:
   """Steps one after the other, as the trainer makes them."""
 
-  def __init__(self, step: Any, state: Any, shape: tuple[int, int], words: int):
-    self._step, self._state = step, state
-    self._key, self._pending = jax.random.key(1), None
+  def __init__(
+    self,
+    step: Any,
+    state: Any,
+    shape: tuple[int, int],
+    words: int,
+    *,
+    copies: int = 1,
+    put: Callable[[Any], Any] = jax.device_put,
+    key: jax.Array | None = None,
+  ):
+    """Steps over random tokens.
+
+    Args:
+      step: compiled.
+      state: which the steps consume.
+      shape: rows and length of the batch.
+      words: of the vocabulary.
+      copies: of the rows, one behind the other: one a device.
+      put: a batch onto the devices.
+      key: of the dropout, where `step` takes it; None: on one device.
+    """
+    self._step, self._state, self._put = step, state, put
+    self._key = jax.random.key(1) if key is None else key
+    self._pending = None
     self.finite = True
     rng = np.random.default_rng(0)
     rows, length = shape
     tokens_4BW = rng.integers(0, words, (4, rows, length + 1), np.int32)
-    ones = np.ones(shape, np.float32)
+    tokens_4BW = np.tile(tokens_4BW, (1, copies, 1))
+    ones = np.ones((copies * rows, length), np.float32)
     self._batches = [
       dict(tokens=x[:, :-1].copy(), targets=x[:, 1:].copy(), weights=ones)
       for x in tokens_4BW
     ]
 
+  def first_loss(self) -> float:
+    """The loss of one step."""
+    batch = self._put(self._batches[0])
+    self._state, metrics = self._step(self._state, batch, self._key)
+    return float(metrics["loss"])
+
   def steps(self, count: int) -> float:
     """Seconds of so many steps, the last one's metrics read."""
     begin = time.perf_counter()
     for index in range(count):
-      batch = jax.device_put(self._batches[index % 4])
+      batch = self._put(self._batches[index % 4])
       self._state, metrics = self._step(self._state, batch, self._key)
       self._settle()
       self._pending = metrics

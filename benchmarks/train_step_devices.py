@@ -1,0 +1,123 @@
+"""One device against several with FSDP, by the trainer's own mesh.
+
+The rows of one device are put on every one of them, so that the loss of the
+first step is the same but for dropout; more than LIMIT apart ends the run. The
+ratio is tokens a second of all devices over those of one.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import gc
+import statistics
+from typing import Any
+
+import jax
+import numpy as np
+import train_step_cases
+from train_step_cases import Case
+import train_step_run
+
+from train import build, mesh as mesh_lib, peaks, sharding
+from train.config import MeshConfig, RunConfig, TextData
+
+# Of the first losses, near ln V ≈ 11: the devices' dropout differs, by 1e-2 at
+# 512 tokens a row and less at more.
+LIMIT = 0.05
+
+
+def run_config(case: Case, chunk: int, devices: int) -> RunConfig:
+  """The run of a case, its rows on each device."""
+  return RunConfig(
+    model=case.model,
+    data=TextData(length=case.length),
+    optimizer=train_step_cases.OPTIMIZER,
+    steps=train_step_cases.STEPS,
+    batch=case.rows * devices,
+    loss_chunks=max(case.rows * case.length // chunk, 1),
+    mesh=MeshConfig(fsdp=devices),
+  )
+
+
+def measure_one(case: Case, args, devices: int, warm: int) -> dict[str, Any]:
+  """Times of a step on so many devices, and its first loss."""
+  config = run_config(case, args.chunk, devices)
+  mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:devices])
+  with jax.set_mesh(mesh):
+    built = build.build(config, mesh)
+    lowered = built.train_step.lower(*build.inputs(config, built))
+    runner = train_step_run.Runner(
+      lowered.compile(),
+      build.fresh_state(config, built),
+      (case.rows, case.length),
+      case.model.vocab_size,
+      copies=devices,
+      put=functools.partial(
+        sharding.put_batch, mesh=mesh, rows=case.rows * devices
+      ),
+      key=built.key,
+    )
+    first = runner.first_loss()
+    runner.steps(warm)
+    one = runner.steps(1)
+    each = max(int(args.seconds / args.rounds / one), 2)
+    seconds = [runner.steps(each) / each for _ in range(args.rounds)]
+  if not runner.finite:
+    raise SystemExit(f"a loss is not finite, no times: {case.row}")
+  rate = config.batch * case.length / statistics.median(seconds)
+  params = build.to_dicts(built.abstract)["params"]
+  count = sum(x.size for x in jax.tree.leaves(params))
+  mfu = peaks.mfu(rate, count, jax.devices()[0].device_kind, devices)
+  return {
+    "parameters": count,
+    "first_loss": round(first, 4),
+    "step_ms": round(1e3 * statistics.median(seconds), 2),
+    "step_ms_of_rounds": [round(1e3 * x, 2) for x in seconds],
+    "tokens_per_second": round(rate),
+    "mfu": mfu and round(mfu, 4),
+  }
+
+
+def measure(cases: Sequence[Case], args, warm: int) -> list[dict[str, Any]]:
+  """A row for each case: on one device, on all, and the ratio."""
+  rows = []
+  for case in cases:
+    row = dict(case.row, devices=args.devices)
+    for name, devices in (("one", 1), ("all", args.devices)):
+      row[name] = measure_one(case, args, devices, warm)
+      gc.collect()  # the state of the run before
+    losses = [row[x]["first_loss"] for x in ("one", "all")]
+    if not abs(np.subtract(*losses)) <= LIMIT:
+      raise SystemExit(f"{row['case']}: losses {losses} differ, no times")
+    rates = [row[x]["tokens_per_second"] for x in ("all", "one")]
+    row["ratio"] = round(rates[0] / rates[1], 3)
+    print(table([row])[1], flush=True)
+    rows.append(row)
+  return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+  lines = ["case                 length  rows  tokens/s of 1      of N  ratio"]
+  for row in rows:
+    rates = [row[x]["tokens_per_second"] for x in ("one", "all")]
+    lines.append(
+      f"{row['case']:<20} {row['length']:>6}  {row['rows']:>4}  "
+      f"{rates[0]:>13,}  {rates[1]:>8,}  {row['ratio']:>5.3f}"
+    )
+  return lines
+
+
+def require(devices: int) -> None:
+  """Raises SystemExit where there are fewer."""
+  if devices > len(jax.devices()):
+    raise SystemExit(
+      f"--devices {devices}: expected at most the {len(jax.devices())} there"
+    )
+
+
+def settings(args) -> dict[str, Any]:
+  """What the result says of itself."""
+  return {
+    "mesh": dataclasses.asdict(MeshConfig(data=1, fsdp=args.devices)),
+    "first_losses": f"of the same rows, at most {LIMIT} apart",
+  }
