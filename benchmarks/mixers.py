@@ -22,9 +22,10 @@ import itertools
 import json
 import os
 from pathlib import Path
+import sys
 import time
 
-from environment import RESULTS, describe, peak_bytes
+from environment import RESULTS, describe, moment, peak_bytes
 import jax
 import jax.numpy as jnp
 from mixers_cases import CPU, GPU, MODES, WIDER, Case, Sizes, prepare, systems
@@ -35,6 +36,7 @@ import numpy as np
 # Of ‖a − b‖ / ‖b‖: roundings of 2⁻⁹ and 6e-8, up to 3e-2 and 1e-6 in short
 # rows, and room for long ones. x a token late is more than 0.15 in each system.
 TOLERANCE = {"bfloat16": 0.1, "float32": 1e-3}
+SOURCES = ("pallas_kernels", "rebased_jax")
 SLICE = 0.1  # seconds that a round gives a program, or one call
 
 
@@ -140,6 +142,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(f"--{name}", **kind, nargs=nargs, default=default)
   names = list(systems(CPU, 1))
   parser.add_argument("--systems", nargs="+", choices=names, default=names)
+  parser.add_argument(
+    "--keep", action="store_true", help="the file's rows of other systems"
+  )
   parser.add_argument("--rounds", type=int, default=5)
   out = RESULTS / f"mixers_{'gpu' if on_gpu else 'cpu'}.json"
   parser.add_argument("--out", type=Path, default=out)
@@ -151,6 +156,18 @@ def parse() -> argparse.Namespace:
   return args
 
 
+def kept(args: argparse.Namespace) -> list[dict]:
+  """The rows of the file that --keep leaves as they are."""
+  if not args.keep:
+    return []
+  old = json.loads(args.out.read_text())
+  here = jax.devices()[0].device_kind
+  if old["device"] != here:
+    sys.exit(f"--keep: {args.out} is of {old['device']}, this is {here}")
+  stamp = {name: old[name] for name in ("date", "commit")}
+  return [stamp | x for x in old["rows"] if x["system"] not in args.systems]
+
+
 def main() -> None:
   args = parse()
   if args.plot:
@@ -159,7 +176,7 @@ def main() -> None:
   values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Sizes)}
   sizes = Sizes(**values | {"lengths": tuple(args.lengths)})
   started, load = time.perf_counter(), os.getloadavg()[0]
-  rows: list[dict] = []
+  rows = kept(args)
   for T in sizes.lengths:
     part = dataclasses.replace(sizes, lengths=(T,))
     cases = prepare(part, args.systems)
@@ -168,10 +185,10 @@ def main() -> None:
     memory(cases, part)
     check(cases, part)
     measure(cases, part, args.rounds)
-    rows += [case.row for case in cases]
+    rows += [case.row | moment(*SOURCES) for case in cases]
     del cases
     rows.sort(key=lambda row: row["T"])
-    result = describe("pallas_kernels", "rebased_jax") | {
+    result = describe(*SOURCES) | {
       "sizes": dataclasses.asdict(sizes),
       "memory": "XLA's memory_analysis: temporaries and outputs; device_peak: "
       "of the device since the process began, where the program raised it",

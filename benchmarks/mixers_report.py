@@ -35,6 +35,8 @@ def verdicts(rows: list[dict]) -> list[dict]:
     if name == "Attention" or first is last:
       continue
     for what, field in (("time", "ms"), ("memory", "bytes")):
+      if (name, what) == ("Hyena", "time"):
+        continue  # T log T
       ratio = last["both"][field] / first["both"][field]
       line = f"{name}: {what} of as many tokens, T = {first['T']} to "
       line += f"{last['T']}: {ratio:.2f}, at most {LINEAR}"

@@ -13,7 +13,7 @@ import pytest
 
 from rebased_jax import MambaConfig, parameter_count
 from rebased_jax.mixers import base
-from rebased_jax.mixers.selective_scan import CHUNK, selective_scan
+from rebased_jax.mixers.selective_scan import CHUNK, LONGEST, selective_scan
 
 B, I, N = 2, 3, 4
 
@@ -153,10 +153,25 @@ def test_documents_and_chunks(length, chunk) -> None:
 def test_a_chunk_changes_nothing_but_roundings() -> None:
   args = arguments(200)
   whole, _ = compiled(functools.partial(selective_scan, chunk=200))(*args)
-  parts, _ = compiled(selective_scan)(*args)
+  parts, _ = compiled(functools.partial(selective_scan, chunk=CHUNK))(*args)
   # Other orders of the same float32 sums.
   np.testing.assert_allclose(whole, parts, rtol=1e-5, atol=1e-6)
   assert CHUNK < 200
+
+
+@pytest.mark.parametrize("rows,expected", [(1, 256), (8, 128), (64, 32)])
+def test_few_rows_have_longer_chunks(rows: int, expected: int) -> None:
+  T, width, N = 4 * LONGEST, 2, 3
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, "float32")
+  args = (
+    *[shape(rows, T, width)] * 2,
+    shape(width, N),
+    *[shape(rows, T, N)] * 2,
+    shape(rows, width, N),
+  )
+  traced = jax.make_jaxpr(selective_scan)(*args)
+  scans = [x for x in traced.eqns if x.primitive.name == "scan"]
+  assert [x.params["length"] for x in scans] == [T // expected]
 
 
 @pytest.mark.parametrize("width", [8, 40, 64, 128])

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import document_runs
 
-CHUNK = 32  # C, at most; larger ones take more levels of the scan
+# C, the tokens that are scanned at once. Larger ones take more levels of the
+# scan; with few rows they save steps that leave a device idle.
+CHUNK, LONGEST, TOKENS = 32, 256, 1024
 
 
 def selective_scan(
@@ -29,7 +31,7 @@ def selective_scan(
   h_BIN: Array,
   *,
   segment_ids: Array | None = None,
-  chunk: int = CHUNK,
+  chunk: int | None = None,
 ) -> tuple[Array, Array]:
   """y_BTI, and h_BIN after the last token; all of one dtype.
 
@@ -41,9 +43,12 @@ def selective_scan(
     C_BTN: what reads them.
     h_BIN: the state before the first token, of its document.
     segment_ids: integers (B, T); a document is a run of one id.
-    chunk: tokens that are scanned at once.
+    chunk: tokens of a row that are scanned at once, at most; None: by the
+      number of rows, so that the states held stay as many.
   """
-  T = x_BTI.shape[1]
+  B, T, _ = x_BTI.shape
+  if chunk is None:
+    chunk = min(max(TOKENS // B, CHUNK), LONGEST)
   count = -(-T // chunk)
   size = -(-T // count)
 
