@@ -17,10 +17,9 @@ run from the smallest on; one that does not fit in memory repeats norms and
 operators in its backward (remat "dots"), or says that it does not fit. A trace
 of more steps gives the share of their time in which the device did nothing.
 
-With --peer, a compiled PyTorch step of the same attention model is timed
-before, in a process of its own, at the same shapes. With --devices N, each case
-is timed on one device and then, as many rows on each, on N with FSDP; that
-alone.
+With --peer, a compiled PyTorch step of the same attention model is timed first,
+in a process of its own, at the same shapes. With --devices N, each case is
+timed on one device and then, as many rows on each, on N with FSDP; that alone.
 Needs jax, flax and optax. On a CPU the models are tiny and the case names mean
 their kinds alone.
 """
