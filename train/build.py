@@ -82,6 +82,9 @@ def steps(config: RunConfig, mesh: Mesh) -> Steps:
   )
   fields = tuple(config.data.fields(config.batch))
   batch = sharding.of_batch(fields, mesh)
+  held_out = sharding.of_batch(
+    tuple(config.data.eval_fields(config.micro_batch)), mesh
+  )
   everywhere = sharding.replicated(mesh)
   train_step = functools.partial(step.train_step, program=program)
   eval_step = functools.partial(step.eval_step, program=program)
@@ -97,7 +100,7 @@ def steps(config: RunConfig, mesh: Mesh) -> Steps:
     ),
     jax.jit(
       _named(eval_step, "eval_step"),
-      in_shardings=(placed["params"], batch),
+      in_shardings=(placed["params"], held_out),
       out_shardings=everywhere,
     ),
   )

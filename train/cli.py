@@ -8,6 +8,7 @@
     rebased compile PRESET             the step, for TPUs that are not attached
     rebased prepare INPUT ...          text to tokens, for training
     rebased tokenizer train INPUT ...  a BPE tokenizer from text
+    rebased count PATH                 pairs of tokens of a data set, for AR
     rebased inspect data PATH          a data set: counts, lengths, a sample
     rebased doctor                     devices, versions, implementations
 
@@ -27,24 +28,12 @@ import signal
 import sys
 from types import FrameType
 import typing
-from typing import Annotated, NoReturn
 
 from rich.console import Console
 import tyro
 
 if typing.TYPE_CHECKING:
   from train.config import RunConfig
-
-_Path = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-
-
-@dataclasses.dataclass(frozen=True)
-class InspectDataArgs:
-  """Shows a data set: counts, lengths, domains, and a decoded sample."""
-
-  path: _Path  # a prepared folder, or a Megatron index NAME.idx
-  length: int = 256  # of the sample
-  verify: bool = False  # read every byte and compare its checksums
 
 
 _COMPILE_ONLY = dict(
@@ -70,12 +59,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     compile=_compile,
     prepare=_prepare,
     tokenizer=_tokenizer,
+    count=_count,
     doctor=_doctor,
   )
   command = commands.get(args[0])
   if command is None:
     _refuse(_unknown("command", args[0], commands))
-  if args[0] in ("prepare", "tokenizer"):  # no jax: their workers need none
+  if args[0] in (
+    "prepare",
+    "tokenizer",
+    "count",
+  ):  # no jax: their workers need none
     sys.exit(_without_jax(command, args[1:]))
   if args[0] == "compile":  # libtpu is not to look for TPUs, nor to lock them
     for name, value in _COMPILE_ONLY.items():
@@ -102,7 +96,7 @@ def _refuse(message: str) -> None:
   sys.exit(2)
 
 
-def _leave(message: str) -> NoReturn:
+def _leave(message: str) -> typing.NoReturn:
   """Ends the process although a thread of it hangs."""
   print(f"rebased: {message}", file=sys.stderr, flush=True)
   sys.stdout.flush()
@@ -191,7 +185,7 @@ def _evaluate(args: list[str]) -> int:
   from train.train_args import EvaluateArgs, of_run, with_recall
 
   parsed, config = of_run(EvaluateArgs, "rebased evaluate", args)
-  config = with_recall(config, parsed.recall)
+  config = with_recall(config, parsed.recall, parsed.recall_limit)
   distributed.start(parsed.distributed)
   folder = RunFolder(parsed.run_dir)
   return report.evaluate_run(
@@ -216,7 +210,7 @@ def _inspect(args: list[str]) -> int:
   from rebased_jax.presets import make_models
   from train import inspect_data, inspect_run
   from train.presets import make_presets
-  from train.train_args import InspectArgs
+  from train.train_args import InspectArgs, InspectDataArgs
 
   if args[:1] == ["data"] and (len(args) > 1 or not os.path.isdir("data")):
     parsed = tyro.cli(
@@ -266,6 +260,12 @@ def _tokenizer(args: list[str]) -> int:
   from train.data import commands
 
   return commands.run_tokenizer(args)
+
+
+def _count(args: list[str]) -> int:
+  from train.data import commands
+
+  return commands.run_count(args)
 
 
 def _without_jax(command: Callable[[list[str]], int], args: list[str]) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from train.data import batches, lm, mqar, mqar_paper
+from train.data import batches, bigrams, lm, mqar, mqar_paper
 from train.data.plan_cache import CACHE_DIR
 from train.data.rows import HeldOut, Layout, Packing, open_source
 from train.data.source import DataError, TokenSource
@@ -45,7 +45,11 @@ class DataConfig(abc.ABC):
 
   @abc.abstractmethod
   def fields(self, rows: int) -> dict[str, Field]:
-    """The arrays of a batch of `rows` rows, of every split; reads no file."""
+    """The arrays of a training batch of `rows` rows; reads no file."""
+
+  def eval_fields(self, rows: int) -> dict[str, Field]:
+    """The arrays of a batch of the other splits."""
+    return self.fields(rows)
 
   def test_batches(self, rows: int, seed: int) -> batches.Batches:
     """The batches of the test split; ValueError where there is none."""
@@ -158,6 +162,7 @@ class TextData(DataConfig):
   cache_dir: str | None = None  # of plans; default ~/.cache/rebased_jax/plans
   timeout: float | None = 600.0  # seconds for a batch; None: any time
   recall: Recall | None = "bigram"  # what makes a target AR, see recall.py
+  recall_limit: int | None = None  # an AR bigram's most counts in training
 
   perplexity: ClassVar[bool] = True
 
@@ -188,6 +193,12 @@ class TextData(DataConfig):
     batches.require(
       self.recall in (None, *RECALLS), "data.recall", self.recall, str(RECALLS)
     )
+    limit, expected = self.recall_limit, "None, or 0 or more"
+    whole = limit is None or (isinstance(limit, int) and limit >= 0)
+    batches.require(whole, "data.recall_limit", limit, expected)
+    expected += " with data.recall='bigram'"
+    bigrams = limit is None or self.recall == "bigram"
+    batches.require(bigrams, "data.recall_limit", limit, expected)
     if self.eval_path:
       expected = f"0 with data.eval_path={self.eval_path!r}"
       none = self.validation == 0
@@ -232,17 +243,28 @@ class TextData(DataConfig):
     integers = {name: Field(shape, "int32") for name in names}
     return {**integers, "weights": Field(shape, "float32")}
 
+  def eval_fields(self, rows: int) -> dict[str, Field]:
+    fields = self.fields(rows)
+    if self.recall_limit is not None:
+      fields["rare"] = fields["weights"]
+    return fields
+
   def train_batches(self, rows: int, seed: int) -> batches.Batches:
     return self._batches(rows, seed, "train")
 
+  def _with_rare(self, data: lm.LMBatches) -> batches.Batches:
+    if self.recall_limit is None:
+      return data
+    return bigrams.RareBatches(data, self.path, self.recall_limit)
+
   def eval_batches(self, rows: int, seed: int) -> batches.Batches:
     if self.eval_path:
-      return self._batches(rows, seed, "train", own=True)
-    return self._batches(rows, seed, "validation")
+      return self._with_rare(self._batches(rows, seed, "train", own=True))
+    return self._with_rare(self._batches(rows, seed, "validation"))
 
   def test_batches(self, rows: int, seed: int) -> batches.Batches:
     batches.require(self.test > 0, "data.test", self.test, "above 0 for a test")
-    return self._batches(rows, seed, "test")
+    return self._with_rare(self._batches(rows, seed, "test"))
 
   def read_vocab_size(self) -> int | None:
     paths = (*self.path, *self.eval_path)

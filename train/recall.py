@@ -9,7 +9,9 @@ packed:
 with w the row's tokens and w_t+1 the target at t. n = 2, a bigram seen before,
 splits text as the perplexities of the paper's Table 2 do, 45 to 55; it needs no
 list of rare bigrams, which that share excludes. n = 1 is a target that has
-occurred at all, n = 3 a trigram.
+occurred at all, n = 3 a trigram. Zoology's definition (arXiv 2312.04927) asks
+of a bigram too that the training text has it at most 1250 times: where a batch
+has `rare`, which is 1 at such targets, no other is AR.
 """
 
 from typing import Literal
@@ -27,7 +29,8 @@ def recalled(batch: dict[str, Array], recall: Recall) -> Array:
 
   Args:
     batch: tokens and targets (B, T), segment_ids (B, T) of packed rows. Where
-      the target is of another document than its token, its weight is 0.
+      the target is of another document than its token, its weight is 0. rare
+      (B, T): 1 or 0.
     recall: n, by name.
   """
   order = 1 + RECALLS.index(recall)
@@ -40,7 +43,8 @@ def recalled(batch: dict[str, Array], recall: Recall) -> Array:
   for back in range(order):
     columns.append(_later(tokens_BW, back))
     columns.append(_later(segments_BW, back))
-  return jax.vmap(_seen_before)(jnp.stack(columns, axis=1))[:, 1:]
+  seen_BT = jax.vmap(_seen_before)(jnp.stack(columns, axis=1))[:, 1:]
+  return seen_BT & (batch["rare"] > 0) if "rare" in batch else seen_BT
 
 
 def _later(x_BW: Array, steps: int) -> Array:

@@ -11,6 +11,7 @@ from train.recall import Recall
 from train.run_folder import RunFolder
 
 _Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+_Path = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
 _What = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
 
 
@@ -50,6 +51,7 @@ class EvaluateArgs:
   step: int | None = None  # of the checkpoint; default the newest
   test: bool = False  # the test split in place of the validation split
   recall: Recall | None = None  # of text: what makes a target AR
+  recall_limit: int | None = None  # an AR bigram's most counts in training
   mesh: MeshConfig = MeshConfig()  # default: as the run had it
   distributed: str = "off"  # off, auto or HOST:PORT,N,I: process I of N
 
@@ -67,6 +69,15 @@ class GenerateArgs:
   step: int | None = None  # of the checkpoint; default the newest
   tokenizer: str | None = None  # default the data set's; bytes or a file
   eos: str = "auto"  # with --tokenizer: the token that ends a document
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectDataArgs:
+  """Shows a data set: counts, lengths, domains, and a decoded sample."""
+
+  path: _Path  # a prepared folder, or a Megatron index NAME.idx
+  length: int = 256  # of the sample
+  verify: bool = False  # read every byte and compare its checksums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,17 +110,21 @@ def of_run(
   return parsed, dataclasses.replace(config, mesh=parsed.mesh)
 
 
-def with_recall(config: RunConfig, recall: Recall | None) -> RunConfig:
+def with_recall(
+  config: RunConfig, recall: Recall | None, limit: int | None
+) -> RunConfig:
   """The run, with this definition of AR targets in evaluation, if it is one.
 
+  A definition without a limit has none, whatever the run had.
+
   Raises:
-    ValueError: it is not of text.
+    ValueError: it is not of text, or no definition.
   """
-  if recall is None:
+  if recall is None and limit is None:
     return config
   if not isinstance(config.data, TextData):
     kind = type(config.data).__name__
-    raise ValueError(f"recall={recall!r}: expected none with {kind}")
-  return dataclasses.replace(
-    config, data=dataclasses.replace(config.data, recall=recall)
-  )
+    raise ValueError(f"recall={recall or limit!r}: expected none with {kind}")
+  recall = recall or config.data.recall
+  data = dataclasses.replace(config.data, recall=recall, recall_limit=limit)
+  return dataclasses.replace(config, data=data)
