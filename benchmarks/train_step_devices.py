@@ -6,11 +6,13 @@ ratio is tokens a second of all devices over those of one.
 """
 
 from collections.abc import Sequence
+from concurrent import futures
 import dataclasses
 import functools
 import gc
+import os
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -39,21 +41,36 @@ def run_config(case: Case, chunk: int, devices: int) -> RunConfig:
   )
 
 
-def measure_one(case: Case, args, devices: int, warm: int) -> dict[str, Any]:
-  """Times of a step on so many devices, and its first loss."""
-  config = run_config(case, args.chunk, devices)
+class Program(NamedTuple):
+  """A step on some devices."""
+
+  config: RunConfig
+  built: build.Built
+  step: Any  # lowered, then compiled
+
+
+def lower(case: Case, chunk: int, devices: int) -> Program:
+  config = run_config(case, chunk, devices)
   mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:devices])
   with jax.set_mesh(mesh):
     built = build.build(config, mesh)
-    lowered = built.train_step.lower(*build.inputs(config, built))
+    step = built.train_step.lower(*build.inputs(config, built))
+  return Program(config, built, step)
+
+
+def measure_one(case: Case, program: Program, args, warm: int) -> dict:
+  """Times of a compiled step, and its first loss."""
+  config, built, _ = program
+  devices = config.batch // case.rows
+  with jax.set_mesh(built.mesh):
     runner = train_step_run.Runner(
-      lowered.compile(),
+      program.step,
       build.fresh_state(config, built),
       (case.rows, case.length),
       case.model.vocab_size,
       copies=devices,
       put=functools.partial(
-        sharding.put_batch, mesh=mesh, rows=case.rows * devices
+        sharding.put_batch, mesh=built.mesh, rows=config.batch
       ),
       key=built.key,
     )
@@ -80,11 +97,21 @@ def measure_one(case: Case, args, devices: int, warm: int) -> dict[str, Any]:
 
 def measure(cases: Sequence[Case], args, warm: int) -> list[dict[str, Any]]:
   """A row for each case: on one device, on all, and the ratio."""
+  counts = {"one": 1, "all": args.devices}
+  programs = {
+    (index, name): lower(case, args.chunk, devices)
+    for index, case in enumerate(cases)
+    for name, devices in counts.items()
+  }
+  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    steps = pool.map(lambda program: program.step.compile(), programs.values())
+    for place, step in zip(list(programs), steps, strict=True):
+      programs[place] = programs[place]._replace(step=step)
   rows = []
-  for case in cases:
+  for index, case in enumerate(cases):
     row = dict(case.row, devices=args.devices)
-    for name, devices in (("one", 1), ("all", args.devices)):
-      row[name] = measure_one(case, args, devices, warm)
+    for name in counts:
+      row[name] = measure_one(case, programs.pop((index, name)), args, warm)
       gc.collect()  # the state of the run before
     losses = [row[x]["first_loss"] for x in ("one", "all")]
     if not abs(np.subtract(*losses)) <= LIMIT:
