@@ -25,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -38,7 +39,8 @@ PRESETS = {
   "based": "pile-145m-based",
   "rebased": "pile-145m-rebased",
 }
-_STOPPED = 143  # the trainer's code after SIGTERM
+# Codes of a trainer that was told to stop: saved, or not yet under way.
+_STOPPED = (143, -signal.SIGTERM, -signal.SIGKILL)
 _GRACE = 90  # seconds for its last save
 
 
@@ -46,16 +48,16 @@ _GRACE = 90  # seconds for its last save
 class Settings:
   """What all systems of a result share."""
 
-  size: str  # "paper", or "tiny"
-  packages: bool  # text beyond the standard library
-  corpus_mb: int  # of text at most
-  sample_mb: int  # of it for the tokenizer
-  vocab_size: int
-  length: int  # of a row
-  batch: int  # rows
-  tokens: int  # of training, for each system
-  eval_rows: int  # held out
-  evals: int  # in a run
+  size: str = "paper"  # of the models, or "tiny"
+  packages: bool = True  # text beyond the standard library
+  corpus_mb: int = 320  # of text at most
+  sample_mb: int = 24  # of it for the tokenizer
+  vocab_size: int = 16_384
+  length: int = 2048  # of a row
+  batch: int = 16  # rows
+  tokens: int = 24_000_000  # of training, for each system
+  eval_rows: int = 256  # held out
+  evals: int = 8  # in a run
   seed: int = 0
 
   @property
@@ -63,18 +65,7 @@ class Settings:
     return max(self.tokens // (self.length * self.batch), 10)
 
 
-PAPER = Settings(
-  size="paper",
-  packages=True,
-  corpus_mb=320,
-  sample_mb=24,
-  vocab_size=16_384,
-  length=2048,
-  batch=16,
-  tokens=24_000_000,
-  eval_rows=256,
-  evals=8,
-)
+PAPER = Settings()
 TINY = Settings(
   size="tiny",
   packages=False,
@@ -184,10 +175,22 @@ def train_options(name: str, settings: Settings, work: Path) -> dict[str, Any]:
   return options
 
 
+def stop(process: subprocess.Popen) -> int:
+  """Ends a trainer, which saves if it can; its exit code."""
+  process.send_signal(signal.SIGTERM)
+  try:
+    return process.wait(_GRACE)
+  except subprocess.TimeoutExpired:  # it compiles, and has nothing to save
+    process.kill()
+    return process.wait()
+
+
 def train(
   name: str, settings: Settings, work: Path, deadline: float
 ) -> float | None:
   """Trains a system; seconds of it here, None where it was stopped."""
+  if time.monotonic() >= deadline:
+    return None
   options = train_options(name, settings, work)
   words = [x for k, v in options.items() for x in (f"--{k}", str(v))]
   begin = time.perf_counter()
@@ -195,12 +198,11 @@ def train(
     rebased("train", PRESETS[name], *words), env=environment()
   )
   try:
-    code = process.wait(max(deadline - time.monotonic(), 1))
+    code = process.wait(min(deadline - time.monotonic(), threading.TIMEOUT_MAX))
   except subprocess.TimeoutExpired:
-    process.send_signal(signal.SIGTERM)
-    code = process.wait(_GRACE)
-  if code == _STOPPED:
-    return None
+    code = stop(process)
+    if code in _STOPPED:
+      return None
   if code:
     raise SystemExit(f"{name}: exit code {code}")
   return time.perf_counter() - begin
@@ -269,7 +271,7 @@ def main() -> None:
       continue
     seconds = train(name, settings, args.work, begin + args.seconds)
     if seconds is None:
-      print(f"{name}: stopped and saved; the same command goes on")
+      print(f"{name}: out of time; the same command goes on")
       break
     folder = args.work / "runs" / name
     found = text_run_report.read(folder, PRESETS[name], where["device"])

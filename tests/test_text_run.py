@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 import subprocess
 import sys
+import time
 
 import pytest
 import tyro
@@ -92,6 +93,36 @@ def test_a_result_of_other_settings_is_refused(tmp_path) -> None:
     text_run.check_same(result, other, tmp_path)
 
 
+_SAVES = "import signal; signal.signal(15, lambda *_: exit(143))"
+
+
+@pytest.mark.parametrize(
+  "script, outcome",
+  [
+    ("import time; time.sleep(60)", None),  # not under way
+    (f"import time; {_SAVES}; time.sleep(60)", None),
+    (f"import time; {_SAVES.replace('143', '1')}; time.sleep(60)", "code 1"),
+    ("exit(2)", "code 2"),
+    ("", True),
+  ],
+)
+def test_a_system_that_has_no_more_time(
+  script, outcome, tmp_path, monkeypatch
+) -> None:
+  monkeypatch.setattr(
+    text_run, "rebased", lambda *words: [sys.executable, "-c", script]
+  )
+  run = lambda seconds: text_run.train(
+    "based", text_run.TINY, tmp_path, time.monotonic() + seconds
+  )
+  if isinstance(outcome, str):
+    with pytest.raises(SystemExit, match=outcome):
+      run(3)
+  else:
+    assert (run(3) is not None) is bool(outcome)
+  assert run(0) is None
+
+
 @pytest.mark.slow
 def test_end_to_end(tmp_path) -> None:
   def run(*words: str, tokens: int = 10_240) -> subprocess.CompletedProcess:
@@ -101,9 +132,7 @@ def test_end_to_end(tmp_path) -> None:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
   done = run("--systems", "rebased", "--seconds", "1")
-  assert done.returncode == 0 and "stopped and saved" in done.stdout, (
-    done.stderr
-  )
+  assert done.returncode == 0 and "out of time" in done.stdout, done.stderr
   assert not (tmp_path / "text.json").exists()
   done = run()
   assert done.returncode == 0, done.stderr
