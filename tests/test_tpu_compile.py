@@ -85,19 +85,24 @@ def test_every_spec_compiles(generation, name):
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize(
-  ("F", "P", "dtype"),
+  ("F", "P", "H", "dtype"),
   [
-    (8, 1, jnp.bfloat16),
-    (16, 128, jnp.float32),
-    (32, 40, jnp.bfloat16),
-    (64, 64, jnp.bfloat16),
+    (8, 1, 3, jnp.bfloat16),
+    (16, 128, 3, jnp.float32),
+    (32, 40, 3, jnp.bfloat16),
+    (64, 64, 3, jnp.bfloat16),
+    # What fills VMEM: many heads to a step, wide rows.
+    (16, 5, 25, jnp.bfloat16),
+    (64, 1, 12, jnp.bfloat16),
+    (64, 128, 1, jnp.float32),
   ],
 )
-def test_states_documents_and_tails_compile(generation, F, P, dtype):
-  q = ShapeDtypeStruct((2, 1000, 3, F), dtype)
-  v = ShapeDtypeStruct((2, 1000, 3, P), dtype)
-  runs = ShapeDtypeStruct((2, 1000), jnp.int32)
-  state = jax.eval_shape(lambda: zero_state(2, 3, F, P, coefficients=BASED))
+def test_states_documents_and_tails_compile(generation, F, P, H, dtype):
+  B, T = 2, 9000  # more than a block
+  q = ShapeDtypeStruct((B, T, H, F), dtype)
+  v = ShapeDtypeStruct((B, T, H, P), dtype)
+  runs = ShapeDtypeStruct((B, T), jnp.int32)
+  state = jax.eval_shape(lambda: zero_state(B, H, F, P, coefficients=BASED))
   run = passes(Kernel(BASED.scaled(F**-0.5), 1e-6), True)
   mesh = mesh_of(generation, 1, 1)
   hlo = compiled(mesh, run, q, q, v, v, runs, state, state)

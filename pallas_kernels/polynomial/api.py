@@ -256,8 +256,10 @@ def _choose(
   implementation, q, v, kernel, segment_ids, states: bool, axes
 ) -> str:
   """The implementation of this call, which is known to be able to do it."""
-  name, _ = which_implementation(implementation, axes=axes)
+  name, reason = which_implementation(implementation, axes=axes)
   if name not in ("gpu", "gpu_shared", "tpu"):
+    if implementation is None and _compat.platform() != "cpu":
+      warnings.warn(f"polynomial_attention runs 'xla': {reason}", stacklevel=3)
     return name
   states = states or (axes is not None and axes.time is not None)
   try:

@@ -5,6 +5,8 @@ call are (B, T, H, X); XLA turns them by giving what made them, or uses them,
 the other layout, as it does for a projection.
 """
 
+import dataclasses
+
 from jax import Array
 import jax.numpy as jnp
 
@@ -24,6 +26,7 @@ from pallas_kernels.polynomial.tpu_common import Call
 
 WIDTHS = (8, 16, 32, 64)
 VALUES = 128
+_VMEM = 12 << 20  # of the 16 MiB that a kernel gets; spills take some, too
 
 
 def supports(
@@ -48,7 +51,9 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
   """o_BTHP and the state after the last token, if asked for."""
   call = _call("forward", q, v, runs_BT, kernel)
   o, after = tpu_forward.forward(
-    *map(_turn, (q, k, v)),
+    _turn(q),
+    _turn(k),
+    _turn(v, call.P),
     _starts(runs_BT, call),
     _to_kernel(state, kernel, call, by_feature=False),
     call,
@@ -56,7 +61,7 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
   )
   if not return_state:
     return _back(o, v), None
-  after = _from_kernel(after, kernel, call, by_feature=False)
+  after = _from_kernel(after, v, kernel, call, by_feature=False)
   return _back(o, v), with_skew(after, state, _joined(runs_BT))
 
 
@@ -66,20 +71,23 @@ def key_state(k, v, runs_BT, kernel: Kernel) -> State:
   _, after = tpu_forward.forward(
     None,
     _turn(k),
-    _turn(v),
+    _turn(v, call.P),
     _starts(runs_BT, call),
     None,
     call,
     return_state=True,
   )
-  return _from_kernel(after, kernel, call, by_feature=False)
+  return _from_kernel(after, v, kernel, call, by_feature=False)
 
 
 def backward_queries(q, k, v, do, runs_BT, state, kernel: Kernel):
   """dq_BTHF; and r and dz, c2 times those of `spec.py`, (B, H, 1, T)."""
   call = _call("backward_queries", q, v, runs_BT, kernel)
   dq, r, dz = tpu_backward.backward_queries(
-    *map(_turn, (q, k, v, do)),
+    _turn(q),
+    _turn(k),
+    _turn(v, call.P),
+    _turn(do, call.P),
     _starts(runs_BT, call),
     _to_kernel(state, kernel, call, by_feature=True),
     call,
@@ -93,7 +101,10 @@ def backward_keys(
   """dk_BTHF, dv_BTHP and the cotangent of the state before, if asked for."""
   call = _call("backward_keys", q, v, runs_BT, kernel)
   dk, dv, before = tpu_backward.backward_keys(
-    *map(_turn, (q, k, v, do)),
+    _turn(q),
+    _turn(k),
+    _turn(v, call.P),
+    _turn(do, call.P),
     r,
     dz,
     _starts(runs_BT, call),
@@ -103,7 +114,7 @@ def backward_keys(
   )
   if not return_state:
     return _back(dk, k), _back(dv, v), None
-  before = _from_kernel(before, kernel, call, by_feature=True)
+  before = _from_kernel(before, v, kernel, call, by_feature=True)
   return _back(dk, k), _back(dv, v), with_skew(before, dstate, _joined(runs_BT))
 
 
@@ -114,7 +125,7 @@ def query_cotangent(q, do, r, dz, runs_BT, kernel: Kernel) -> State:
     _turn(q),
     None,
     None,
-    _turn(do),
+    _turn(do, call.P),
     r,
     dz,
     _starts(runs_BT, call),
@@ -122,19 +133,18 @@ def query_cotangent(q, do, r, dz, runs_BT, kernel: Kernel) -> State:
     call,
     return_state=True,
   )
-  return _from_kernel(before, kernel, call, by_feature=True)
+  return _from_kernel(before, do, kernel, call, by_feature=True)
 
 
 def _call(name: str, q, v, runs_BT, kernel: Kernel) -> Call:
+  """The heads of a step are the fewest whose values are whole tiles.
+
+  Where VMEM does not hold so many, each head is filled up to whole tiles.
+  """
   B, T, H, F = q.shape
   P, c = v.shape[-1], kernel.coefficients
   chunk, span, block = tpu_sizes.sizes(name, F, T)
-  heads = _heads(H, P)
-  # The program grows with heads and span.
-  full = span
-  while span * heads > full and span % (2 * chunk) == 0:
-    span //= 2
-  return Call(
+  call = Call(
     B,
     T,
     H,
@@ -146,11 +156,15 @@ def _call(name: str, q, v, runs_BT, kernel: Kernel) -> Call:
     kernel.eps / c.c2,
     c.affine,
     runs_BT is not None,
-    heads,
+    _heads(H, P),
     chunk,
     span,
     block,
   )
+  found = _fitted(call)
+  if found.vmem_bytes > _VMEM:
+    found = _fitted(dataclasses.replace(call, P=call.V, heads=1))
+  return found
 
 
 def _heads(H: int, P: int) -> int:
@@ -159,15 +173,34 @@ def _heads(H: int, P: int) -> int:
   return next(fits, H)
 
 
-def _turn(x_BTHX: Array) -> Array:
-  """(B, H·X, T), which is how a projection's output lies if turned."""
+def _fitted(call: Call) -> Call:
+  """With a span and a block as large as fit."""
+  span, block = call.span, call.block
+  # The program grows with heads and span.
+  while span * call.heads > call.span and span % (2 * call.chunk) == 0:
+    span //= 2
+  call = dataclasses.replace(call, span=span)
+  while call.vmem_bytes > _VMEM and block > span:
+    block = -(-block // (2 * span)) * span
+    call = dataclasses.replace(call, block=block)
+  return call
+
+
+def _turn(x_BTHX: Array, rows: int | None = None) -> Array:
+  """(B, H·X, T), which is how a projection's output lies if turned.
+
+  With `rows`, each head is filled up to that many.
+  """
   B, T, H, X = x_BTHX.shape
-  return x_BTHX.reshape(B, T, H * X).swapaxes(1, 2)
+  if rows not in (None, X):
+    x_BTHX = jnp.pad(x_BTHX, ((0, 0),) * 3 + ((0, rows - X),))
+  return x_BTHX.reshape(B, T, -1).swapaxes(1, 2)
 
 
 def _back(x_BRT: Array, like_BTHX: Array) -> Array:
   """(B, T, H, X), as the other is."""
-  return x_BRT.swapaxes(1, 2).reshape(like_BTHX.shape)
+  B, T, H, X = like_BTHX.shape
+  return x_BRT.swapaxes(1, 2).reshape(B, T, H, -1)[..., :X]
 
 
 def _starts(runs_BT: Array | None, call: Call) -> Array | None:
@@ -187,7 +220,7 @@ def _to_kernel(state: State | None, kernel: Kernel, call: Call, *, by_feature):
     return None
   kv, kk = state
   kk = (kk + kk.swapaxes(2, 3)) / 2
-  kv = jnp.pad(kv, ((0, 0), (0, 0), (0, 0), (0, call.V - call.P)))
+  kv = jnp.pad(kv, ((0, 0), (0, 0), (0, 0), (0, call.V - kv.shape[-1])))
   if call.affine:
     c = kernel.coefficients
     zeros = lambda rows: jnp.zeros((*kv.shape[:2], rows, call.V), kv.dtype)
@@ -201,9 +234,11 @@ def _to_kernel(state: State | None, kernel: Kernel, call: Call, *, by_feature):
   return kv if by_feature else kv.swapaxes(2, 3), kk
 
 
-def _from_kernel(state, kernel: Kernel, call: Call, *, by_feature) -> State:
+def _from_kernel(
+  state, v_BTHP: Array, kernel: Kernel, call: Call, *, by_feature
+) -> State:
   kv, kk = state
-  kv = (kv if by_feature else kv.swapaxes(2, 3))[..., : call.P]
+  kv = (kv if by_feature else kv.swapaxes(2, 3))[..., : v_BTHP.shape[-1]]
   if call.affine:
     c = kernel.coefficients
     at = call.squares

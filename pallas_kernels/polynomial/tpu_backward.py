@@ -101,7 +101,7 @@ def _queries_body(*refs, call: Call, has_ids: bool, has_state: bool):
     past_FC, past_num_1C, y_GC, past_z_1C = past
     r_1C = 1 / (z_1C + common.only(m.first_1C, past_z_1C) + call.eps)
     num_1C += common.only(m.first_1C, past_num_1C)
-    dz_1C = -r_1C * r_1C * num_1C
+    dz_1C = -r_1C * (r_1C * num_1C)  # r² alone may be Inf
     da_CC = d_scores(a_CC, dsim_CC, r_1C, dz_1C, m, call)
     dq_FC = common.seen_sum(k_FC, da_CC, m, call)
     past_FC = r_1C * past_FC + 2 * dz_1C * y_GC[: call.F]

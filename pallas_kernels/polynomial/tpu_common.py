@@ -35,7 +35,7 @@ class Call:
   T: int
   H: int
   F: int
-  P: int
+  P: int  # rows of a head's values, as they are given
   dtype: str
   c1: float  # divided by c2, as c0 and eps are
   c0: float
@@ -75,6 +75,14 @@ class Call:
   def G(self) -> int:
     """Rows of x̃: x, and the rows of the 1."""
     return self.F + (ONES if self.affine else 0)
+
+  @property
+  def vmem_bytes(self) -> int:
+    """Of a step of the largest kernel: twice its blocks, of which the next are
+    on their way, and the states, which may also come in and go out."""
+    tokens = 6 * jnp.dtype(self.dtype).itemsize * (self.F + self.P)
+    states = 5 * 4 * 128 * (self.E + self.G)  # a row fills 128 lanes
+    return self.heads * (tokens * self.block + states)
 
   def weight(self, r: int) -> float:
     return 1.0 if r == 0 or 2 * r == self.F else 2.0
