@@ -9,8 +9,9 @@ kernel are all those of its program, the grid's own among them, over the tokens
 and heads of one span (`tpu_sizes.py`), which the program holds once; a loop
 over spans would spread the grid's own over more.
 
-`--sweep` tries other sizes, `--write` puts the best of them into
-`pallas_kernels/polynomial/tuned`, and the figures into `benchmarks/results`.
+`--sweep` tries other sizes and takes the best; `--write` puts the sizes, with
+their figures, into `pallas_kernels/polynomial/tuned`, and all figures into
+`benchmarks/results`.
 """
 
 import argparse
@@ -153,7 +154,7 @@ def _no_devices(generation: str) -> Mesh:
 
 
 def sweep(generation: str, kernel: str, F: int) -> dict:
-  """The figures at the best of some sizes, which `tpu_sizes` then has."""
+  """The figures at the best of some sizes."""
   sizes = tpu_sizes.table(generation)["sizes"][kernel]
   spans = {8: (1024,), 16: (512, 1024, 2048), 32: (256, 512), 64: (256,)}
   found = []
@@ -161,9 +162,7 @@ def sweep(generation: str, kernel: str, F: int) -> dict:
     sizes[str(F)] = dict(chunk=chunk, span=span, block=max(2048, 2 * span))
     found.append(schedule(generation, kernel, F))
     print("    tried", found[-1], flush=True)
-  best = min(found, key=lambda x: x["bundles_per_token_head"])
-  sizes[str(F)] = best
-  return best
+  return min(found, key=lambda x: x["bundles_per_token_head"])
 
 
 def floors(generation: str, F: int) -> str:
@@ -218,6 +217,7 @@ def main() -> None:
       figures[kernel] = (sweep if options.sweep else schedule)(
         generation, kernel, F
       )
+      tpu_sizes.table(generation)["sizes"][kernel][str(F)] = figures[kernel]
       total += figures[kernel]["bundles_per_token_head"]
       print(f"  {kernel}:", figures[kernel], flush=True)
     print(f"  together: {total:.2f} bundles per token and head")
@@ -225,7 +225,7 @@ def main() -> None:
     print("  xla, forward and backward:", figures["xla"])
     print(" ", floors(generation, F), flush=True)
     results["figures"][f"{generation}-F{F}"] = figures
-    if options.sweep and options.write:
+    if options.write:
       folder = ROOT / "pallas_kernels" / "polynomial" / "tuned"
       path = folder / f"tpu_{generation}.json"
       table = tpu_sizes.table(generation) | made_by

@@ -2,6 +2,9 @@
 
 import functools
 import itertools
+import json
+from pathlib import Path
+import re
 
 import jax
 import jax.numpy as jnp
@@ -95,3 +98,36 @@ def test_values_are_given_as_they_are(spec):
   call = vmem_call(spec.H, spec.T, spec.F, spec.P, jnp.bfloat16)
   assert call.P == spec.P
   assert call.block == tpu_sizes.sizes("backward_keys", spec.F, spec.T)[2]
+
+
+# The figures that chose the sizes.
+
+_ROOT = Path(__file__).parents[1]
+_KERNELS = ("forward", "backward_queries", "backward_keys")
+
+
+@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
+def test_tables_results_and_page_agree(generation):
+  path = _ROOT / "benchmarks" / "results" / "tpu_schedule.json"
+  results = json.loads(path.read_text())
+  table = tpu_sizes.table(generation)
+  assert table["libtpu"] == results["libtpu"]
+  for F in map(str, tpu.WIDTHS):
+    figures = results["figures"][f"{generation}-F{F}"]
+    assert {name: table["sizes"][name][F] for name in _KERNELS} == {
+      name: figures[name] for name in _KERNELS
+    }
+  count = lambda name, F: table["sizes"][name][F]["bundles_per_token_head"]
+  together = lambda F: sum(count(name, F) for name in _KERNELS)
+  page = (_ROOT / "docs" / "tpu.md").read_text()
+  row = re.search(rf"^\| {generation} \|(.*)\|$", page, re.M)[1].split("|")
+  said = [float(x) for x in row]
+  forward, goal, queries, keys, both, both_goal = said
+  # The page rounds to two places, and below to one.
+  found = [count(name, "16") for name in _KERNELS] + [together("16")]
+  assert [forward, queries, keys, both] == pytest.approx(found, abs=0.0051)
+  assert forward <= goal and both <= both_goal
+  at = ["v5e", "v5p", "v6e"].index(generation)
+  for F in ("8", "32", "64"):
+    others = re.search(rf"F = {F}: ([\d., ]+\d)", page)[1].split(", ")
+    assert float(others[at]) == pytest.approx(together(F), abs=0.051)

@@ -155,7 +155,15 @@ def training_step(spec, mesh: Mesh):
 
 
 _MOVES = {"transpose", "copy", "pad", "reshape", "slice", "concatenate"}
-_LINE = re.compile(r"\s*(?:ROOT )?%?\S+ = \w+\[([\d,]*)\]\S* ([\w-]+)\((.*)")
+_LINE = re.compile(r"\s*(?:ROOT )?%?\S+ = (.+?) ([\w-]+)\((.*)")
+_NO_WORK = {"parameter", "bitcast", "constant", "tuple"}
+
+
+def largest(result: str) -> int:
+  """Elements of an instruction's result, or of the largest of several."""
+  shapes = re.findall(r"\w+\[([\d,]*)\]", result)
+  sizes = (math.prod(int(d) for d in x.split(",") if d) for x in shapes)
+  return max(sizes, default=0)
 
 
 def moved_arrays(hlo: str, least: int) -> list[str]:
@@ -174,7 +182,7 @@ def moved_arrays(hlo: str, least: int) -> list[str]:
     name
     for name, lines in bodies.items()
     if {m[2] for m in lines} & _MOVES
-    and {m[2] for m in lines} <= _MOVES | {"parameter", "bitcast", "constant"}
+    and {m[2] for m in lines} <= _MOVES | _NO_WORK
   }
   for name, lines in bodies.items():
     if name.startswith(("fused", "bitcast_fusion")) or "fused" in name:
@@ -182,7 +190,7 @@ def moved_arrays(hlo: str, least: int) -> list[str]:
     for m in lines:
       called = re.search(r"calls=%?([\w.-]+)", m[3])
       moves = m[2] in _MOVES or (called and called[1] in only_moves)
-      if moves and math.prod(int(d) for d in m[1].split(",") if d) >= least:
+      if moves and largest(m[1]) >= least:
         found.append(m[0].strip()[:200])
   return found
 

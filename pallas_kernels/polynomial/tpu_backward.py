@@ -18,7 +18,6 @@ import functools
 
 import jax
 from jax import Array
-from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from pallas_kernels.polynomial import tpu_common as common
@@ -74,15 +73,11 @@ def _queries_body(*refs, call: Call, has_ids: bool, has_state: bool):
   before = (refs.pop(0), refs.pop(0)) if has_state else None
   dq_ref, r_ref, dz_ref, kv_ref, kk_ref = refs
 
-  step = pl.program_id(2)
-
   common.begin((kv_ref, kk_ref), before)
 
-  def chunk(head, place):
-    at = common.lanes(place, call)
+  def chunk(head, at, begin):
     kv, kk = kv_ref.at[head], kk_ref.at[head]
-    start_1C = start_ref[:, at] if has_ids else None
-    m = common.masks(start_1C, step * call.block + place, call)
+    m = common.masks(start_ref, at, begin, call)
     k_FC = common.load(k_ref, head, call.F, at, m.valid_1C)
     v_PC = common.load(v_ref, head, call.P, at, m.valid_1C)
     q_FC = common.load(q_ref, head, call.F, at)
@@ -101,7 +96,7 @@ def _queries_body(*refs, call: Call, has_ids: bool, has_state: bool):
     past_FC, past_num_1C, y_GC, past_z_1C = past
     r_1C = 1 / (z_1C + common.only(m.first_1C, past_z_1C) + call.eps)
     num_1C += common.only(m.first_1C, past_num_1C)
-    dz_1C = -r_1C * (r_1C * num_1C)  # r² alone may be Inf
+    dz_1C = -num_1C * r_1C * r_1C  # r² alone may be Inf
     da_CC = d_scores(a_CC, dsim_CC, r_1C, dz_1C, m, call)
     dq_FC = common.seen_sum(k_FC, da_CC, m, call)
     past_FC = r_1C * past_FC + 2 * dz_1C * y_GC[: call.F]
@@ -188,16 +183,12 @@ def _keys_body(*refs, call: Call, flags):
   after = (refs.pop(0), refs.pop(0)) if has_state else None
   kk_ref, kv_ref = refs.pop(), refs.pop()
   dk_ref, dv_ref = (refs.pop(0), refs.pop(0)) if has_k else (None, None)
-  step = pl.program_id(2)
 
   common.begin((kv_ref, kk_ref), after)
 
-  def chunk(head, place):
-    at = common.lanes(place, call)
+  def chunk(head, at, begin):
     kv, kk = kv_ref.at[head], kk_ref.at[head]
-    begin = (call.steps - 1 - step) * call.block + place
-    start_1C = start_ref[:, at] if has_ids else None
-    m = common.masks(start_1C, begin, call)
+    m = common.masks(start_ref, at, begin, call)
     q_FC = common.load(q_ref, head, call.F, at, m.valid_1C)
     do_PC = common.load(do_ref, head, call.P, at, m.valid_1C)
     r_1C, dz_1C = (

@@ -225,18 +225,20 @@ def pull(u_EC: Array, group, x_FC: Array, call: Call, *, weighted: bool):
 
 
 def each_chunk(work, call: Call, *, reverse: bool = False) -> None:
-  """Runs work(head, place in the block), a generator, for each chunk.
+  """Runs work(head, lanes in the block, place in the row) for each chunk.
 
-  In order, or from the end. What reads or writes the state stands between the
-  same two yields of all chunks, and so in their order.
+  In order, or from the end. `work` is a generator; what reads or writes the
+  state stands between the same two yields of all chunks, and so in their order.
   """
+  first = _step(call, reverse)(pl.program_id(2)) * call.block
+  chunk = lambda head, place: work(head, _lanes(place, call), first + place)
 
   def span(i, carry):
     start = (call.block // call.span - 1 - i if reverse else i) * call.span
     places = range(0, call.span, call.chunk)
     order = reversed(places) if reverse else places
     heads = range(call.heads)
-    _interleave([work(h, start + place) for place in order for h in heads])
+    _interleave([chunk(h, start + place) for place in order for h in heads])
     return carry
 
   if call.span == call.block:
@@ -259,7 +261,7 @@ def _interleave(chunks: list) -> None:
     live = [chunk for chunk in live if next(chunk, "done") is None]
 
 
-def lanes(place, call: Call):
+def _lanes(place, call: Call):
   """The slice of a chunk that starts there."""
   if not isinstance(place, int):
     place = pl.multiple_of(place, call.chunk)
@@ -277,16 +279,17 @@ class Masks:
   joined_11: Array | None  # these two are one document
 
 
-def masks(start_1C: Array | None, begin, call: Call) -> Masks:
-  """`begin` is the place of the chunk's first token; `start` for each token
-  that of its document's first."""
+def masks(start_ref, at, begin, call: Call) -> Masks:
+  """`begin` is the place of the chunk's first token; `start` has for each token
+  that of its document's first, or is None."""
   C = call.chunk
   iota = lambda shape, axis: jax.lax.broadcasted_iota(jnp.int32, shape, axis)
   seen = iota((C, C), 0) <= iota((C, C), 1)
   place_1C = begin + iota((1, C), 1)
   valid = place_1C < call.T if call.tail else None
-  if start_1C is None:
+  if start_ref is None:
     return Masks(seen, valid, None, None, None)
+  start_1C = start_ref[:, at]
   seen &= iota((C, C), 0) + begin >= start_1C
   before = jnp.maximum(begin, 1)
   end_11 = start_1C[:, C - 1 :]

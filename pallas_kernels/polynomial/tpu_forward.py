@@ -12,7 +12,6 @@ import functools
 
 import jax
 from jax import Array
-from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from pallas_kernels.polynomial import tpu_common as common
@@ -66,15 +65,11 @@ def _body(*refs, call: Call, flags):
   kk_ref, kv_ref = refs.pop(), refs.pop()
   o_ref = refs.pop(0) if has_q else None
 
-  step = pl.program_id(2)
-
   common.begin((kv_ref, kk_ref), before)
 
-  def chunk(head, place):
-    at = common.lanes(place, call)
+  def chunk(head, at, begin):
     kv, kk = kv_ref.at[head], kk_ref.at[head]
-    start_1C = start_ref[:, at] if has_ids else None
-    m = common.masks(start_1C, step * call.block + place, call)
+    m = common.masks(start_ref, at, begin, call)
     k_FC = common.load(k_ref, head, call.F, at, m.valid_1C)
     v_PC = common.load(v_ref, head, call.P, at, m.valid_1C)
     if has_q:
