@@ -1,8 +1,9 @@
 """The TPU kernels in Pallas's TPU interpret mode, against the float64 oracle.
 
-The interpreter fills memory with NaN, and watches for races between two cores,
-as a v5p has them, over which it splits what the kernels call parallel. Blocks
-are small here: 32 tokens, where the compiled kernels have thousands.
+The interpreter fills memory with NaN, and watches for races: between two cores,
+as a v5p has them, over which it splits what the kernels call parallel, and on
+jax 0.10 on one. Blocks are small here: 32 tokens, where the compiled kernels
+have thousands.
 """
 
 import functools
@@ -30,6 +31,9 @@ from pallas_kernels import _compat
 from pallas_kernels.polynomial import tpu, tpu_sizes
 
 TWO_CORES = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+# jax 0.10 compiles anew at each call on two cores.
+_QUICK = hasattr(pltpu.InterpretParams, "on_race")
+PARAMS = TWO_CORES if _QUICK else pltpu.InterpretParams(detect_races=True)
 _RACE = "RACE DETECTED"
 SIZES = (16, 16, 32)  # tokens of a chunk, a span and a block
 CELLS = [
@@ -46,7 +50,7 @@ def a_tpu(monkeypatch, capsys):
   """Calls take this machine for a TPU, and interpret the kernels."""
   monkeypatch.setattr(_compat, "tpu_generation", lambda: "v5e")
   monkeypatch.setattr(tpu_sizes, "sizes", lambda *_: SIZES)
-  with pltpu.force_tpu_interpret_mode(TWO_CORES):
+  with pltpu.force_tpu_interpret_mode(PARAMS):
     yield
   # jax 0.10 prints what jax 0.12 raises.
   assert _RACE not in capsys.readouterr().out
@@ -68,7 +72,8 @@ def test_a_race_is_found(capsys):
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
   )
   try:
-    jax.block_until_ready(call(jnp.ones((16, 128))))
+    with pltpu.force_tpu_interpret_mode(TWO_CORES):
+      jax.block_until_ready(call(jnp.ones((16, 128))))
     found = capsys.readouterr().out
   except jax.errors.JaxRuntimeError as error:
     found = str(error)
