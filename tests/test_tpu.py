@@ -63,9 +63,10 @@ def test_a_race_is_found(capsys):
     o_ref[...] = x_ref[...]
 
   spec = lambda at: pl.BlockSpec((8, 128), lambda i: (at(i), 0))
-  call = pl.pallas_call(
+  make = functools.partial(
+    pl.pallas_call,
     body,
-    grid=(2,),
+    grid=(4,),
     in_specs=[spec(lambda i: i)],
     out_specs=spec(lambda i: 0),
     out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
@@ -73,7 +74,7 @@ def test_a_race_is_found(capsys):
   )
   try:
     with pltpu.force_tpu_interpret_mode(TWO_CORES):
-      jax.block_until_ready(call(jnp.ones((16, 128))))
+      jax.block_until_ready(make()(jnp.ones((32, 128))))
     found = capsys.readouterr().out
   except jax.errors.JaxRuntimeError as error:
     found = str(error)
