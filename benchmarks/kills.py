@@ -108,8 +108,9 @@ def killed(
   if process.returncode != -signal.SIGKILL:
     raise SystemExit(f"a run ended by itself: {process.returncode}\n{out}")
   after = records(folder)
-  found = "step" if len(after) > known else "start"
-  found = "save" if unfinished(folder) else found
+  found = "start"  # where an earlier kill may have left half a checkpoint
+  if len(after) > known:
+    found = "save" if unfinished(folder) else "step"
   return Kill(
     aim, found, max((x["step"] for x in after), default=0), saved(folder)
   )

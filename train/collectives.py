@@ -1,0 +1,191 @@
+"""The collectives of a compiled step: kinds, bytes, how often, what moves.
+
+A module's text has each collective once; a loop runs it as often as its
+condition says, `i < N`, and its body's `i + step`. What leaves a device, of n
+that take part, by the ring algorithms (result R bytes):
+
+    all-reduce 2 (n − 1)/n R;  all-gather (n − 1)/n R;  all-to-all (n − 1)/n R
+    reduce-scatter (n − 1) R;  collective-permute R
+"""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import math
+import re
+
+KINDS = (
+  "all-reduce",
+  "all-gather",
+  "reduce-scatter",
+  "all-to-all",
+  "collective-permute",
+)
+_BYTES = dict(pred=1, s8=1, u8=1, bf16=2, f16=2, s16=2, u16=2, f64=8, s64=8)
+_NAME = r"%?([\w.\-]+)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One collective of a module."""
+
+  kind: str  # one of KINDS
+  size: int  # bytes of the result
+  times: int  # that a step runs it
+  devices: int  # that take part
+
+  @property
+  def moved(self) -> float:
+    """Bytes that leave a device in a step."""
+    others = self.devices - 1
+    factor = {
+      "all-reduce": 2 * others / self.devices,
+      "reduce-scatter": others,
+      "collective-permute": 1,
+    }.get(self.kind, others / self.devices)
+    return factor * self.size * self.times
+
+
+def find(text: str, devices: int) -> Iterator[Collective]:
+  """Each collective of a module's text.
+
+  Fused with computations, one collective stands in several of them, with one
+  channel.
+
+  Args:
+    text: of the optimised module.
+    devices: of the mesh, which all take part where the text names no groups.
+  """
+  bodies = _computations(text)
+  times = _times(bodies)
+  seen = set()
+  for name, lines in bodies.items():
+    for line in lines:
+      found = re.search(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
+      if found is None:
+        continue
+      channel = re.search(r"channel_id=(\d+)", line)
+      if channel is not None:
+        if channel[1] in seen:
+          continue
+        seen.add(channel[1])
+      size = _size(found[1], found[2], found[3] is not None)
+      taking_part = _taking_part(line, devices)
+      yield Collective(found[2], size, times.get(name, 1), taking_part)
+
+
+def _size(shapes: str, kind: str, is_started: bool) -> int:
+  arrays = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)
+  sizes = [
+    _BYTES.get(dtype, 4) * math.prod(map(int, shape.split(",")))
+    for dtype, shape in arrays
+    if shape  # scalars of an asynchronous one are its bookkeeping
+  ] or [4]
+  if is_started and kind in ("all-gather", "collective-permute"):
+    sizes = sizes[len(sizes) // 2 :]  # the first half is what goes in
+  return sum(sizes)
+
+
+def _taking_part(line: str, devices: int) -> int:
+  """Devices of one group: of `{{0,1},…}`, `[8,2]<=[…]` or named mesh axes."""
+  listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+  if listed is not None:
+    return listed[1].count(",") + 1
+  shaped = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+  if shaped is not None:
+    return int(shaped[1])
+  named = re.search(r"replica_groups=mesh\[(.*?)\] *\{(.*?)\}", line)
+  if named is not None:
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+    axes = re.findall(r"'(\w+)'", named[2])
+    return math.prod(int(sizes[axis]) for axis in axes)
+  return devices
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+  """The lines of each computation, by its name."""
+  bodies: dict[str, list[str]] = {}
+  lines: list[str] = []
+  for line in text.splitlines():
+    head = re.match(rf"(?:ENTRY )?{_NAME} (?:\(|\{{)", line)
+    if head is not None:
+      lines = bodies.setdefault(head[1], [])
+    lines.append(line)
+  return bodies
+
+
+def _times(bodies: Mapping[str, list[str]]) -> dict[str, int]:
+  """How often a step runs each computation."""
+  calls: dict[str, list[tuple[str, int]]] = {name: [] for name in bodies}
+  for name, lines in bodies.items():
+    for line in lines:
+      loop = re.search(rf" while\(.*condition={_NAME}, body={_NAME}", line)
+      trips = 1 if loop is None else _trips(line, bodies, loop[1], loop[2])
+      called = re.findall(
+        rf"(?:calls|body|condition|to_apply)={_NAME}", line
+      ) + _branches(line)
+      calls[name] += [(x, trips) for x in called if x in bodies]
+  called = {x for several in calls.values() for x, _ in several}
+  times: dict[str, int] = {}
+
+  def run(name: str, count: int) -> None:
+    times[name] = times.get(name, 0) + count
+    for inner, trips in calls[name]:
+      run(inner, count * trips)
+
+  for name in bodies:
+    if name not in called:
+      run(name, 1)
+  return times
+
+
+def _branches(line: str) -> list[str]:
+  found = re.search(r"branch_computations=\{(.*?)\}", line)
+  return [] if found is None else re.findall(_NAME, found[1])
+
+
+def _trips(
+  line: str, bodies: Mapping[str, list[str]], condition: str, body: str
+) -> int:
+  """How often a loop runs; 1 where its text does not say."""
+  known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+  if known is not None:
+    return int(known[1])
+  test = _definitions(bodies.get(condition, []))
+  compared = re.search(
+    rf" compare\({_NAME}, {_NAME}\), direction=LT", test.get("ROOT", "")
+  )
+  if compared is None:
+    return 1
+  index = re.search(r"index=(\d+)", test.get(compared[1], ""))
+  limit = _constant(test.get(compared[2], ""))
+  if index is None or limit is None:
+    return 1
+  inner = _definitions(bodies.get(body, []))
+  results = re.search(r" tuple\((.*?)\)", inner.get("ROOT", ""))
+  step = None
+  if results is not None:
+    next_value = re.findall(_NAME, re.sub(r"/\*.*?\*/", "", results[1]))
+    added = re.search(
+      rf" add\({_NAME}, {_NAME}\)", inner.get(next_value[int(index[1])], "")
+    )
+    if added is not None:
+      steps = [_constant(inner.get(x, "")) for x in added.groups()]
+      step = next((x for x in steps if x), None)
+  return -(-limit // (step or 1))
+
+
+def _constant(line: str) -> int | None:
+  found = re.search(r" constant\((\d+)\)", line)
+  return None if found is None else int(found[1])
+
+
+def _definitions(lines: list[str]) -> dict[str, str]:
+  """Each line by the name that it defines; the last one also as ROOT."""
+  found = {}
+  for line in lines:
+    defined = re.match(rf"\s*(ROOT )?{_NAME} = ", line)
+    if defined is not None:
+      found[defined[2]] = line
+      if defined[1]:
+        found["ROOT"] = line
+  return found
