@@ -21,34 +21,14 @@ from train.mesh import MeshConfig
 _HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 
-def test_collectives_are_counted_by_the_bytes_of_their_result() -> None:
-  text = """
-  %a = f32[16,8]{1,0} all-gather(%x), channel_id=1, dimensions={0}
-  %a.1 = f32[16,8]{1,0} all-gather(%x), channel_id=1, dimensions={0}
-  %b = (f32[4,8]{1,0}, bf16[16]{0}) all-reduce(%x, %y), to_apply=%add
-  %c = (f32[2,8]{1,0}, f32[8,8]{1,0}) all-gather-start(%z), dimensions={0}
-  %d = f32[8,8]{1,0} all-gather-done(%c)
-  %e = (f32[3]{0}, f32[3]{0}, u32[], u32[]) collective-permute-start(%w)
-  %f = s32[] all-reduce(%v), to_apply=%add
-  %g = f32[4]{0} add(%all-reduce.1, %u)
-  """
-  assert list(aot.collectives(text)) == [
-    ("all-gather", 512),
-    ("all-reduce", 128 + 32),
-    ("all-gather", 256),
-    ("collective-permute", 12),
-    ("all-reduce", 4),
-  ]
-
-
 def test_what_is_measured_is_of_one_device() -> None:
   split = jax.NamedSharding(mesh_lib.make_mesh(), jax.P("data"))
   x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=split)
   call = lambda x: (2 * x, jnp.square(x).sum())
-  found = aot.measure(jax.jit(call, donate_argnums=0).lower(x).compile())
+  found = aot.measure(jax.jit(call, donate_argnums=0).lower(x).compile(), 8)
   assert found.arguments == 64 * 32 * 4 // 8
   assert found.memory < 3 * found.arguments  # what is donated counts once
-  assert found.collectives == {"all-reduce": (1, 4)}
+  assert found.traffic == {"all-reduce": aot.Traffic(1, 4, 2 * 7 / 8 * 4)}
 
 
 def test_the_step_is_the_one_that_runs() -> None:

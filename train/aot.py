@@ -2,13 +2,13 @@
 
 libtpu describes a slice by its name, `v5e:4x4`, and XLA compiles for it the
 same function that the run would, so what it says of memory is what the run
-will need. Of a loop over layers it counts FLOPs and collectives once.
+will need. FLOPs are those of the step's matrix products (`flops.py`), what
+moves between devices that of its collectives (`collectives.py`); over the peak
+and over the interconnect's bandwidth (`peaks.py`) they are the least times of
+a step, of which nothing here is measured.
 """
 
-from collections.abc import Iterator
 import dataclasses
-import math
-import re
 from typing import Any
 
 from flax import nnx
@@ -17,7 +17,14 @@ from jax.experimental import topologies
 from rich.console import Console
 
 from rebased_jax import parameter_count
-from train import build, mesh as mesh_lib, mesh_report
+from train import (
+  build,
+  collectives,
+  flops,
+  mesh as mesh_lib,
+  mesh_report,
+  peaks,
+)
 from train.config import RunConfig
 from train.console import rows
 
@@ -31,29 +38,76 @@ HBM = {
   "TPU v6 lite": 32 * GIB,
   "TPU7x": 192 * GIB,
 }
-_COLLECTIVES = (
-  "all-reduce",
-  "all-gather",
-  "reduce-scatter",
-  "all-to-all",
-  "collective-permute",
-)
-_BYTES = dict(pred=1, s8=1, u8=1, bf16=2, f16=2, s16=2, u16=2, f64=8, s64=8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+  """The collectives of one kind, a device and a step."""
+
+  times: int
+  result: int  # bytes of their results
+  moved: float  # bytes that leave the device
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What XLA says of the training step, a device each."""
+  """What XLA says of a compiled function, a device."""
 
   arguments: int  # bytes of state, batch and key
   temporary: int  # bytes beside them, at the worst moment
   code: int  # bytes of the program
-  flops: float  # a loop's body once
-  collectives: dict[str, tuple[int, int]]  # kind: (how many, bytes)
+  traffic: dict[str, Traffic]  # by kind
 
   @property
   def memory(self) -> int:
     return self.arguments + self.temporary + self.code
+
+  @property
+  def moved(self) -> float:
+    return sum(x.moved for x in self.traffic.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """A training step on a slice."""
+
+  devices: int
+  kind: str  # of device
+  parameters: int
+  tokens: int  # of a step
+  products: float  # FLOPs of matrix products, a device
+  found: Compiled | None  # None: it does not fit
+  reason: str | None = None  # why, in the compiler's words
+
+  @property
+  def limit(self) -> int | None:
+    """Bytes of a device's memory, where they are known."""
+    return HBM.get(self.kind)
+
+  @property
+  def fits(self) -> bool:
+    if self.found is None:
+      return False
+    return self.limit is None or self.found.memory <= self.limit
+
+  @property
+  def model_flops(self) -> float:
+    """6 · parameters · tokens, a device."""
+    return 6 * self.parameters * self.tokens / self.devices
+
+  @property
+  def seconds(self) -> float | None:
+    """The least time of the matrix products."""
+    peak = peaks.PEAK_FLOPS.get(self.kind)
+    return None if peak is None else self.products / peak
+
+  @property
+  def seconds_moving(self) -> float | None:
+    """The least time of the collectives, all links in use."""
+    bandwidth = peaks.INTERCONNECT.get(self.kind)
+    if bandwidth is None or self.found is None:
+      return None
+    return self.found.moved / bandwidth
 
 
 def show(config: RunConfig, topology: str, console: Console) -> int:
@@ -79,26 +133,46 @@ def show(config: RunConfig, topology: str, console: Console) -> int:
   lines, _ = mesh_report.describe(config, params, mesh.shape)
   for line in lines:
     console.print(line, highlight=False, soft_wrap=True)
-  limit = HBM.get(kind)
-  try:
-    found = measure(lower(config, mesh).compile())
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    why = str(error).partition("RESOURCE_EXHAUSTED: ")[2].splitlines()[0]
-    console.print(f"does not fit: {why}", highlight=False, soft_wrap=True)
+  result = report(config, mesh)
+  found, limit = result.found, result.limit
+  if found is None:
+    console.print(
+      f"does not fit: {result.reason}", highlight=False, soft_wrap=True
+    )
     return 1
-  tokens = config.batch * config.data.length
-  model = 6 * parameter_count(abstract) * tokens / len(devices)
-  console.print(rows("a device", _rows(found, model, limit)))
-  fits = limit is None or found.memory <= limit
-  verdict = "it fits" if fits else "does not fit"
+  console.print(rows("a device and step", _rows(result, found)))
+  verdict = "it fits" if result.fits else "does not fit"
   known = f"of {limit / GIB:.0f} GiB" if limit else f"; {kind}: HBM not known"
   console.print(
     f"{verdict if limit else 'compiled'}: {found.memory / GIB:.3f} GiB {known}",
     highlight=False,
   )
-  return 0 if fits else 1
+  return 0 if result.fits else 1
+
+
+def report(config: RunConfig, mesh: jax.sharding.Mesh) -> Report:
+  """Compiles the step for a mesh whose devices need not be there.
+
+  Raises:
+    ValueError: the run does not fit the mesh.
+  """
+  traced = trace(config, mesh)
+  found, reason = None, None
+  try:
+    found = measure(_lower(traced, mesh).compile(), mesh.size)
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    reason = str(error).partition("RESOURCE_EXHAUSTED: ")[2].splitlines()[0]
+  return Report(
+    devices=mesh.size,
+    kind=mesh.devices.flat[0].device_kind,
+    parameters=parameter_count(build.abstract_model(config)),
+    tokens=config.batch * config.data.length,
+    products=flops.of_jaxpr(traced.jaxpr) / mesh.size,
+    found=found,
+    reason=reason,
+  )
 
 
 def describe(topology: str) -> list[jax.Device]:
@@ -126,69 +200,60 @@ def describe(topology: str) -> list[jax.Device]:
     ) from error
 
 
-def lower(config: RunConfig, mesh: jax.sharding.Mesh) -> Any:
-  """The training step, lowered for a mesh whose devices need not be there."""
+def trace(config: RunConfig, mesh: jax.sharding.Mesh) -> Any:
+  """The training step, traced for a mesh whose devices need not be there."""
   with jax.set_mesh(mesh):
     steps = build.steps(config, mesh)
-    return steps.train_step.lower(*build.inputs(config, steps))
+    return steps.train_step.trace(*build.inputs(config, steps))
 
 
-def measure(compiled: Any) -> Compiled:
-  """What a compiled function needs."""
+def lower(config: RunConfig, mesh: jax.sharding.Mesh) -> Any:
+  """The same, lowered."""
+  return _lower(trace(config, mesh), mesh)
+
+
+def _lower(traced: Any, mesh: jax.sharding.Mesh) -> Any:
+  with jax.set_mesh(mesh):
+    return traced.lower()
+
+
+def measure(compiled: Any, devices: int) -> Compiled:
+  """What a compiled function needs, on a mesh of so many devices."""
   memory = compiled.memory_analysis()
   unshared = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  counts: dict[str, tuple[int, int]] = {}
-  for kind, size in collectives(compiled.as_text()):
-    number, total = counts.get(kind, (0, 0))
-    counts[kind] = (number + 1, total + size)
+  traffic: dict[str, Traffic] = {}
+  for x in collectives.find(compiled.as_text(), devices):
+    before = traffic.get(x.kind, Traffic(0, 0, 0))
+    traffic[x.kind] = Traffic(
+      before.times + x.times,
+      before.result + x.times * x.size,
+      before.moved + x.moved,
+    )
   return Compiled(
     memory.argument_size_in_bytes,
     memory.temp_size_in_bytes + unshared,
     memory.generated_code_size_in_bytes,
-    compiled.cost_analysis().get("flops", math.nan),
-    counts,
+    traffic,
   )
 
 
-def collectives(text: str) -> Iterator[tuple[str, int]]:
-  """(kind, bytes of the result) of each collective in a module's text.
-
-  Fused with computations, one collective stands in several of them, with one
-  channel.
-  """
-  kinds = "|".join(_COLLECTIVES)
-  seen = set()
-  for line in text.splitlines():
-    found = re.search(rf" = (.*?) ({kinds})(-start)?\(", line)
-    if found is None:
-      continue
-    channel = re.search(r"channel_id=(\d+)", line)
-    if channel is not None:
-      if channel[1] in seen:
-        continue
-      seen.add(channel[1])
-    arrays = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", found[1])
-    sizes = [
-      _BYTES.get(dtype, 4) * math.prod(map(int, shape.split(",")))
-      for dtype, shape in arrays
-      if shape  # scalars of an asynchronous one are its bookkeeping
-    ] or [4]
-    if found[3] and found[2] in ("all-gather", "collective-permute"):
-      sizes = sizes[len(sizes) // 2 :]  # the first half is what goes in
-    yield found[2], sum(sizes)
-
-
-def _rows(found: Compiled, model: float, limit: int | None) -> dict[str, str]:
+def _rows(result: Report, found: Compiled) -> dict[str, str]:
   mib = lambda size: f"{size / 2**20:,.1f} MiB"
+  limit = result.limit
   values = {
     "state and batch": mib(found.arguments),
     "temporary": mib(found.temporary),
     "program": mib(found.code),
     "memory": mib(found.memory)
     + (f", {found.memory / limit:.1%} of its HBM" if limit else ""),
-    "FLOPs by XLA, loops once": f"{found.flops:.3e}",
-    "FLOPs by 6 · parameters · tokens": f"{model:.3e}",
+    "FLOPs of matrix products": f"{result.products:.3e}",
+    "FLOPs by 6 · parameters · tokens": f"{result.model_flops:.3e}",
   }
-  for kind, (number, size) in sorted(found.collectives.items()):
-    values[f"{kind}, loops once"] = f"{number} of {mib(size)} together"
+  for kind, x in sorted(found.traffic.items()):
+    values[kind] = f"{x.times:,} of {mib(x.result)}, {mib(x.moved)} leave it"
+  if result.seconds is not None and result.seconds_moving is not None:
+    values["at its peak, products take"] = f"{result.seconds:.3f} s"
+    values["at full bandwidth, collectives take"] = (
+      f"{result.seconds_moving:.3f} s"
+    )
   return values

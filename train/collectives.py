@@ -49,7 +49,7 @@ def find(text: str, devices: int) -> Iterator[Collective]:
   """Each collective of a module's text.
 
   Fused with computations, one collective stands in several of them, with one
-  channel.
+  channel. Elsewhere different ones may have the same channel.
 
   Args:
     text: of the optimised module.
@@ -57,6 +57,7 @@ def find(text: str, devices: int) -> Iterator[Collective]:
   """
   bodies = _computations(text)
   times = _times(bodies)
+  fused = set(re.findall(rf" fusion\(.*calls={_NAME}", text))
   seen = set()
   for name, lines in bodies.items():
     for line in lines:
@@ -64,7 +65,7 @@ def find(text: str, devices: int) -> Iterator[Collective]:
       if found is None:
         continue
       channel = re.search(r"channel_id=(\d+)", line)
-      if channel is not None:
+      if channel is not None and name in fused:
         if channel[1] in seen:
           continue
         seen.add(channel[1])

@@ -3,7 +3,8 @@
     MFU = tokens/s · 6 N / (devices · peak)
 
 with N all parameters, and the peak that of dense bfloat16 products, as the
-makers state it, whatever a run computes in.
+makers state it, whatever a run computes in. The interconnect's bandwidth is
+half of what Google's pages state of a chip and both directions.
 """
 
 PEAK_FLOPS: dict[str, float] = {  # by `device_kind`
@@ -17,6 +18,12 @@ PEAK_FLOPS: dict[str, float] = {  # by `device_kind`
   "TPU v5": 459e12,  # v5p
   "TPU v5p": 459e12,
   "TPU v6 lite": 918e12,
+}
+
+INTERCONNECT: dict[str, float] = {  # bytes a second that leave a chip
+  "TPU v5 lite": 200e9,
+  "TPU v5": 600e9,
+  "TPU v5p": 600e9,
 }
 
 
