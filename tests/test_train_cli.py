@@ -32,7 +32,7 @@ def _train(*options: str) -> tuple[str, ...]:
 
 
 _REFUSED = {
-  "unknown command": (("trian",), ["command 'trian'", "mean 'train'"]),
+  "unknown command": (("trian",), ["command 'trian'", "mean 'train'? Known"]),
   "unknown preset": (("train", "mqarr"), ["preset 'mqarr'", "mean 'mqar'"]),
   "no preset": (("train",), ["usage: rebased train PRESET", "mqar"]),
   "unknown option": (_train("--step", "3"), ["--step", "--steps"]),

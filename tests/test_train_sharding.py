@@ -234,6 +234,11 @@ def test_a_mesh_that_does_not_fit(mesh: dict, message: str) -> None:
     mesh_lib.make_mesh(MeshConfig(**mesh))
 
 
+def test_a_mesh_on_one_device() -> None:
+  with pytest.raises(ValueError, match="divides 1, as there is 1 device"):
+    MeshConfig(fsdp=3).sizes(1)
+
+
 @pytest.mark.parametrize(
   ("mixer", "mesh", "error", "message"),
   [

@@ -78,6 +78,12 @@ def test_a_profile_of_two_steps(tmp_path: Path) -> None:
   assert trace.read_bytes().count(b"train_step") >= 2
 
 
+def test_a_profile_beyond_the_last_step_is_refused() -> None:
+  tiny(profile=ProfileConfig(start=4, steps=2))  # steps 4 and 5 of 0 to 5
+  with pytest.raises(ValueError, match=r"profile='steps 5 to 6'.* 0 to 5"):
+    tiny(profile=ProfileConfig(start=5, steps=2))
+
+
 def test_mfu_is_of_a_known_peak() -> None:
   found = peaks.mfu(430_000, 145_460_736, "NVIDIA H100 80GB HBM3", 1)
   assert abs(found - 0.38) < 0.001  # as the goal says

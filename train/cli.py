@@ -107,8 +107,8 @@ def _leave(message: str) -> typing.NoReturn:
 
 def _unknown(kind: str, name: str, known) -> str:
   near = difflib.get_close_matches(name, known, n=1)
-  hint = f"; did you mean {near[0]!r}?" if near else ""
-  return f"there is no {kind} {name!r}{hint}. Known: {', '.join(known)}"
+  hint = f"; did you mean {near[0]!r}? " if near else ". "
+  return f"there is no {kind} {name!r}{hint}Known: {', '.join(known)}"
 
 
 def _preset(args: list[str], command: str = "train") -> tuple[str, "RunConfig"]:

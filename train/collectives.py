@@ -58,20 +58,28 @@ def find(text: str, devices: int) -> Iterator[Collective]:
   bodies = _computations(text)
   times = _times(bodies)
   fused = set(re.findall(rf" fusion\(.*calls={_NAME}", text))
-  seen = set()
+  seen: set[tuple[str, ...]] = set()
   for name, lines in bodies.items():
     for line in lines:
       found = re.search(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
       if found is None:
         continue
-      channel = re.search(r"channel_id=(\d+)", line)
-      if channel is not None and name in fused:
-        if channel[1] in seen:
+      if name in fused and "channel_id=" in line:
+        one = _identity(line, found[1])
+        if one in seen:
           continue
-        seen.add(channel[1])
+        seen.add(one)
       size = _size(found[1], found[2], found[3] is not None)
       taking_part = _taking_part(line, devices)
       yield Collective(found[2], size, times.get(name, 1), taking_part)
+
+
+def _identity(line: str, shapes: str) -> tuple[str, ...]:
+  """What all the places of a fused collective have in common."""
+  channel = re.search(r"channel_id=(\d+)", line)
+  source = re.search(r'op_name="([^"]*)"', line)
+  found = [x[1] if x else "" for x in (channel, source)]
+  return (*found, re.sub(r"\{.*?\}", "", shapes))
 
 
 def _size(shapes: str, kind: str, is_started: bool) -> int:

@@ -94,6 +94,13 @@ class RunConfig:
       self.optimizer.warmup_steps,
       f"below steps={self.steps} (change --optimizer.warmup-steps too)",
     )
+    watched = self.profile.start + self.profile.steps
+    batches.require(
+      self.profile.steps == 0 or watched <= self.steps,
+      "profile",
+      f"steps {self.profile.start} to {watched - 1}",
+      f"steps of 0 to {self.steps - 1} (--profile.start, --profile.steps)",
+    )
     accuracy = self.stop_accuracy
     batches.require(
       accuracy is None or 0 < accuracy <= 1,

@@ -63,8 +63,10 @@ class MeshConfig:
       data * known == devices,
       "mesh",
       shown,
-      f"a product that {'divides' if self.data is None else 'is'} the "
-      f"{devices} devices",
+      f"a product that {'divides' if self.data is None else 'is'} "
+      + (
+        f"the {devices} devices" if devices > 1 else "1, as there is 1 device"
+      ),
     )
     return dict(
       data=data, fsdp=self.fsdp, context=self.context, tensor=self.tensor
