@@ -20,6 +20,7 @@ from pallas_kernels import ShardAxes
 from rebased_jax.mixers import base
 
 NORM_EPS = 1e-5  # PyTorch's default
+Place = Callable[[Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +93,11 @@ class Block(nnx.Module):
   mixer: base.Mixer
 
   @abc.abstractmethod
-  def _rest(self, x: Array, y: Array) -> Array:
-    """The block's output, from its input and its mixer's output."""
+  def _rest(self, x: Array, y: Array, place: Place = lambda x: x) -> Array:
+    """The block's output, from its input and its mixer's output.
+
+    `place` holds an activation to its place on the mesh.
+    """
 
   def __call__(
     self,
@@ -104,14 +108,14 @@ class Block(nnx.Module):
     query_positions: Array | None = None,
   ) -> Array:
     y_BTD = self.mixer(
-      self.norm1(x_BTD),
+      base.place(self.norm1(x_BTD), axes),
       segment_ids=segment_ids,
       axes=axes,
       query_positions=query_positions,
     )
     place = lambda x: base.place(x, axes, whole_rows=query_positions is None)
     x_BTD = base.take_positions(x_BTD, query_positions)
-    return place(self._rest(x_BTD, place(y_BTD)))
+    return place(self._rest(x_BTD, place(y_BTD), place))
 
   def prefill(self, x_BTD: Array, state, *, segment_ids=None, axes=None):
     y_BTD, state = self.mixer.prefill(
@@ -141,10 +145,11 @@ class PreNormBlock(Block):
     has_mlp = config.mlp_width is not None
     self.mlp = MLP(config, rngs=rngs) if has_mlp else None
 
-  def _rest(self, x: Array, y: Array) -> Array:
-    x = x + y.astype(x.dtype)
-    y = self.norm2(x)
-    return x + (y if self.mlp is None else self.mlp(y)).astype(x.dtype)
+  def _rest(self, x: Array, y: Array, place: Place = lambda x: x) -> Array:
+    x = place(x + y.astype(x.dtype))
+    y = place(self.norm2(x))
+    y = y if self.mlp is None else place(self.mlp(y))
+    return x + y.astype(x.dtype)
 
 
 class MambaBlock(Block):
@@ -163,7 +168,7 @@ class MambaBlock(Block):
     )
     self.mixer = mixer.make(_site(config, layer), rngs=rngs)
 
-  def _rest(self, x: Array, y: Array) -> Array:
+  def _rest(self, x: Array, y: Array, place: Place = lambda x: x) -> Array:
     return x + y.astype(x.dtype)
 
 

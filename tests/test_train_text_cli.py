@@ -1,7 +1,9 @@
 """Training on text: refusals, splits and what `inspect data` shows."""
 
+import json
 from pathlib import Path
 import re
+import shutil
 
 from data_cases import write_megatron, write_prepared
 import jax
@@ -105,3 +107,29 @@ def test_bits_are_compared(finished: Path, folder: Path) -> None:
   step, found = saved_bits(finished, make_config(folder))
   assert step == 6 and len(found) > 20
   assert jax.device_count() == 8 and bits({"a": np.ones(1)})
+
+
+def test_evaluate_refuses_other_data(call, finished: Path, tmp_path) -> None:
+  """As resume does: other tokens have no meaning to the model."""
+  folder = tmp_path / "run"
+  shutil.copytree(finished, folder)
+  config = json.loads((folder / "config.json").read_text())
+  (old,) = config["run"]["data"]["path"]
+
+  def evaluate(path: Path, *options: str) -> tuple[int, str, str]:
+    config["run"]["data"]["path"] = [str(path)]
+    (folder / "config.json").write_text(json.dumps(config))
+    return call("evaluate", str(folder), *options)
+
+  code, out, err = evaluate(Path(old))
+  assert (code, err) == (0, "") and "warning" not in out
+  fewer = write_prepared(tmp_path / "fewer", (DOCUMENTS[:9],))
+  code, _, err = evaluate(fewer)
+  assert code == 2 and "the data has changed" in err
+  assert "--allow-data-change" in err
+  code, out, err = evaluate(fewer, "--allow-data-change")
+  assert code == 0 and "warning: the data has changed" in out, err
+  dataset = fewer / "dataset.json"
+  dataset.write_text(dataset.read_text().replace("257", "600"))
+  code, _, err = evaluate(fewer, "--allow-data-change")
+  assert code == 2 and "at least 600, the vocabulary of the data" in err

@@ -20,7 +20,6 @@ argument or config, nothing was changed; 1 the run failed; 143 (SIGTERM) or 130
 from collections.abc import Callable, Sequence
 import dataclasses
 import datetime
-import difflib
 import multiprocessing
 import os
 import shlex
@@ -31,6 +30,8 @@ import typing
 
 from rich.console import Console
 import tyro
+
+from train import console
 
 if typing.TYPE_CHECKING:
   from train.config import RunConfig
@@ -64,12 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   command = commands.get(args[0])
   if command is None:
-    _refuse(_unknown("command", args[0], commands))
-  if args[0] in (
-    "prepare",
-    "tokenizer",
-    "count",
-  ):  # no jax: their workers need none
+    _refuse(console.unknown("command", args[0], commands))
+  if args[0] in ("prepare", "tokenizer", "count"):  # their workers need no jax
     sys.exit(_without_jax(command, args[1:]))
   if args[0] == "compile":  # libtpu is not to look for TPUs, nor to lock them
     for name, value in _COMPILE_ONLY.items():
@@ -105,12 +102,6 @@ def _leave(message: str) -> typing.NoReturn:
   os._exit(1)
 
 
-def _unknown(kind: str, name: str, known) -> str:
-  near = difflib.get_close_matches(name, known, n=1)
-  hint = f"; did you mean {near[0]!r}? " if near else ". "
-  return f"there is no {kind} {name!r}{hint}Known: {', '.join(known)}"
-
-
 def _preset(args: list[str], command: str = "train") -> tuple[str, "RunConfig"]:
   from train.presets import make_presets
 
@@ -120,7 +111,7 @@ def _preset(args: list[str], command: str = "train") -> tuple[str, "RunConfig"]:
     print("\n".join(f"  {name}" for name in presets))
     sys.exit(0 if args else 2)
   if args[0] not in presets:
-    raise ValueError(_unknown("preset", args[0], presets))
+    raise ValueError(console.unknown("preset", args[0], presets))
   return args[0], presets[args[0]]
 
 
@@ -189,7 +180,12 @@ def _evaluate(args: list[str]) -> int:
   distributed.start(parsed.distributed)
   folder = RunFolder(parsed.run_dir)
   return report.evaluate_run(
-    config, folder, parsed.step, Console(), test=parsed.test
+    config,
+    folder,
+    parsed.step,
+    Console(),
+    test=parsed.test,
+    allow_data_change=parsed.allow_data_change,
   )
 
 

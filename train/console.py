@@ -1,5 +1,7 @@
 """What a person sees of a run: a bar on a terminal, lines elsewhere."""
 
+from collections.abc import Iterable
+import difflib
 import time
 
 from rich import progress, table
@@ -102,3 +104,15 @@ def rows(title: str, values: dict[str, object]) -> table.Table:
   for name, value in values.items():
     result.add_row(name, str(value))
   return result
+
+
+def near(name: str, known: Iterable[str]) -> str:
+  """What may have been meant, as the end of a sentence, or nothing."""
+  found = difflib.get_close_matches(name, known, n=1)
+  return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+  """The message about a name that is not among the known ones."""
+  hint = near(name, known) or "."
+  return f"there is no {kind} {name!r}{hint} Known: {', '.join(known)}"

@@ -1,7 +1,6 @@
 """`rebased inspect`: what a preset, a run or a checkpoint is."""
 
 import dataclasses
-import difflib
 from typing import Any
 
 from etils import epath
@@ -14,7 +13,7 @@ from rebased_jax import ModelConfig
 from train import build, config as config_lib, mesh_report
 from train.checkpoint import NoCheckpointError, read_meta
 from train.config import RunConfig
-from train.console import rows
+from train.console import near, rows
 from train.mesh import MeshConfig
 from train.run_folder import RunFolder
 
@@ -84,10 +83,9 @@ def show_folder(
     return 0
   folder = RunFolder(path)
   if not folder.config_file.exists():
-    near = difflib.get_close_matches(what, presets, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(
-      f"{what!r} is no preset, model, run folder or checkpoint{hint}"
+      f"{what!r} is no preset, model, run folder or checkpoint"
+      + near(what, presets)
     )
   config = folder.read_config()
   if mesh is not None and mesh != MeshConfig():

@@ -12,8 +12,9 @@ from train import (
   mesh as mesh_lib,
   metrics,
   plots,
+  start,
 )
-from train.checkpoint import restore_params
+from train.checkpoint import read_meta, restore_params
 from train.config import MQARData, RunConfig
 from train.console import rows
 from train.loop import Outcome
@@ -79,11 +80,13 @@ def evaluate_run(
   console: Console,
   *,
   test: bool = False,
+  allow_data_change: bool = False,
 ) -> int:
   """Prints the held-out, or the test, results of a run's checkpoint.
 
   Raises:
-    ValueError: its data has no test split.
+    ValueError: its data has no test split, or tokens that the model has not.
+    RunFolderError: its data is not what it was, which is not allowed.
     CheckpointError: there is no such checkpoint.
   """
   mesh = mesh_lib.make_mesh(config.mesh)
@@ -91,6 +94,8 @@ def evaluate_run(
     built = build.build(config, mesh)
     target = build.to_dicts(built.abstract)["params"]
     step, params = restore_params(folder.checkpoints, target, step)
+    _, meta = read_meta(folder.checkpoints, step)
+    changes = start.data_changes(meta, config, folder, allow_data_change)
     make = config.data.test_batches if test else config.data.eval_batches
     data = make(config.micro_batch, config.seed)
     found = evaluate.evaluate(built, params, data, timeout=config.data.timeout)
@@ -100,5 +105,7 @@ def evaluate_run(
     "targets": f"{found['tokens']:,.0f}",
   }
   if jax.process_index() == 0:
+    for change in changes:
+      console.print(f"warning: {change}", highlight=False, soft_wrap=True)
     console.print(rows(str(folder.path), values))
   return 0

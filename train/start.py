@@ -114,6 +114,19 @@ def changes_since(
       f"{folder.path}: its checkpoint is of another config: "
       f"{'; '.join(refused)}"
     )
+  return changed + data_changes(meta, config, folder, allow)
+
+
+def data_changes(
+  meta: dict[str, Any], config: RunConfig, folder: RunFolder, allow: bool
+) -> list[str]:
+  """What of the data is not as it was when a checkpoint was saved.
+
+  Raises:
+    RunFolderError: something is not, and `allow` is not given.
+    ValueError: the model does not know all of its tokens.
+  """
+  check_vocabulary(config)
   data = config.data.train_batches(config.batch, config.seed)
   try:
     batches_lib.check_fingerprint(meta["data"], data.fingerprint)
@@ -121,12 +134,19 @@ def changes_since(
     if not allow:
       hint = "; --allow-data-change goes on with it"
       raise RunFolderError(f"{folder.path}: {error}{hint}") from error
-    changed.append(str(error))
-  return changed
+    return [str(error)]
+  return []
 
 
 def try_data(config: RunConfig) -> None:
   """Makes a batch of both kinds; ValueError where the data cannot be made."""
+  check_vocabulary(config)
+  config.data.train_batches(config.batch, config.seed).read(0)
+  config.data.eval_batches(config.batch, config.seed).read(0)
+
+
+def check_vocabulary(config: RunConfig) -> None:
+  """Raises ValueError where the data has tokens that the model has not."""
   needed = config.data.read_vocab_size()
   batches_lib.require(
     needed is None or config.model.vocab_size >= needed,
@@ -134,5 +154,3 @@ def try_data(config: RunConfig) -> None:
     config.model.vocab_size,
     f"at least {needed}, the vocabulary of the data",
   )
-  config.data.train_batches(config.batch, config.seed).read(0)
-  config.data.eval_batches(config.batch, config.seed).read(0)

@@ -52,6 +52,7 @@ class EvaluateArgs:
   test: bool = False  # the test split in place of the validation split
   recall: Recall | None = None  # of text: what makes a target AR
   recall_limit: int | None = None  # an AR bigram's most counts in training
+  allow_data_change: bool = False  # evaluate although the data has changed
   mesh: MeshConfig = MeshConfig()  # default: as the run had it
   distributed: str = "off"  # off, auto or HOST:PORT,N,I: process I of N
 
