@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import re
 from typing import Any
 
 import environment
@@ -95,6 +96,12 @@ CASES = {
     _1300M,
     "v5e:16x16",
     f"--mesh.fsdp 4 --mesh.context 64 {_LONG} --accumulate 1",
+  ),
+  "1.3b-1M-v5e256-full": Case(
+    _1300M,
+    "v5e:16x16",
+    f"--mesh.fsdp 4 --mesh.context 64 {_LONG} --accumulate 1 "
+    "--model.remat full",
   ),
   "1.3b-1M-v5p64": Case(
     _1300M,
@@ -201,7 +208,9 @@ def _time(row: dict[str, Any]) -> str:
 
 def _reason(text: str) -> str:
   """The numbers of XLA's sentence."""
-  return text.partition("HLO temporaries ")[2].split(".  ")[0].split(". HLO")[0]
+  numbers = re.findall(r"\(([\d.]+)G\)|HBM \(([\d.]+)G\)", text)
+  needed, available = (a or b for a, b in numbers)
+  return f"temporaries of {needed} GiB, {available} GiB are free"
 
 
 def _moved(traffic: dict[str, Any] | None) -> str:

@@ -15,7 +15,7 @@ from train_cases import (
   trainer as trainer,
 )
 
-from train import aot, build, mesh as mesh_lib, sharding
+from train import aot, build, collectives, mesh as mesh_lib, sharding
 from train.mesh import MeshConfig
 
 _HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -44,6 +44,22 @@ def test_the_step_is_the_one_that_runs() -> None:
   for name, x in config.data.fields(8).items():
     assert (x.shape, x.dtype) == (batch[name].shape, str(batch[name].dtype))
     assert isinstance(np.zeros(x.shape, x.dtype), np.ndarray)
+
+
+def test_a_tensor_axis_gathers_the_convolution_alone() -> None:
+  """Norms and MLPs work on activations that are whole on every device."""
+  config = tiny(
+    model=dict(width=32, mlp_width=64, pairs=3),
+    mesh=MeshConfig(data=2, tensor=4),
+  )
+  compiled = aot.lower(config, mesh_lib.make_mesh(config.mesh)).compile()
+  rows, loop = 8 // 2 * 16 * 32 * 4, 2  # bytes of x_BTD; pairs but the last
+  gathers = [
+    x
+    for x in collectives.find(compiled.as_text(), 8)
+    if (x.kind, x.size, x.devices, x.times) == ("all-gather", rows, 4, loop)
+  ]
+  assert len(gathers) <= 4  # its output and gradients, two in the backward
 
 
 def _compile(cache, *options: str) -> tuple[int, str, str]:

@@ -17,7 +17,13 @@ _TEXT = """
   ROOT %a.1 = f32[16,8]{1,0} all-gather(%x), channel_id=1, dimensions={0}
 }
 
+%all-reduce-scatter.1 (x: f32[8]) -> f32[2] {
+  %i = f32[8]{0} all-reduce(%x), replica_groups={{0,1,2,3},{4,5,6,7}}
+  ROOT %j = f32[2]{0} dynamic-slice(%i, %k), dynamic_slice_sizes={2}
+}
+
 ENTRY %main (p: f32[8]) -> f32[8] {
+  %scattered = f32[2]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
   %first = f32[16,8]{1,0} fusion(%p), kind=kOutput, calls=%fused.1
   %done = f32[16,8]{1,0} fusion(%first), kind=kOutput, calls=%fused.2
   %b = (f32[4,8]{1,0}, bf16[16]{0}) all-reduce(%x, %y), to_apply=%add
@@ -62,6 +68,7 @@ def test_bytes_are_those_of_the_result() -> None:
   found = list(collectives.find(_TEXT, 8))
   assert [(x.kind, x.size, x.devices) for x in found] == [
     ("all-gather", 512, 8),
+    ("reduce-scatter", 8, 4),
     ("all-reduce", 128 + 32, 8),
     ("all-gather", 256, 8),
     ("collective-permute", 12, 8),

@@ -48,8 +48,9 @@ class Collective:
 def find(text: str, devices: int) -> Iterator[Collective]:
   """Each collective of a module's text.
 
-  Fused with computations, one collective stands in several of them, with one
-  channel. Elsewhere different ones may have the same channel.
+  The TPU's compiler writes a reduce-scatter as an all-reduce in a computation
+  of that name, which is cut. Fused with computations, one collective stands in
+  several of them, with one channel. Elsewhere different ones may have the same.
 
   Args:
     text: of the optimised module.
@@ -69,9 +70,12 @@ def find(text: str, devices: int) -> Iterator[Collective]:
         if one in seen:
           continue
         seen.add(one)
-      size = _size(found[1], found[2], found[3] is not None)
+      kind = found[2]
+      size = _size(found[1], kind, found[3] is not None)
       taking_part = _taking_part(line, devices)
-      yield Collective(found[2], size, times.get(name, 1), taking_part)
+      if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+        kind, size = "reduce-scatter", size // taking_part
+      yield Collective(kind, size, times.get(name, 1), taking_part)
 
 
 def _identity(line: str, shapes: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""`docs/scaling.md` says what `benchmarks/results/scaling.json` does."""
+"""What documents say is what `benchmarks/results` holds."""
 
 import json
 from pathlib import Path
@@ -30,3 +30,13 @@ def test_a_row_is_of_its_command() -> None:
     if row["found"] is not None:
       parts = ("arguments", "temporary", "code")
       assert row["memory"] == sum(row["found"][x] for x in parts)
+
+
+def test_recorded_kills_end_in_the_same_bits() -> None:
+  record = json.loads((scaling.PATH.parent / "kills.json").read_text())
+  trials = record["trials"].values()
+  assert record["trials"].keys() == {"mqar", "lm-tiny"}
+  assert sum(len(x["each"]) for x in trials) >= 30
+  for trial in trials:
+    assert trial["same_bits"] and trial["arrays"] > 60
+    assert all(trial["fell_in"].values())  # none of the moments is missing
