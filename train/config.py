@@ -37,6 +37,16 @@ class ProfileConfig:
       ok = isinstance(value, int) and value >= 0
       batches.require(ok, f"profile.{name}", value, "an integer ≥ 0")
 
+  def check(self, steps: int) -> None:
+    """Raises ValueError where a run of so many steps has not all of these."""
+    stop = self.start + self.steps
+    batches.require(
+      self.steps == 0 or stop <= steps,
+      "profile",
+      f"steps {self.start} to {stop - 1}",
+      f"steps of 0 to {steps - 1} (--profile.start, --profile.steps)",
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
@@ -94,13 +104,7 @@ class RunConfig:
       self.optimizer.warmup_steps,
       f"below steps={self.steps} (change --optimizer.warmup-steps too)",
     )
-    watched = self.profile.start + self.profile.steps
-    batches.require(
-      self.profile.steps == 0 or watched <= self.steps,
-      "profile",
-      f"steps {self.profile.start} to {watched - 1}",
-      f"steps of 0 to {self.steps - 1} (--profile.start, --profile.steps)",
-    )
+    self.profile.check(self.steps)
     accuracy = self.stop_accuracy
     batches.require(
       accuracy is None or 0 < accuracy <= 1,
