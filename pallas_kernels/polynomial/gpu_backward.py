@@ -172,7 +172,7 @@ def _through_cyclic(
   for i, r in enumerate(blocks):
     if r >= CYCLIC:
       break
-    heavy = weighted and common.weight(r) == 2.0
+    heavy = weighted and common.weight(r, work.call) == 2.0
     part = u[:, block(i)] * rolled[:, block(i)].astype(f32)
     sum_ = sum_ + (part + part if heavy else part)
     back = work.rolls.at[:, pl.ds(r * F, F)].transpose((1, 0))

@@ -19,7 +19,13 @@ Operands are bfloat16 or float16, as the inputs are. float16 has little range:
 σ is c2 to a power of two, the copies of KVᵀ and KK are divided by 2^⌈log₂ T⌉,
 and g = r do, dz are multiplied by √ of it. With bfloat16 all three are 1.
 
-Values wider than V = 64 are tiles of their own, each walked as a head is.
+Values wider than V = 64 are tiles of their own, each walked as a head is. So are
+the parts of queries and keys that are m times as wide, x = (x_1, …, x_m):
+
+    (q·k)² = Σ_i (q_i·k_i)² + 2 Σ_{i<j} (q_i·k_i)(q_j·k_j)
+
+A part (i, i) has the features above, of x_i, and c0 / m for c0; a pair has
+x_i ∘ (x_j Π_r), r = 0 … 15, in two halves of 8 blocks. See `gpu_wide.py`.
 """
 
 import dataclasses
@@ -39,6 +45,7 @@ C = 64  # tokens of a chunk
 F = 16  # query and key features
 V = 64  # value width of the tiles; narrower values leave zeros
 CYCLIC = F // 2 + 1  # blocks
+PAIR = F // 2  # blocks of a half of a pair's
 GROUP = 2  # blocks at a time, where features are made
 TILE = 32  # columns of a tile of scores at a time
 LAYOUT = plgpu.Layout.WGMMA
@@ -68,6 +75,8 @@ class Call:
   segments: bool
   by_shared: bool  # operands reach the tensor core through shared memory
   stages: int = 2  # of the inputs' copies
+  m: int = 1  # queries and keys are m F wide
+  pairs: bool = False  # the parts are halves of pairs i < j, not the m (i, i)
 
   @property
   def tiles(self) -> int:
@@ -80,9 +89,14 @@ class Call:
     return min(self.P, V)
 
   @property
+  def parts(self) -> int:
+    """Of a tile's features."""
+    return self.m * (self.m - 1) if self.pairs else self.m
+
+  @property
   def heads(self) -> int:
     """That are walked, of a row."""
-    return self.H * self.tiles
+    return self.H * self.tiles * self.parts
 
   @property
   def shrink(self) -> float:
@@ -100,6 +114,8 @@ class Call:
 
   @property
   def blocks(self) -> int:
+    if self.pairs:
+      return PAIR
     return CYCLIC + (self.c1 != 0) + (self.c0 != 0)
 
   @property
@@ -141,11 +157,14 @@ class Place(NamedTuple):
   p: Any  # which of the program's heads
   s: Any
   b: Any
-  head: Any  # of those that are walked: h and the tile of its values
+  head: Any  # of those that are walked: h, the tile of its values, the part
   h: Any
   tile: Any
   first: Any  # chunk of the slice
   chunks: Any  # of the slice
+  i: Any = 0  # of the part
+  j: Any = 0
+  half: Any = 0
 
   @property
   def at(self):
@@ -185,16 +204,11 @@ def make_call(
   B, T, H, P, kernel: Kernel, dtype, programs: int, *, segments: bool
 ) -> Call:
   """Cuts time into slices where heads leave half of the device idle."""
-  total = -(-T // C)
-  slices = max(1, min(programs // (B * H * -(-P // V)), total // 8))
-  chunks = -(-total // slices)
-  if slices > 1:
-    chunks += chunks % 2  # `halves` are as long
   c0, c1, c2 = dataclasses.astuple(kernel.coefficients)
   square = 1.0
   if dtype == jnp.float16:
     square = 2.0 ** round(math.log2(c2))
-  return Call(
+  call = Call(
     B,
     T,
     H,
@@ -203,26 +217,43 @@ def make_call(
     square * c1 / c2,
     square * c0 / c2,
     square * kernel.eps / c2,
-    slices=-(-total // chunks),
-    chunks=chunks,
+    slices=1,
+    chunks=-(-T // C),
     dtype=dtype,
     segments=segments,
     by_shared=kernel.by_shared,
   )
+  return cut(call, programs)
 
 
-def rolls() -> np.ndarray:
-  """Π (F, 9 F): x Π holds the nine rolled copies of x."""
-  table = np.zeros((F, CYCLIC * F), np.float32)
-  for r in range(CYCLIC):
+def cut(call: Call, programs: int) -> Call:
+  """Slices of time for about as many programs."""
+  total = call.total
+  slices = max(1, min(programs // (call.B * call.heads), total // 8))
+  chunks = -(-total // slices)
+  if slices > 1:
+    chunks += chunks % 2  # `halves` are as long
+  return dataclasses.replace(call, slices=-(-total // chunks), chunks=chunks)
+
+
+def of_parts(call: Call, m: int, *, pairs: bool) -> Call:
+  """The call of one kind of the parts of queries and keys m F wide."""
+  c1, c0 = (0.0, 0.0) if pairs else (call.c1, call.c0 / m)
+  return dataclasses.replace(call, m=m, pairs=pairs, c1=c1, c0=c0)
+
+
+def rolls(blocks: range = range(CYCLIC)) -> np.ndarray:
+  """Π (F, F a block): x Π holds these rolled copies of x."""
+  table = np.zeros((F, len(blocks) * F), np.float32)
+  for n, r in enumerate(blocks):
     for i in range(F):
-      table[(i + r) % F, r * F + i] = 1
+      table[(i + r) % F, n * F + i] = 1
   return table
 
 
-def weight(r: int) -> float:
+def weight(r: int, call: Call) -> float:
   """Of the cyclic block r in (q·k)²."""
-  return 1.0 if r in (0, CYCLIC - 1) else 2.0
+  return 1.0 if r in (0, CYCLIC - 1) and not call.pairs else 2.0
 
 
 def smem(call: Call, *shape: int, swizzle=SWIZZLE_32):
@@ -349,7 +380,7 @@ def query_features(x_CF, rolled, blocks, call: Call, r_CF=None) -> list:
   features = []
   for i, r in enumerate(blocks):
     if r < CYCLIC:
-      heavy = weighted[weight(r)].astype(call.dtype)
+      heavy = weighted[weight(r, call)].astype(call.dtype)
       features.append(heavy * rolled[:, block(i)].astype(call.dtype))
     elif r == CYCLIC and call.c1:
       linear = x_CF.astype(f32) * (call.c1 if r_CF is None else call.c1 * r_CF)
@@ -387,8 +418,8 @@ def roll(work: Work, x_s, blocks: range):
 
 
 def roll_all(work: Work, x_s):
-  """x Π, (C, 9 F), which is exact."""
-  rolled = mma(work, (x_s, work.rolls), shape=(C, CYCLIC * F))
+  """x Π of all blocks, (C, 16 a block), which is exact."""
+  rolled = mma(work, (x_s, work.rolls), shape=(C, work.rolls.shape[1]))
   return rolled.astype(work.call.dtype)
 
 

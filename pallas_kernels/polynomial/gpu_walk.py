@@ -23,6 +23,7 @@ from jax import lax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.polynomial import gpu_common as common
 from pallas_kernels.polynomial.gpu_common import (
@@ -37,6 +38,7 @@ from pallas_kernels.polynomial.gpu_common import (
 )
 from pallas_kernels.polynomial.gpu_documents import FIRST, LAST
 
+FEATURES = ("q", "k", "qj", "kj")  # streams of queries and keys
 WARPGROUPS = 4  # of a program: 128 registers a thread
 SHARED_MEMORY = 230_000  # bytes of a program, what aligns and barriers aside
 
@@ -81,13 +83,19 @@ def launch(call: common.Call, parts: Parts, what: Launch) -> list:
     arrays, rolls_ref, rest = refs[:count], refs[count], refs[count + 1 :]
     states, outs = rest[:M], rest[M:]
     names = (*what.streams, *what.rows)
-    pairs = [(array, inputs[x]) for array, x in zip(arrays, names, strict=True)]
+    pairs = [(x, ref, inputs[x]) for x, ref in zip(names, arrays, strict=True)]
     w = lax.axis_index("w")
     p = w if alone else lax.div(w, 2)
 
     @pl.when(w == 0)
     def _():
-      plgpu.copy_gmem_to_smem(rolls_ref, rolls, once.at[0])
+      if not call.pairs:
+        plgpu.copy_gmem_to_smem(rolls_ref, rolls, once.at[0])
+        return
+      for half in range(2):
+        plgpu.copy_gmem_to_smem(
+          rolls_ref.at[half], rolls.at[half], once.at[0]
+        )
 
     def run(role) -> None:
       here = _place(call, p, N)
@@ -98,7 +106,7 @@ def launch(call: common.Call, parts: Parts, what: Launch) -> list:
         {name: x.at[p] for name, x in inputs.items()},
         {name: x.at[p] for name, x in tiles.items()},
         outs[: len(what.outs)],
-        rolls,
+        rolls.at[here.half] if call.pairs else rolls,
         operand.at[w] if call.by_shared else None,
         states[2][here.at[:2] + (here.h,)] if M == 3 else jnp.zeros((), f32),
       )
@@ -132,7 +140,12 @@ def launch(call: common.Call, parts: Parts, what: Launch) -> list:
     num_threads=WARPGROUPS,
     thread_name="w",
   )
-  table = jnp.asarray(common.rolls(), call.dtype)
+  table = common.rolls()
+  if call.pairs:
+    halves = (range(half * common.PAIR, F - (1 - half) * common.PAIR)
+              for half in range(2))
+    table = np.stack([common.rolls(blocks) for blocks in halves])
+  table = jnp.asarray(table, call.dtype)
   return kernel(
     *what.streams.values(), *what.rows.values(), table, *what.states
   )
@@ -141,7 +154,7 @@ def launch(call: common.Call, parts: Parts, what: Launch) -> list:
 def _scratch(call: common.Call, what: Launch, N: int, *, alone: bool) -> dict:
   """Shared memory of a program of N heads."""
   stages = call.stages
-  width = lambda name: F if name in ("q", "k") else V
+  width = lambda name: F if name in FEATURES else V
   inputs = {
     name: common.smem(call, N, stages, C, width(name)) for name in what.streams
   }
@@ -161,6 +174,9 @@ def _scratch(call: common.Call, what: Launch, N: int, *, alone: bool) -> dict:
     read=barrier,
     done=barrier,
   )
+  rolls = common.smem(call, F, common.CYCLIC * F)
+  if call.pairs:
+    rolls = common.smem(call, 2, F, common.PAIR * F)
   tiles = {}
   for name, shape, swizzle in what.tiles:
     if swizzle is None:
@@ -171,8 +187,8 @@ def _scratch(call: common.Call, what: Launch, N: int, *, alone: bool) -> dict:
     inputs=inputs,
     tiles=tiles,
     shared=shared,
-    rolls=common.smem(call, F, common.CYCLIC * F),
-    once=plgpu.Barrier(num_arrivals=1, num_barriers=1),
+    rolls=rolls,
+    once=plgpu.Barrier(num_arrivals=1 + call.pairs, num_barriers=1),
     operand=common.smem(call, WARPGROUPS, C, F) if call.by_shared else None,
   )
 
@@ -191,10 +207,27 @@ def _place(call: common.Call, p, N: int) -> Place:
   first = s * call.chunks
   chunks = jnp.minimum(call.chunks, call.total - first)
   b, head = lax.div(n, call.heads), lax.rem(n, call.heads)
-  if call.tiles == 1:
-    return Place(p, s, b, head, head, None, first, chunks)
-  h, tile = lax.div(head, call.tiles), lax.rem(head, call.tiles)
-  return Place(p, s, b, head, h, tile, first, chunks)
+  h, tile, part = head, None, ()
+  if call.m > 1:
+    h, number = lax.div(h, call.parts), lax.rem(h, call.parts)
+    part = _part(call, number)
+  if call.tiles > 1:
+    h, tile = lax.div(h, call.tiles), lax.rem(h, call.tiles)
+  return Place(p, s, b, head, h, tile, first, chunks, *part)
+
+
+def _part(call: common.Call, number):
+  """(i, j, half) of a head's part: pairs (0, 1), (0, 2), …, (1, 2), …"""
+  if not call.pairs:
+    return number, number, 0
+  pair, half = lax.div(number, 2), lax.rem(number, 2)
+  i, j, start = 0, pair + 1, 0
+  for row in range(1, call.m - 1):
+    start += call.m - row
+    later = pair >= start
+    i = i + jnp.where(later, 1, 0)
+    j = j + jnp.where(later, 1 + row - call.m, 0)
+  return i, j, half
 
 
 def _of_head(shared: Shared, p, *, alone: bool) -> Shared:
@@ -312,10 +345,12 @@ def _fetch(work: Work, pairs, full, p, chunk, slot) -> None:
   """Starts the copies of one chunk; TMA fills what is beyond T with 0."""
   call, here = work.call, work.here
   b, barrier = here.b, full.at[p * call.stages + slot]
-  for ref, buffer in pairs:
+  for name, ref, buffer in pairs:
     tokens, target = pl.ds(chunk * C, C), buffer.at[p, slot]
     if len(ref.shape) == 3:
       row = 0 if ref.shape[1] == 1 else here.head
+      if call.m > 1 and ref.shape[1] > 1:
+        row = lax.div(row, call.parts)
       source = ref.at[b, row, tokens]
     else:
       width = buffer.shape[-1]
@@ -324,6 +359,8 @@ def _fetch(work: Work, pairs, full, p, chunk, slot) -> None:
       start = 0 if width == ref.shape[-1] else b * 0
       if width == V and here.tile is not None:
         start = here.tile * V
+      if call.m > 1 and name in FEATURES:
+        start = (here.j if name.endswith("j") else here.i) * F
       source = ref.at[b, tokens, here.h, pl.ds(start, width)]
     plgpu.copy_gmem_to_smem(source, target, barrier)
 
