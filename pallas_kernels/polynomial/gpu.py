@@ -6,7 +6,6 @@ are what the slices of the main kernel start from. The backward does the same
 with the cotangents, from the end.
 """
 
-import jax
 from jax import Array
 import jax.numpy as jnp
 
@@ -15,10 +14,12 @@ from pallas_kernels.polynomial import (
   gpu_common,
   gpu_documents,
   gpu_forward,
+  gpu_slices,
   gpu_states,
+  gpu_wide,
   tuned,
 )
-from pallas_kernels.polynomial.gpu_common import C, Call
+from pallas_kernels.polynomial.gpu_common import Call
 from pallas_kernels.polynomial.gpu_documents import Documents
 from pallas_kernels.polynomial.passes import Kernel, refuse
 from pallas_kernels.polynomial.spec import State, with_skew
@@ -37,7 +38,7 @@ def supports(
       q.dtype not in (jnp.bfloat16, jnp.float16),
       f"dtype {q.dtype}: bfloat16 and float16 only",
     ),
-    (F > gpu_common.F, f"F={F}: 1 to {gpu_common.F}"),
+    (F > gpu_wide.F_MAX, f"F={F}: 1 to {gpu_wide.F_MAX}"),
     (states and F != gpu_common.F, f"states with F={F}: {gpu_common.F} only"),
     (P > P_MAX, f"P={P}: 1 to {P_MAX}"),
     (kernel.coefficients.c2 <= 0, "c2 ≤ 0"),
@@ -48,6 +49,8 @@ def supports(
 
 def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
   """o_BTHP and the state after the last token, if asked for."""
+  if q.shape[-1] > gpu_common.F:
+    return gpu_wide.forward(q, k, v, runs_BT, kernel), None
   T, P = q.shape[1], v.shape[-1]
   call = _call(q, v, runs_BT, kernel)
   q, k, v = _fill(q, k, v)
@@ -62,13 +65,13 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
   if not return_state:
     return o, None
   if not alone:
-    after = _behind(before[:2], own, documents.whole(call), -1)
+    after = gpu_slices.behind(before[:2], own, documents.whole(call), -1)
   else:
     after = [x[-1] for x in after]
   count_BH = gpu_documents.count(runs_BT, call)
   if state is not None and kernel.coefficients.affine:
     corner_BH = state.kk_BHGG[:, :, -1, -1]
-    count_BH = _add(count_BH, corner_BH, documents.all_B)
+    count_BH = gpu_slices.add(count_BH, corner_BH, documents.all_B)
   found = gpu_states.from_kernel(*after, count_BH, P, call)
   return o, with_skew(found, state, documents.all_B)
 
@@ -78,14 +81,16 @@ def key_state(k, v, runs_BT, kernel: Kernel) -> State:
   call = _call(k, v, runs_BT, kernel)
   _, filled_k, filled_v = _fill(k, k, v)
   documents = gpu_documents.of_rows(runs_BT, call)
-  own = _own_keys(filled_k, filled_v, documents, call)
-  kv, kk = (_last(x, documents.whole(call)) for x in own)
+  own = gpu_slices.own_keys(filled_k, filled_v, documents, call)
+  kv, kk = (gpu_slices.last(x, documents.whole(call)) for x in own)
   count_BH = gpu_documents.count(runs_BT, call)
   return gpu_states.from_kernel(kv, kk, count_BH, v.shape[-1], call)
 
 
 def backward_queries(q, k, v, do, runs_BT, state, kernel: Kernel):
   """dq_BTHF; and r, dz, (B, heads, T filled up) float32."""
+  if q.shape[-1] > gpu_common.F:
+    return gpu_wide.backward_queries(q, k, v, do, runs_BT, kernel)
   _, T, _, F = q.shape
   call = _call(q, v, runs_BT, kernel)
   q, k, v, do = _fill(q, k, v, do)
@@ -104,6 +109,8 @@ def backward_keys(
   q, k, v, do, r, dz, runs_BT, dstate, kernel: Kernel, *, return_state: bool
 ):
   """dk_BTHF, dv_BTHP and the cotangent of the state before, if asked for."""
+  if q.shape[-1] > gpu_common.F:
+    return *gpu_wide.backward_keys(q, k, v, do, r, dz, runs_BT, kernel), None
   _, T, _, F = q.shape
   P = v.shape[-1]
   call = _call(q, v, runs_BT, kernel)
@@ -121,7 +128,7 @@ def backward_keys(
   if not return_state:
     return dk, dv, None
   if not alone:
-    before = _behind(after, own, documents.whole(call), 0)
+    before = gpu_slices.behind(after, own, documents.whole(call), 0)
   else:
     before = [x[0] for x in before]
   return dk, dv, _cotangent(*before, dz, dstate, documents, P, call)
@@ -134,9 +141,9 @@ def query_cotangent(q, do, r, dz, runs_BT, kernel: Kernel) -> State:
   q, _, do = _fill(q, q, do)
   documents = gpu_documents.of_rows(runs_BT, call)
   rows = dict(r=r, dz=dz) | documents.rows(call)
-  own = _own_queries(q, do, rows, documents, call)
-  backwards = _reverse(documents.whole(call))
-  kv, kk = (_last(_reverse(x), backwards) for x in own)
+  own = gpu_slices.own_queries(q, do, rows, documents, call)
+  backwards = gpu_slices.reverse(documents.whole(call))
+  kv, kk = (gpu_slices.last(gpu_slices.reverse(x), backwards) for x in own)
   return _cotangent(kv, kk, dz, None, documents, P, call)
 
 
@@ -161,15 +168,9 @@ def _fill(q, k, v, *more):
 
   Nothing is copied where the sizes fit, as the usual ones do.
   """
-
-  def fill(x, width):
-    T = x.shape[1]
-    pad = ((0, 0), (0, -T % 8), (0, 0), (0, width - x.shape[-1]))
-    return x if not any(after for _, after in pad) else jnp.pad(x, pad)
-
   P = _width(v)
-  wide = (fill(x, P) for x in (v, *more))
-  return fill(q, gpu_common.F), fill(k, gpu_common.F), *wide
+  wide = (gpu_common.fill(x, 8, P) for x in (v, *more))
+  return *(gpu_common.fill(x, 8, gpu_common.F) for x in (q, k)), *wide
 
 
 def _over_tiles(x_BTHF: Array, call: Call) -> Array:
@@ -179,10 +180,7 @@ def _over_tiles(x_BTHF: Array, call: Call) -> Array:
 
 
 def _prefix(k, v, documents: Documents, state: State | None, call: Call):
-  """((KVᵀ, KK, count) before each slice, each slice's own (KVᵀ, KK)).
-
-  () where all that is before is 0; None for the own of a single slice.
-  """
+  """`gpu_slices.prefix`; () where all that is before is 0."""
   if state is None and call.slices == 1:
     return (), None
   outer, count_BH = None, jnp.zeros((call.B, call.H), jnp.float32)
@@ -190,112 +188,15 @@ def _prefix(k, v, documents: Documents, state: State | None, call: Call):
     outer = gpu_states.to_kernel(state, call)
     if call.c0:
       count_BH = state.kk_BHGG[:, :, -1, -1]
-  own = None
-  if call.slices > 1:
-    own = _own_keys(k, v, documents, call)
-  kv, kk = _exclusive(own, outer, documents.whole(call))
-  steps = jnp.arange(call.slices, dtype=jnp.float32) * (call.chunks * C)
-  if documents.codes_B1T is not None:
-    steps = jnp.zeros_like(steps)  # `past` knows them
-  return (kv, kk, steps[:, None, None] + count_BH[None]), own
+  return gpu_slices.prefix(k, v, documents, outer, count_BH, call)
 
 
 def _suffix(q, do, rows, documents: Documents, dstate, call: Call):
-  """((KVᵀ, KK) behind each slice, each slice's own); () where all are 0."""
+  """`gpu_slices.suffix`, of a cotangent of the state after the last token."""
   outer = None
   if dstate is not None:
     outer = gpu_states.to_kernel(dstate, call, cotangent=True)
-  if call.slices == 1:
-    return (tuple(x[None] for x in outer) if outer else ()), None
-  own = _own_queries(q, do, rows, documents, call)
-  backwards = _reverse(documents.whole(call))
-  later = _exclusive(tuple(map(_reverse, own)), outer, backwards)
-  return tuple(map(_reverse, later)), own
-
-
-def _own_keys(k, v, documents: Documents, call: Call) -> tuple:
-  """(KVᵀ, KK) behind each slice, of its own keys."""
-  rows = documents.rows(call)
-  if call.slices == 1:
-    return tuple(gpu_forward.key_states(k, v, rows, call))
-  halves = gpu_forward.key_states(k, v, rows, call.halves)
-  pairs = (_pairs(x, documents, call) for x in halves)
-  return tuple(_add(late, early, whole) for early, late, _, whole in pairs)
-
-
-def _own_queries(q, do, rows, documents: Documents, call: Call) -> tuple:
-  """The cotangents of (KVᵀ, KK) before each slice, of its own queries."""
-  if call.slices == 1:
-    return tuple(gpu_backward.query_cotangents(q, do, rows, call))
-  halves = gpu_backward.query_cotangents(q, do, rows, call.halves)
-  pairs = (_pairs(x, documents, call) for x in halves)
-  return tuple(_add(early, late, whole) for early, late, whole, _ in pairs)
-
-
-def _pairs(x_SB: Array, documents: Documents, call: Call):
-  """The halves of each slice and whether they are whole; a missing one is 0."""
-  missing = 2 * call.slices - x_SB.shape[0]
-  fill = lambda x, value: jnp.pad(
-    x, ((0, missing), *((0, 0),) * (x.ndim - 1)), constant_values=value
-  )
-  x_SB, whole_SB = fill(x_SB, 0), documents.whole(call.halves)
-  if whole_SB is None:
-    return x_SB[::2], x_SB[1::2], None, None
-  whole_SB = fill(whole_SB, True)
-  return x_SB[::2], x_SB[1::2], whole_SB[::2], whole_SB[1::2]
-
-
-def _exclusive(own, outer, whole_SB):
-  """Sums over the slices before each one, on top of `outer`."""
-  if own is None:
-    return tuple(x[None] for x in outer)
-  start = outer or tuple(jnp.zeros_like(x[0]) for x in own)
-  found = []
-  for x, first in zip(own, start, strict=True):
-    steps = jnp.concatenate([first[None], x[:-1]])
-    found.append(_cumulate(steps, whole_SB))
-  return found
-
-
-def _behind(start, own, whole_SB: Array | None, i: int) -> list[Array]:
-  """The sums behind slice i: its own, on top of what it starts from."""
-  joined_B = None if whole_SB is None else whole_SB[i]
-  return [_add(y[i], x[i], joined_B) for x, y in zip(start, own, strict=True)]
-
-
-def _reverse(x_SB: Array | None) -> Array | None:
-  return None if x_SB is None else x_SB[::-1]
-
-
-def _cumulate(x_SB: Array, whole_SB: Array | None) -> Array:
-  """y_s = x_s + y_{s−1}; without y_{s−1} where slice s−1 is not whole."""
-  if whole_SB is None:
-    return jnp.cumsum(x_SB, axis=0)
-  keep_SB = jnp.concatenate([jnp.ones_like(whole_SB[:1]), whole_SB[:-1]])
-
-  def join(left, right):
-    keep = left[0] & right[0]
-    return keep, _add(right[1], left[1], right[0])
-
-  return jax.lax.associative_scan(join, (keep_SB, x_SB))[1]
-
-
-def _last(own_SB: Array, whole_SB: Array | None) -> Array:
-  """The sum over the slices of the last one's document."""
-  if whole_SB is None:
-    return own_SB.sum(axis=0)
-  total = own_SB[0]
-  for x, whole_B in zip(own_SB[1:], whole_SB[1:], strict=True):
-    total = _add(x, total, whole_B)
-  return total
-
-
-def _add(x, y, joined) -> Array:
-  """x + y, or x alone where it is not joined; None: everywhere is."""
-  if joined is None:
-    return x + y
-  joined = joined.reshape(*joined.shape, *[1] * (x.ndim - joined.ndim))
-  return x + jnp.where(joined, y, 0)
+  return gpu_slices.suffix(q, do, rows, documents, outer, call)
 
 
 def _cotangent(kv, kk, dz, dstate, documents: Documents, P: int, call: Call):
@@ -304,6 +205,8 @@ def _cotangent(kv, kk, dz, dstate, documents: Documents, P: int, call: Call):
     dz = jnp.where(documents.first_B1T, dz, 0)
   corner_BH = call.c0 * dz[:, :: call.tiles].sum(axis=-1)
   if dstate is not None and call.affine:
-    corner_BH = _add(corner_BH, dstate.kk_BHGG[:, :, -1, -1], documents.all_B)
+    corner_BH = gpu_slices.add(
+      corner_BH, dstate.kk_BHGG[:, :, -1, -1], documents.all_B
+    )
   found = gpu_states.from_kernel(kv, kk, corner_BH, P, call, cotangent=True)
   return with_skew(found, dstate, documents.all_B)

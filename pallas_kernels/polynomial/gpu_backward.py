@@ -60,11 +60,11 @@ def backward_queries(q, k, v, do, rows, states, call: common.Call) -> list:
     outs=(jax.ShapeDtypeStruct(shape, call.dtype), across, across),
     tiles=(("dq", (C, F), common.SWIZZLE_32), ("rows", (2, C), None)),
   )
-  parts = gpu_forward.KEYS._replace(through_state=_dq_state, within=_dq_within)
+  parts = gpu_forward.KEYS._replace(through_state=dq_state, within=_dq_within)
   return gpu_walk.launch(call, parts, what)
 
 
-def _dq_state(work: Work, chunk, slot):
+def dq_state(work: Work, chunk, slot):
   """(dnum, dden, z, num) of the tokens before the chunk.
 
   dq = r dnum + dz dden, the gradients of do·Σ sim v and of Σ sim. The sums are
@@ -76,7 +76,7 @@ def _dq_state(work: Work, chunk, slot):
   x = plgpu.load(q_s, layout=LAYOUT)
   dnum, linear, num = common.zeros((C, F)), None, None
   for blocks in call.groups(DQ_GROUP):
-    u, rolled = _through(work, do_s, q_s, blocks)
+    u, rolled = through(work, do_s, q_s, blocks)
     if call.affine:
       phi = common.query_features(x, rolled, blocks, call)
       for i, phi_r in enumerate(phi):
@@ -153,7 +153,7 @@ def _store_dq(work: Work, chunk, dq, r, dz) -> None:
   plgpu.copy_smem_to_gmem(rows_s.at[1], dz_ref.at[here.b, here.head, tokens])
 
 
-def _through(work: Work, value_s, x_s, blocks: range):
+def through(work: Work, value_s, x_s, blocks: range):
   """u = value KV of these blocks, (C, 16 a block); and x Π, as operands."""
   kv = work.shared.kv.at[:, pl.ds(blocks.start * F, len(blocks) * F)]
   products = [((C, len(blocks) * F), (value_s, kv))]
@@ -208,7 +208,7 @@ def backward_keys(
     after=state,
     left=True,
   )
-  parts = _QUERIES._replace(through_state=_dkv_state, within=_dkv_within)
+  parts = QUERIES._replace(through_state=dkv_state, within=_dkv_within)
   return gpu_walk.launch(call, parts, what)
 
 
@@ -217,20 +217,15 @@ def query_cotangents(q, do, rows, call: common.Call) -> list:
   what = gpu_walk.Launch(
     "query_cotangent", dict(q=q, do=do), rows, after=True, left=True
   )
-  return gpu_walk.launch(call, _QUERIES, what)
+  return gpu_walk.launch(call, QUERIES, what)
 
 
 def _store_queries(work: Work, chunk, slot) -> None:
   """r times the weighted features of the queries, and dz q̃."""
   del chunk
   call, shared = work.call, work.shared
-  r_s, dz_s = (work.inputs[name].at[slot] for name in ("r", "dz"))
-  mine = lambda y: gpu_documents.of_document(work, slot, FIRST, y)
   x, q_s = gpu_documents.own_rows(work, slot, FIRST, "q", "do")
-  r, dz = (
-    columns(mine(times(plgpu.load(ref, layout=ROWS), call.grow)), F)
-    for ref in (r_s, dz_s)
-  )
+  r, dz = of_queries(work, slot)
   xf = x.astype(f32)
   for blocks in call.groups(common.GROUP):
     rolled = common.roll(work, q_s, blocks)
@@ -242,13 +237,22 @@ def _store_queries(work: Work, chunk, slot) -> None:
     shared.wide[:, pl.ds(F, F)] = line.astype(call.dtype)
 
 
+def of_queries(work: Work, slot):
+  """r and dz of the queries that are summed, grown, (C, F) each."""
+  mine = lambda y: gpu_documents.of_document(work, slot, FIRST, y)
+  return (
+    columns(mine(times(plgpu.load(ref, layout=ROWS), work.call.grow)), F)
+    for ref in (work.inputs[name].at[slot] for name in ("r", "dz"))
+  )
+
+
 # The parts that sum queries.
-_QUERIES = gpu_walk.Parts(
+QUERIES = gpu_walk.Parts(
   _store_queries, lambda work, slot: gpu_documents.summed(work, slot, "q", "do")
 )
 
 
-def _dkv_state(work: Work, chunk, slot):
+def dkv_state(work: Work, chunk, slot):
   """dk (C, F) and dv (C, V) from the queries behind the chunk."""
   del chunk
   call, kk_s = work.call, work.shared.kk
@@ -261,7 +265,7 @@ def _dkv_state(work: Work, chunk, slot):
     halves = common.halves(kk_s, F)
     dk = dk + mma(work, *[(one, half) for half in halves], shape=(C, F))
   for blocks in call.groups(DK_GROUP):
-    u, rolled = _through(work, v_s, k_s, blocks)
+    u, rolled = through(work, v_s, k_s, blocks)
     dk = _through_cyclic(work, dk, u, rolled, x, blocks, weighted=False)
     if call.c1 and CYCLIC in blocks:
       dk = dk + u[:, block(CYCLIC - blocks.start)]

@@ -19,8 +19,8 @@ Operands are bfloat16 or float16, as the inputs are. float16 has little range:
 σ is c2 to a power of two, the copies of KVᵀ and KK are divided by 2^⌈log₂ T⌉,
 and g = r do, dz are multiplied by √ of it. With bfloat16 all three are 1.
 
-Values wider than V = 64 are tiles of their own, each walked as a head is. So are
-the parts of queries and keys that are m times as wide, x = (x_1, …, x_m):
+Values wider than V = 64 are tiles of their own, each walked as a head is. So
+are the parts of queries and keys that are m times as wide, x = (x_1, …, x_m):
 
     (q·k)² = Σ_i (q_i·k_i)² + 2 Σ_{i<j} (q_i·k_i)(q_j·k_j)
 
@@ -234,6 +234,13 @@ def cut(call: Call, programs: int) -> Call:
   if slices > 1:
     chunks += chunks % 2  # `halves` are as long
   return dataclasses.replace(call, slices=-(-total // chunks), chunks=chunks)
+
+
+def fill(x_BTHX, tokens: int, width: int):
+  """Zeros up to a multiple of `tokens`, and a width; no copy where it fits."""
+  pad = ((0, 0), (0, -x_BTHX.shape[1] % tokens), (0, 0))
+  pad = (*pad, (0, width - x_BTHX.shape[-1]))
+  return x_BTHX if not any(after for _, after in pad) else jnp.pad(x_BTHX, pad)
 
 
 def of_parts(call: Call, m: int, *, pairs: bool) -> Call:

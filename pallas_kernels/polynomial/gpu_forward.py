@@ -37,7 +37,7 @@ def forward(q, k, v, rows, states, call: common.Call, *, state: bool) -> list:
     state: whether to write the states behind the slices.
   """
   shape = (call.B, call.rows, call.H, call.P)
-  parts = KEYS._replace(through_state=_through_state, within=_within)
+  parts = KEYS._replace(through_state=through_state, within=_within)
   what = gpu_walk.Launch(
     "forward",
     dict(q=q, k=k, v=v),
@@ -86,7 +86,7 @@ KEYS = gpu_walk.Parts(
 )
 
 
-def _through_state(work: Work, chunk, slot):
+def through_state(work: Work, chunk, slot):
   """(Σ sim' v, Σ sim') of the tokens before the chunk, (C, V) and (C,)."""
   call, q_s = work.call, work.inputs["q"].at[slot]
   rolled = common.roll_all(work, q_s)

@@ -93,9 +93,7 @@ def launch(call: common.Call, parts: Parts, what: Launch) -> list:
         plgpu.copy_gmem_to_smem(rolls_ref, rolls, once.at[0])
         return
       for half in range(2):
-        plgpu.copy_gmem_to_smem(
-          rolls_ref.at[half], rolls.at[half], once.at[0]
-        )
+        plgpu.copy_gmem_to_smem(rolls_ref.at[half], rolls.at[half], once.at[0])
 
     def run(role) -> None:
       here = _place(call, p, N)
@@ -142,8 +140,10 @@ def launch(call: common.Call, parts: Parts, what: Launch) -> list:
   )
   table = common.rolls()
   if call.pairs:
-    halves = (range(half * common.PAIR, F - (1 - half) * common.PAIR)
-              for half in range(2))
+    halves = (
+      range(half * common.PAIR, F - (1 - half) * common.PAIR)
+      for half in range(2)
+    )
     table = np.stack([common.rolls(blocks) for blocks in halves])
   table = jnp.asarray(table, call.dtype)
   return kernel(
