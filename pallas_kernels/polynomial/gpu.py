@@ -39,7 +39,7 @@ def supports(
       f"dtype {q.dtype}: bfloat16 and float16 only",
     ),
     (F > gpu_wide.F_MAX, f"F={F}: 1 to {gpu_wide.F_MAX}"),
-    (states and F != gpu_common.F, f"states with F={F}: {gpu_common.F} only"),
+    (states and F < gpu_common.F, f"states with F={F}: {gpu_common.F} or more"),
     (P > P_MAX, f"P={P}: 1 to {P_MAX}"),
     (kernel.coefficients.c2 <= 0, "c2 ≤ 0"),
     (kernel.eps <= 0, "eps = 0"),
@@ -50,7 +50,9 @@ def supports(
 def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
   """o_BTHP and the state after the last token, if asked for."""
   if q.shape[-1] > gpu_common.F:
-    return gpu_wide.forward(q, k, v, runs_BT, kernel), None
+    return gpu_wide.forward(
+      q, k, v, runs_BT, state, kernel, return_state=return_state
+    )
   T, P = q.shape[1], v.shape[-1]
   call = _call(q, v, runs_BT, kernel)
   q, k, v = _fill(q, k, v)
@@ -78,6 +80,8 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
 
 def key_state(k, v, runs_BT, kernel: Kernel) -> State:
   """The state after the last token, from a zero state."""
+  if k.shape[-1] > gpu_common.F:
+    return gpu_wide.key_state(k, v, runs_BT, kernel)
   call = _call(k, v, runs_BT, kernel)
   _, filled_k, filled_v = _fill(k, k, v)
   documents = gpu_documents.of_rows(runs_BT, call)
@@ -90,7 +94,7 @@ def key_state(k, v, runs_BT, kernel: Kernel) -> State:
 def backward_queries(q, k, v, do, runs_BT, state, kernel: Kernel):
   """dq_BTHF; and r, dz, (B, heads, T filled up) float32."""
   if q.shape[-1] > gpu_common.F:
-    return gpu_wide.backward_queries(q, k, v, do, runs_BT, kernel)
+    return gpu_wide.backward_queries(q, k, v, do, runs_BT, state, kernel)
   _, T, _, F = q.shape
   call = _call(q, v, runs_BT, kernel)
   q, k, v, do = _fill(q, k, v, do)
@@ -110,7 +114,9 @@ def backward_keys(
 ):
   """dk_BTHF, dv_BTHP and the cotangent of the state before, if asked for."""
   if q.shape[-1] > gpu_common.F:
-    return *gpu_wide.backward_keys(q, k, v, do, r, dz, runs_BT, kernel), None
+    return gpu_wide.backward_keys(
+      q, k, v, do, r, dz, runs_BT, dstate, kernel, return_state=return_state
+    )
   _, T, _, F = q.shape
   P = v.shape[-1]
   call = _call(q, v, runs_BT, kernel)
@@ -136,6 +142,8 @@ def backward_keys(
 
 def query_cotangent(q, do, r, dz, runs_BT, kernel: Kernel) -> State:
   """The cotangent of the state before token 0, from these queries alone."""
+  if q.shape[-1] > gpu_common.F:
+    return gpu_wide.query_cotangent(q, do, r, dz, runs_BT, kernel)
   call = _call(q, do, runs_BT, kernel)
   P = do.shape[-1]
   q, _, do = _fill(q, q, do)

@@ -20,11 +20,16 @@ from pallas_kernels.polynomial import (
 from pallas_kernels.polynomial.gpu_common import C, F, Work, f32, times
 
 
-def forward(q, k, v, rows, states, call: common.Call) -> list:
-  """Σ sim' v (B, heads, T, width), Σ sim' (B, heads, T)."""
+def forward(q, k, v, rows, states, call: common.Call, *, state: bool) -> list:
+  """Σ sim' v (B, heads, T, width), Σ sim' (B, heads, T).
+
+  And (KVᵀ, KK) behind each slice where `state` asks for them.
+  """
   streams = _streams(call, q=q, k=k) | dict(v=v)
   outs, tiles = _outs(call, [call.width], rows=1)
-  what = gpu_walk.Launch("part_forward", streams, rows, states, outs, tiles)
+  what = gpu_walk.Launch(
+    "part_forward", streams, rows, states, outs, tiles, after=state
+  )
   kind = gpu_pairs if call.pairs else gpu_forward
   parts = kind.KEYS._replace(through_state=kind.through_state, within=_write)
   return gpu_walk.launch(call, parts, what)
@@ -46,8 +51,12 @@ def backward_queries(q, k, v, do, rows, states, call: common.Call) -> list:
   return gpu_walk.launch(call, parts, what)
 
 
-def backward_keys(q, k, v, do, rows, states, call: common.Call) -> list:
+def backward_keys(
+  q, k, v, do, rows, states, call: common.Call, *, state: bool
+) -> list:
   """dk of x_i, or of x_i and x_j, (B, heads, T, 16); dv (B, heads, T, width).
+
+  And the cotangents before each slice where `state` asks for them.
 
   Args:
     rows: r and dz, (B, H · tiles, T filled up), dz 0 but in the first tile; and
@@ -56,7 +65,9 @@ def backward_keys(q, k, v, do, rows, states, call: common.Call) -> list:
   streams = _streams(call, q=q, k=k) | dict(v=v, do=do)
   widths = [F] * (2 if call.pairs else 1) + [call.width]
   outs, _ = _outs(call, widths, rows=0)
-  what = gpu_walk.Launch("part_keys", streams, rows, states, outs, left=True)
+  what = gpu_walk.Launch(
+    "part_keys", streams, rows, states, outs, after=state, left=True
+  )
   kind = gpu_pairs if call.pairs else gpu_backward
   parts = kind.QUERIES._replace(
     through_state=kind.dkv_state, within=_write_keys
@@ -85,7 +96,7 @@ def _write(work: Work, chunk, slot, part) -> None:
   here, tokens = work.here, pl.ds(chunk * C, C)
   wide = [x for x in part if x.ndim == 2]
   rows = part[len(wide) :]
-  for ref, x in zip(work.outs, wide, strict=False):
+  for ref, x in zip(work.outs[: len(wide)], wide, strict=True):
     ref[here.b, here.head, tokens] = x[:, : ref.shape[-1]]
   if not rows:
     return

@@ -34,39 +34,76 @@ from pallas_kernels.polynomial import (
   gpu_parts,
   gpu_slices,
   gpu_states,
+  gpu_wide_states,
   tuned,
 )
 from pallas_kernels.polynomial.gpu_common import C, Call, F, times
 from pallas_kernels.polynomial.gpu_documents import Documents
 from pallas_kernels.polynomial.passes import Kernel
+from pallas_kernels.polynomial.spec import State
 
 F_MAX = 64
 f32 = jnp.float32
 
 
-def forward(q, k, v, runs_BT, kernel: Kernel) -> Array:
-  """o_BTHP."""
-  T, P = q.shape[1], v.shape[-1]
+def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
+  """o_BTHP and the state after the last token, if asked for."""
+  _, T, _, width = q.shape
+  P = v.shape[-1]
   call, kinds = _calls(q, v, runs_BT, kernel)
   q, k, v = _fill(call, (q, k), (v,))
   documents = gpu_documents.of_rows(runs_BT, call)
-  num_BHTP, z_BHT = jnp.float32(0), jnp.float32(0)
+  num_BHTP, z_BHT, found = jnp.float32(0), jnp.float32(0), []
   for kind in kinds:
-    before = _prefix(k, v, documents, kind)
-    rows = documents.rows(kind, past=True)
-    num, z = gpu_parts.forward(q, k, v, rows, before, kind)
+    before, own = _prefix(k, v, documents, state, width, kind)
+    rows, alone = documents.rows(kind, past=True), kind.slices == 1
+    num, z, *after = gpu_parts.forward(
+      q, k, v, rows, before, kind, state=return_state and alone
+    )
     num_BHTP += _values(num, kind)
     z_BHT += _once(z, kind).sum(axis=2)
+    if return_state:
+      found.append(
+        [x[-1] for x in after]
+        if alone
+        else gpu_slices.behind(before[:2], own, documents.whole(kind), -1)
+      )
   q, k, v = map(_chunks, (q, k, v))
   a = _scores(q, k)
   sim = jnp.where(_seen(runs_BT, call), gpu_common.polynomial(a, call), 0)
   z_BHT += _rows(sim.sum(axis=-1))
   num_BHTP += _rows(_sums(sim, v))
   o = num_BHTP / (z_BHT + call.eps)[..., None]
-  return _public(o, T, P, call)
+  o = _public(o, T, P, call)
+  if not return_state:
+    return o, None
+  count_BH = gpu_documents.count(runs_BT, call)
+  if state is not None and call.affine:
+    corner_BH = state.kk_BHGG[:, :, -1, -1]
+    count_BH = gpu_slices.add(count_BH, corner_BH, documents.all_B)
+  after = gpu_wide_states.from_parts(
+    found, kinds, width, P, count_BH, cotangent=False
+  )
+  return o, gpu_wide_states.with_skew(after, state, documents.all_B, width)
 
 
-def backward_queries(q, k, v, do, runs_BT, kernel: Kernel):
+def key_state(k, v, runs_BT, kernel: Kernel) -> State:
+  """The state after the last token, from a zero state."""
+  width, P = k.shape[-1], v.shape[-1]
+  call, kinds = _calls(k, v, runs_BT, kernel)
+  k, v = _fill(call, (k,), (v,))
+  documents = gpu_documents.of_rows(runs_BT, call)
+  found = []
+  for kind in kinds:
+    own, whole = gpu_slices.own_keys(k, v, documents, kind), documents.whole
+    found.append([gpu_slices.last(x, whole(kind)) for x in own])
+  count_BH = gpu_documents.count(runs_BT, call)
+  return gpu_wide_states.from_parts(
+    found, kinds, width, P, count_BH, cotangent=False
+  )
+
+
+def backward_queries(q, k, v, do, runs_BT, state, kernel: Kernel):
   """dq_BTHF; and r, dz, (B, H, T filled up) float32."""
   _, T, _, width = q.shape
   call, kinds = _calls(q, v, runs_BT, kernel)
@@ -74,7 +111,7 @@ def backward_queries(q, k, v, do, runs_BT, kernel: Kernel):
   documents = gpu_documents.of_rows(runs_BT, call)
   dnums, ddens, num_BHT, z_BHT = [], [], jnp.float32(0), jnp.float32(0)
   for kind in kinds:
-    before = _prefix(k, v, documents, kind)
+    before, _ = _prefix(k, v, documents, state, width, kind)
     rows = documents.rows(kind, past=True)
     *wide, z, num = gpu_parts.backward_queries(q, k, v, do, rows, before, kind)
     n = len(wide) // 2
@@ -88,8 +125,8 @@ def backward_queries(q, k, v, do, runs_BT, kernel: Kernel):
   z_BHT += _rows(sim.sum(axis=-1))
   num_BHT += _rows((sim * dsim).sum(axis=-1))
   # Known before the scores' gradients are rounded, as in `gpu_backward.py`.
-  exists_T = jnp.arange(call.total * C) < T
-  r = jnp.where(exists_T, 1 / (z_BHT + call.eps), 0)
+  exists_11T = (jnp.arange(call.total * C) < T)[None, None]
+  r = jnp.where(exists_11T, 1 / (z_BHT + call.eps), 0)
   dz = -(num_BHT * r) * r
   da = _d_scores(a, dsim, r, dz, seen, call)
   dq = r[..., None] * _join(dnums) + dz[..., None] * _join(ddens)
@@ -97,23 +134,37 @@ def backward_queries(q, k, v, do, runs_BT, kernel: Kernel):
   return _public(dq, T, width, call), r, dz
 
 
-def backward_keys(q, k, v, do, r, dz, runs_BT, kernel: Kernel):
-  """dk_BTHF and dv_BTHP."""
+def backward_keys(
+  q, k, v, do, r, dz, runs_BT, dstate, kernel: Kernel, *, return_state: bool
+):
+  """dk_BTHF, dv_BTHP and the cotangent of the state before, if asked for."""
   _, T, _, width = q.shape
   P = v.shape[-1]
   call, kinds = _calls(q, v, runs_BT, kernel)
   q, k, v, do = _fill(call, (q, k), (v, do))
   documents = gpu_documents.of_rows(runs_BT, call)
-  across = dict(
-    r=jnp.repeat(r, call.tiles, axis=1), dz=gpu_states.in_first_tile(dz, call)
-  )
-  dks, dv_BHTP = [], jnp.float32(0)
+  dks, dv_BHTP, found = [], jnp.float32(0), []
   for kind in kinds:
-    rows = across | documents.rows(kind)
-    after, _ = gpu_slices.suffix(q, do, rows, documents, None, kind)
-    *dk, dv = gpu_parts.backward_keys(q, k, v, do, rows, after, kind)
+    rows, alone = _across(r, dz, call) | documents.rows(kind), kind.slices == 1
+    outer = None
+    if dstate is not None:
+      outer = gpu_wide_states.to_parts(dstate, kind, width, cotangent=True)
+    after, own = gpu_slices.suffix(q, do, rows, documents, outer, kind)
+    outs = gpu_parts.backward_keys(
+      q, k, v, do, rows, after, kind, state=return_state and alone
+    )
+    *dk, dv = outs[: 2 + kind.pairs]
     dks += [_split(x, kind).sum(axis=2) for x in dk]
     dv_BHTP += _values(dv, kind)
+    if return_state:
+      found.append(
+        [x[0] for x in outs[2 + kind.pairs :]]
+        if alone
+        else gpu_slices.behind(after, own, documents.whole(kind), 0)
+      )
+  dbefore = None
+  if return_state:
+    dbefore = _cotangent(found, kinds, dz, dstate, documents, width, P, call)
   q, k, v, do = map(_chunks, (q, k, v, do))
   a, dsim, seen = _scores(q, k), _scores(do, v), _seen(runs_BT, call)
   r, dz = times(r, call.grow), times(dz, call.grow)
@@ -124,7 +175,24 @@ def backward_keys(q, k, v, do, r, dz, runs_BT, kernel: Kernel):
     _rows(_sums(w.swapaxes(-1, -2), x)), 1 / call.grow
   )
   dk, dv = _join(dks) + across(da, q), dv_BHTP + across(sim, do)
-  return _public(dk, T, width, call), _public(dv, T, P, call)
+  return _public(dk, T, width, call), _public(dv, T, P, call), dbefore
+
+
+def query_cotangent(q, do, r, dz, runs_BT, kernel: Kernel) -> State:
+  """The cotangent of the state before token 0, from these queries alone."""
+  width, P = q.shape[-1], do.shape[-1]
+  call, kinds = _calls(q, do, runs_BT, kernel)
+  q, do = _fill(call, (q,), (do,))
+  documents = gpu_documents.of_rows(runs_BT, call)
+  found = []
+  for kind in kinds:
+    rows = _across(r, dz, call) | documents.rows(kind)
+    own = gpu_slices.own_queries(q, do, rows, documents, kind)
+    backwards = gpu_slices.reverse(documents.whole(kind))
+    found.append(
+      [gpu_slices.last(gpu_slices.reverse(x), backwards) for x in own]
+    )
+  return _cotangent(found, kinds, dz, None, documents, width, P, call)
 
 
 def _calls(q, v, runs_BT, kernel: Kernel) -> tuple[Call, list[Call]]:
@@ -155,12 +223,39 @@ def _fill(call: Call, features, values) -> list[Array]:
   ]
 
 
-def _prefix(k, v, documents: Documents, kind: Call):
-  """`gpu_slices.prefix`; () for a single slice."""
-  if kind.slices == 1:
-    return ()
-  count_BH = jnp.zeros((kind.B, kind.H), f32)
-  return gpu_slices.prefix(k, v, documents, None, count_BH, kind)[0]
+def _prefix(k, v, documents: Documents, state, width: int, kind: Call):
+  """`gpu_slices.prefix`; () where all that is before is 0."""
+  if state is None and kind.slices == 1:
+    return (), None
+  outer, count_BH = None, jnp.zeros((kind.B, kind.H), f32)
+  if state is not None:
+    outer = gpu_wide_states.to_parts(state, kind, width)
+    if kind.c0:
+      count_BH = state.kk_BHGG[:, :, -1, -1]
+  return gpu_slices.prefix(k, v, documents, outer, count_BH, kind)
+
+
+def _across(r, dz, call: Call) -> dict:
+  """The rows of all tiles; dz in the first one of a head."""
+  return dict(
+    r=jnp.repeat(r, call.tiles, axis=1), dz=gpu_states.in_first_tile(dz, call)
+  )
+
+
+def _cotangent(
+  found, kinds, dz, dstate, documents: Documents, width: int, P: int, call: Call
+) -> State:
+  """The public form; the corner of KK is Σ c0 dz."""
+  if documents.first_B1T is not None:
+    dz = jnp.where(documents.first_B1T, dz, 0)
+  corner_BH = call.c0 * dz.sum(axis=-1)
+  if dstate is not None and call.affine:
+    outer_BH = dstate.kk_BHGG[:, :, -1, -1]
+    corner_BH = gpu_slices.add(corner_BH, outer_BH, documents.all_B)
+  dbefore = gpu_wide_states.from_parts(
+    found, kinds, width, P, corner_BH, cotangent=True
+  )
+  return gpu_wide_states.with_skew(dbefore, dstate, documents.all_B, width)
 
 
 # The sums of the parts.
