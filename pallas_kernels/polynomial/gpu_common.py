@@ -94,6 +94,11 @@ class Call:
     return self.m * (self.m - 1) if self.pairs else self.m
 
   @property
+  def prefix(self) -> str:
+    """Of the kernels' names."""
+    return "pair_" if self.pairs else "part_" if self.m > 1 else ""
+
+  @property
   def heads(self) -> int:
     """That are walked, of a row."""
     return self.H * self.tiles * self.parts

@@ -38,7 +38,7 @@ from pallas_kernels.polynomial.gpu_documents import FIRST, LAST
 def key_states(k, v, rows, call: common.Call) -> list:
   """(KVᵀ, KK) of each slice's own keys: (slices, B, heads, V, ·)."""
   streams = dict(k=k, kj=k, v=v)
-  what = gpu_walk.Launch("pair_key_state", streams, rows, after=True)
+  what = gpu_walk.Launch("key_state", streams, rows, after=True)
   return gpu_walk.launch(call, KEYS, what)
 
 
@@ -46,7 +46,7 @@ def query_cotangents(q, do, rows, call: common.Call) -> list:
   """The cotangents before each slice, of the slice's own queries."""
   streams = dict(q=q, qj=q, do=do)
   what = gpu_walk.Launch(
-    "pair_query_cotangent", streams, rows, after=True, left=True
+    "query_cotangent", streams, rows, after=True, left=True
   )
   return gpu_walk.launch(call, QUERIES, what)
 

@@ -28,7 +28,7 @@ def forward(q, k, v, rows, states, call: common.Call, *, state: bool) -> list:
   streams = _streams(call, q=q, k=k) | dict(v=v)
   outs, tiles = _outs(call, [call.width], rows=1)
   what = gpu_walk.Launch(
-    "part_forward", streams, rows, states, outs, tiles, after=state
+    "forward", streams, rows, states, outs, tiles, after=state
   )
   kind = gpu_pairs if call.pairs else gpu_forward
   parts = kind.KEYS._replace(through_state=kind.through_state, within=_write)
@@ -44,7 +44,7 @@ def backward_queries(q, k, v, do, rows, states, call: common.Call) -> list:
   streams = _streams(call, q=q, k=k) | dict(v=v, do=do)
   widths = [F] * (4 if call.pairs else 2)
   outs, tiles = _outs(call, widths, rows=2)
-  what = gpu_walk.Launch("part_queries", streams, rows, states, outs, tiles)
+  what = gpu_walk.Launch("backward_queries", streams, rows, states, outs, tiles)
   kind = gpu_pairs if call.pairs else gpu_backward
   keys = (gpu_pairs if call.pairs else gpu_forward).KEYS
   parts = keys._replace(through_state=kind.dq_state, within=_write)
@@ -66,7 +66,7 @@ def backward_keys(
   widths = [F] * (2 if call.pairs else 1) + [call.width]
   outs, _ = _outs(call, widths, rows=0)
   what = gpu_walk.Launch(
-    "part_keys", streams, rows, states, outs, after=state, left=True
+    "backward_keys", streams, rows, states, outs, after=state, left=True
   )
   kind = gpu_pairs if call.pairs else gpu_backward
   parts = kind.QUERIES._replace(

@@ -132,7 +132,7 @@ def launch(call: common.Call, parts: Parts, what: Launch) -> list:
     out_type=[*what.outs, *state_shapes(call) * what.after],
     scratch_types=scratch,
     compiler_params=common.compiler_params(),
-    kernel_name=f"polynomial_{what.name}",
+    kernel_name=f"polynomial_{call.prefix}{what.name}",
     grid=(call.slices, -(-call.B * call.heads // N)),
     grid_names=("s", "n"),
     num_threads=WARPGROUPS,

@@ -50,7 +50,7 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
   """o_BTHP and the state after the last token, if asked for."""
   _, T, _, width = q.shape
   P = v.shape[-1]
-  call, kinds = _calls(q, v, runs_BT, kernel)
+  call, kinds = calls(q, v, runs_BT, kernel)
   q, k, v = _fill(call, (q, k), (v,))
   documents = gpu_documents.of_rows(runs_BT, call)
   num_BHTP, z_BHT, found = jnp.float32(0), jnp.float32(0), []
@@ -90,7 +90,7 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
 def key_state(k, v, runs_BT, kernel: Kernel) -> State:
   """The state after the last token, from a zero state."""
   width, P = k.shape[-1], v.shape[-1]
-  call, kinds = _calls(k, v, runs_BT, kernel)
+  call, kinds = calls(k, v, runs_BT, kernel)
   k, v = _fill(call, (k,), (v,))
   documents = gpu_documents.of_rows(runs_BT, call)
   found = []
@@ -106,7 +106,7 @@ def key_state(k, v, runs_BT, kernel: Kernel) -> State:
 def backward_queries(q, k, v, do, runs_BT, state, kernel: Kernel):
   """dq_BTHF; and r, dz, (B, H, T filled up) float32."""
   _, T, _, width = q.shape
-  call, kinds = _calls(q, v, runs_BT, kernel)
+  call, kinds = calls(q, v, runs_BT, kernel)
   q, k, v, do = _fill(call, (q, k), (v, do))
   documents = gpu_documents.of_rows(runs_BT, call)
   dnums, ddens, num_BHT, z_BHT = [], [], jnp.float32(0), jnp.float32(0)
@@ -140,7 +140,7 @@ def backward_keys(
   """dk_BTHF, dv_BTHP and the cotangent of the state before, if asked for."""
   _, T, _, width = q.shape
   P = v.shape[-1]
-  call, kinds = _calls(q, v, runs_BT, kernel)
+  call, kinds = calls(q, v, runs_BT, kernel)
   q, k, v, do = _fill(call, (q, k), (v, do))
   documents = gpu_documents.of_rows(runs_BT, call)
   dks, dv_BHTP, found = [], jnp.float32(0), []
@@ -181,7 +181,7 @@ def backward_keys(
 def query_cotangent(q, do, r, dz, runs_BT, kernel: Kernel) -> State:
   """The cotangent of the state before token 0, from these queries alone."""
   width, P = q.shape[-1], do.shape[-1]
-  call, kinds = _calls(q, do, runs_BT, kernel)
+  call, kinds = calls(q, do, runs_BT, kernel)
   q, do = _fill(call, (q,), (do,))
   documents = gpu_documents.of_rows(runs_BT, call)
   found = []
@@ -195,7 +195,7 @@ def query_cotangent(q, do, r, dz, runs_BT, kernel: Kernel) -> State:
   return _cotangent(found, kinds, dz, None, documents, width, P, call)
 
 
-def _calls(q, v, runs_BT, kernel: Kernel) -> tuple[Call, list[Call]]:
+def calls(q, v, runs_BT, kernel: Kernel) -> tuple[Call, list[Call]]:
   """The call as a whole, and those of the two kinds of parts."""
   B, T, H, width = q.shape
   P = -(-v.shape[-1] // 16) * 16
