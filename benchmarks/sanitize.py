@@ -34,6 +34,7 @@ class Case(NamedTuple):
   states: bool = False
   cuts: tuple[int, ...] = ()
   dtype: str = "bfloat16"
+  F: int = 16
 
 
 # From T = 1024 on time is cut into slices, which has two kernels of its own.
@@ -44,6 +45,7 @@ CASES = (
   Case(1, 150, 1, 80, based=True, cuts=(3, 64, 100)),  # two tiles of values
   Case(1, 1100, 1, 16, based=True, states=True),
   Case(1, 1100, 1, 64, cuts=(500, 501, 1000)),
+  Case(1, 1100, 1, 48, based=True, states=True, cuts=(500, 1000), F=24),
 )
 _SUMMARY = re.compile(r"(ERROR SUMMARY|RACECHECK SUMMARY): (.*)")
 _CLEAN = re.compile(r"^0 (errors|hazards)\b")
@@ -66,7 +68,8 @@ def run_cases() -> None:
   cpu = jax.devices("cpu")[0]
   for case in CASES:
     rng = np.random.default_rng(0)
-    shapes = [(case.B, case.T, case.H, w) for w in (16, 16, case.P, case.P)]
+    widths = (case.F, case.F, case.P, case.P)
+    shapes = [(case.B, case.T, case.H, w) for w in widths]
     arrays = [
       rng.standard_normal(shape).astype(jnp.dtype(case.dtype))
       for shape in shapes
@@ -81,7 +84,9 @@ def run_cases() -> None:
     def call(
       q, k, v, name, case=case, ids_BT=ids_BT, coefficients=coefficients
     ):
-      state = zero_state(case.B, case.H, 16, case.P, coefficients=coefficients)
+      state = zero_state(
+        case.B, case.H, case.F, case.P, coefficients=coefficients
+      )
       found = polynomial_attention(
         q,
         k,

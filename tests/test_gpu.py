@@ -25,9 +25,10 @@ def _inputs(B, T, H, P, F=16, seed=0):
   return [make(key, size) for key, size in zip(keys, sizes, strict=True)]
 
 
-def _states(B, H, P, coefficients):
+def _states(B, H, P, coefficients, F):
   """A state that tokens could have left, and a cotangent of one."""
-  q, k, v, _ = _inputs(B, 70, H, P, seed=5)
+  # Enough of them that Σ sim is not near 0 for any query.
+  q, k, v, _ = _inputs(B, 70 if F == 16 else 300, H, P, F, seed=5)
   _, state = polynomial_attention(
     *(x.astype(jnp.float32) for x in (q, k, v)),
     coefficients=coefficients,
@@ -81,7 +82,7 @@ def _check(B, T, H, P, coefficients, states, F=16):
   q, k, v, do = _inputs(B, T, H, P, F)
   state = dstate = None
   if states:
-    state, dstate = _states(B, H, P, coefficients)
+    state, dstate = _states(B, H, P, coefficients, F)
   run = lambda name: jax.jit(
     functools.partial(_all, name, coefficients=coefficients)
   )
@@ -124,9 +125,67 @@ def test_narrow_features(F):
   _check(2, 200, 3, 64, REBASED, False, F)
 
 
+@pytest.mark.parametrize("coefficients", [REBASED, BASED])
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize(
+  "B, T, H, P, F",
+  [
+    (2, 256, 3, 64, 32),
+    (2, 200, 3, 12, 24),
+    (1, 4104, 2, 80, 32),
+    (2, 330, 3, 48, 64),
+    (1, 2100, 2, 64, 48),
+  ],
+)
+def test_wide_features(B, T, H, P, F, coefficients, states):
+  _check(B, T, H, P, coefficients, states, F)
+
+
+@pytest.mark.parametrize("F", [24, 64])
+@pytest.mark.parametrize("T", [1, 64, 1100])
+def test_wide_features_of_documents(T, F):
+  """float16, against the same in float32 by "xla"."""
+  arrays = [x.astype(jnp.float16) for x in _inputs(2, T, 3, 48, F)]
+  ids_BT = jnp.cumsum(jnp.arange(T) % 300 == 299)[None] + jnp.zeros(
+    (2, 1), jnp.int32
+  )
+
+  def run(name, q, k, v, do):
+    call = functools.partial(
+      polynomial_attention,
+      segment_ids=ids_BT,
+      coefficients=BASED,
+      implementation=name,
+    )
+    o, pull = jax.vjp(call, q, k, v)
+    return o, *pull(do)
+
+  found = jax.jit(functools.partial(run, "gpu"))(*arrays)
+  wide = (x.astype(jnp.float32) for x in arrays)
+  expected = jax.jit(functools.partial(run, "xla"))(*wide)
+  q, k, v, do = arrays
+  dq, dk = _before_cancellation(q, k, v, do, BASED)
+  scales = 0.0, float(dq), float(dk), 0.0
+  for a, b, scale in zip(found, expected, scales, strict=True):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert np.isfinite(a).all()
+    limit = 6e-4 * max(np.linalg.norm(b), scale)  # operands round to 2⁻¹²
+    assert np.linalg.norm(a - b) <= limit
+
+
+@pytest.mark.parametrize(
+  "B, T, F", [(16, 1024, 32), (1, 8192, 32), (2, 700, 64)]
+)
+def test_wide_features_give_the_same_bits(B, T, F):
+  _repeat(100, *_inputs(B, T, 4, 48, F))
+
+
 @pytest.mark.parametrize("B, T", [(64, 1024), (2, 32768)])
 def test_the_same_bits(B, T):
-  q, k, v, do = _inputs(B, T, 12, 64)
+  _repeat(200, *_inputs(B, T, 12, 64))
+
+
+def _repeat(count, q, k, v, do):
   run = jax.jit(
     lambda *x: _all("gpu", *x, None, None, REBASED), donate_argnums=()
   )
@@ -136,7 +195,7 @@ def test_the_same_bits(B, T):
       jnp.logical_and, jax.tree.map(lambda x, y: (x == y).all(), a, b)
     )
   )
-  for _ in range(200):
+  for _ in range(count):
     assert same(first, run(q, k, v, do))
 
 

@@ -43,13 +43,16 @@ def test_every_spec_lowers(name):
   run = _forward_and_backward(kernel, False)
   with tuned.using(tuned.Table("any card")):  # the defaults
     text = _lowered(run, q, k, v, v, None, None)
-  for kernel_name in ("forward", "backward_queries", "backward_keys"):
-    assert f"polynomial_{kernel_name}" in text
+  prefixes = ("",) if spec.F <= 16 else ("part_", "pair_")
+  for prefix in prefixes:
+    for kernel_name in ("forward", "backward_queries", "backward_keys"):
+      assert f"polynomial_{prefix}{kernel_name}" in text
   # Long rows of few heads are cut, and then need their slices' states.
-  cut = tuned.DEFAULT.programs // 2 >= spec.B * spec.H
-  assert ("polynomial_key_state" in text) == cut
-  assert ("polynomial_query_cotangent" in text) == cut
-  if spec.P % 16 == 0:
+  cut = tuned.DEFAULT.programs // 2 >= spec.B * spec.H * len(prefixes)
+  for prefix in prefixes:
+    assert (f"polynomial_{prefix}key_state" in text) == cut
+    assert (f"polynomial_{prefix}query_cotangent" in text) == cut
+  if spec.P % 16 == 0 and spec.F <= 16:
     for width in (spec.F, spec.P):
       copy = f"tensor<{spec.B}x{spec.H}x{spec.T}x{width}x"
       assert copy not in text, "a transposed copy"
@@ -58,18 +61,19 @@ def test_every_spec_lowers(name):
       assert not padded, "a padded copy"
 
 
-@pytest.mark.parametrize("T", [1, 63, 520])
-def test_states_lower(T):
+@pytest.mark.parametrize("T, F", [(1, 16), (63, 16), (520, 16), (1030, 24)])
+def test_states_lower(T, F):
   spec = _EACH["based-360m"]
   kernel = Kernel(spec.coefficients.scaled(0.25), 1e-6)
-  q = ShapeDtypeStruct((2, T, 3, 16), jnp.bfloat16)
+  q = ShapeDtypeStruct((2, T, 3, F), jnp.bfloat16)
   v = ShapeDtypeStruct((2, T, 3, 40), jnp.bfloat16)
   state = jax.eval_shape(
-    lambda: zero_state(2, 3, 16, 40, coefficients=spec.coefficients)
+    lambda: zero_state(2, 3, F, 40, coefficients=spec.coefficients)
   )
   run = _forward_and_backward(kernel, True)
   text = _lowered(run, q, q, v, v, state, state)
-  assert "polynomial_backward_keys" in text
+  assert ("polynomial_backward_keys" in text) == (F == 16)
+  assert ("polynomial_pair_backward_keys" in text) == (F > 16)
   shapes = jax.eval_shape(run, q, q, v, v, state, state)
   assert jax.tree.map(jnp.shape, shapes[1]) == jax.tree.map(jnp.shape, state)
   assert shapes[0].shape == v.shape and shapes[2].shape == q.shape
@@ -78,7 +82,7 @@ def test_states_lower(T):
 @pytest.mark.parametrize(
   "change, word",
   [
-    (dict(F=24), "F=24"),
+    (dict(F=65), "F=65"),
     (dict(P=129), "P=129"),
     (dict(dtype=jnp.float32), "float32"),
     (dict(eps=0.0), "eps"),

@@ -37,4 +37,6 @@ SPECS: tuple[ArgSpec, ...] = (
   ArgSpec("mqar-512", 64, 512, 12, 16, 42),
   ArgSpec("pile-157m", 8, 4096, 64, 16, 12),
   ArgSpec("based-360m", 8, 2048, 16, 16, 64, BASED, "arXiv 2402.18668"),
+  ArgSpec("wide-32", 8, 4096, 8, 32, 64),
+  ArgSpec("wide-64", 8, 4096, 16, 64, 48),
 )
