@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.polynomial import (
   gpu_backward,
+  gpu_call,
   gpu_common,
   gpu_documents,
   gpu_forward,
@@ -161,7 +162,7 @@ def _call(q, v, runs_BT, kernel: Kernel) -> Call:
   square = not kernel.coefficients.affine
   shape = tuned.Shape(B * H, T, gpu_common.F, P, square)
   programs = shape.programs(tuned.here().sizes(shape))
-  return gpu_common.make_call(
+  return gpu_call.make_call(
     B, T, H, P, kernel, q.dtype, programs, segments=runs_BT is not None
   )
 

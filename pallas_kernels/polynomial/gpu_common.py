@@ -28,8 +28,6 @@ A part (i, i) has the features above, of x_i, and c0 / m for c0; a pair has
 x_i ∘ (x_j Π_r), r = 0 … 15, in two halves of 8 blocks. See `gpu_wide.py`.
 """
 
-import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -39,13 +37,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.polynomial.passes import Kernel
+from pallas_kernels.polynomial.gpu_call import CYCLIC, C, Call, F, V
 
-C = 64  # tokens of a chunk
-F = 16  # query and key features
-V = 64  # value width of the tiles; narrower values leave zeros
-CYCLIC = F // 2 + 1  # blocks
-PAIR = F // 2  # blocks of a half of a pair's
 GROUP = 2  # blocks at a time, where features are made
 TILE = 32  # columns of a tile of scores at a time
 LAYOUT = plgpu.Layout.WGMMA
@@ -55,105 +48,6 @@ COLUMNS = LAYOUT.reduce(0)
 
 SWIZZLE_32 = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32))
 SWIZZLE_128 = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-  """The static part of one kernel launch."""
-
-  B: int
-  T: int
-  H: int
-  P: int  # of v in memory: a multiple of 16, up to 128
-  square: float  # σ
-  c1: float
-  c0: float
-  eps: float
-  slices: int  # of time, each a program of its own
-  chunks: int  # of a slice
-  dtype: Any  # of the operands
-  segments: bool
-  by_shared: bool  # operands reach the tensor core through shared memory
-  stages: int = 2  # of the inputs' copies
-  m: int = 1  # queries and keys are m F wide
-  pairs: bool = False  # the parts are halves of pairs i < j, not the m (i, i)
-
-  @property
-  def tiles(self) -> int:
-    """Of the values, V wide."""
-    return -(-self.P // V)
-
-  @property
-  def width(self) -> int:
-    """Of a tile of values in memory."""
-    return min(self.P, V)
-
-  @property
-  def parts(self) -> int:
-    """Of a tile's features."""
-    return self.m * (self.m - 1) if self.pairs else self.m
-
-  @property
-  def prefix(self) -> str:
-    """Of the kernels' names."""
-    return "pair_" if self.pairs else "part_" if self.m > 1 else ""
-
-  @property
-  def heads(self) -> int:
-    """That are walked, of a row."""
-    return self.H * self.tiles * self.parts
-
-  @property
-  def shrink(self) -> float:
-    """What the tensor core's copy of a state is multiplied by."""
-    return 2.0**-self._range
-
-  @property
-  def grow(self) -> float:
-    """What g and dz are multiplied by."""
-    return 2.0 ** (self._range // 2)
-
-  @property
-  def _range(self) -> int:
-    return math.ceil(math.log2(self.T)) if self.dtype == jnp.float16 else 0
-
-  @property
-  def blocks(self) -> int:
-    if self.pairs:
-      return PAIR
-    return CYCLIC + (self.c1 != 0) + (self.c0 != 0)
-
-  @property
-  def E(self) -> int:
-    return F * self.blocks
-
-  def groups(self, size: int) -> list[range]:
-    """The blocks, a few at a time, so that they fit the registers."""
-    steps = range(0, self.blocks, size)
-    return [range(r, min(r + size, self.blocks)) for r in steps]
-
-  @property
-  def rows(self) -> int:
-    """T of the arrays in memory, a multiple of 8."""
-    return -(-self.T // 8) * 8
-
-  @property
-  def total(self) -> int:
-    """Chunks of a row."""
-    return -(-self.T // C)
-
-  @property
-  def halves(self) -> "Call":
-    """Slices half as long, for a program that walks twice as many heads."""
-    chunks = self.chunks // 2
-    return dataclasses.replace(
-      self, chunks=chunks, slices=-(-self.total // chunks)
-    )
-
-  @property
-  def affine(self) -> bool:
-    """Whether sim' is more than the square."""
-    return bool(self.c0 or self.c1)
 
 
 class Place(NamedTuple):
@@ -205,53 +99,11 @@ class Work(NamedTuple):
   count: Any  # tokens of the state before the slice
 
 
-def make_call(
-  B, T, H, P, kernel: Kernel, dtype, programs: int, *, segments: bool
-) -> Call:
-  """Cuts time into slices where heads leave half of the device idle."""
-  c0, c1, c2 = dataclasses.astuple(kernel.coefficients)
-  square = 1.0
-  if dtype == jnp.float16:
-    square = 2.0 ** round(math.log2(c2))
-  call = Call(
-    B,
-    T,
-    H,
-    P,
-    square,
-    square * c1 / c2,
-    square * c0 / c2,
-    square * kernel.eps / c2,
-    slices=1,
-    chunks=-(-T // C),
-    dtype=dtype,
-    segments=segments,
-    by_shared=kernel.by_shared,
-  )
-  return cut(call, programs)
-
-
-def cut(call: Call, programs: int) -> Call:
-  """Slices of time for about as many programs."""
-  total = call.total
-  slices = max(1, min(programs // (call.B * call.heads), total // 8))
-  chunks = -(-total // slices)
-  if slices > 1:
-    chunks += chunks % 2  # `halves` are as long
-  return dataclasses.replace(call, slices=-(-total // chunks), chunks=chunks)
-
-
 def fill(x_BTHX, tokens: int, width: int):
   """Zeros up to a multiple of `tokens`, and a width; no copy where it fits."""
   pad = ((0, 0), (0, -x_BTHX.shape[1] % tokens), (0, 0))
   pad = (*pad, (0, width - x_BTHX.shape[-1]))
   return x_BTHX if not any(after for _, after in pad) else jnp.pad(x_BTHX, pad)
-
-
-def of_parts(call: Call, m: int, *, pairs: bool) -> Call:
-  """The call of one kind of the parts of queries and keys m F wide."""
-  c1, c0 = (0.0, 0.0) if pairs else (call.c1, call.c0 / m)
-  return dataclasses.replace(call, m=m, pairs=pairs, c1=c1, c0=c0)
 
 
 def rolls(blocks: range = range(CYCLIC)) -> np.ndarray:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.polynomial import gpu_common as common
+from pallas_kernels.polynomial.gpu_call import PAIR
 from pallas_kernels.polynomial.gpu_common import (
   LAYOUT,
   C,
@@ -140,10 +141,7 @@ def launch(call: common.Call, parts: Parts, what: Launch) -> list:
   )
   table = common.rolls()
   if call.pairs:
-    halves = (
-      range(half * common.PAIR, F - (1 - half) * common.PAIR)
-      for half in range(2)
-    )
+    halves = (range(half * PAIR, F - (1 - half) * PAIR) for half in range(2))
     table = np.stack([common.rolls(blocks) for blocks in halves])
   table = jnp.asarray(table, call.dtype)
   return kernel(
@@ -176,7 +174,7 @@ def _scratch(call: common.Call, what: Launch, N: int, *, alone: bool) -> dict:
   )
   rolls = common.smem(call, F, common.CYCLIC * F)
   if call.pairs:
-    rolls = common.smem(call, 2, F, common.PAIR * F)
+    rolls = common.smem(call, 2, F, PAIR * F)
   tiles = {}
   for name, shape, swizzle in what.tiles:
     if swizzle is None:

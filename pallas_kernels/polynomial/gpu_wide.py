@@ -29,6 +29,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels.polynomial import (
+  gpu_call,
   gpu_common,
   gpu_documents,
   gpu_parts,
@@ -200,16 +201,16 @@ def calls(q, v, runs_BT, kernel: Kernel) -> tuple[Call, list[Call]]:
   B, T, H, width = q.shape
   P = -(-v.shape[-1] // 16) * 16
   m = -(-width // F)
-  call = gpu_common.make_call(
+  call = gpu_call.make_call(
     B, T, H, P, kernel, q.dtype, 1, segments=runs_BT is not None
   )
   shape = tuned.Shape(B * H, T, m * F, P, not kernel.coefficients.affine)
   sizes = tuned.here().sizes(shape)
   kinds = []
   for pairs in (False, True):
-    kind = gpu_common.of_parts(call, m, pairs=pairs)
+    kind = gpu_call.of_parts(call, m, pairs=pairs)
     walks = dataclasses.replace(shape, heads=B * H * kind.parts)
-    kinds.append(gpu_common.cut(kind, walks.programs(sizes)))
+    kinds.append(gpu_call.cut(kind, walks.programs(sizes)))
   return call, kinds
 
 

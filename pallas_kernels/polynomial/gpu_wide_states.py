@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.polynomial import spec
-from pallas_kernels.polynomial.gpu_common import CYCLIC, PAIR, Call, F, V, times
+from pallas_kernels.polynomial.gpu_call import CYCLIC, PAIR, Call, F, V
+from pallas_kernels.polynomial.gpu_common import times
 from pallas_kernels.polynomial.spec import State
 
 
