@@ -23,9 +23,10 @@ P = 64 take 1,040, 800 and 1,408 bytes; F = 64 and P = 48 take 3,136, 3,712 and
 """
 
 import dataclasses
+import functools
 import itertools
 
-from jax import Array
+from jax import Array, lax
 import jax.numpy as jnp
 
 from pallas_kernels.polynomial import (
@@ -62,7 +63,7 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
       q, k, v, rows, before, kind, state=return_state and alone
     )
     num_BHTP += _values(num, kind)
-    z_BHT += _once(z, kind).sum(axis=2)
+    z_BHT += _add(_once(z, kind), 2)
     if return_state:
       found.append(
         [x[-1] for x in after]
@@ -116,10 +117,10 @@ def backward_queries(q, k, v, do, runs_BT, state, kernel: Kernel):
     rows = documents.rows(kind, past=True)
     *wide, z, num = gpu_parts.backward_queries(q, k, v, do, rows, before, kind)
     n = len(wide) // 2
-    dnums += [_split(x, kind).sum(axis=2) for x in wide[:n]]
+    dnums += [_add(_split(x, kind), 2) for x in wide[:n]]
     ddens += [_once(x, kind) for x in wide[n:]]
-    num_BHT += _split(num, kind).sum(axis=(2, 3))
-    z_BHT += _once(z, kind).sum(axis=2)
+    num_BHT += _add(_add(_split(num, kind), 3), 2)
+    z_BHT += _add(_once(z, kind), 2)
   q, k, v, do = map(_chunks, (q, k, v, do))
   a, dsim, seen = _scores(q, k), _scores(do, v), _seen(runs_BT, call)
   sim = jnp.where(seen, gpu_common.polynomial(a, call), 0)
@@ -155,7 +156,7 @@ def backward_keys(
       q, k, v, do, rows, after, kind, state=return_state and alone
     )
     *dk, dv = outs[: 2 + kind.pairs]
-    dks += [_split(x, kind).sum(axis=2) for x in dk]
+    dks += [_add(_split(x, kind), 2) for x in dk]
     dv_BHTP += _values(dv, kind)
     if return_state:
       found.append(
@@ -267,6 +268,14 @@ def _split(x: Array, kind: Call) -> Array:
   return x.reshape(kind.B, kind.H, kind.tiles, kind.parts, *x.shape[2:])
 
 
+def _add(x: Array, axis: int) -> Array:
+  """The sum over a short axis, which XLA fuses with what follows."""
+  each = (
+    lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])
+  )
+  return functools.reduce(jnp.add, each)
+
+
 def _once(x: Array, kind: Call) -> Array:
   """(B, H, parts, …) of what all tiles of the values have alike."""
   return _split(x, kind)[:, :, 0]
@@ -274,7 +283,7 @@ def _once(x: Array, kind: Call) -> Array:
 
 def _values(x: Array, kind: Call) -> Array:
   """(B, heads, T, width) → (B, H, T, P), over the parts."""
-  x = _split(x, kind).sum(axis=3)
+  x = _add(_split(x, kind), 3)
   x = jnp.moveaxis(x, 2, 3)
   return x.reshape(*x.shape[:3], -1)[..., : kind.P]
 
