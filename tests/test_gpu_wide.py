@@ -8,7 +8,7 @@ import polynomial_oracle as po
 import pytest
 
 from pallas_kernels import BASED, REBASED, _compat, zero_state
-from pallas_kernels.polynomial import sharded, spec, tuned, xla_chunked
+from pallas_kernels.polynomial import sharded, spec, tuned
 from pallas_kernels.polynomial.passes import Kernel
 
 if not _compat.has_mosaic_gpu():
@@ -111,42 +111,3 @@ def test_states_go_into_parts_and_back(F, P, coefficients, cotangent):
 
   for a, b in zip(there_and_back(state), state, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)  # halves are added in float32
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("T", [130, 1100])
-def test_sums_alone(T):
-  """The passes that split time over devices, against "xla"."""
-  kernel = Kernel(BASED.scaled(0.25), 1e-6, by_shared=True)
-  borders = "random" if T > 1000 else "none"
-  x = make_inputs(1, T, 1, 24, 16, borders=borders, dtype="bfloat16")
-  q, k, v, do = (jnp.asarray(y) for y in (*x[:3], x.do_BTHP))
-  runs_BT = None if x.ids_BT is None else spec.document_runs(x.ids_BT)
-  across = jax.random.normal(jax.random.key(1), (1, T, 1, 2))
-  r_BTH, dz_BTH = 0.01 * (across**2)[..., 0], 0.01 * across[..., 1]
-  wide = [y.astype(jnp.float32) for y in (q, k, v, do)]
-  expected = (
-    xla_chunked.key_state(*wide[1:3], runs_BT, kernel),
-    xla_chunked.query_cotangent(
-      wide[0], wide[3], r_BTH, dz_BTH, runs_BT, kernel
-    ),
-  )
-  # The kernels divide sim by c2, and hold r and dz as (B, H, whole chunks).
-  rows = lambda y: (
-    kernel.coefficients.c2
-    * jnp.pad(jnp.moveaxis(y, 2, 1), ((0, 0), (0, 0), (0, -T % 64)))
-  )
-  with (
-    tuned.using(tuned.Table("any card")),
-    plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),
-  ):
-    found = (
-      gpu.key_state(k, v, runs_BT, kernel),
-      gpu.query_cotangent(q, do, rows(r_BTH), rows(dz_BTH), runs_BT, kernel),
-    )
-    found = jax.tree.map(np.asarray, found)
-  for a, b in zip(
-    jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
-  ):
-    error = np.linalg.norm(np.float64(a) - np.float64(b))
-    assert error <= _TOLERANCE["bfloat16"] * np.linalg.norm(b)

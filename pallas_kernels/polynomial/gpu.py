@@ -4,6 +4,8 @@ Where batch × heads leave the card idle, time is cut into slices. Each slice's
 own state comes first, from its keys alone; their prefix sums, a state a head,
 are what the slices of the main kernel start from. The backward does the same
 with the cotangents, from the end.
+
+More than 16 features are done by `gpu_wide.py`.
 """
 
 from jax import Array
