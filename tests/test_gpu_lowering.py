@@ -47,12 +47,14 @@ def test_every_spec_lowers(name):
   for prefix in prefixes:
     for kernel_name in ("forward", "backward_queries", "backward_keys"):
       assert f"polynomial_{prefix}{kernel_name}" in text
+  for kernel_name in ("forward", "queries", "keys"):
+    assert (f"polynomial_chunk_{kernel_name}" in text) == (spec.F > 16)
   # Long rows of few heads are cut, and then need their slices' states.
   cut = tuned.DEFAULT.programs // 2 >= spec.B * spec.H * len(prefixes)
   for prefix in prefixes:
     assert (f"polynomial_{prefix}key_state" in text) == cut
     assert (f"polynomial_{prefix}query_cotangent" in text) == cut
-  if spec.P % 16 == 0 and spec.F <= 16:
+  if spec.P % 16 == 0:
     for width in (spec.F, spec.P):
       copy = f"tensor<{spec.B}x{spec.H}x{spec.T}x{width}x"
       assert copy not in text, "a transposed copy"

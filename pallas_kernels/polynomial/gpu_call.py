@@ -1,6 +1,7 @@
 """One launch of a Hopper kernel: its static part, and the sizes of a chunk."""
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -154,3 +155,8 @@ def of_parts(call: Call, m: int, *, pairs: bool) -> Call:
   """The call of one kind of the parts of queries and keys m F wide."""
   c1, c0 = (0.0, 0.0) if pairs else (call.c1, call.c0 / m)
   return dataclasses.replace(call, m=m, pairs=pairs, c1=c1, c0=c0)
+
+
+def pairs_of(m: int) -> list[tuple[int, int]]:
+  """(i, j), i < j, in the order of the parts."""
+  return list(itertools.combinations(range(m), 2))

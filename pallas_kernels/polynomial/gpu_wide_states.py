@@ -18,7 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.polynomial import spec
-from pallas_kernels.polynomial.gpu_call import CYCLIC, PAIR, Call, F, V
+from pallas_kernels.polynomial.gpu_call import (
+  CYCLIC,
+  PAIR,
+  Call,
+  F,
+  V,
+  pairs_of,
+)
 from pallas_kernels.polynomial.gpu_common import times
 from pallas_kernels.polynomial.spec import State
 
@@ -81,7 +88,7 @@ def _kk_parts(kk, kind: Call, width: int, cotangent: bool) -> Array:
   square = jnp.pad(square, ((0, 0), (0, 0), (0, more), (0, more)))
   square = square.reshape(*kk.shape[:2], m, F, m, F)
   own = [(i, i) for i in range(m)]
-  at = np.repeat(_pairs(m), 2, axis=0) if kind.pairs else own
+  at = np.repeat(pairs_of(m), 2, axis=0) if kind.pairs else own
   rows = [jnp.stack([square[:, :, i, :, j] for i, j in at], axis=2)]
   if not kind.pairs and kk.shape[-1] > width:
     line = kk[:, :, width:, :width] + kk[:, :, :width, width:].mT
@@ -136,7 +143,7 @@ def from_parts(
 def _kk(kks: list, own: Call, width: int, count_BH, cotangent: bool) -> Array:
   m = own.m
   blocks = {(i, i): kks[0][:, :, i, :F] for i in range(m)}
-  for n, (i, j) in enumerate(_pairs(m)):
+  for n, (i, j) in enumerate(pairs_of(m)):
     blocks[i, j] = kks[1][:, :, 2 * n, :F]
     blocks[j, i] = blocks[i, j].mT
   lines = [
@@ -169,10 +176,6 @@ def with_skew(
   return state._replace(kv_BHEP=state.kv_BHEP.at[:, :, block].add(skew))
 
 
-def _pairs(m: int) -> list:
-  return list(itertools.combinations(range(m), 2))
-
-
 class _Tables(NamedTuple):
   """Where the products of one layout are in the other, and their shares."""
 
@@ -192,7 +195,7 @@ def _tables(width: int, m: int) -> _Tables:
     places.setdefault(key, []).append(r * width + a)
   parts = [(i, i, range(CYCLIC)) for i in range(m)]
   halves = range(PAIR), range(PAIR, F)
-  parts += [(i, j, half) for i, j in _pairs(m) for half in halves]
+  parts += [(i, j, half) for i, j in pairs_of(m) for half in halves]
   found, columns = {}, []
   numbers = itertools.count()
   for i, j, blocks in parts:
