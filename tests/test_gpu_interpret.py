@@ -34,8 +34,10 @@ def _inputs(T, P, dtype, F=16):
 def _all(passes, kernel, arrays, runs_BT, state, dstate):
   """o, the final state and every gradient."""
   q, k, v, do = arrays
-  o, after = passes.forward(q, k, v, runs_BT, state, kernel, return_state=True)
-  dq, r, dz = passes.backward_queries(q, k, v, do, runs_BT, state, kernel)
+  o, after, kept = passes.forward(
+    q, k, v, runs_BT, state, kernel, return_state=True
+  )
+  dq, r, dz = passes.backward_queries(q, k, v, do, runs_BT, kept, kernel)
   dk, dv, before = passes.backward_keys(
     q, k, v, do, r, dz, runs_BT, dstate, kernel, return_state=True
   )
@@ -62,7 +64,7 @@ def test_interpreted_kernels(T, P, coefficients, dtype, borders):
     runs_BT = spec.document_runs(jnp.cumsum(steps, axis=1))
   wide = [x.astype(jnp.float32) for x in arrays]
   reference = functools.partial(_all, xla_chunked, kernel)
-  _, state = xla_chunked.forward(
+  _, state, _ = xla_chunked.forward(
     *(x[:, ::-1] for x in wide[:3]), None, None, kernel, return_state=True
   )
   dstate = jax.tree.map(jnp.cos, state)

@@ -24,8 +24,10 @@ def _lowered(function, *arrays) -> str:
 
 def _forward_and_backward(kernel, states):
   def run(q, k, v, do, state, dstate):
-    o, after = gpu.forward(q, k, v, None, state, kernel, return_state=states)
-    dq, r, dz = gpu.backward_queries(q, k, v, do, None, state, kernel)
+    o, after, kept = gpu.forward(
+      q, k, v, None, state, kernel, return_state=states
+    )
+    dq, r, dz = gpu.backward_queries(q, k, v, do, None, kept, kernel)
     dk, dv, before = gpu.backward_keys(
       q, k, v, do, r, dz, None, dstate, kernel, return_state=states
     )

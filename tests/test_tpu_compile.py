@@ -58,8 +58,10 @@ def compiled(mesh: Mesh, function, *arrays) -> str:
 
 def passes(kernel: Kernel, states: bool):
   def run(q, k, v, do, runs, state, dstate):
-    o, after = tpu.forward(q, k, v, runs, state, kernel, return_state=states)
-    dq, r, dz = tpu.backward_queries(q, k, v, do, runs, state, kernel)
+    o, after, kept = tpu.forward(
+      q, k, v, runs, state, kernel, return_state=states
+    )
+    dq, r, dz = tpu.backward_queries(q, k, v, do, runs, kept, kernel)
     dk, dv, before = tpu.backward_keys(
       q, k, v, do, r, dz, runs, dstate, kernel, return_state=states
     )

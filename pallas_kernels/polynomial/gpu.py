@@ -51,7 +51,7 @@ def supports(
 
 
 def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
-  """o_BTHP and the state after the last token, if asked for."""
+  """o_BTHP, the state after the last token, if asked for, and what is kept."""
   if q.shape[-1] > gpu_common.F:
     return gpu_wide.forward(
       q, k, v, runs_BT, state, kernel, return_state=return_state
@@ -60,7 +60,7 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
   call = _call(q, v, runs_BT, kernel)
   q, k, v = _fill(q, k, v)
   documents = gpu_documents.of_rows(runs_BT, call)
-  before, own = _prefix(k, v, documents, state, call)
+  before = _prefix(k, v, documents, state, call)
   alone = call.slices == 1
   rows = documents.rows(call, past=True)
   o, *after = gpu_forward.forward(
@@ -68,17 +68,14 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
   )
   o = o[:, :T, :, :P]
   if not return_state:
-    return o, None
-  if not alone:
-    after = gpu_slices.behind(before[:2], own, documents.whole(call), -1)
-  else:
-    after = [x[-1] for x in after]
+    return o, None, before
+  after = [x[-1] for x in (after if alone else before[:2])]
   count_BH = gpu_documents.count(runs_BT, call)
   if state is not None and kernel.coefficients.affine:
     corner_BH = state.kk_BHGG[:, :, -1, -1]
     count_BH = gpu_slices.add(count_BH, corner_BH, documents.all_B)
   found = gpu_states.from_kernel(*after, count_BH, P, call)
-  return o, with_skew(found, state, documents.all_B)
+  return o, with_skew(found, state, documents.all_B), before
 
 
 def key_state(k, v, runs_BT, kernel: Kernel) -> State:
@@ -88,21 +85,19 @@ def key_state(k, v, runs_BT, kernel: Kernel) -> State:
   call = _call(k, v, runs_BT, kernel)
   _, filled_k, filled_v = _fill(k, k, v)
   documents = gpu_documents.of_rows(runs_BT, call)
-  own = gpu_slices.own_keys(filled_k, filled_v, documents, call)
-  kv, kk = (gpu_slices.last(x, documents.whole(call)) for x in own)
+  kv, kk = gpu_slices.behind_keys(filled_k, filled_v, documents, call)
   count_BH = gpu_documents.count(runs_BT, call)
   return gpu_states.from_kernel(kv, kk, count_BH, v.shape[-1], call)
 
 
-def backward_queries(q, k, v, do, runs_BT, state, kernel: Kernel):
+def backward_queries(q, k, v, do, runs_BT, before, kernel: Kernel):
   """dq_BTHF; and r, dz, (B, heads, T filled up) float32."""
   if q.shape[-1] > gpu_common.F:
-    return gpu_wide.backward_queries(q, k, v, do, runs_BT, state, kernel)
+    return gpu_wide.backward_queries(q, k, v, do, runs_BT, before, kernel)
   _, T, _, F = q.shape
   call = _call(q, v, runs_BT, kernel)
   q, k, v, do = _fill(q, k, v, do)
   documents = gpu_documents.of_rows(runs_BT, call)
-  before, _ = _prefix(k, v, documents, state, call)
   rows = documents.rows(call, past=True)
   dq, r, dz = gpu_backward.backward_queries(q, k, v, do, rows, before, call)
   if call.tiles > 1:
@@ -126,7 +121,7 @@ def backward_keys(
   q, k, v, do = _fill(q, k, v, do)
   documents = gpu_documents.of_rows(runs_BT, call)
   rows = dict(r=r, dz=dz) | documents.rows(call)
-  after, own = _suffix(q, do, rows, documents, dstate, call)
+  after = _suffix(q, do, rows, documents, dstate, call)
   alone = call.slices == 1
   dk, dv, *before = gpu_backward.backward_keys(
     q, k, v, do, rows, after, call, state=return_state and alone
@@ -136,10 +131,7 @@ def backward_keys(
   dk, dv = dk[:, :T, :, :F], dv[:, :T, :, :P]
   if not return_state:
     return dk, dv, None
-  if not alone:
-    before = gpu_slices.behind(after, own, documents.whole(call), 0)
-  else:
-    before = [x[0] for x in before]
+  before = [x[0] for x in (before if alone else after)]
   return dk, dv, _cotangent(*before, dz, dstate, documents, P, call)
 
 
@@ -152,9 +144,7 @@ def query_cotangent(q, do, r, dz, runs_BT, kernel: Kernel) -> State:
   q, _, do = _fill(q, q, do)
   documents = gpu_documents.of_rows(runs_BT, call)
   rows = dict(r=r, dz=dz) | documents.rows(call)
-  own = gpu_slices.own_queries(q, do, rows, documents, call)
-  backwards = gpu_slices.reverse(documents.whole(call))
-  kv, kk = (gpu_slices.last(gpu_slices.reverse(x), backwards) for x in own)
+  kv, kk = gpu_slices.before_queries(q, do, rows, documents, call)
   return _cotangent(kv, kk, dz, None, documents, P, call)
 
 
@@ -192,8 +182,6 @@ def _over_tiles(x_BTHF: Array, call: Call) -> Array:
 
 def _prefix(k, v, documents: Documents, state: State | None, call: Call):
   """`gpu_slices.prefix`; () where all that is before is 0."""
-  if state is None and call.slices == 1:
-    return (), None
   outer, count_BH = None, jnp.zeros((call.B, call.H), jnp.float32)
   if state is not None:
     outer = gpu_states.to_kernel(state, call)

@@ -118,7 +118,7 @@ def launch(call: common.Call, parts: Parts, what: Launch) -> list:
       _state,
       before=states[:2],
       after=outs[len(what.outs) :],
-      shrink=1.0 if what.left else call.shrink,
+      left=what.left,
     )
     exists = lax.axis_index("n") * N + p < call.B * call.heads
     if alone:
@@ -263,14 +263,15 @@ def _output(work: Work, parts: Parts, order, fetch) -> None:
 
 
 def _state(
-  work: Work, parts: Parts, order, fetch, *, before, after, shrink: float
+  work: Work, parts: Parts, order, fetch, *, before, after, left: bool
 ) -> None:
   """The warpgroup that keeps the state."""
   call, here, shared = work.call, work.here, work.shared
   p, stages, alone = here.p, call.stages, parts.within is None
+  shrink = 1.0 if left else call.shrink
   shared.wide[...] = common.zeros((C, V), call.dtype)
   plgpu.commit_smem()
-  state = _load(before, here, call)
+  state = _load(before, here, call, left=left)
   if alone:
     for i in range(stages):
       pl.when(i < here.chunks)(functools.partial(fetch, order(i), i))
@@ -303,12 +304,17 @@ def _state(
     after[1][here.at] = kk
 
 
-def _load(refs, here: Place, call: common.Call):
-  """(KVᵀ, KK) in registers."""
+def _load(refs, here: Place, call: common.Call, *, left: bool):
+  """(KVᵀ, KK) in registers.
+
+  Arrays of all borders have one more than there are slices.
+  """
   if not refs:
     return common.zeros((V, call.E)), common.zeros((V, F))
+  behind = refs[0].shape[0] - call.slices if left else 0
+  at = (here.s + behind, *here.at[1:])
   load = functools.partial(plgpu.load, layout=LAYOUT, optimized=False)
-  return load(refs[0].at[here.at]), load(refs[1].at[here.at])
+  return load(refs[0].at[at]), load(refs[1].at[at])
 
 
 def _kept(work: Work, slot, state):

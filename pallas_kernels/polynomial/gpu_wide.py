@@ -48,15 +48,15 @@ f32 = jnp.float32
 
 
 def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
-  """o_BTHP and the state after the last token, if asked for."""
+  """o_BTHP, the state after the last token, if asked for, and what is kept."""
   _, T, _, width = q.shape
   P = v.shape[-1]
   call, kinds = calls(q, v, runs_BT, kernel)
   q, k, v = _fill(call, (q, k), (v,))
   documents = gpu_documents.of_rows(runs_BT, call)
   sums, z_BHT, found = [], jnp.float32(0), []
-  for kind in kinds:
-    before, own = _prefix(k, v, documents, state, width, kind)
+  befores = [_prefix(k, v, documents, state, width, kind) for kind in kinds]
+  for kind, before in zip(kinds, befores, strict=True):
     rows, alone = documents.rows(kind, past=True), kind.slices == 1
     num, z, *after = gpu_parts.forward(
       q, k, v, rows, before, kind, state=return_state and alone
@@ -64,16 +64,12 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
     sums.append(num)
     z_BHT += _add(_once(z, kind), 2)
     if return_state:
-      found.append(
-        [x[-1] for x in after]
-        if alone
-        else gpu_slices.behind(before[:2], own, documents.whole(kind), -1)
-      )
+      found.append([x[-1] for x in (after if alone else before[:2])])
   rows = dict(z=z_BHT) | documents.rows(call)
   (o,) = gpu_chunks.forward(q, k, v, rows, sums, kinds[0].m, call)
   o = o[:, :T, :, :P]
   if not return_state:
-    return o, None
+    return o, None, befores
   count_BH = gpu_documents.count(runs_BT, call)
   if state is not None and call.affine:
     corner_BH = state.kk_BHGG[:, :, -1, -1]
@@ -81,7 +77,8 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
   after = gpu_wide_states.from_parts(
     found, kinds, width, P, count_BH, cotangent=False
   )
-  return o, gpu_wide_states.with_skew(after, state, documents.all_B, width)
+  after = gpu_wide_states.with_skew(after, state, documents.all_B, width)
+  return o, after, befores
 
 
 def key_state(k, v, runs_BT, kernel: Kernel) -> State:
@@ -92,23 +89,21 @@ def key_state(k, v, runs_BT, kernel: Kernel) -> State:
   documents = gpu_documents.of_rows(runs_BT, call)
   found = []
   for kind in kinds:
-    own, whole = gpu_slices.own_keys(k, v, documents, kind), documents.whole
-    found.append([gpu_slices.last(x, whole(kind)) for x in own])
+    found.append(gpu_slices.behind_keys(k, v, documents, kind))
   count_BH = gpu_documents.count(runs_BT, call)
   return gpu_wide_states.from_parts(
     found, kinds, width, P, count_BH, cotangent=False
   )
 
 
-def backward_queries(q, k, v, do, runs_BT, state, kernel: Kernel):
+def backward_queries(q, k, v, do, runs_BT, befores, kernel: Kernel):
   """dq_BTHF; and r, dz, (B, H, T filled up) float32."""
   _, T, _, width = q.shape
   call, kinds = calls(q, v, runs_BT, kernel)
   q, k, v, do = _fill(call, (q, k), (v, do))
   documents = gpu_documents.of_rows(runs_BT, call)
   sums, num_BHT, z_BHT = [], jnp.float32(0), jnp.float32(0)
-  for kind in kinds:
-    before, _ = _prefix(k, v, documents, state, width, kind)
+  for kind, before in zip(kinds, befores, strict=True):
     rows = documents.rows(kind, past=True)
     *wide, z, num = gpu_parts.backward_queries(q, k, v, do, rows, before, kind)
     sums += wide
@@ -136,17 +131,13 @@ def backward_keys(
     outer = None
     if dstate is not None:
       outer = gpu_wide_states.to_parts(dstate, kind, width, cotangent=True)
-    after, own = gpu_slices.suffix(q, do, rows, documents, outer, kind)
+    after = gpu_slices.suffix(q, do, rows, documents, outer, kind)
     outs = gpu_parts.backward_keys(
       q, k, v, do, rows, after, kind, state=return_state and alone
     )
     sums += outs[: 2 + kind.pairs]
     if return_state:
-      found.append(
-        [x[0] for x in outs[2 + kind.pairs :]]
-        if alone
-        else gpu_slices.behind(after, own, documents.whole(kind), 0)
-      )
+      found.append([x[0] for x in (outs[2 + kind.pairs :] if alone else after)])
   dbefore = None
   if return_state:
     dbefore = _cotangent(found, kinds, dz, dstate, documents, width, P, call)
@@ -164,11 +155,7 @@ def query_cotangent(q, do, r, dz, runs_BT, kernel: Kernel) -> State:
   found = []
   for kind in kinds:
     rows = _across(r, dz, call) | documents.rows(kind)
-    own = gpu_slices.own_queries(q, do, rows, documents, kind)
-    backwards = gpu_slices.reverse(documents.whole(kind))
-    found.append(
-      [gpu_slices.last(gpu_slices.reverse(x), backwards) for x in own]
-    )
+    found.append(gpu_slices.before_queries(q, do, rows, documents, kind))
   return _cotangent(found, kinds, dz, None, documents, width, P, call)
 
 
@@ -202,8 +189,6 @@ def _fill(call: Call, features, values) -> list[Array]:
 
 def _prefix(k, v, documents: Documents, state, width: int, kind: Call):
   """`gpu_slices.prefix`; () where all that is before is 0."""
-  if state is None and kind.slices == 1:
-    return (), None
   outer, count_BH = None, jnp.zeros((kind.B, kind.H), f32)
   if state is not None:
     outer = gpu_wide_states.to_parts(state, kind, width)

@@ -6,13 +6,15 @@ all of them `runs_BT` numbers the documents (None: a single one), the incoming
 to the document of the last. With g = r·do and r = 1 / (Σ sim + eps), the
 backward of the numerator, and dz = −r·(do·o), that of the denominator:
 
-  forward          o and the state after the last token
+  forward          o, the state after the last token, and `before`
   key_state        that state alone, from a zero state
   backward_queries dq, r and dz
   backward_keys    dk, dv and the cotangent of the incoming state
   query_cotangent  that cotangent alone, from a zero cotangent
 
-r and dz go from pass to pass only, in a form of the implementation's own.
+`before`, which is what the queries saw of earlier tokens, r and dz go from pass
+to pass only, in a form of the implementation's own; `before` is a tree of
+arrays (anything, B, heads, …), and is kept from the forward for the backward.
 A state is made where `return_state` asks for it.
 
 `sharded.py` joins them, on one device and over the devices of a mesh.
@@ -20,8 +22,9 @@ A state is made where `return_state` asks for it.
 
 from collections.abc import Iterable
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
+import jax
 from jax import Array
 
 from pallas_kernels.polynomial import spec
@@ -38,6 +41,16 @@ class Kernel:
   coefficients: spec.Coefficients
   eps: float
   by_shared: bool = False
+
+
+def keep(state: spec.State | None) -> spec.State | None:
+  """A state as the `before` of the passes."""
+  return jax.tree.map(lambda x: x[None], state)
+
+
+def kept(before: spec.State | None) -> spec.State | None:
+  """The inverse of `keep`."""
+  return jax.tree.map(lambda x: x[0], before)
 
 
 def refuse(implementation: str, reasons: Iterable[tuple[bool, str]]) -> None:
@@ -62,7 +75,7 @@ class Passes(Protocol):
     kernel: Kernel,
     *,
     return_state: bool,
-  ) -> tuple[Array, spec.State | None]: ...
+  ) -> tuple[Array, spec.State | None, Any]: ...
 
   def key_state(
     self,
@@ -79,7 +92,7 @@ class Passes(Protocol):
     v_BTHP: Array,
     do_BTHP: Array,
     runs_BT: Array | None,
-    state: spec.State | None,
+    before: Any,
     kernel: Kernel,
   ) -> tuple[Array, Array, Array]: ...
 

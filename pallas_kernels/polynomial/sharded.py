@@ -85,6 +85,10 @@ class ShardAxes:
     """Of a state's (B, H, ·, ·) arrays."""
     return PartitionSpec(self.batch, self.heads)
 
+  def before(self) -> PartitionSpec:
+    """Of what an implementation keeps of the tokens before a device's."""
+    return PartitionSpec(self.time, self.batch, self.heads)
+
 
 class Call(NamedTuple):
   """The static part of `attend`."""
@@ -111,17 +115,21 @@ def attend(
   """o_BTHP and, where it is asked for, the state after the last token."""
   arrays = (q_BTHF, k_BTHF, v_BTHP, segment_ids_BT, state)
   local = functools.partial(_forward, call)
-  return _over_mesh(local, call.axes, "qkvis", "os")(*arrays)
+  o, after, _ = _over_mesh(local, call.axes, "qkvis", "osb")(*arrays)
+  return o, after
 
 
 def _attend_forward(call, *arrays):
-  return attend(call, *arrays), arrays
+  local = functools.partial(_forward, call)
+  o, after, before = _over_mesh(local, call.axes, "qkvis", "osb")(*arrays)
+  return (o, after), (arrays, before)
 
 
-def _attend_backward(call, arrays, cotangents):
+def _attend_backward(call, kept, cotangents):
+  arrays, before = kept
   local = functools.partial(_backward, call)
-  dq, dk, dv, dstate = _over_mesh(local, call.axes, "qkvisos", "qkvs")(
-    *arrays, *cotangents
+  dq, dk, dv, dstate = _over_mesh(local, call.axes, "qkvisbos", "qkvs")(
+    *arrays, before, *cotangents
   )
   return dq, dk, dv, None, dstate
 
@@ -130,11 +138,14 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _over_mesh(local, axes: ShardAxes | None, inputs: str, outputs: str):
-  """`local` on each device's part; one letter an argument: q k v o, i, s."""
+  """`local` on each device's part.
+
+  One letter an argument: q k v o; ids, states, and what is before.
+  """
   if axes is None:
     return local
   specs = {letter: axes.btx() for letter in "qkvo"}
-  specs |= {"i": axes.bt(), "s": axes.state()}
+  specs |= {"i": axes.bt(), "s": axes.state(), "b": axes.before()}
   return jax.shard_map(
     local,
     in_specs=tuple(specs[letter] for letter in inputs),
@@ -147,21 +158,19 @@ def _forward(call: Call, q, k, v, ids_BT, state):
   runs_BT = None if ids_BT is None else spec.document_runs(ids_BT)
   if call.time is not None:
     state = _state_before(call, k, v, runs_BT, ids_BT, state)
-  o, after = call.passes.forward(
+  o, after, before = call.passes.forward(
     q, k, v, runs_BT, state, call.kernel, return_state=call.return_state
   )
   if call.return_state and call.time is not None:
     after = _of_device(after, call.time, jax.lax.axis_size(call.time) - 1)
-  return o, after
+  return o, after, before
 
 
-def _backward(call: Call, q, k, v, ids_BT, state, do, dafter):
+def _backward(call: Call, q, k, v, ids_BT, state, before, do, dafter):
   passes, kernel, time = call.passes, call.kernel, call.time
   runs_BT = None if ids_BT is None else spec.document_runs(ids_BT)
   has_state = state is not None
-  if time is not None:
-    state = _state_before(call, k, v, runs_BT, ids_BT, state)
-  dq, r, dz = passes.backward_queries(q, k, v, do, runs_BT, state, kernel)
+  dq, r, dz = passes.backward_queries(q, k, v, do, runs_BT, before, kernel)
   if time is not None:
     part = passes.query_cotangent(q, do, r, dz, runs_BT, kernel)
     first_DB, last_DB = _document_numbers(ids_BT, runs_BT, time)

@@ -16,7 +16,7 @@ from pallas_kernels.polynomial import (
   tpu_forward,
   tpu_sizes,
 )
-from pallas_kernels.polynomial.passes import Kernel, refuse
+from pallas_kernels.polynomial.passes import Kernel, keep, kept, refuse
 from pallas_kernels.polynomial.spec import (
   State,
   document_starts,
@@ -48,7 +48,7 @@ def supports(
 
 
 def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
-  """o_BTHP and the state after the last token, if asked for."""
+  """o_BTHP, the state after the last token, if asked for, and that before."""
   call = _call("forward", q, v, runs_BT, kernel)
   o, after = tpu_forward.forward(
     _turn(q),
@@ -60,9 +60,10 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
     return_state=return_state,
   )
   if not return_state:
-    return _back(o, v), None
+    return _back(o, v), None, keep(state)
   after = _from_kernel(after, v, kernel, call, by_feature=False)
-  return _back(o, v), with_skew(after, state, _joined(runs_BT))
+  after = with_skew(after, state, _joined(runs_BT))
+  return _back(o, v), after, keep(state)
 
 
 def key_state(k, v, runs_BT, kernel: Kernel) -> State:
@@ -80,7 +81,7 @@ def key_state(k, v, runs_BT, kernel: Kernel) -> State:
   return _from_kernel(after, v, kernel, call, by_feature=False)
 
 
-def backward_queries(q, k, v, do, runs_BT, state, kernel: Kernel):
+def backward_queries(q, k, v, do, runs_BT, before, kernel: Kernel):
   """dq_BTHF; and r and dz, c2 times those of `spec.py`, (B, H, 1, T)."""
   call = _call("backward_queries", q, v, runs_BT, kernel)
   dq, r, dz = tpu_backward.backward_queries(
@@ -89,7 +90,7 @@ def backward_queries(q, k, v, do, runs_BT, state, kernel: Kernel):
     _turn(v, call.P),
     _turn(do, call.P),
     _starts(runs_BT, call),
-    _to_kernel(state, kernel, call, by_feature=True),
+    _to_kernel(kept(before), kernel, call, by_feature=True),
     call,
   )
   return _back(dq, q), r, dz

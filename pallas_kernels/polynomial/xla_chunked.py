@@ -2,7 +2,7 @@
 
 Within a chunk of C tokens the equations of `spec.py` are taken as they stand;
 what came before the chunk enters through the state. The backward keeps only
-q, k, v and the initial state: a sweep to the right rebuilds the states and
+q, k, v and the state before them: a sweep to the right rebuilds the states and
 gives dq, a sweep to the left carries the state's cotangent and gives dk and dv,
 
     da_ts = (g_t·v_s + dz_t) sim'(q_t·k_s)
@@ -22,7 +22,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels.polynomial import spec
-from pallas_kernels.polynomial.passes import Kernel
+from pallas_kernels.polynomial.passes import Kernel, keep, kept
 from pallas_kernels.polynomial.spec import State
 
 CHUNK = 64
@@ -46,9 +46,9 @@ def forward(
   kernel: Kernel,
   *,
   return_state: bool,
-) -> tuple[Array, State | None]:
-  """o_BTHP and the state after the last token."""
-  T = q_BTHF.shape[1]
+) -> tuple[Array, State | None, State | None]:
+  """o_BTHP, the state after the last token, and the one before the first."""
+  T, before = q_BTHF.shape[1], keep(state)
   runs_NBC = _chunk_runs(runs_BT, T)
   chunks = _chunks(T, q_BTHF, k_BTHF, v_BTHP)
 
@@ -60,7 +60,7 @@ def forward(
     return state, o_BHCP.astype(v_BTHP.dtype)
 
   state, o_NBCHP = _scan(chunk, state, chunks, runs_NBC)
-  return _whole(o_NBCHP, T), state if return_state else None
+  return _whole(o_NBCHP, T), state if return_state else None, before
 
 
 def key_state(
@@ -83,7 +83,7 @@ def backward_queries(
   v_BTHP: Array,
   do_BTHP: Array,
   runs_BT: Array | None,
-  state: State | None,
+  before: State | None,
   kernel: Kernel,
 ) -> tuple[Array, Array, Array]:
   """dq_BTHF, r_BTH = 1 / (Σ sim + eps) and dz_BTH = −r·(do·o)."""
@@ -104,7 +104,7 @@ def backward_queries(
     state = _add_keys(state, k_BHCF, v_BHCP, masks, kernel)
     return state, (dq_BHCF, r_BHC[..., None], dz_BHC[..., None])
 
-  _, outputs = _scan(chunk, state, chunks, _chunk_runs(runs_BT, T))
+  _, outputs = _scan(chunk, kept(before), chunks, _chunk_runs(runs_BT, T))
   dq_BTHF, r_BTH1, dz_BTH1 = (_whole(x, T) for x in outputs)
   return dq_BTHF.astype(q_BTHF.dtype), r_BTH1[..., 0], dz_BTH1[..., 0]
 
