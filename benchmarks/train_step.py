@@ -12,9 +12,9 @@ step; a step's metrics are read when the next one is under way, as the trainer
 does. MFU is by 6 N of all parameters and the device's peak in bfloat16.
 
 No time is taken before the gradient of one row is that of float32 in plain XLA,
-and none is reported if a loss was not finite. Cases compile side by side and
-run from the smallest on; one that does not fit in memory repeats norms and
-operators in its backward (remat "dots"), or says that it does not fit. A trace
+and none is reported if a loss was not finite. A case that does not fit in
+memory repeats norms and operators in its backward (remat "dots"), or all of it
+("full"), or says that it does not fit. Results are written after each. A trace
 of more steps gives the share of their time in which the device did nothing.
 
 With --peer, a compiled PyTorch step of the same attention model is timed first,
@@ -53,6 +53,7 @@ from train import optimizer, peaks, step  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 WARM, TRACED = 3, 4  # steps before the clock, and in the trace
+REMATS = ("none", "dots", "full")  # each takes less memory
 
 
 def lower(case: Case, chunk: int) -> None:
@@ -122,28 +123,42 @@ def measure(case: Case, checks: dict[str, Any], args) -> None:
   }
 
 
-def compile_all(cases: list[Case], chunk: int) -> dict[str, Any]:
-  """Compiles everything side by side; the checks by case name."""
+def compile_checks(cases: list[Case]) -> dict[str, Any]:
+  """By case name; side by side, without a choice of kernels on a GPU."""
+  on_gpu = jax.devices()[0].platform == "gpu"
+  untimed = {"xla_gpu_autotune_level": 0} if on_gpu else None
   checks = {}
   for case in cases:
-    lower(case, chunk)
     if case.row["case"] not in checks:
       checks[case.row["case"]] = train_step_check.lower(case.model, case.length)
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     jobs = [
-      (programs, name, pool.submit(lowered.compile))
-      for programs in (*(c.programs for c in cases), *checks.values())
+      (programs, name, pool.submit(lowered.compile, untimed))
+      for programs in checks.values()
       for name, lowered in list(programs.items())
     ]
     for programs, name, job in jobs:
       programs[name] = job.result()
-  for case in cases:
-    if not _fits(case) and case.model.remat == "none":
-      case.model = dataclasses.replace(case.model, remat="dots")
-      lower(case, chunk)
-      case.programs = {k: x.compile() for k, x in case.programs.items()}
-      _fits(case)
   return checks
+
+
+def compile_case(case: Case, args: argparse.Namespace) -> None:
+  """Alone, since XLA times its own kernels as it compiles.
+
+  Of rows longer than the others' tokens, remat is "dots" at least; what does
+  not fit is compiled again with the next.
+  """
+  started = time.perf_counter()
+  remats = list(REMATS[REMATS.index(args.remat) :])
+  if case.rows * case.length > args.tokens and remats[0] == "none":
+    remats = remats[1:]
+  for remat in remats:
+    case.model = dataclasses.replace(case.model, remat=remat)
+    lower(case, args.chunk)
+    case.programs = {k: x.compile() for k, x in case.programs.items()}
+    if _fits(case):
+      break
+  case.row["compile_seconds"] = round(time.perf_counter() - started, 1)
 
 
 def _fits(case: Case) -> bool:
@@ -180,9 +195,7 @@ def parse(on_cpu: bool) -> argparse.Namespace:
   parser.add_argument("--tokens", type=int, default=512 if on_cpu else 32768)
   chunk = 128 if on_cpu else 4096
   parser.add_argument("--chunk", type=int, default=chunk, help="of the loss")
-  parser.add_argument(
-    "--remat", choices=("none", "dots", "full"), default="none"
-  )
+  parser.add_argument("--remat", choices=REMATS, default="none")
   parser.add_argument("--unroll", action="store_true", help="scan no layers")
   parser.add_argument("--seconds", type=float, default=2 if on_cpu else 6)
   parser.add_argument("--rounds", type=int, default=3)
@@ -198,25 +211,27 @@ def parse(on_cpu: bool) -> argparse.Namespace:
   return args
 
 
-def measure_all(cases: list[Case], args) -> dict[str, Any]:
-  """Every case on one device, from the smallest on."""
-  started = time.perf_counter()
-  checks = compile_all(cases, args.chunk)
-  compiled = time.perf_counter() - started
-  for case in sorted(cases, key=lambda case: case.row["program_bytes"]):
+def measure_all(cases: list[Case], args, save) -> dict[str, Any]:
+  """Every case on one device; `save` takes what there is after each."""
+  found = {
+    "device_peak_bytes": "since the process began",
+    "tolerance": TOLERANCE,
+    "rows": [],
+  }
+  checks = compile_checks(cases)
+  for case in cases:
+    compile_case(case, args)
     try:
       measure(case, checks[case.row["case"]], args)
     except jax.errors.JaxRuntimeError as failure:
       if "RESOURCE_EXHAUSTED" not in str(failure):
         raise
       case.row["failed"] = "does not fit in memory"
+    case.programs.clear()
     print(table([case.row])[1], flush=True)
-  return {
-    "device_peak_bytes": "since the process began; cases run by size",
-    "tolerance": TOLERANCE,
-    "compile_seconds": round(compiled, 1),
-    "rows": [case.row for case in cases],
-  }
+    found["rows"].append(case.row)
+    save(found)
+  return found
 
 
 def main() -> None:
@@ -229,25 +244,28 @@ def main() -> None:
   wanted = train_step_peer.request(cases, args, WARM) if args.peer else None
   if wanted is not None:  # while jax has not taken the card's memory
     peers = train_step_peer.measure(wanted, where["device"], args.peer_seconds)
-  if args.devices > 1:
-    train_step_devices.require(args.devices)
-    found = train_step_devices.settings(args)
-    found["rows"] = train_step_devices.measure(cases, args, WARM)
-  else:
-    found = measure_all(cases, args)
-    train_step_peer.check(peers, found["rows"])
-    found["peers"] = peers
-    print("\n".join(table(found["rows"] + peers)))
   options = ("tiny", "tokens", "chunk", "remat", "unroll", "seconds", "rounds")
   result = where | {
     "options": {name: getattr(args, name) for name in (*options, "devices")},
     "mfu": "by 6 N of all parameters, of the peak in bfloat16 "
     f"({peaks.PEAK_FLOPS.get(where['device'])})",
-    "seconds": round(time.perf_counter() - started, 1),
-    **found,
   }
   args.out.parent.mkdir(parents=True, exist_ok=True)
-  args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+  def save(found: dict[str, Any]) -> None:
+    seconds = round(time.perf_counter() - started, 1)
+    whole = result | {"seconds": seconds, "peers": peers} | found
+    args.out.write_text(json.dumps(whole, indent=1) + "\n")
+
+  if args.devices > 1:
+    train_step_devices.require(args.devices)
+    found = train_step_devices.settings(args)
+    found["rows"] = train_step_devices.measure(cases, args, WARM)
+    save(found)
+    return
+  found = measure_all(cases, args, save)
+  train_step_peer.check(peers, found["rows"])
+  print("\n".join(table(found["rows"] + peers)))
 
 
 if __name__ == "__main__":

@@ -103,7 +103,9 @@ def measure(cases: Sequence[Case], args, warm: int) -> list[dict[str, Any]]:
     for index, case in enumerate(cases)
     for name, devices in counts.items()
   }
-  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+  # One by one on a GPU, where XLA times its own kernels as it compiles.
+  jobs = 1 if jax.devices()[0].platform == "gpu" else os.cpu_count()
+  with futures.ThreadPoolExecutor(jobs) as pool:
     steps = pool.map(lambda program: program.step.compile(), programs.values())
     for place, step in zip(list(programs), steps, strict=True):
       programs[place] = programs[place]._replace(step=step)
