@@ -259,9 +259,9 @@ def _tokenizer(args: list[str]) -> int:
 
 
 def _count(args: list[str]) -> int:
-  from train.data import commands
+  from train.data import count
 
-  return commands.run_count(args)
+  return count.run_count(args)
 
 
 def _without_jax(command: Callable[[list[str]], int], args: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""The commands `rebased prepare`, `tokenizer train` and `count`."""
+"""The commands `rebased prepare` and `tokenizer train`; they load no jax."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -10,7 +10,7 @@ from rich.console import Console
 import tyro
 
 from train.console import say
-from train.data import bigrams, tokenize
+from train.data import tokenize
 from train.data.prepare import PrepareConfig, prepare
 from train.data.prepare_shard import DataError
 from train.data.text import Changed, Fields, Problem, read
@@ -44,29 +44,6 @@ class TokenizerArgs:
   text_field: str = "text"  # of a record; a dot goes into a nested one
   text_suffixes: tuple[str, ...] = TEXT_SUFFIXES  # plain text in a folder
   on_error: Literal["fail", "skip"] = "fail"  # skipped ones are counted
-
-
-@dataclasses.dataclass(frozen=True)
-class CountArgs:
-  """Counts pairs of neighbouring tokens, and writes them beside the data set.
-
-  Training and evaluation need it for --data.recall-limit and --recall-limit.
-  """
-
-  path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-  least: int = 1  # a pair that occurs less often is left out
-
-
-def run_count(args: list[str]) -> int:
-  """`rebased count`; returns the exit code."""
-  parsed = tyro.cli(CountArgs, prog="rebased count", args=args)
-  console = Console()
-  with console.status("counting"):
-    kept, total = bigrams.write(parsed.path, parsed.least)
-  place = bigrams.table_path(parsed.path)
-  size = place.stat().st_size / 1e6
-  say(console, f"{place}: {kept:,} of {total:,} pairs, {size:,.1f} MB")
-  return 0
 
 
 def run_prepare(args: list[str]) -> int:
