@@ -36,37 +36,42 @@ def sums(
     left: whether to walk from the end.
   """
   flags = () if whole_NB is None else (whole_NB.astype(jnp.int32),)
-  arrays = (*halves, *(outer or ()), *flags)
+  arrays = (*map(_tiles, halves), *map(_tiles, outer or ()), *flags)
   N, wide = halves[0].shape[0], call.E // F
 
   def body(*refs):
-    row, column = lax.axis_index("row"), lax.axis_index("column")
+    row, tile = lax.axis_index("row"), lax.axis_index("tile")
     b, head = lax.div(row, call.heads), lax.rem(row, call.heads)
     ins, outs = refs[: len(arrays)], refs[len(arrays) :]
     whole = ins[-1] if flags else None
 
-    def run(i: int, columns) -> None:
-      at = lambda ref, n: ref.at[n, b, head, :, columns]
+    def run(i: int, tile) -> None:
+      at = lambda ref, n: ref.at[n, b, head, tile]
       start = common.zeros((V, F))
       if outer:
-        start = _load(ins[2 + i].at[b, head, :, columns])
+        start = _load(ins[2 + i].at[b, head, tile])
       joined = lambda n: None if whole is None else whole[n, b] != 0
       x = lambda n: _load(at(ins[i], n))
       _walk(call, N, start, x, joined, lambda s: at(outs[i], s), left=left)
 
-    pl.when(column < wide)(lambda: run(0, pl.ds(column * F, F)))
-    pl.when(column == wide)(lambda: run(1, pl.ds(0, F)))
+    pl.when(tile < wide)(lambda: run(0, tile))
+    pl.when(tile == wide)(lambda: run(1, 0))
 
-  shape = (call.slices + 1, call.B, call.heads, V)
+  shape = (call.slices + 1, call.B, call.heads)
   kernel = plgpu.kernel(
     body,
-    out_type=[jax.ShapeDtypeStruct((*shape, n), f32) for n in (call.E, F)],
+    out_type=[jax.ShapeDtypeStruct((*shape, n, V, F), f32) for n in (wide, 1)],
     compiler_params=common.compiler_params(),
     kernel_name="polynomial_borders",
     grid=(call.B * call.heads, wide + 1),
-    grid_names=("row", "column"),
+    grid_names=("row", "tile"),
   )
-  return tuple(kernel(*arrays))
+  return tuple(x.reshape(*shape, V, -1) for x in kernel(*arrays))
+
+
+def _tiles(x: Array) -> Array:
+  """(…, V, ·) as tiles of V × F that lie together, whatever they are of."""
+  return x.reshape(*x.shape[:-2], -1, V, F)
 
 
 def _load(ref):
