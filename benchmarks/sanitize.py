@@ -37,7 +37,7 @@ class Case(NamedTuple):
   F: int = 16
 
 
-# From T = 1024 on time is cut into slices, which has two kernels of its own.
+# From T = 1024 on time is cut into slices, which has three kernels of its own.
 CASES = (
   Case(1, 17, 1, 64),  # one chunk, with a tail
   Case(1, 136, 2, 64, based=True, states=True),

@@ -129,7 +129,7 @@ def pile_text(mixer: MixerConfig) -> ModelConfig:
 def pile_large(mixer: MixerConfig, *, width: int) -> ModelConfig:
   """A hybrid beyond the paper: 28 layers, F = P = 16, and so H = width / 16.
 
-  364 M parameters at width 1024, 1.34 G at 2048.
+  364 M parameters at width 1024, 1.35 G at 2048.
   """
   return _pile_hybrid(mixer, width // 16, 16, width=width, pairs=14)
 

@@ -71,9 +71,8 @@ class Faults:
     kept = RunFolder(self._folder.path / f"failed-step-{step}")
     self._dump(kept, step, message)
     with Checkpoints(kept.checkpoints) as checkpoints:
-      if (
-        checkpoints.latest() is None
-      ):  # else a resume has come to the same step
+      # There is one where a resume has come to the same step.
+      if checkpoints.latest() is None:
         checkpoints.save(step, build.to_dicts(state), meta)
     return f"{message}; the state before it and its batch are in {kept.path}"
 

@@ -55,9 +55,8 @@ def _later(x_BW: Array, steps: int) -> Array:
 
 def _seen_before(columns_CW: Array) -> Array:
   """Where a column (C,) equals one to its left."""
-  order_W = jnp.lexsort(
-    tuple(columns_CW)
-  )  # stable: equal ones keep their order
+  # It is stable: equal columns keep their order.
+  order_W = jnp.lexsort(tuple(columns_CW))
   sorted_CW = columns_CW[:, order_W]
   equal_w = (sorted_CW[:, 1:] == sorted_CW[:, :-1]).all(axis=0)
   repeated_W = jnp.pad(equal_w, (1, 0))

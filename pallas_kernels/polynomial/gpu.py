@@ -1,9 +1,8 @@
 """Polynomial attention on Hopper GPUs: the five passes, by Pallas Mosaic GPU.
 
-Where batch × heads leave the card idle, time is cut into slices. Each slice's
-own state comes first, from its keys alone; their prefix sums, a state a head,
-are what the slices of the main kernel start from. The backward does the same
-with the cotangents, from the end.
+Where batch × heads leave the card idle, time is cut into slices, each of which
+starts from a state that `gpu_slices.py` has summed before. The backward keeps
+these states, and makes those of the cotangents, from the end.
 
 More than 16 features are done by `gpu_wide.py`.
 """
