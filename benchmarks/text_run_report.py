@@ -10,7 +10,8 @@ from environment import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from train import peaks  # noqa: E402
+from rebased_jax import parameter_count  # noqa: E402
+from train import build, peaks  # noqa: E402
 from train.run_folder import RunFolder  # noqa: E402
 
 LABEL = (
@@ -28,14 +29,6 @@ _HELD_OUT = (
   *("loss", "perplexity", "ar_perplexity", "non_ar_perplexity"),
   *("ar_share", "accuracy"),
 )
-
-
-def parameters(path: Path) -> int:
-  """Of a run's model, from its own account of where they lie."""
-  from rebased_jax import parameter_count
-  from train import build
-
-  return parameter_count(build.abstract_model(RunFolder(path).read_config()))
 
 
 def read(path: Path, preset: str, device: str) -> dict[str, Any]:
@@ -57,7 +50,7 @@ def read(path: Path, preset: str, device: str) -> dict[str, Any]:
     step = x["step"]
     at[step] = seconds
     curve.append([step * row, round(seconds, 2), round(x["loss"], 4)])
-  count = parameters(path)
+  count = parameter_count(build.abstract_model(config))
   rate = row / pace
   mfu = peaks.mfu(rate, count, device, 1)
   return {

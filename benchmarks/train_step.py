@@ -19,7 +19,8 @@ of more steps gives the share of their time in which the device did nothing.
 
 With --peer, a compiled PyTorch step of the same attention model is timed first,
 in a process of its own, at the same shapes. With --devices N, each case is
-timed on one device and then, as many rows on each, on N with FSDP; that alone.
+timed on one device and then, as many rows on each, on N with FSDP; that alone,
+and checked by the first losses alone.
 Needs jax, flax and optax. On a CPU the models are tiny and the case names mean
 their kinds alone.
 """
@@ -37,7 +38,7 @@ import sys
 import time
 from typing import Any
 
-from environment import ROOT, describe_apart, peak_bytes
+from environment import RESULTS, ROOT, describe_apart, peak_bytes
 from flax import nnx
 import jax
 from train_step_cases import OPTIMIZER, STEPS, Case, make_cases, make_models
@@ -51,7 +52,6 @@ sys.path.insert(0, str(ROOT))
 
 from train import optimizer, peaks, step  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
 WARM, TRACED = 3, 4  # steps before the clock, and in the trace
 REMATS = ("none", "dots", "full")  # each takes less memory
 

@@ -50,7 +50,7 @@ def measure(wanted: dict[str, Any], kind: str, limit: float) -> list[dict]:
   """
   script = Path(__file__).parent / "train_step_torch.py"
   command = [sys.executable, str(script), json.dumps(wanted)]
-  rows, failure = [], None
+  failure = None
   with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
     try:
       out, _ = process.communicate(timeout=limit)

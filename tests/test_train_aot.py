@@ -34,7 +34,7 @@ def test_what_is_measured_is_of_one_device() -> None:
 def test_the_step_is_the_one_that_runs() -> None:
   config = tiny(mesh=MeshConfig(data=2, fsdp=2, tensor=2))
   mesh = mesh_lib.make_mesh(config.mesh)
-  lowered = aot.lower(config, mesh).as_text()
+  lowered = aot.lower(aot.trace(config, mesh), mesh).as_text()
   with jax.set_mesh(mesh):
     built = build.build(config, mesh)
     batch = sharding.put_batch(config.data.train_batches(8, 0).read(0), mesh)
@@ -52,7 +52,8 @@ def test_a_tensor_axis_gathers_the_convolution_alone() -> None:
     model=dict(width=32, mlp_width=64, pairs=3),
     mesh=MeshConfig(data=2, tensor=4),
   )
-  compiled = aot.lower(config, mesh_lib.make_mesh(config.mesh)).compile()
+  mesh = mesh_lib.make_mesh(config.mesh)
+  compiled = aot.lower(aot.trace(config, mesh), mesh).compile()
   rows, loop = 8 // 2 * 16 * 32 * 4, 2  # bytes of x_BTD; pairs but the last
   gathers = [
     x

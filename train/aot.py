@@ -159,7 +159,7 @@ def report(config: RunConfig, mesh: jax.sharding.Mesh) -> Report:
   traced = trace(config, mesh)
   found, reason = None, None
   try:
-    found = measure(_lower(traced, mesh).compile(), mesh.size)
+    found = measure(lower(traced, mesh).compile(), mesh.size)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
@@ -207,12 +207,8 @@ def trace(config: RunConfig, mesh: jax.sharding.Mesh) -> Any:
     return steps.train_step.trace(*build.inputs(config, steps))
 
 
-def lower(config: RunConfig, mesh: jax.sharding.Mesh) -> Any:
+def lower(traced: Any, mesh: jax.sharding.Mesh) -> Any:
   """The same, lowered."""
-  return _lower(trace(config, mesh), mesh)
-
-
-def _lower(traced: Any, mesh: jax.sharding.Mesh) -> Any:
   with jax.set_mesh(mesh):
     return traced.lower()
 

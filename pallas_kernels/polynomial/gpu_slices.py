@@ -95,9 +95,8 @@ def _of_queries(call: Call):
   return (gpu_pairs if call.pairs else gpu_backward).query_cotangents
 
 
-def add(x, y, joined) -> Array:
-  """x + y, or x alone where it is not joined; None: everywhere is."""
-  if joined is None:
-    return x + y
-  joined = joined.reshape(*joined.shape, *[1] * (x.ndim - joined.ndim))
-  return x + jnp.where(joined, y, 0)
+def add(x_BH: Array, y_BH: Array, joined_B: Array | None) -> Array:
+  """x + y, or x alone in a row that is not joined; None: all are."""
+  if joined_B is None:
+    return x_BH + y_BH
+  return x_BH + jnp.where(joined_B[:, None], y_BH, 0)
