@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from text_cases import folder as folder, make_config
-from train_cases import trainer as trainer
+from train_cases import tiny, trainer as trainer
 
 from train import build, evaluate, mesh as mesh_lib, metrics, recall
 from train.recall import RECALLS
+from train.train_args import with_recall
 
 
 def _by_definition(words_W, segments_W, order: int) -> list[bool]:
@@ -91,3 +92,12 @@ def test_held_out_perplexities(folder, packing: str) -> None:
     rtol=1e-5,
   )
   assert shown["ar_perplexity"] != shown["non_ar_perplexity"]
+
+
+@pytest.mark.parametrize(
+  "name, limit, said",
+  [("trigram", None, "recall='trigram'"), (None, 0, "recall_limit=0")],
+)
+def test_a_definition_is_of_text_alone(name, limit, said: str) -> None:
+  with pytest.raises(ValueError, match=f"^{said}: expected none with MQAR"):
+    with_recall(tiny(), name, limit)

@@ -17,7 +17,7 @@ from train_cases import (
 )
 
 import train
-from train import build, cli, mesh as mesh_lib, plots, restore
+from train import build, cli, mesh as mesh_lib, plots, restore, start
 from train.checkpoint import Checkpoints, read_meta
 from train.config import MQARStreamData
 from train.loop import TrainingFailed
@@ -154,6 +154,20 @@ def test_attention_looks_where_the_answer_is() -> None:
     columns_N = plots.true_columns(tokens_T, positions_N)
     assert np.array_equal(tokens_T[columns_N], batch["targets"][row])
     assert np.array_equal(tokens_T[columns_N - 1], tokens_T[positions_N])
+
+
+def test_data_are_tried_in_the_batches_of_the_run(monkeypatch) -> None:
+  asked = {}
+  for kind in ("train_batches", "eval_batches"):
+    make = getattr(MQARStreamData, kind)
+
+    def note(data, rows, seed, kind=kind, make=make):
+      asked[kind] = rows
+      return make(data, rows, seed)
+
+    monkeypatch.setattr(MQARStreamData, kind, note)
+  start.try_data(tiny(accumulate=4))
+  assert asked == dict(train_batches=8, eval_batches=2)
 
 
 def _spoil(monkeypatch, bad_step: int) -> None:

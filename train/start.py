@@ -142,7 +142,7 @@ def try_data(config: RunConfig) -> None:
   """Makes a batch of both kinds; ValueError where the data cannot be made."""
   check_vocabulary(config)
   config.data.train_batches(config.batch, config.seed).read(0)
-  config.data.eval_batches(config.batch, config.seed).read(0)
+  config.data.eval_batches(config.micro_batch, config.seed).read(0)
 
 
 def check_vocabulary(config: RunConfig) -> None:

@@ -125,7 +125,10 @@ def with_recall(
     return config
   if not isinstance(config.data, TextData):
     kind = type(config.data).__name__
-    raise ValueError(f"recall={recall or limit!r}: expected none with {kind}")
+    name, value = "recall_limit", limit
+    if recall is not None:
+      name, value = "recall", recall
+    raise ValueError(f"{name}={value!r}: expected none with {kind}")
   recall = recall or config.data.recall
   data = dataclasses.replace(config.data, recall=recall, recall_limit=limit)
   return dataclasses.replace(config, data=data)
