@@ -64,6 +64,12 @@ ENTRY %main (p: (f32[8], u32[])) -> f32[8] {
 """
 
 
+def test_an_unknown_dtype_is_named() -> None:
+  text = _TEXT.replace("bf16[16]", "f8e4m3fn[16]")
+  with pytest.raises(NotImplementedError, match="of dtype f8e4m3fn: expected"):
+    list(collectives.find(text, 8))
+
+
 def test_bytes_are_those_of_the_result() -> None:
   found = list(collectives.find(_TEXT, 8))
   assert [(x.kind, x.size, x.devices) for x in found] == [

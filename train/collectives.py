@@ -20,7 +20,8 @@ KINDS = (
   "all-to-all",
   "collective-permute",
 )
-_BYTES = dict(pred=1, s8=1, u8=1, bf16=2, f16=2, s16=2, u16=2, f64=8, s64=8)
+_BYTES = dict(pred=1, s8=1, u8=1, bf16=2, f16=2, s16=2, u16=2)
+_BYTES |= dict(f32=4, s32=4, u32=4, f64=8, s64=8, u64=8)
 _NAME = r"%?([\w.\-]+)"
 
 
@@ -87,15 +88,23 @@ def _identity(line: str, shapes: str) -> tuple[str, ...]:
 
 
 def _size(shapes: str, kind: str, is_started: bool) -> int:
-  arrays = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)
+  arrays = re.findall(r"([a-z]\w*)\[([\d,]*)\]", shapes)
   sizes = [
-    _BYTES.get(dtype, 4) * math.prod(map(int, shape.split(",")))
+    _width(dtype) * math.prod(map(int, shape.split(",")))
     for dtype, shape in arrays
     if shape  # scalars of an asynchronous one are its bookkeeping
   ] or [4]
   if is_started and kind in ("all-gather", "collective-permute"):
     sizes = sizes[len(sizes) // 2 :]  # the first half is what goes in
   return sum(sizes)
+
+
+def _width(dtype: str) -> int:
+  if dtype not in _BYTES:
+    raise NotImplementedError(
+      f"a collective of dtype {dtype}: expected one of {', '.join(_BYTES)}"
+    )
+  return _BYTES[dtype]
 
 
 def _taking_part(line: str, devices: int) -> int:
