@@ -138,9 +138,12 @@ def pile_attention(*, width: int = 768) -> ModelConfig:
   """Table 9's softmax attention, 12 layers of 12 heads; q, k, v have no bias.
 
   At widths 1024 and 2048 it has the 24 layers of 16 heads of GPT-3's models,
-  358 M and 1.32 G.
+  358 M and 1.32 G. Raises ValueError at any other.
   """
-  heads, pairs = (12, 6) if width == 768 else (16, 12)
+  sizes = {768: (12, 6), 1024: (16, 12), 2048: (16, 12)}
+  if width not in sizes:
+    raise ValueError(f"width={width}: expected one of {tuple(sizes)}")
+  heads, pairs = sizes[width]
   mixer = AttentionConfig(heads=heads, use_bias=False)
   return _pile(double(mixer), width=width, pairs=pairs)
 

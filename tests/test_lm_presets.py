@@ -36,6 +36,11 @@ def test_names() -> None:
   assert _PRESETS.keys() == {"lm-tiny", *_COUNTS}
 
 
+def test_attention_has_the_widths_of_its_presets() -> None:
+  with pytest.raises(ValueError, match="width=512: expected one of"):
+    presets.pile_attention(width=512)
+
+
 @pytest.mark.parametrize("name", _COUNTS)
 def test_parameter_counts(name: str) -> None:
   model = build.abstract_model(_PRESETS[name])
