@@ -160,10 +160,10 @@ def kept(args: argparse.Namespace) -> list[dict]:
   """The rows of the file that --keep leaves as they are."""
   if not args.keep:
     return []
-  old = json.loads(args.out.read_text())
-  here = jax.devices()[0].device_kind
-  if old["device"] != here:
-    sys.exit(f"--keep: {args.out} is of {old['device']}, this is {here}")
+  old, here = json.loads(args.out.read_text()), describe(*SOURCES)
+  for name in ("device", "versions"):
+    if old[name] != here[name]:
+      sys.exit(f"--keep: {args.out} is of {old[name]}, this is {here[name]}")
   stamp = {name: old[name] for name in ("date", "commit")}
   return [stamp | x for x in old["rows"] if x["system"] not in args.systems]
 
