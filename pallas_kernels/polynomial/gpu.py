@@ -70,9 +70,7 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
     return o, None, before
   after = [x[-1] for x in (after if alone else before[:2])]
   count_BH = gpu_documents.count(runs_BT, call)
-  if state is not None and kernel.coefficients.affine:
-    corner_BH = state.kk_BHGG[:, :, -1, -1]
-    count_BH = gpu_slices.add(count_BH, corner_BH, documents.all_B)
+  count_BH = gpu_slices.corner(count_BH, state, documents, call)
   found = gpu_states.from_kernel(*after, count_BH, P, call)
   return o, with_skew(found, state, documents.all_B), before
 
@@ -181,12 +179,8 @@ def _over_tiles(x_BTHF: Array, call: Call) -> Array:
 
 def _prefix(k, v, documents: Documents, state: State | None, call: Call):
   """`gpu_slices.prefix`; () where all that is before is 0."""
-  outer, count_BH = None, jnp.zeros((call.B, call.H), jnp.float32)
-  if state is not None:
-    outer = gpu_states.to_kernel(state, call)
-    if call.c0:
-      count_BH = state.kk_BHGG[:, :, -1, -1]
-  return gpu_slices.prefix(k, v, documents, outer, count_BH, call)
+  outer = None if state is None else gpu_states.to_kernel(state, call)
+  return gpu_slices.prefix(k, v, documents, outer, state, call)
 
 
 def _suffix(q, do, rows, documents: Documents, dstate, call: Call):
@@ -202,9 +196,6 @@ def _cotangent(kv, kk, dz, dstate, documents: Documents, P: int, call: Call):
   if documents.first_B1T is not None:
     dz = jnp.where(documents.first_B1T, dz, 0)
   corner_BH = call.c0 * dz[:, :: call.tiles].sum(axis=-1)
-  if dstate is not None and call.affine:
-    corner_BH = gpu_slices.add(
-      corner_BH, dstate.kk_BHGG[:, :, -1, -1], documents.all_B
-    )
+  corner_BH = gpu_slices.corner(corner_BH, dstate, documents, call)
   found = gpu_states.from_kernel(kv, kk, corner_BH, P, call, cotangent=True)
   return with_skew(found, dstate, documents.all_B)

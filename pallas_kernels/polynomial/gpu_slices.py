@@ -16,10 +16,16 @@ from pallas_kernels.polynomial import (
 )
 from pallas_kernels.polynomial.gpu_common import C, Call
 from pallas_kernels.polynomial.gpu_documents import Documents
+from pallas_kernels.polynomial.spec import State
 
 
 def prefix(
-  k, v, documents: Documents, outer: tuple | None, count_BH, call: Call
+  k,
+  v,
+  documents: Documents,
+  outer: tuple | None,
+  state: State | None,
+  call: Call,
 ) -> tuple:
   """(KVᵀ, KK, count) before each slice; the first two behind the last, too.
 
@@ -28,7 +34,7 @@ def prefix(
 
   Args:
     outer: (KVᵀ, KK) before the first slice; None: zeros.
-    count_BH: its tokens.
+    state: the same in the public form, which has the count.
   """
   if call.slices == 1:
     if outer is None:
@@ -39,6 +45,9 @@ def prefix(
   steps = jnp.arange(call.slices, dtype=jnp.float32) * (call.chunks * C)
   if documents.codes_B1T is not None:
     steps = jnp.zeros_like(steps)  # `past` knows them
+  count_BH = jnp.zeros((call.B, call.H), jnp.float32)
+  if state is not None and call.c0:
+    count_BH = _corner(state)
   return kv, kk, steps[:, None, None] + count_BH[None]
 
 
@@ -95,8 +104,17 @@ def _of_queries(call: Call):
   return (gpu_pairs if call.pairs else gpu_backward).query_cotangents
 
 
-def add(x_BH: Array, y_BH: Array, joined_B: Array | None) -> Array:
-  """x + y, or x alone in a row that is not joined; None: all are."""
-  if joined_B is None:
-    return x_BH + y_BH
-  return x_BH + jnp.where(joined_B[:, None], y_BH, 0)
+def corner(
+  own_BH: Array, outer: State | None, documents: Documents, call: Call
+) -> Array:
+  """KK's corner: a row's own, and the outer's where it is one document."""
+  if outer is None or not call.affine:
+    return own_BH
+  outer_BH = _corner(outer)
+  if documents.all_B is not None:
+    outer_BH = jnp.where(documents.all_B[:, None], outer_BH, 0)
+  return own_BH + outer_BH
+
+
+def _corner(state: State) -> Array:
+  return state.kk_BHGG[:, :, -1, -1]

@@ -44,7 +44,6 @@ from pallas_kernels.polynomial.passes import Kernel
 from pallas_kernels.polynomial.spec import State
 
 F_MAX = 64
-f32 = jnp.float32
 
 
 def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
@@ -71,9 +70,7 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
   if not return_state:
     return o, None, befores
   count_BH = gpu_documents.count(runs_BT, call)
-  if state is not None and call.affine:
-    corner_BH = state.kk_BHGG[:, :, -1, -1]
-    count_BH = gpu_slices.add(count_BH, corner_BH, documents.all_B)
+  count_BH = gpu_slices.corner(count_BH, state, documents, call)
   after = gpu_wide_states.from_parts(
     found, kinds, width, P, count_BH, cotangent=False
   )
@@ -87,9 +84,7 @@ def key_state(k, v, runs_BT, kernel: Kernel) -> State:
   call, kinds = calls(k, v, runs_BT, kernel)
   k, v = _fill(call, (k,), (v,))
   documents = gpu_documents.of_rows(runs_BT, call)
-  found = []
-  for kind in kinds:
-    found.append(gpu_slices.behind_keys(k, v, documents, kind))
+  found = [gpu_slices.behind_keys(k, v, documents, kind) for kind in kinds]
   count_BH = gpu_documents.count(runs_BT, call)
   return gpu_wide_states.from_parts(
     found, kinds, width, P, count_BH, cotangent=False
@@ -189,12 +184,10 @@ def _fill(call: Call, features, values) -> list[Array]:
 
 def _prefix(k, v, documents: Documents, state, width: int, kind: Call):
   """`gpu_slices.prefix`; () where all that is before is 0."""
-  outer, count_BH = None, jnp.zeros((kind.B, kind.H), f32)
+  outer = None
   if state is not None:
     outer = gpu_wide_states.to_parts(state, kind, width)
-    if kind.c0:
-      count_BH = state.kk_BHGG[:, :, -1, -1]
-  return gpu_slices.prefix(k, v, documents, outer, count_BH, kind)
+  return gpu_slices.prefix(k, v, documents, outer, state, kind)
 
 
 def _across(r, dz, call: Call) -> dict:
@@ -211,9 +204,7 @@ def _cotangent(
   if documents.first_B1T is not None:
     dz = jnp.where(documents.first_B1T, dz, 0)
   corner_BH = call.c0 * dz.sum(axis=-1)
-  if dstate is not None and call.affine:
-    outer_BH = dstate.kk_BHGG[:, :, -1, -1]
-    corner_BH = gpu_slices.add(corner_BH, outer_BH, documents.all_B)
+  corner_BH = gpu_slices.corner(corner_BH, dstate, documents, call)
   dbefore = gpu_wide_states.from_parts(
     found, kinds, width, P, corner_BH, cotangent=True
   )
