@@ -4,16 +4,16 @@ from concurrent import futures
 import dataclasses
 import itertools
 import os
-from pathlib import Path
 import sys
 from typing import Any
 
+from environment import ROOT, UNTIMED
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(ROOT))
 
 import rebased_jax as rj  # noqa: E402
 from rebased_jax.mixers import base  # noqa: E402
@@ -110,8 +110,7 @@ def _with_gradients(call):
 def prepare(sizes: Sizes, names: list[str]) -> list[Case]:
   """All cases compiled; on a GPU one by one, but for the references.
 
-  There XLA times its own kernels as it compiles, and chooses worse ones beside
-  other work. References need no choice.
+  There XLA chooses worse kernels beside other work.
   """
   cases = [make_case(n, T, sizes) for T in sizes.lengths for n in names]
 
@@ -124,7 +123,6 @@ def prepare(sizes: Sizes, names: list[str]) -> list[Case]:
       case.programs[mode] = program
 
   on_gpu = jax.devices()[0].platform == "gpu"
-  untimed = {"xla_gpu_autotune_level": 0} if on_gpu else None
-  compile_all(["reference"], os.cpu_count(), untimed)
+  compile_all(["reference"], os.cpu_count(), UNTIMED)
   compile_all(MODES, 1 if on_gpu else os.cpu_count())
   return cases

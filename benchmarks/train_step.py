@@ -33,12 +33,11 @@ import json
 import math
 import os
 from pathlib import Path
-import statistics
 import sys
 import time
 from typing import Any
 
-from environment import RESULTS, ROOT, describe_apart, peak_bytes
+from environment import RESULTS, ROOT, UNTIMED, describe_apart, peak_bytes
 from flax import nnx
 import jax
 from train_step_cases import OPTIMIZER, STEPS, Case, make_cases, make_models
@@ -99,24 +98,9 @@ def measure(case: Case, checks: dict[str, Any], args) -> None:
     case.model.vocab_size,
   )
   run.steps(WARM)
-  seconds, count = [], 0
   begin = time.perf_counter()
-  one = run.steps(1)
-  each = max(int(args.seconds / args.rounds / one), 2)
-  for _ in range(args.rounds):
-    seconds.append(run.steps(each) / each)
-    count += each
-  if not run.finite:
-    raise SystemExit(f"a loss is not finite, no times: {case.row}")
-  rate = case.rows * case.length / statistics.median(seconds)
-  kind = jax.devices()[0].device_kind
-  mfu = peaks.mfu(rate, case.row["parameters"], kind, 1)
+  case.row |= train_step_run.times(run, case, args, case.row["parameters"])
   case.row |= {
-    "step_ms": round(1e3 * statistics.median(seconds), 2),
-    "step_ms_of_rounds": [round(1e3 * x, 2) for x in seconds],
-    "steps": count,
-    "tokens_per_second": round(rate),
-    "mfu": mfu and round(mfu, 4),
     "device_peak_bytes": peak_bytes(),
     "idle": train_step_run.idle_share(lambda: run.steps(TRACED), args.trace),
     "seconds": round(time.perf_counter() - begin, 1),
@@ -124,16 +108,14 @@ def measure(case: Case, checks: dict[str, Any], args) -> None:
 
 
 def compile_checks(cases: list[Case]) -> dict[str, Any]:
-  """By case name; side by side, without a choice of kernels on a GPU."""
-  on_gpu = jax.devices()[0].platform == "gpu"
-  untimed = {"xla_gpu_autotune_level": 0} if on_gpu else None
+  """By case name; side by side."""
   checks = {}
   for case in cases:
     if case.row["case"] not in checks:
       checks[case.row["case"]] = train_step_check.lower(case.model, case.length)
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     jobs = [
-      (programs, name, pool.submit(lowered.compile, untimed))
+      (programs, name, pool.submit(lowered.compile, UNTIMED))
       for programs in checks.values()
       for name, lowered in list(programs.items())
     ]

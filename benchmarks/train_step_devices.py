@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import gc
 import os
-import statistics
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ import train_step_cases
 from train_step_cases import Case
 import train_step_run
 
-from train import build, mesh as mesh_lib, peaks, sharding
+from train import build, mesh as mesh_lib, sharding
 from train.config import MeshConfig, RunConfig, TextData
 
 # Of the first losses, near ln V ≈ 11: the devices' dropout differs, by 1e-2 at
@@ -76,23 +75,10 @@ def measure_one(case: Case, program: Program, args, warm: int) -> dict:
     )
     first = runner.first_loss()
     runner.steps(warm)
-    one = runner.steps(1)
-    each = max(int(args.seconds / args.rounds / one), 2)
-    seconds = [runner.steps(each) / each for _ in range(args.rounds)]
-  if not runner.finite:
-    raise SystemExit(f"a loss is not finite, no times: {case.row}")
-  rate = config.batch * case.length / statistics.median(seconds)
-  params = build.to_dicts(built.abstract)["params"]
-  count = sum(x.size for x in jax.tree.leaves(params))
-  mfu = peaks.mfu(rate, count, jax.devices()[0].device_kind, devices)
-  return {
-    "parameters": count,
-    "first_loss": round(first, 4),
-    "step_ms": round(1e3 * statistics.median(seconds), 2),
-    "step_ms_of_rounds": [round(1e3 * x, 2) for x in seconds],
-    "tokens_per_second": round(rate),
-    "mfu": mfu and round(mfu, 4),
-  }
+    params = build.to_dicts(built.abstract)["params"]
+    count = sum(x.size for x in jax.tree.leaves(params))
+    found = train_step_run.times(runner, case, args, count, devices)
+  return {"parameters": count, "first_loss": round(first, 4), **found}
 
 
 def measure(cases: Sequence[Case], args, warm: int) -> list[dict[str, Any]]:

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+import statistics
 import tempfile
 import time
 from typing import Any
 
 import jax
 import numpy as np
+from train_step_cases import Case
+
+from train import peaks
 
 
 class Runner:
@@ -71,6 +75,28 @@ class Runner:
       found = jax.device_get(self._pending)
       self.finite &= bool(np.isfinite(found["loss"]))
       self._pending = None
+
+
+def times(
+  run: Runner, case: Case, args, parameters: int, devices: int = 1
+) -> dict[str, Any]:
+  """Times of rounds of steps, `case.rows` on each device, for a result's row.
+
+  Raises SystemExit where a loss was not finite.
+  """
+  each = max(int(args.seconds / args.rounds / run.steps(1)), 2)
+  seconds = [run.steps(each) / each for _ in range(args.rounds)]
+  if not run.finite:
+    raise SystemExit(f"a loss is not finite, no times: {case.row}")
+  rate = devices * case.rows * case.length / statistics.median(seconds)
+  mfu = peaks.mfu(rate, parameters, jax.devices()[0].device_kind, devices)
+  return {
+    "step_ms": round(1e3 * statistics.median(seconds), 2),
+    "step_ms_of_rounds": [round(1e3 * x, 2) for x in seconds],
+    "steps": each * args.rounds,
+    "tokens_per_second": round(rate),
+    "mfu": mfu and round(mfu, 4),
+  }
 
 
 def idle_share(
