@@ -4,11 +4,11 @@ from collections import Counter
 from pathlib import Path
 
 from data_cases import documents, write_megatron, write_prepared
-import jax
 import numpy as np
 import pytest
 from text_cases import (
   DOCUMENTS,
+  evaluated,
   finished as finished,
   folder as folder,
   make_config,
@@ -16,7 +16,7 @@ from text_cases import (
 )
 from train_cases import call as call, trainer as trainer
 
-from train import build, evaluate, mesh as mesh_lib, recall
+from train import recall
 from train.data import bigrams
 from train.data.rows import open_source
 from train.data.source import DataError
@@ -108,13 +108,7 @@ def test_tables_that_are_refused(tmp_path) -> None:
 
 
 def _shares(folder: Path, limit: int | None) -> dict[str, float]:
-  config = make_config(folder, data=dict(recall_limit=limit))
-  mesh = mesh_lib.make_mesh()
-  with jax.set_mesh(mesh):
-    built = build.build(config, mesh)
-    params = build.fresh_state(config, built)["params"]
-    data = config.data.eval_batches(config.batch, 0)
-    return evaluate.evaluate(built, params, data)
+  return evaluated(make_config(folder, data=dict(recall_limit=limit)))
 
 
 def test_only_rare_targets_are_ar(folder) -> None:

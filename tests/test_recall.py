@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from text_cases import folder as folder, make_config
+from text_cases import evaluated, folder as folder, make_config
 from train_cases import tiny, trainer as trainer
 
-from train import build, evaluate, mesh as mesh_lib, metrics, recall
+from train import metrics, recall
 from train.recall import RECALLS
 from train.train_args import with_recall
 
@@ -69,12 +69,8 @@ def test_the_perplexities_of_the_paper_have_one_share() -> None:
 @pytest.mark.parametrize("packing", ["stream", "documents"])
 def test_held_out_perplexities(folder, packing: str) -> None:
   config = make_config(folder, data=dict(packing=packing))
-  mesh = mesh_lib.make_mesh()
-  with jax.set_mesh(mesh):
-    built = build.build(config, mesh)
-    params = build.fresh_state(config, built)["params"]
-    data = config.data.eval_batches(config.batch, 0)
-    found = evaluate.evaluate(built, params, data)
+  found = evaluated(config)
+  data = config.data.eval_batches(config.batch, 0)
   ar, tokens = 0, 0
   for index in range(data.num_batches):
     batch = data.read(index)

@@ -6,6 +6,7 @@ import string
 import textwrap
 
 from data_cases import EOS, write_prepared
+import jax
 import numpy as np
 import pytest
 from train_cases import (
@@ -14,6 +15,7 @@ from train_cases import (
   trainer as trainer,
 )
 
+from train import build, evaluate, mesh as mesh_lib
 from train.config import RunConfig, TextData
 
 # Real text: the sources of two modules, a document a paragraph.
@@ -43,6 +45,16 @@ def make_config(path: Path, *, data=None, model=None, **changes) -> RunConfig:
     }
   )
   return dataclasses.replace(base, data=text, **changes)
+
+
+def evaluated(config: RunConfig) -> dict[str, float]:
+  """Held-out results of a fresh model."""
+  mesh = mesh_lib.make_mesh()
+  with jax.set_mesh(mesh):
+    built = build.build(config, mesh)
+    params = build.fresh_state(config, built)["params"]
+    data = config.data.eval_batches(config.batch, 0)
+    return evaluate.evaluate(built, params, data)
 
 
 def make_options(config: RunConfig) -> list[str]:
