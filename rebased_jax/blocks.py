@@ -17,6 +17,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes
+from pallas_kernels.polynomial.spec import accumulator
 from rebased_jax.mixers import base
 
 NORM_EPS = 1e-5  # PyTorch's default
@@ -230,6 +231,16 @@ def remat(function: Callable, config: ModelConfig) -> Callable:
     function,
     prevent_cse=not config.scan_layers,  # a scan's body is apart already
     policy=dots if config.remat == "dots" else None,
+  )
+
+
+def logits(x_D: Array, embedding_VD: Array) -> Array:
+  """x's products with an embedding in its dtype, (…, V), summed in float32."""
+  return jnp.einsum(
+    "...d,vd->...v",
+    x_D,
+    embedding_VD.astype(x_D.dtype),
+    preferred_element_type=accumulator(x_D.dtype),
   )
 
 

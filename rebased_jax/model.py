@@ -131,11 +131,7 @@ class LM(nnx.Module):
 
   def head(self, x_D: Array) -> Array:
     """Logits (…, V) of `features`, in float32."""
-    embedding_VD = self.token_embedding[...].astype(x_D.dtype)
-    acc = jnp.float64 if x_D.dtype == jnp.float64 else jnp.float32
-    return jnp.einsum(
-      "...d,vd->...v", x_D, embedding_VD, preferred_element_type=acc
-    )
+    return blocks.logits(x_D, self.token_embedding[...])
 
   def init_state(self, batch: int) -> LMState:
     """The state before a row's first token."""

@@ -22,6 +22,7 @@ import optax
 
 from pallas_kernels import ShardAxes
 from pallas_kernels.polynomial.spec import accumulator
+from rebased_jax import blocks
 
 
 class Tokens(NamedTuple):
@@ -61,20 +62,11 @@ def cross_entropy(
     ValueError: the parts do not divide the tokens of a row on a device.
   """
   if chunks == 1:
-    tokens = _tokens(_logits(x_BMD, embedding_VD), targets_BM)
+    tokens = _tokens(blocks.logits(x_BMD, embedding_VD), targets_BM)
     fixed = jax.tree.map(jax.lax.stop_gradient, tokens)
     return (weights_BM * tokens.nll_BM).sum(), fixed
   plan = _Plan(chunks, axes)
   return _chunked(x_BMD, embedding_VD, targets_BM, weights_BM, plan)
-
-
-def _logits(x_D: Array, embedding_VD: Array) -> Array:
-  return jnp.einsum(
-    "...d,vd->...v",
-    x_D,
-    embedding_VD.astype(x_D.dtype),
-    preferred_element_type=accumulator(x_D.dtype),
-  )
 
 
 def _tokens(logits_V: Array, targets: Array) -> Tokens:
@@ -131,7 +123,7 @@ def _over_mesh(function, plan: _Plan, *, has_grads: bool):
 def _forward(x_BMD, embedding_VD, targets_BM, weights_BM, *, chunks, names):
   def part(total, inputs):
     x_BCD, targets_BC, weights_BC = inputs
-    tokens = _tokens(_logits(x_BCD, embedding_VD), targets_BC)
+    tokens = _tokens(blocks.logits(x_BCD, embedding_VD), targets_BC)
     return total + (weights_BC * tokens.nll_BM).sum(), tokens
 
   parts = _parts((x_BMD, targets_BM, weights_BM), chunks)
@@ -144,7 +136,7 @@ def _both(x_BMD, embedding_VD, targets_BM, weights_BM, *, chunks, names):
   def part(carry, inputs):
     total, dembedding_VD = carry
     x_BCD, targets_BC, weights_BC = inputs
-    logits_BCV = _logits(x_BCD, embedding_VD)
+    logits_BCV = blocks.logits(x_BCD, embedding_VD)
     tokens = _tokens(logits_BCV, targets_BC)
     dlogits_BCV = _dlogits(logits_BCV, targets_BC, weights_BC)
     dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
