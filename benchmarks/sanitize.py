@@ -9,6 +9,7 @@ to results/sanitize.json; exits 1 if a tool found anything.
 """
 
 import argparse
+from collections.abc import Sequence
 import json
 import os
 from pathlib import Path
@@ -51,8 +52,8 @@ _SUMMARY = re.compile(r"(ERROR SUMMARY|RACECHECK SUMMARY): (.*)")
 _CLEAN = re.compile(r"^0 (errors|hazards)\b")
 
 
-def run_cases() -> None:
-  """In the process under the tool: every case, checked."""
+def run_cases(cases: Sequence[Case]) -> None:
+  """In the process under the tool: the cases, checked."""
   import jax
   import jax.numpy as jnp
   import numpy as np
@@ -66,7 +67,7 @@ def run_cases() -> None:
   )
 
   cpu = jax.devices("cpu")[0]
-  for case in CASES:
+  for case in cases:
     rng = np.random.default_rng(0)
     widths = (case.F, case.F, case.P, case.P)
     shapes = [(case.B, case.T, case.H, w) for w in widths]
@@ -152,17 +153,21 @@ def judge(text: str, code: int) -> dict:
     "exit": code,
     "summary": [" ".join(words) for words in summaries],
   }
-  return row if clean else row | {"end": text.splitlines()[-40:]}
+  if clean:
+    return row
+  # What the tool says first, and how the process ended.
+  said = [x for x in text.splitlines() if x.startswith("=========")]
+  return row | {"first": said[:40], "end": text.splitlines()[-10:]}
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
   parser.add_argument("--seconds", type=int, default=240, help="for a tool")
-  parser.add_argument("--cases", action="store_true", help=argparse.SUPPRESS)
+  parser.add_argument("--cases", type=int, nargs="*", help=argparse.SUPPRESS)
   args = parser.parse_args()
-  if args.cases:
-    run_cases()
+  if args.cases is not None:
+    run_cases([CASES[i] for i in args.cases or range(len(CASES))])
     return
   if shutil.which("compute-sanitizer") is None:
     sys.exit("benchmarks/sanitize.py needs compute-sanitizer, of CUDA")

@@ -1,7 +1,7 @@
 """Tokens a second and MFU of a training step of the Pile models, on one device.
 
     python benchmarks/train_step.py
-    python benchmarks/train_step.py --cases rebased-145m --unroll --chunk 8192
+    python benchmarks/train_step.py --cases rebased-145m --scan --chunk 8192
     python benchmarks/train_step.py --cases attention-127m --peer
     python benchmarks/train_step.py --cases rebased-145m --devices 2
 
@@ -178,7 +178,7 @@ def parse(on_cpu: bool) -> argparse.Namespace:
   chunk = 128 if on_cpu else 4096
   parser.add_argument("--chunk", type=int, default=chunk, help="of the loss")
   parser.add_argument("--remat", choices=REMATS, default="none")
-  parser.add_argument("--unroll", action="store_true", help="scan no layers")
+  parser.add_argument("--scan", action="store_true", help="over the layers")
   parser.add_argument("--seconds", type=float, default=2 if on_cpu else 6)
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--trace", type=Path, help="keeps the traces there")
@@ -226,7 +226,7 @@ def main() -> None:
   wanted = train_step_peer.request(cases, args, WARM) if args.peer else None
   if wanted is not None:  # while jax has not taken the card's memory
     peers = train_step_peer.measure(wanted, where["device"], args.peer_seconds)
-  options = ("tiny", "tokens", "chunk", "remat", "unroll", "seconds", "rounds")
+  options = ("tiny", "tokens", "chunk", "remat", "scan", "seconds", "rounds")
   result = where | {
     "options": {name: getattr(args, name) for name in (*options, "devices")},
     "mfu": "by 6 N of all parameters, of the peak in bfloat16 "

@@ -60,7 +60,7 @@ def make_cases(args: argparse.Namespace) -> list[Case]:
     model = dataclasses.replace(
       model,
       dtype="bfloat16",
-      scan_layers=not args.unroll,
+      scan_layers=True if args.scan else None,
       remat=args.remat,
     )
     for length in lengths:

@@ -29,6 +29,7 @@ def make_model(config: ModelConfig) -> LM:
 
 def lower(model: ModelConfig, length: int) -> dict[str, Any]:
   """The gradient of one row, as trained and in float32."""
+  model = dataclasses.replace(model, scan_layers=True)  # compiled sooner
   plain = dataclasses.replace(model, dtype="float32", remat="none")
   mixer = dataclasses.replace(plain.mixer, implementation="xla")
   conv = mixer if type(plain.conv) is type(mixer) else plain.conv

@@ -16,8 +16,9 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels import ShardAxes
+from pallas_kernels import ShardAxes, _compat
 from pallas_kernels.polynomial.spec import accumulator
+from rebased_jax.layer_norm import LayerNorm
 from rebased_jax.mixers import base
 
 NORM_EPS = 1e-5  # PyTorch's default
@@ -38,7 +39,9 @@ class ModelConfig:
   dropout: float = 0.0  # of the embeddings
   dtype: str = "float32"  # of the computation; parameters are float32
   block: Literal["pre-norm", "mamba"] = "pre-norm"  # around each mixer
-  scan_layers: bool = True  # one compiled pair for all; False: each its own
+  # One compiled pair for all; False: each its own; None: that on a GPU alone,
+  # where a scan copies all that the backward needs, twice.
+  scan_layers: bool | None = None
   remat: Literal["none", "dots", "full"] = "none"  # what the backward repeats
 
   def __post_init__(self):
@@ -62,6 +65,13 @@ class ModelConfig:
   def layers(self) -> int:
     return 2 * self.pairs
 
+  @property
+  def scans(self) -> bool:
+    """Whether layers are scanned over, on the device that calls run on."""
+    if self.scan_layers is None:
+      return _compat.platform() != "gpu"
+    return self.scan_layers
+
 
 class MLP(nnx.Module):
   """W₂ gelu(W₁ x + b₁) + b₂, with the exact GELU."""
@@ -81,7 +91,13 @@ class MLP(nnx.Module):
     self.down = make(hidden, D, depth_scaled)
 
   def __call__(self, x: Array) -> Array:
-    return self.down(jax.nn.gelu(self.up(x), approximate=False))
+    return self.down(_gelu(self.up(x)))
+
+
+@jax.checkpoint
+def _gelu(x: Array) -> Array:
+  """The exact GELU; of its input alone its backward is made."""
+  return jax.nn.gelu(x, approximate=False)
 
 
 class Block(nnx.Module):
@@ -140,9 +156,9 @@ class PreNormBlock(Block):
     *,
     rngs: nnx.Rngs,
   ):
-    self.norm1 = layer_norm(config, rngs)
+    self.norm1 = layer_norm(config)
     self.mixer = mixer.make(_site(config, layer), rngs=rngs)
-    self.norm2 = layer_norm(config, rngs)
+    self.norm2 = layer_norm(config)
     has_mlp = config.mlp_width is not None
     self.mlp = MLP(config, rngs=rngs) if has_mlp else None
 
@@ -229,7 +245,7 @@ def remat(function: Callable, config: ModelConfig) -> Callable:
   dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
   return jax.checkpoint(
     function,
-    prevent_cse=not config.scan_layers,  # a scan's body is apart already
+    prevent_cse=not config.scans,  # a scan's body is apart already
     policy=dots if config.remat == "dots" else None,
   )
 
@@ -244,15 +260,9 @@ def logits(x_D: Array, embedding_VD: Array) -> Array:
   )
 
 
-def layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(config: ModelConfig) -> LayerNorm:
   """LN with weight and bias, statistics in float32."""
-  return nnx.LayerNorm(
-    config.width,
-    epsilon=NORM_EPS,
-    dtype=jnp.dtype(config.dtype),
-    use_fast_variance=False,
-    rngs=rngs,
-  )
+  return LayerNorm(config.width, eps=NORM_EPS, dtype=jnp.dtype(config.dtype))
 
 
 def _site(config: ModelConfig, layer: int) -> base.Site:

@@ -57,7 +57,7 @@ class LM(nnx.Module):
     self.pairs = nnx.merge(
       graph, jax.tree.map(lambda *x: jnp.stack(x), *states)
     )
-    self.norm = blocks.layer_norm(config, rngs)
+    self.norm = blocks.layer_norm(config)
 
   def __call__(
     self,
@@ -200,8 +200,9 @@ class LM(nnx.Module):
   def _through(self, run, x: Array, stacked) -> Array:
     """x behind the pairs, scanned or one by one; x itself of no pair."""
     pairs = len(jax.tree.leaves(stacked)[0])
-    if self.config.scan_layers and pairs:
+    if self.config.scans and pairs:
       return jax.lax.scan(lambda x, pair: (run(x, pair), None), x, stacked)[0]
+    run = jax.jit(run)  # traced and lowered once for all pairs
     for index in range(pairs):
       x = run(x, jax.tree.map(lambda p: p[index], stacked))  # noqa: B023
     return x

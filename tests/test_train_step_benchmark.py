@@ -21,7 +21,7 @@ def make_args(**changes) -> argparse.Namespace:
     tokens=128,
     chunk=64,
     remat="none",
-    unroll=False,
+    scan=False,
     seconds=0.01,
     rounds=1,
     devices=2,

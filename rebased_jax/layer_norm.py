@@ -1,0 +1,94 @@
+"""Layer normalisation whose backward keeps its input and two numbers a token.
+
+    x̂ = (x − μ) / σ,   μ = mean x,   σ² = mean (x − μ)² + eps
+    y = γ ∘ x̂ + β
+    dx = (g − mean g − x̂ mean(g ∘ x̂)) / σ,   g = γ ∘ dy
+    dγ = Σ dy ∘ x̂,   dβ = Σ dy
+
+Differentiated by jax it would keep x − μ and more of every token in float32:
+a third of the memory traffic of a training step's norms (Ba et al., 2016).
+"""
+
+import functools
+
+from flax import nnx
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from pallas_kernels.polynomial.spec import accumulator
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def layer_norm(
+  x_D: Array, scale_D: Array, bias_D: Array, eps: float, dtype: jnp.dtype
+) -> Array:
+  """y (…, D) in `dtype`; everything is computed in float32, or in float64.
+
+  Args:
+    x_D: (…, D).
+    scale_D: γ.
+    bias_D: β.
+    eps: added to the variance.
+    dtype: of y.
+  """
+  return _forward(x_D, scale_D, bias_D, eps, dtype)[0]
+
+
+def _forward(x_D, scale_D, bias_D, eps, dtype):
+  wide = x_D.astype(accumulator(x_D.dtype))
+  mean_1 = wide.mean(axis=-1, keepdims=True)
+  variance_1 = jnp.square(wide - mean_1).mean(axis=-1, keepdims=True)
+  rate_1 = jax.lax.rsqrt(variance_1 + eps)
+  hat_D = (wide - mean_1) * rate_1
+  y_D = _row(scale_D, hat_D) * hat_D + _row(bias_D, hat_D)
+  return y_D.astype(dtype), (x_D, scale_D, bias_D, mean_1, rate_1)
+
+
+def _backward(eps, dtype, kept, dy_D):
+  del eps, dtype
+  # So that x̂ is made again: XLA would keep the forward's, in float32.
+  x_D, scale_D, bias_D, mean_1, rate_1 = jax.lax.optimization_barrier(kept)
+  hat_D = (x_D.astype(mean_1.dtype) - mean_1) * rate_1
+  dy_D = dy_D.astype(mean_1.dtype)
+  g_D = _row(scale_D, hat_D) * dy_D
+  shift_1, slope_1 = _means(g_D, g_D * hat_D)
+  dx_D = rate_1 * (g_D - shift_1 - hat_D * slope_1)
+  tokens = tuple(range(x_D.ndim - 1))
+  dscale_D = (dy_D * hat_D).sum(axis=tokens).astype(scale_D.dtype)
+  dbias_D = dy_D.sum(axis=tokens).astype(bias_D.dtype)
+  return dx_D.astype(x_D.dtype), dscale_D, dbias_D
+
+
+layer_norm.defvjp(_forward, _backward)
+
+
+def _means(*values_D: Array) -> list[Array]:
+  """Means over the last axis, of one reduction: each value is read once."""
+  zeros = [jnp.zeros((), x.dtype) for x in values_D]
+  add = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))
+  last = values_D[0].ndim - 1
+  sums = jax.lax.reduce(values_D, tuple(zeros), add, (last,))
+  return [x[..., None] / values_D[0].shape[-1] for x in sums]
+
+
+def _row(parameter_D: Array, like_D: Array) -> Array:
+  """A parameter in the shape and dtype that `like_D` is multiplied in."""
+  return parameter_D.astype(like_D.dtype).reshape(
+    (1,) * (like_D.ndim - 1) + (-1,)
+  )
+
+
+class LayerNorm(nnx.Module):
+  """`layer_norm` with its parameters, scale and bias, in float32."""
+
+  def __init__(self, width: int, *, eps: float, dtype: jnp.dtype):
+    self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+    self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
+    self.eps = eps
+    self.dtype = dtype
+
+  def __call__(self, x_D: Array) -> Array:
+    return layer_norm(
+      x_D, self.scale[...], self.bias[...], self.eps, self.dtype
+    )
