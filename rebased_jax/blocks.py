@@ -9,6 +9,7 @@ Its Mamba model has blocks of one line, x ← x + mixer(RMSNorm(x)).
 import abc
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Literal
 
 from flax import nnx
@@ -94,10 +95,11 @@ class MLP(nnx.Module):
     return self.down(_gelu(self.up(x)))
 
 
-@jax.checkpoint
+@jax.checkpoint  # its backward is made of its input alone
 def _gelu(x: Array) -> Array:
-  """The exact GELU; of its input alone its backward is made."""
-  return jax.nn.gelu(x, approximate=False)
+  """x Φ(x) by erf in float32; jax.nn.gelu's erfc takes twice the operations."""
+  wide = x.astype(accumulator(x.dtype))
+  return (0.5 * wide * (1 + jax.lax.erf(math.sqrt(0.5) * wide))).astype(x.dtype)
 
 
 class Block(nnx.Module):

