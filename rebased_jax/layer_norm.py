@@ -27,8 +27,8 @@ def layer_norm(
 
   Args:
     x_D: (…, D).
-    scale_D: γ.
-    bias_D: β.
+    scale_D: γ, of x's last axes: (D,), or (groups, D) of its own each.
+    bias_D: β, likewise.
     eps: added to the variance.
     dtype: of y.
   """
@@ -37,8 +37,8 @@ def layer_norm(
 
 def _forward(x_D, scale_D, bias_D, eps, dtype):
   wide = x_D.astype(accumulator(x_D.dtype))
-  mean_1 = wide.mean(axis=-1, keepdims=True)
-  variance_1 = jnp.square(wide - mean_1).mean(axis=-1, keepdims=True)
+  (mean_1,) = _means(wide)
+  (variance_1,) = _means(jnp.square(wide - mean_1))
   rate_1 = jax.lax.rsqrt(variance_1 + eps)
   hat_D = (wide - mean_1) * rate_1
   y_D = _row(scale_D, hat_D) * hat_D + _row(bias_D, hat_D)
@@ -54,7 +54,7 @@ def _backward(eps, dtype, kept, dy_D):
   g_D = _row(scale_D, hat_D) * dy_D
   shift_1, slope_1 = _means(g_D, g_D * hat_D)
   dx_D = rate_1 * (g_D - shift_1 - hat_D * slope_1)
-  tokens = tuple(range(x_D.ndim - 1))
+  tokens = tuple(range(x_D.ndim - scale_D.ndim))
   dscale_D = (dy_D * hat_D).sum(axis=tokens).astype(scale_D.dtype)
   dbias_D = dy_D.sum(axis=tokens).astype(bias_D.dtype)
   return dx_D.astype(x_D.dtype), dscale_D, dbias_D
@@ -64,19 +64,22 @@ layer_norm.defvjp(_forward, _backward)
 
 
 def _means(*values_D: Array) -> list[Array]:
-  """Means over the last axis, of one reduction: each value is read once."""
+  """Means over the last axis, of one reduction: each value is read once.
+
+  Divided by D before, where it is fused; behind it would be a kernel.
+  """
   zeros = [jnp.zeros((), x.dtype) for x in values_D]
   add = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))
+  parts_D = tuple(x / x.shape[-1] for x in values_D)
   last = values_D[0].ndim - 1
-  sums = jax.lax.reduce(values_D, tuple(zeros), add, (last,))
-  return [x[..., None] / values_D[0].shape[-1] for x in sums]
+  means = jax.lax.reduce(parts_D, tuple(zeros), add, (last,))
+  return [x[..., None] for x in means]
 
 
 def _row(parameter_D: Array, like_D: Array) -> Array:
-  """A parameter in the shape and dtype that `like_D` is multiplied in."""
-  return parameter_D.astype(like_D.dtype).reshape(
-    (1,) * (like_D.ndim - 1) + (-1,)
-  )
+  """A parameter with as many axes as `like_D`, and in its dtype."""
+  shape = (1,) * (like_D.ndim - parameter_D.ndim) + parameter_D.shape
+  return parameter_D.astype(like_D.dtype).reshape(shape)
 
 
 class LayerNorm(nnx.Module):

@@ -24,6 +24,8 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import REBASED
+from pallas_kernels.polynomial.spec import accumulator
+from rebased_jax.layer_norm import layer_norm
 from rebased_jax.mixers import base, polynomial
 
 NORM_EPS = 1e-5
@@ -66,22 +68,17 @@ class KernelAffine(nnx.Module):
     self.groups = 1 if config.norm_scope == "joint" else config.heads
 
   def __call__(self, x: Array) -> Array:
-    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    y = x.astype(dtype)
+    row = lambda p, value: (
+      jnp.full(x.shape[-1:], value) if p is None else p[...]
+    )
+    gamma, beta = row(self.gamma, 1.0), row(self.beta, 0.0)
     if self.normalize:
-      y = _norm(y.reshape(*x.shape[:-1], self.groups, -1)).reshape(x.shape)
-    row = lambda p: p[...].astype(dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-    if self.gamma is not None:
-      y = y * row(self.gamma)
-    if self.beta is not None:
-      y = y + row(self.beta)
-    return y.astype(x.dtype)
-
-
-def _norm(x: Array) -> Array:
-  """To mean 0 and variance 1 over the last axis."""
-  x = x - x.mean(axis=-1, keepdims=True)
-  return x / jnp.sqrt(jnp.square(x).mean(axis=-1, keepdims=True) + NORM_EPS)
+      split = lambda y: y.reshape(*y.shape[:-1], self.groups, -1)
+      y = layer_norm(*map(split, (x, gamma, beta)), NORM_EPS, x.dtype)
+      return y.reshape(x.shape)
+    dtype = accumulator(x.dtype)
+    wide = lambda p: p.astype(dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    return (x.astype(dtype) * wide(gamma) + wide(beta)).astype(x.dtype)
 
 
 class ReBased(polynomial.PolynomialMixer):
