@@ -25,6 +25,7 @@ MODELS = {
   "the paper's text says; vocabulary and length are other ones.",
   "tiny": "The models are tiny, to try the script.",
 }
+_COMPILED = 3  # times the median: no step of a steady run takes that
 _HELD_OUT = (
   *("loss", "perplexity", "ar_perplexity", "non_ar_perplexity"),
   *("ar_share", "accuracy"),
@@ -35,7 +36,8 @@ def read(path: Path, preset: str, device: str) -> dict[str, Any]:
   """A finished run's curves and final values.
 
   `seconds` of a point are those of steps, evaluation and compilation left out:
-  the first window, which holds the latter, counts at the median rate.
+  a window that holds the latter, first of all or after a resume, counts at the
+  median rate.
   """
   folder = RunFolder(path)
   config, records = folder.read_config(), folder.read_metrics()
@@ -45,7 +47,8 @@ def read(path: Path, preset: str, device: str) -> dict[str, Any]:
   pace = statistics.median(x["step_time"] for x in train)
   seconds, step, curve, at = 0.0, 0, [], {0: 0.0}
   for x in train:
-    taken = pace if step == 0 else x["step_time"]
+    compiled = step == 0 or x["step_time"] > _COMPILED * pace
+    taken = pace if compiled else x["step_time"]
     seconds += taken * (x["step"] - step)
     step = x["step"]
     at[step] = seconds
