@@ -7,8 +7,9 @@ from mixer_subject import FAST, compiled
 import numpy as np
 import pytest
 
+from pallas_kernels import _compat
 from rebased_jax import ShardAxes
-from train.cross_entropy import cross_entropy
+from train.cross_entropy import _total_and_best, cross_entropy
 
 B, T, D, V = 4, 12, 16, 37
 # float32: the same sums in another order. bfloat16: ∂loss/∂z is rounded to it
@@ -57,6 +58,56 @@ def test_parts_are_the_whole(dtype: str) -> None:
   # Without a gradient it is another program.
   alone = compiled(lambda *x: cross_entropy(*x, chunks=4))(*inputs)
   _assert_near(alone, wanted[0], 1e-6)
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> None:
+  """A GPU's program, here: a part's logits are read in one reduction."""
+  monkeypatch.setattr(_compat, "platform", lambda: "gpu")
+
+
+def test_one_reduction_gives_the_same(gpu) -> None:
+  inputs = _inputs()
+  wanted = _run(inputs)
+  found = _run(inputs, chunks=4)
+  one = str(jax.make_jaxpr(_total_and_best)(jnp.ones(3)))
+  assert one.count("reduce") == 1
+  _assert_near(found[0], wanted[0], 1e-6)
+  _assert_near(found[1], wanted[1], TOLERANCES["float32"])
+
+
+def test_one_reduction_over_a_split_vocabulary(gpu) -> None:
+  mesh = jax.make_mesh((2, 4), ("data", "tensor"), (AxisType.Auto,) * 2)
+  x, embedding, *rest = _inputs()
+  embedding = embedding[:36]
+  inputs = x, embedding, jnp.minimum(rest[0], 35), rest[1]
+  wanted = _run(inputs)
+  spec = jax.sharding.NamedSharding(mesh, jax.P("tensor", None))
+  with jax.set_mesh(mesh):
+    split = x, jax.device_put(embedding, spec), *inputs[2:]
+    found = _run(split, chunks=3, axes=ShardAxes(batch="data"))
+  _assert_near(found, wanted, TOLERANCES["float32"])
+
+
+def test_what_one_reduction_makes_of_odd_logits(gpu) -> None:
+  low = np.finfo(np.float32).min
+  rows = np.float32(
+    [
+      [1, 3, 3, 2],  # the first of two
+      [low, low, low, low],
+      [-np.inf, 0, -np.inf, -1],
+      [88, -88, 1e4, 1e4],
+      [np.nan, 1, 2, 3],
+      [1, np.inf, 2, 3],
+    ]
+  )
+  total, best = jax.jit(_total_and_best)(rows)
+  wide = np.float64(rows[:4])
+  top = wide.max(-1, keepdims=True)
+  wanted = top[:, 0] + np.log(np.exp(wide - top).sum(-1))
+  np.testing.assert_allclose(total[:4], wanted, rtol=1e-6)
+  np.testing.assert_array_equal(best[:4], [1, 0, 1, 2])
+  assert not np.isfinite(total[4:]).any()  # and so no loss that passes as one
 
 
 def test_the_plain_loss_is_the_formula() -> None:
