@@ -10,6 +10,7 @@ from model_cases import make
 import optax
 import pytest
 
+from pallas_kernels import _compat
 from rebased_jax import LM, BaseConvConfig, ModelConfig, ReBasedConfig
 
 B, T, V = 2, 16, 11
@@ -93,6 +94,17 @@ def test_a_scanned_program_does_not_grow_with_depth() -> None:
   # Of layers one by one, a pair is there once and called for each.
   four, eight = lines(scan_layers=False)
   assert four < eight < 1.8 * four
+
+
+def test_a_gpu_takes_layers_one_by_one(monkeypatch) -> None:
+  assert CONFIG.scans and "call @run" not in _lowered(CONFIG).as_text()
+  monkeypatch.setattr(_compat, "platform", lambda: "gpu")
+  mixer = dataclasses.replace(CONFIG.mixer, implementation="xla")
+  chosen = dataclasses.replace(CONFIG, mixer=mixer)
+  assert not chosen.scans
+  assert dataclasses.replace(chosen, scan_layers=True).scans
+  text = _lowered(chosen).as_text()
+  assert "call @run" in text and text.count("func.func private @run") <= 4
 
 
 def test_remat_holds_less() -> None:
