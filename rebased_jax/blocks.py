@@ -158,9 +158,9 @@ class PreNormBlock(Block):
     *,
     rngs: nnx.Rngs,
   ):
-    self.norm1 = layer_norm(config)
+    self.norm1 = layer_norm(config, rngs)
     self.mixer = mixer.make(_site(config, layer), rngs=rngs)
-    self.norm2 = layer_norm(config)
+    self.norm2 = layer_norm(config, rngs)
     has_mlp = config.mlp_width is not None
     self.mlp = MLP(config, rngs=rngs) if has_mlp else None
 
@@ -262,9 +262,10 @@ def logits(x_D: Array, embedding_VD: Array) -> Array:
   )
 
 
-def layer_norm(config: ModelConfig) -> LayerNorm:
+def layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> LayerNorm:
   """LN with weight and bias, statistics in float32."""
-  return LayerNorm(config.width, eps=NORM_EPS, dtype=jnp.dtype(config.dtype))
+  dtype = jnp.dtype(config.dtype)
+  return LayerNorm(config.width, eps=NORM_EPS, dtype=dtype, rngs=rngs)
 
 
 def _site(config: ModelConfig, layer: int) -> base.Site:

@@ -85,9 +85,12 @@ def _row(parameter_D: Array, like_D: Array) -> Array:
 class LayerNorm(nnx.Module):
   """`layer_norm` with its parameters, scale and bias, in float32."""
 
-  def __init__(self, width: int, *, eps: float, dtype: jnp.dtype):
-    self.scale = nnx.Param(jnp.ones(width, jnp.float32))
-    self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
+  def __init__(
+    self, width: int, *, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs
+  ):
+    make = lambda init: nnx.Param(init(rngs.params(), (width,), jnp.float32))
+    self.scale = make(nnx.initializers.ones)
+    self.bias = make(nnx.initializers.zeros)
     self.eps = eps
     self.dtype = dtype
 

@@ -57,7 +57,7 @@ class LM(nnx.Module):
     self.pairs = nnx.merge(
       graph, jax.tree.map(lambda *x: jnp.stack(x), *states)
     )
-    self.norm = blocks.layer_norm(config)
+    self.norm = blocks.layer_norm(config, rngs)
 
   def __call__(
     self,

@@ -1,5 +1,6 @@
 """Layer normalisation against its equations in float64."""
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +77,7 @@ def test_batches_and_second_derivatives() -> None:
 
 
 def test_parameters_start_at_one_and_zero() -> None:
-  norm = LayerNorm(4, eps=EPS, dtype=jnp.dtype("float32"))
+  dtype = jnp.dtype("float32")
+  norm = LayerNorm(4, eps=EPS, dtype=dtype, rngs=nnx.Rngs(0))
   assert norm.scale[...].tolist() == [1.0] * 4
   assert norm.bias[...].tolist() == [0.0] * 4

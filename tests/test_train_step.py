@@ -156,7 +156,8 @@ def test_micro_batches_are_weighted_by_their_tokens(parts: Parts) -> None:
   expected, expected_found = parts.run(state, batch, _KEY)
   new, found = _parts(tiny(accumulate=4)).run(state, batch, _KEY)
   _close(found, expected_found, 1e-6)
-  _close(new, expected, 1e-6)
+  # Adam's first step is g / (|g| + 1e-8): where g is near 0 its rounding shows.
+  _close(new, expected, 3e-6)
   moved = jax.tree.map(lambda a, b: a - b, new["params"], state["params"])
   assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(moved)) > 1e-3
 
