@@ -93,10 +93,7 @@ def judge(losses: dict[str, list[list[float]]]) -> dict[str, Any]:
 
 def train(preset: str, options: dict[str, Any], run: Path) -> list[dict]:
   """A run's records; SystemExit where it fails."""
-  words = [x for k, v in options.items() for x in (f"--{k}", str(v))]
-  text_run.call(
-    *text_run.rebased("train", preset, "--run-dir", str(run), *words)
-  )
+  text_run.call(*text_run.train_command(preset, {"run-dir": run} | options))
   return RunFolder(run).read_metrics()
 
 

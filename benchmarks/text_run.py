@@ -85,6 +85,12 @@ def rebased(*words: str) -> list[str]:
   return [sys.executable, "-m", "train", *words]
 
 
+def train_command(preset: str, options: dict[str, Any]) -> list[str]:
+  """The command line of a run, of options by name."""
+  words = [x for k, v in options.items() for x in (f"--{k}", str(v))]
+  return rebased("train", preset, *words)
+
+
 def environment() -> dict[str, str]:
   """Of a child: this repository first, and most of a GPU's memory."""
   path = os.pathsep.join(filter(None, (str(ROOT), os.getenv("PYTHONPATH"))))
@@ -192,10 +198,9 @@ def train(
   if time.monotonic() >= deadline:
     return None
   options = train_options(name, settings, work)
-  words = [x for k, v in options.items() for x in (f"--{k}", str(v))]
   begin = time.perf_counter()
   process = subprocess.Popen(
-    rebased("train", PRESETS[name], *words), env=environment()
+    train_command(PRESETS[name], options), env=environment()
   )
   try:
     code = process.wait(min(deadline - time.monotonic(), threading.TIMEOUT_MAX))
