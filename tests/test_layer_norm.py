@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import _compat
 from rebased_jax.layer_norm import LayerNorm, layer_norm
 
 EPS = 1e-5
@@ -33,6 +34,13 @@ def _error(found, wanted) -> float:
   return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def program(request, monkeypatch) -> None:
+  """That of each platform: a GPU's takes both moments in one reduction."""
+  monkeypatch.setattr(_compat, "platform", lambda: request.param)
+
+
+@pytest.mark.usefixtures("program")
 @pytest.mark.parametrize("shape", [(2, 7, 48), (3, 1), (5, 3), (768,)])
 @pytest.mark.parametrize(
   "dtype, out, limit",
@@ -61,6 +69,20 @@ def test_values_and_gradients(shape, dtype, out, limit) -> None:
     assert _error(a, b) <= limit
 
 
+@pytest.mark.usefixtures("program")
+def test_the_variance_of_a_row_far_from_zero() -> None:
+  # E x² − μ² would lose all of it.
+  x_D, scale_D, bias_D, _ = _inputs((64, 768), mean=3e3)
+  x_D = np.float32(x_D)
+  found = jax.jit(layer_norm, static_argnums=(3, 4))(
+    x_D, np.float32(scale_D), np.float32(bias_D), EPS, jnp.dtype("float32")
+  )
+  with jax.enable_x64(True):
+    wanted = _equations(np.float64(x_D), scale_D, bias_D)
+  assert _error(found, wanted) <= 3e-4  # μ has a rounding of 3e3 · 2⁻²⁴
+
+
+@pytest.mark.usefixtures("program")
 def test_batches_and_second_derivatives() -> None:
   x_D, scale_D, bias_D, dy_D = (
     jnp.asarray(x, jnp.float32) for x in _inputs((3, 8))

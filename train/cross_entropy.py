@@ -10,6 +10,8 @@ computed twice, and nothing of (tokens, V) is kept. Token t is in part
 t mod (M / chunks), so that a device that holds a slice of a row keeps it.
 
 The product with ∂loss/∂z takes it in the dtype of x, as it takes the weights.
+In a pass with gradients a part's logits are kept in that dtype too, and their
+softmax is computed in float32; without gradients they stay in float32.
 """
 
 import functools
@@ -176,10 +178,12 @@ def _forward(x_BMD, embedding_VD, targets_BM, weights_BM, *, chunks, names):
 
 
 def _both(x_BMD, embedding_VD, targets_BM, weights_BM, *, chunks, names):
+  dtype = accumulator(x_BMD.dtype)
+
   def part(carry, inputs):
     total, dembedding_VD = carry
     x_BCD, targets_BC, weights_BC = inputs
-    logits_BCV = blocks.logits(x_BCD, embedding_VD)
+    logits_BCV = jnp.einsum("bcd,vd->bcv", x_BCD, embedding_VD).astype(dtype)
     tokens, total_BC = _tokens_of_part(logits_BCV, targets_BC)
     dlogits_BCV = _dlogits(logits_BCV, total_BC, targets_BC, weights_BC)
     dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
@@ -194,7 +198,6 @@ def _both(x_BMD, embedding_VD, targets_BM, weights_BM, *, chunks, names):
     return (total, dembedding_VD), (tokens, dx_BCD)
 
   parts = _parts((x_BMD, targets_BM, weights_BM), chunks)
-  dtype = accumulator(x_BMD.dtype)
   zeros = jnp.zeros((), dtype), jnp.zeros(embedding_VD.shape, dtype)
   sums, of_tokens = jax.lax.scan(part, zeros, parts)
   total, dembedding_VD = jax.lax.psum(sums, names)
