@@ -175,7 +175,7 @@ def parse(on_cpu: bool) -> argparse.Namespace:
   parser.add_argument("--cases", nargs="+", choices=names, default=names)
   parser.add_argument("--tiny", action="store_true", default=on_cpu)
   parser.add_argument("--tokens", type=int, default=512 if on_cpu else 32768)
-  chunk = 128 if on_cpu else 4096
+  chunk = 128 if on_cpu else 16384
   parser.add_argument("--chunk", type=int, default=chunk, help="of the loss")
   parser.add_argument("--remat", choices=REMATS, default="none")
   parser.add_argument("--scan", action="store_true", help="over the layers")

@@ -47,8 +47,9 @@ def _forward(x_D, scale_D, bias_D, eps, dtype):
 
 def _backward(eps, dtype, kept, dy_D):
   del eps, dtype
+  x_D, scale_D, bias_D, *moments = kept
   # So that x̂ is made again: XLA would keep the forward's, in float32.
-  x_D, scale_D, bias_D, mean_1, rate_1 = jax.lax.optimization_barrier(kept)
+  x_D, mean_1, rate_1 = jax.lax.optimization_barrier((x_D, *moments))
   hat_D = (x_D.astype(mean_1.dtype) - mean_1) * rate_1
   dy_D = dy_D.astype(mean_1.dtype)
   g_D = _row(scale_D, hat_D) * dy_D
