@@ -7,7 +7,8 @@ Several runs of each case by `rebased train`, in bfloat16: as many seeds through
 their logged losses. The kernels pass where runs of the one are as near to runs
 of the other as runs of one kind are to each other. The text of the language
 model is the standard library's. The record, with curves, goes to
-results/gpu_training.json; exits 1 if a case did not pass. Needs tokenizers.
+results/gpu_training.json, beside cases that were run before; exits 1 if a case
+did not pass. Needs tokenizers.
 """
 
 import argparse
@@ -140,20 +141,20 @@ def main() -> None:
   parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
   args = parser.parse_args()
   jax.config.update("jax_platforms", "cpu")  # the device is for the children
-  result = describe_apart("train", "rebased_jax", "pallas_kernels")
-  if "NVIDIA" not in result["device"]:
-    sys.exit(f"gpu_training needs an NVIDIA GPU: this is {result['device']}")
+  where = describe_apart("train", "rebased_jax", "pallas_kernels")
+  if "NVIDIA" not in where["device"]:
+    sys.exit(f"gpu_training needs an NVIDIA GPU: this is {where['device']}")
   args.work.mkdir(parents=True, exist_ok=True)
   out = RESULTS / "gpu_training.json"
-  result["cases"] = {}
+  result = json.loads(out.read_text()) if out.exists() else {"cases": {}}
   for name in args.cases:
-    row = result["cases"][name] = run_case(name, args.work, args.jobs)
+    row = run_case(name, args.work, args.jobs)
+    result["cases"][name] = where | row
     shown = ("between", "within", "learned", "within_noise")
     print(name, {key: row[key] for key in shown}, flush=True)
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-  if not all(
-    x["within_noise"] and x["learned"] for x in result["cases"].values()
-  ):
+  ran = [result["cases"][name] for name in args.cases]
+  if not all(x["within_noise"] and x["learned"] for x in ran):
     sys.exit(1)
 
 

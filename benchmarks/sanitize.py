@@ -171,20 +171,18 @@ def main() -> None:
     sys.exit("benchmarks/sanitize.py needs compute-sanitizer, of CUDA")
   import environment
 
-  result = environment.describe_apart("pallas_kernels")
+  result = environment.describe_apart("pallas_kernels") | {"rows": []}
   each = list(itertools.product(args.tools, range(len(CASES))))
-  with futures.ThreadPoolExecutor(args.jobs) as pool:
-    found = list(pool.map(lambda x: run_tool(*x, args.seconds), each))
-  rows = [
-    {"tool": tool, "case": CASES[index]._asdict(), **row}
-    for (tool, index), row in zip(each, found, strict=True)
-  ]
-  for row in rows:
-    print(row["tool"], row["case"], row["clean"], row["summary"], flush=True)
   path = environment.RESULTS / "sanitize.json"
-  text = json.dumps(result | {"rows": rows}, indent=1)
-  path.write_text(text + "\n", encoding="utf-8")
-  if not all(row["clean"] for row in rows):
+  with futures.ThreadPoolExecutor(args.jobs) as pool:
+    found = pool.map(lambda x: run_tool(*x, args.seconds), each)
+    for (tool, index), row in zip(each, found, strict=True):
+      row = {"tool": tool, "case": CASES[index]._asdict(), **row}
+      print(tool, row["case"], row["clean"], row["summary"], flush=True)
+      result["rows"].append(row)
+      # After each, so that a run that ends early leaves what it has.
+      path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+  if not all(row["clean"] for row in result["rows"]):
     sys.exit(1)
 
 

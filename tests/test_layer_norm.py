@@ -79,7 +79,8 @@ def test_the_variance_of_a_row_far_from_zero() -> None:
   )
   with jax.enable_x64(True):
     wanted = _equations(np.float64(x_D), scale_D, bias_D)
-  assert _error(found, wanted) <= 3e-4  # μ has a rounding of 3e3 · 2⁻²⁴
+  # √768 roundings of μ, 3e3 · 2⁻²⁴ each, where the sum is taken in sequence.
+  assert _error(found, wanted) <= 5e-3
 
 
 @pytest.mark.usefixtures("program")
