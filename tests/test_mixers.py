@@ -246,8 +246,18 @@ def test_bfloat16_is_close_to_float32(name) -> None:
   assert error <= 0.03 * np.linalg.norm(wanted_BTD)
 
 
-@each_mixer
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+  ("name", "dtype"),
+  [
+    *[(name, "float32") for name in CASES],
+    *[
+      pytest.param(
+        x, "bfloat16", marks=[pytest.mark.slow] * (x not in ONE_EACH)
+      )
+      for x in CASES
+    ],
+  ],
+)
 def test_state_size_is_the_bytes_held(name, dtype) -> None:
   subject = make(name, dtype)
   x_BTD = tokens().astype(dtype)
