@@ -4,15 +4,14 @@ import functools
 
 from flax import nnx
 import jax
-from jax import Array
 import jax.numpy as jnp
 from mixer_equations import CASES
 import numpy as np
 
 from rebased_jax.mixers import base
 
-# Few shapes: most tests are not jitted, so that an operation compiles once for
-# all the mixers. Whole rows have 12 tokens, parts of them 6 or, in steps, 1.
+# Few shapes: an operation that is not jitted compiles once for all the mixers.
+# Whole rows have 12 tokens, parts of them 6 or, in steps, 1.
 B, T, HALF, D = 2, 12, 6, 8
 # Two float32 ways to the same sums of a few dozen terms of size 1: roundings
 # of 6e-8 each, times the condition of a quotient by Σ sim + eps.
@@ -25,20 +24,30 @@ compiled = functools.partial(jax.jit, compiler_options=FAST)
 
 
 class Subject:
-  """A mixer, its parameters moved from 0, 1 and N(0, 0.02²); compiled calls."""
+  """A mixer, its parameters moved from 0, 1 and N(0, 0.02²); compiled calls.
+
+  The calls return NumPy arrays: a slice of one compiles nothing.
+  """
 
   def __init__(self, name: str, dtype: str = "float32"):
     site = base.Site(D, layer=1, layers=2, dtype=dtype)
-    self.mixer = CASES[name].make(site, rngs=nnx.Rngs(0))
-    self.graph, params = nnx.split(self.mixer)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [
-      p + 0.4 * jax.random.normal(k, p.shape)
-      for k, p in zip(keys, leaves, strict=True)
-    ]
-    self.params = jax.tree.unflatten(tree, moved)
-    nnx.update(self.mixer, self.params)
+    make = lambda: CASES[name].make(site, rngs=nnx.Rngs(0))
+    self.graph, _ = nnx.split(nnx.eval_shape(make))
+
+    @compiled
+    def moved():
+      leaves, tree = jax.tree.flatten(nnx.split(make())[1])
+      keys = jax.random.split(jax.random.key(1), len(leaves))
+      return jax.tree.unflatten(
+        tree,
+        [
+          p + 0.4 * jax.random.normal(k, p.shape)
+          for k, p in zip(keys, leaves, strict=True)
+        ],
+      )
+
+    self.params = moved()
+    self.mixer = nnx.merge(self.graph, self.params)
     self._gradients = compiled(self._gradients)
     self._prefill = compiled(
       lambda p, *args: self.of(p).prefill(*args[:2], segment_ids=args[2])
@@ -50,21 +59,22 @@ class Subject:
     return nnx.merge(self.graph, params)
 
   def prefill(self, x_BTD, state, ids_BT=None):
-    return self._prefill(self.params, x_BTD, state, ids_BT)
+    return jax.device_get(self._prefill(self.params, x_BTD, state, ids_BT))
 
   def step(self, x_BD, state):
-    return self._step(self.params, x_BD, state)
+    return jax.device_get(self._step(self.params, x_BD, state))
 
   def steps(self, x_BTD, state):
     ys = []
     for t in range(x_BTD.shape[1]):
       y_BD, state = self.step(x_BTD[:, t], state)
       ys.append(y_BD)
-    return jnp.stack(ys, axis=1), state
+    return np.stack(ys, axis=1), state
 
   def gradients(self, x_BTD, w_BMD, ids_BT=None, positions_BM=None):
     """(dparams, dx_BTD) of Σ w y where w is not 0, and y."""
-    return self._gradients(self.params, x_BTD, w_BMD, ids_BT, positions_BM)
+    found = self._gradients(self.params, x_BTD, w_BMD, ids_BT, positions_BM)
+    return jax.device_get(found)
 
   def _gradients(self, params, x_BTD, w_BMD, ids_BT, positions_BM):
     def loss(params, x_BTD):
@@ -82,8 +92,9 @@ class Subject:
 make = functools.cache(Subject)
 
 
-def tokens(seed: int = 12) -> Array:
-  return jax.random.normal(jax.random.key(seed), (B, T, D))
+@functools.cache
+def tokens(seed: int = 12) -> np.ndarray:
+  return np.asarray(jax.random.normal(jax.random.key(seed), (B, T, D)))
 
 
 def assert_close(found, wanted, **tolerance) -> None:

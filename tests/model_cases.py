@@ -4,6 +4,7 @@ import functools
 
 from flax import nnx
 import jax
+from mixer_subject import compiled
 
 from rebased_jax import LM, ModelConfig
 
@@ -11,11 +12,19 @@ from rebased_jax import LM, ModelConfig
 @functools.cache
 def make(config: ModelConfig):
   """(graph, params); the parameters moved from 0, 1 and N(0, 0.02²)."""
-  graph, params = nnx.split(LM(config, rngs=nnx.Rngs(0)))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(2), len(leaves))
-  moved = [
-    p + 0.3 * jax.random.normal(k, p.shape)
-    for k, p in zip(keys, leaves, strict=True)
-  ]
-  return graph, jax.tree.unflatten(tree, moved)
+  fresh = lambda: LM(config, rngs=nnx.Rngs(0))
+  graph, _ = nnx.split(nnx.eval_shape(fresh))
+
+  @compiled
+  def moved():
+    leaves, tree = jax.tree.flatten(nnx.split(fresh())[1])
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    return jax.tree.unflatten(
+      tree,
+      [
+        p + 0.3 * jax.random.normal(k, p.shape)
+        for k, p in zip(keys, leaves, strict=True)
+      ],
+    )
+
+  return graph, moved()

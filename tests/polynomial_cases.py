@@ -35,7 +35,7 @@ def make_inputs(
   if final:
     shapes = (x.shape for x in state_of(k, v, coefficients))
     dafter = tuple(acc(rng.normal(size=s) / 8) for s in shapes)
-  q, k, v, do = (np.asarray(jnp.asarray(x, dtype)) for x in (q, k, v, do))
+  q, k, v, do = (x.astype(jnp.dtype(dtype)) for x in (q, k, v, do))
   ids_BT = make_ids(rng, B, T, borders)
   return Inputs(q, k, v, ids_BT, before, do, dafter)
 

@@ -5,7 +5,8 @@ import dataclasses
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from mixer_subject import B, D, T, make, tokens
+from mixer_subject import B, D, T, compiled, make, tokens
+import model_cases
 import numpy as np
 import pytest
 
@@ -20,7 +21,7 @@ from rebased_jax import (
 )
 from rebased_jax.mixers import base
 
-_IDS_BT = jnp.zeros((B, T), jnp.int32)
+_IDS_BT = np.zeros((B, T), np.int32)
 
 
 def _make(config, width=D, **site):
@@ -100,7 +101,8 @@ def test_cudnn_by_name_runs_or_says_why_not() -> None:
 def test_a_token_past_the_state_has_nan(name) -> None:
   subject = make(name)
   room = subject.mixer.length
-  x_BTD = jax.random.normal(jax.random.key(3), (B, room + 2, D))
+  rng = np.random.default_rng(3)
+  x_BTD = rng.normal(size=(B, room + 2, D)).astype(np.float32)
   ys, state = subject.steps(x_BTD, subject.zero)
   assert np.isfinite(ys[:, :room]).all()
   assert np.isnan(ys[:, room:]).all()
@@ -146,17 +148,16 @@ def test_a_model_of_both_decodes_as_it_reads(pairs) -> None:
   config = ModelConfig(
     HyenaConfig(filter_width=4), AttentionConfig(heads=2), 17, D, pairs, T
   )
-  model = LM(config, rngs=nnx.Rngs(0))
-  graph, params = nnx.split(model)
-  moved = jax.tree.map(
-    lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape),
-    params,
-  )
+  graph, moved = model_cases.make(config)
   model = nnx.merge(graph, moved)
-  tokens_BT = jax.random.randint(jax.random.key(2), (B, T), 0, 17)
-  logits_BTV = model(tokens_BT)
-  found, state = model.prefill(tokens_BT[:, :5], model.init_state(B))
-  step = jax.jit(lambda params, *args: nnx.merge(graph, params).step(*args))
+  rng = np.random.default_rng(2)
+  tokens_BT = rng.integers(17, size=(B, T), dtype=np.int32)
+  run = lambda call: compiled(
+    lambda params, *args: call(nnx.merge(graph, params), *args)
+  )
+  logits_BTV = np.asarray(run(LM.__call__)(moved, tokens_BT))
+  found, state = run(LM.prefill)(moved, tokens_BT[:, :5], model.init_state(B))
+  step = run(LM.step)
   for t in range(5, T):
     np.testing.assert_allclose(
       found, logits_BTV[:, t - 1], rtol=1e-4, atol=1e-4

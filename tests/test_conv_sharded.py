@@ -6,6 +6,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
+from mixer_subject import compiled
 import numpy as np
 import pytest
 
@@ -32,10 +33,14 @@ def _mesh(*shape: int) -> jax.sharding.Mesh:
   return jax.make_mesh(shape, ("data", "a", "b"), axis_types=types)
 
 
+@functools.cache
 def _subject(taps: int):
-  mixer = BaseConvConfig(taps).make(Site(_D), rngs=nnx.Rngs(0))
-  graph, params = nnx.split(mixer)
-  draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+  make = lambda: BaseConvConfig(taps).make(Site(_D), rngs=nnx.Rngs(0))
+  graph, _ = nnx.split(nnx.eval_shape(make))
+  params = compiled(lambda: nnx.split(make())[1])()
+  draw = lambda seed, *shape: np.float32(
+    np.random.default_rng(seed).normal(size=shape)
+  )
   x_BTD, past_BKD = draw(1, _B, _T, _D), draw(2, _B, taps - 1, _D)
   weight_BTD = draw(3, _B, _T, _D)
 
@@ -47,7 +52,7 @@ def _subject(taps: int):
     return total, (y_BTD, after_BKD)
 
   gradient = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
-  run = jax.jit(gradient, static_argnums=4)
+  run = compiled(gradient, static_argnums=4)
   return functools.partial(run, params, x_BTD, past_BKD)
 
 

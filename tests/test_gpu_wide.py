@@ -84,7 +84,15 @@ def test_slices_of_time(coefficients, borders, states):
 
 @pytest.mark.parametrize("cotangent", [False, True])
 @pytest.mark.parametrize("coefficients", [REBASED, BASED])
-@pytest.mark.parametrize("F, P", [(17, 80), (24, 12), (32, 64), (64, 48)])
+@pytest.mark.parametrize(
+  "F, P",
+  [
+    (17, 80),
+    pytest.param(24, 12, marks=_slow),
+    pytest.param(32, 64, marks=_slow),
+    (64, 48),
+  ],
+)
 def test_states_go_into_parts_and_back(F, P, coefficients, cotangent):
   q = jnp.zeros((2, 64, 3, F), jnp.bfloat16)
   v = jnp.zeros((2, 64, 3, P), jnp.bfloat16)

@@ -34,8 +34,9 @@ CONFIG = ModelConfig(
   positions=T,
   dropout=0.5,
 )
-TOKENS_BT = jax.random.randint(jax.random.key(1), (B, T), 0, 11)
-X_BTD = jax.random.normal(jax.random.key(2), (B, T, D))
+RNG = np.random.default_rng(1)
+TOKENS_BT = RNG.integers(11, size=(B, T), dtype=np.int32)
+X_BTD = RNG.normal(size=(B, T, D)).astype(np.float32)
 # The same program up to the compiler's choices: roundings of 6e-8.
 assert_close = functools.partial(
   np.testing.assert_allclose, rtol=1e-5, atol=1e-5
@@ -44,6 +45,12 @@ assert_close = functools.partial(
 
 def of_nnx(module) -> dict:
   return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+
+def split(make):
+  """(graph, params) of a new module, made in one program."""
+  graph, _ = nnx.split(nnx.eval_shape(make))
+  return graph, compiled(lambda: nnx.split(make())[1])()
 
 
 def shapes(params) -> dict:
@@ -55,31 +62,32 @@ def shapes(params) -> dict:
 
 
 def test_the_model() -> None:
-  model = LM(CONFIG, rngs=nnx.Rngs(3))
+  graph, state = split(lambda: LM(CONFIG, rngs=nnx.Rngs(3)))
+  model = compiled(lambda s, **kwargs: nnx.merge(graph, s)(TOKENS_BT, **kwargs))
   bridged = rebased_jax.linen.lm(CONFIG)
-  fresh = bridged.init(jax.random.key(0), TOKENS_BT)["params"]
-  params = of_nnx(model)
+  fresh = compiled(bridged.init)(jax.random.key(0), TOKENS_BT)["params"]
+  params = nnx.to_pure_dict(state)
   assert shapes(fresh) == shapes(params)
   assert "pairs/mixer/mixer/project/q/kernel" in shapes(fresh)
   apply = compiled(lambda p, **kwargs: bridged.apply({"params": p}, **kwargs))
   logits_BTV = apply(params, tokens=TOKENS_BT)
-  assert_close(logits_BTV, model(TOKENS_BT))
+  assert_close(logits_BTV, model(state))
   assert (apply(fresh, tokens=TOKENS_BT) != logits_BTV).any()
 
   key = jax.random.key(4)
   dropped_BTV = apply(params, tokens=TOKENS_BT, dropout_key=key)
-  assert_close(dropped_BTV, model(TOKENS_BT, dropout_key=key))
+  wanted_BTV = model(state, dropout_key=key)
+  assert_close(dropped_BTV, wanted_BTV)
   assert (dropped_BTV != logits_BTV).any()
 
   loss = lambda p: jnp.square(bridged.apply({"params": p}, TOKENS_BT)).sum()
-  graph, state = nnx.split(model)
-  wanted = jax.grad(lambda s: jnp.square(nnx.merge(graph, s)(TOKENS_BT)).sum())(
-    state
-  )
+  own = lambda s: jnp.square(nnx.merge(graph, s)(TOKENS_BT)).sum()
+  wanted = compiled(jax.grad(own))(state)
   found = compiled(jax.grad(loss))(params)
   assert shapes(found) == shapes(nnx.to_pure_dict(wanted))
   # Relative to each array: a gradient sums over all the positions.
   for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    x, y = jax.device_get((x, y))
     assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y)
 
 
@@ -121,17 +129,23 @@ def test_a_mixer_in_a_module_of_ones_own(config) -> None:
       return rebased_jax.linen.mixer(config, D, name="mixer")(x_BTD)
 
   mine = Mine()
-  params = mine.init(jax.random.key(0), X_BTD)["params"]
-  mixer = config.make(base.Site(D), rngs=nnx.Rngs(5))
-  assert shapes(params["mixer"]) == shapes(of_nnx(mixer))
-  params = {**params, "mixer": of_nnx(mixer)}
-  dense = params["Dense_0"]
+  params = compiled(mine.init)(jax.random.key(0), X_BTD)["params"]
+  graph, state = split(lambda: config.make(base.Site(D), rngs=nnx.Rngs(5)))
+  own = nnx.to_pure_dict(state)
+  assert shapes(params["mixer"]) == shapes(own)
+  params = {**params, "mixer": own}
+  dense = jax.device_get(params["Dense_0"])
   h_BTD = X_BTD @ dense["kernel"] + dense["bias"][None, None]
-  found = jax.jit(mine.apply)({"params": params}, X_BTD)
-  assert_close(found, mixer(h_BTD))
-  loss = lambda p: jnp.square(mine.apply({"params": p}, X_BTD)).sum()
-  grads = compiled(jax.grad(loss))(params)
+
+  def loss(params):
+    y_BTD = mine.apply({"params": params}, X_BTD)
+    return jnp.square(y_BTD).sum(), y_BTD
+
+  grads, found = compiled(jax.grad(loss, has_aux=True))(params)
+  wanted = compiled(lambda s: nnx.merge(graph, s)(h_BTD))(state)
+  assert_close(found, wanted)
   for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+    grad = np.asarray(grad)
     assert np.isfinite(grad).all() and (grad != 0).any(), path
 
 
@@ -139,11 +153,13 @@ def test_a_mixer_takes_segment_ids_and_a_dtype() -> None:
   config = ReBasedConfig(**SIZES)
   bridged = rebased_jax.linen.mixer(config, D, dtype="bfloat16")
   x_BTD = X_BTD.astype(jnp.bfloat16)
-  params = bridged.init(jax.random.key(0), x_BTD)["params"]
+  params = compiled(bridged.init)(jax.random.key(0), x_BTD)["params"]
   assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-  ids_BT = jnp.asarray([[1] * 3 + [2] * 3] * B)
-  call = lambda x: bridged.apply({"params": params}, x, segment_ids=ids_BT)
+  ids_BT = np.array([[1] * 3 + [2] * 3] * B, np.int32)
+  apply = compiled(functools.partial(bridged.apply, segment_ids=ids_BT))
+  call = lambda x_BTD: np.asarray(apply({"params": params}, x_BTD))
   y_BTD = call(x_BTD)
   assert y_BTD.dtype == jnp.bfloat16
-  spoilt_BTD = call(x_BTD.at[:, :3].set(jnp.nan))
+  x_BTD[:, :3] = np.nan
+  spoilt_BTD = call(x_BTD)
   np.testing.assert_array_equal(spoilt_BTD[:, 3:], y_BTD[:, 3:])

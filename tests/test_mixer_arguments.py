@@ -3,9 +3,10 @@
 import re
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 from mixer_equations import CASES, NO_DOCUMENTS
-from mixer_subject import B, D, T, make, tokens
+from mixer_subject import B, D, T, compiled, make, tokens
 import numpy as np
 import pytest
 
@@ -13,7 +14,7 @@ from rebased_jax.mixers import base
 
 NAMES = ("based", "rebased", "conv", "attention", "hyena", "mamba", "rwkv")
 each_mixer = pytest.mark.parametrize("name", NAMES)
-_IDS_BT = jnp.zeros((B, T), jnp.int32)
+_IDS_BT = np.zeros((B, T), np.int32)
 
 
 def test_every_class_is_listed() -> None:
@@ -35,7 +36,7 @@ def refuses(call, *words: str) -> None:
 def test_rows_of_a_wrong_shape(name, shape) -> None:
   mixer = make(name).mixer
   words = type(mixer).__name__, f"x has shape {shape}", "(B, T, D)", f"D = {D}"
-  x_BTD = jnp.zeros(shape)
+  x_BTD = np.zeros(shape, np.float32)
   refuses(lambda: mixer(x_BTD), *words)
   refuses(lambda: mixer.prefill(x_BTD, mixer.init_state(B)), *words)
 
@@ -47,7 +48,7 @@ def test_rows_of_a_wrong_shape(name, shape) -> None:
 def test_a_token_of_a_wrong_shape(name, shape) -> None:
   mixer = make(name).mixer
   refuses(
-    lambda: mixer.step(jnp.zeros(shape), mixer.init_state(B)),
+    lambda: mixer.step(np.zeros(shape, np.float32), mixer.init_state(B)),
     type(mixer).__name__,
     f"x has shape {shape}",
     "(B, D)",
@@ -66,7 +67,7 @@ def test_a_state_of_other_rows(name) -> None:
 @each_mixer
 def test_integers_where_floats_belong(name) -> None:
   mixer = make(name).mixer
-  refuses(lambda: mixer(tokens().astype(jnp.int32)), "x is int32", "floats")
+  refuses(lambda: mixer(tokens().astype(np.int32)), "x is int32", "floats")
 
 
 @pytest.mark.parametrize("name", [x for x in NAMES if x not in NO_DOCUMENTS])
@@ -75,7 +76,7 @@ def test_integers_where_floats_belong(name) -> None:
   [
     (_IDS_BT[:, 1:], f"segment_ids has shape {(B, T - 1)}"),
     (_IDS_BT[0], f"segment_ids has shape {(T,)}"),
-    (_IDS_BT.astype(jnp.float32), "segment_ids is float32"),
+    (_IDS_BT.astype(np.float32), "segment_ids is float32"),
   ],
 )
 def test_wrong_segment_ids(name, ids_BT, words) -> None:
@@ -92,7 +93,7 @@ def test_wrong_segment_ids(name, ids_BT, words) -> None:
     (_IDS_BT[:, :0], f"query_positions has shape {(B, 0)}"),
     (_IDS_BT[:1], f"query_positions has shape {(1, T)}"),
     (_IDS_BT[0], f"query_positions has shape {(T,)}"),
-    (_IDS_BT.astype(jnp.float32), "query_positions is float32"),
+    (_IDS_BT.astype(np.float32), "query_positions is float32"),
   ],
 )
 def test_wrong_query_positions(name, positions_BM, words) -> None:
@@ -102,8 +103,10 @@ def test_wrong_query_positions(name, positions_BM, words) -> None:
 
 @each_mixer
 def test_a_position_outside_the_row_has_nan(name) -> None:
-  positions_BM = jnp.asarray([[0, T], [-1, T - 1]])
-  y_BMD = make(name).mixer(tokens(), query_positions=positions_BM)
+  positions_BM = np.array([[0, T], [-1, T - 1]], np.int32)
+  _, y_BMD = make(name).gradients(
+    tokens(), np.ones((B, 2, D), np.float32), None, positions_BM
+  )
   spoilt_BM = np.isnan(y_BMD).all(axis=-1)
   np.testing.assert_array_equal(spoilt_BM, [[False, True], [True, False]])
   assert np.isfinite(y_BMD[~spoilt_BM]).all()
@@ -149,9 +152,13 @@ def test_a_width_that_nothing_divides(name, width) -> None:
   fields = {"heads": 1} if name in ("attention", "based", "rebased") else {}
   config = CASES[name]
   config = type(config)(**fields) if fields else config
-  mixer = config.make(base.Site(width, length=T), rngs=nnx.Rngs(0))
-  y_B2D = mixer(jnp.ones((B, 2, width)))
-  y_B1D = mixer(jnp.ones((B, 1, width)))
+
+  @compiled
+  def run():
+    mixer = config.make(base.Site(width, length=T), rngs=nnx.Rngs(0))
+    return [mixer(jnp.ones((B, count, width))) for count in (1, 2)]
+
+  y_B1D, y_B2D = jax.device_get(run())
   np.testing.assert_allclose(y_B1D, y_B2D[:, :1], rtol=1e-5, atol=1e-6)
   assert y_B2D.shape == (B, 2, width) and np.isfinite(y_B2D).all()
 

@@ -16,6 +16,11 @@ NAMES = ("based", "rebased", "conv", "attention", "hyena", "mamba", "rwkv")
 WHOLE_TIME = ("attention", "hyena", "mamba", "rwkv")
 
 
+def _draw(seed: int) -> np.ndarray:
+  rng = np.random.default_rng(seed)
+  return rng.normal(size=(ROWS, T, D)).astype(np.float32)
+
+
 def _mesh() -> jax.sharding.Mesh:
   types = (AxisType.Auto,) * 2
   return jax.make_mesh((4, 2), ("data", "model"), axis_types=types)
@@ -30,8 +35,7 @@ def test_every_class_is_listed() -> None:
 def test_batch_and_heads_are_split(name) -> None:
   """Values, states and gradients; parameters split by their last axis."""
   subject = make(name)
-  x_BTD = jax.random.normal(jax.random.key(3), (ROWS, T, D))
-  w_BTD = jax.random.normal(jax.random.key(4), (ROWS, T, D))
+  x_BTD, w_BTD = _draw(3), _draw(4)
   state = subject.mixer.init_state(ROWS)
 
   def loss(params, x_BTD, axes):
@@ -59,6 +63,7 @@ def test_batch_and_heads_are_split(name) -> None:
   assert y_BTD.addressable_shards[0].data.shape[0] == ROWS // 4
   for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     # Relative to each array's norm: other orders of sums of a few dozen terms.
+    x, y = jax.device_get((x, y))
     error, size = np.linalg.norm(x - y), np.linalg.norm(y)
     # A key's bias has a gradient of roundings alone.
     assert error <= 1e-5 * size + 1e-6, x.shape
@@ -80,7 +85,7 @@ def test_time_is_not_split(name) -> None:
 @pytest.mark.parametrize("name", [x for x in NAMES if x not in WHOLE_TIME])
 def test_time_is_split(name) -> None:
   subject = make(name)
-  x_BTD = jax.random.normal(jax.random.key(3), (ROWS, T, D))
+  x_BTD = _draw(3)
   call = compiled(
     lambda p, x, axes: nnx.merge(subject.graph, p)(x, axes=axes),
     static_argnums=2,

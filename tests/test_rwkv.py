@@ -6,6 +6,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import mixer_equations
+from mixer_subject import compiled
 import numpy as np
 import pytest
 
@@ -21,16 +22,29 @@ def mixer_of(width=D, layer=1, layers=2, **fields) -> RWKV:
   return RWKVConfig(**fields).make(site, rngs=nnx.Rngs(0))
 
 
+def draw(seed: int, *shape: int) -> np.ndarray:
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def gradient(loss, mixer):
+  """The gradient of a loss of the mixer, and the loss's second result."""
+  graph, params = nnx.split(mixer)
+  of = lambda params: loss(nnx.merge(graph, params))
+  return jax.device_get(compiled(jax.grad(of, has_aux=True))(params))
+
+
 def inputs(T: int, k_scale: float = 1.0):
   """k, v, decay, first, a state's numerator and denominator; three weights."""
-  keys = jax.random.split(jax.random.key(T), 6)
-  k_BTD, v_BTD, dy_BTD = jax.random.normal(keys[0], (3, B, T, D))
-  decay_D = jnp.linspace(-9, 3, D)
-  first_D = jax.random.normal(keys[1], (D,))
-  a_BD, b_BD = jax.random.normal(keys[2], (2, B, D))
-  sums = a_BD, jnp.abs(b_BD) + 0.5
-  weights = dy_BTD, *jax.random.normal(keys[3], (2, B, D))
-  return (k_scale * k_BTD, v_BTD, decay_D, first_D, *sums), weights
+  rng = np.random.default_rng(T)
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  k_BTD, v_BTD, dy_BTD = normal(3, B, T, D)
+  decay_D = np.linspace(-9, 3, D, dtype=np.float32)
+  first_D = normal(D)
+  a_BD, b_BD = normal(2, B, D)
+  sums = a_BD, np.abs(b_BD) + np.float32(0.5)
+  weights = dy_BTD, *normal(2, B, D)
+  k_BTD = np.float32(k_scale) * k_BTD
+  return (k_BTD, v_BTD, decay_D, first_D, *sums), weights
 
 
 def answer(args, weights, start_BT=None):
@@ -70,7 +84,7 @@ def oracle(args, weights, start_BT=None):
     return jnp.moveaxis(y, 0, 1), a, b
 
   with jax.enable_x64(True):
-    wide = lambda xs: [jnp.asarray(np.asarray(x, np.float64)) for x in xs]
+    wide = lambda xs: [np.asarray(x, np.float64) for x in xs]
     return _with_gradients(run, wide(args), wide(weights))
 
 
@@ -80,7 +94,7 @@ def _with_gradients(run, args, weights):
     return sum((w * x).sum() for w, x in zip(weights, outs, strict=True)), outs
 
   arguments = tuple(range(len(args)))
-  grads, outs = jax.jit(jax.grad(loss, arguments, has_aux=True))(*args)
+  grads, outs = compiled(jax.grad(loss, arguments, has_aux=True))(*args)
   return jax.tree.map(np.asarray, (outs, grads))
 
 
@@ -122,7 +136,7 @@ def test_a_long_row(k_scale) -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_all_keys_at_80(sign) -> None:
   args, weights = inputs(300)
-  k_BTD = jnp.full_like(args[0], 80.0 * sign)
+  k_BTD = np.full_like(args[0], 80.0 * sign)
   found = answer((k_BTD, *args[1:]), weights[:1])
   wanted = oracle((k_BTD, *args[1:]), weights[:1])
   check(found, wanted, 1e-5)
@@ -133,15 +147,19 @@ def test_decays_at_the_ends(decay) -> None:
   """No decay: a running mean. Nothing but decay: the last two tokens."""
   mixer = mixer_of(wkv_dtype="float32")
   mixer.decay[...] = jnp.full(D, decay)
-  x_BTD = jax.random.normal(jax.random.key(0), (B, 50, D))
+  x_BTD = draw(0, B, 50, D)
   params = mixer_equations.parameters(mixer)
   with np.errstate(over="ignore"):
     wanted_BTD = [
-      mixer_equations.recurrence(RWKVConfig(), params, np.asarray(x_TD))
-      for x_TD in x_BTD
+      mixer_equations.recurrence(RWKVConfig(), params, x_TD) for x_TD in x_BTD
     ]
-  np.testing.assert_allclose(mixer(x_BTD), wanted_BTD, rtol=1e-5, atol=1e-6)
-  grads = nnx.grad(lambda m: jnp.square(m(x_BTD)).sum())(mixer)
+
+  def loss(mixer):
+    y_BTD = mixer(x_BTD)
+    return jnp.square(y_BTD).sum(), y_BTD
+
+  grads, y_BTD = gradient(loss, mixer)
+  np.testing.assert_allclose(y_BTD, wanted_BTD, rtol=1e-5, atol=1e-6)
   for path, grad in jax.tree_util.tree_leaves_with_path(grads):
     assert np.isfinite(grad).all(), path
 
@@ -165,18 +183,19 @@ def test_the_backward_holds_keys_values_and_little_else() -> None:
 def test_rounded_is_float32_rounded(T) -> None:
   """One WKV and its gradients, all on the grid of bfloat16."""
   full, rounded = mixer_of(wkv_dtype="float32"), mixer_of()
-  x_BTD = jax.random.normal(jax.random.key(0), (B, T, D))
+  x_BTD = draw(0, B, T, D)
   # σ(0) and W_o = 2: the output is WKV itself, as its cotangent is the loss's.
   for mixer in (full, rounded):
     mixer.r.kernel[...] = jnp.zeros((D, D))
     mixer.o.kernel[...] = 2 * jnp.eye(D)
-  w_BTD = _bfloat16(jax.random.normal(jax.random.key(1), (B, T, D)))
+  w_BTD = _bfloat16(draw(1, B, T, D))
 
-  def run(mixer):
-    loss = lambda m: (w_BTD * m(x_BTD)).sum()
-    return mixer(x_BTD), nnx.grad(loss)(mixer)
+  def loss(mixer):
+    y_BTD = mixer(x_BTD)
+    return (w_BTD * y_BTD).sum(), y_BTD
 
-  (y_BTD, wanted), (y_low_BTD, found) = run(full), run(rounded)
+  wanted, y_BTD = gradient(loss, full)
+  found, y_low_BTD = gradient(loss, rounded)
   np.testing.assert_array_equal(y_low_BTD, _bfloat16(y_BTD))
   for name in ("decay", "first"):
     np.testing.assert_array_equal(
@@ -196,17 +215,19 @@ def _bfloat16(x):
 
 def test_rounded_steps_equal_a_rounded_row() -> None:
   mixer = mixer_of()
-  x_BTD = jax.random.normal(jax.random.key(0), (B, 7, D))
-  state, y_BTD = mixer.init_state(B), mixer(x_BTD)
+  x_BTD = draw(0, B, 7, D)
+  state, y_BTD = mixer.init_state(B), np.asarray(mixer(x_BTD))
+  step = compiled(mixer.step)
   for t in range(7):
-    y_BD, state = mixer.step(x_BTD[:, t], state)
+    y_BD, state = step(x_BTD[:, t], state)
     # Float32 sums that differ in the last bit may round to neighbours.
     np.testing.assert_allclose(y_BD, y_BTD[:, t], rtol=0, atol=2**-8)
 
 
 @pytest.mark.parametrize("width", [1, 2, 6, 64, 128])
 def test_the_count_is_4_d_squared_and_5_d(width) -> None:
-  assert parameter_count(mixer_of(width)) == 4 * width**2 + 5 * width
+  mixer = nnx.eval_shape(lambda: mixer_of(width))
+  assert parameter_count(mixer) == 4 * width**2 + 5 * width
 
 
 @pytest.mark.parametrize(("layer", "layers"), [(0, 1), (0, 2), (1, 2), (3, 6)])
@@ -235,9 +256,9 @@ def test_the_projections_of_each_initialization() -> None:
   intended = mixer_equations.parameters(mixer_of(64, initialization="intended"))
   assert not any(intended[f"{name}/kernel"].any() for name in "kro")
   assert intended["v/kernel"].std() == pytest.approx(0.02, rel=0.05)
-  x_BTD = jax.random.normal(jax.random.key(0), (B, 5, 64))
+  x_BTD = draw(0, B, 5, 64)
   mixer = mixer_of(64, initialization="intended")
-  grads = nnx.grad(lambda m: m(x_BTD).sum())(mixer)
+  grads, _ = gradient(lambda m: (m(x_BTD).sum(), None), mixer)
   assert np.abs(grads["o"]["kernel"][...]).min() > 0
 
 

@@ -31,7 +31,18 @@ _SIZES = [
 _MARGIN = 0.46
 
 
-@pytest.mark.parametrize("name", presets.SYSTEMS)
+# The paper's own two, attention behind a short convolution, and the one block
+# of another form. test_mixers.py has the gradients of every mixer.
+_QUICK = ("rebased", "based", "conv-attention", "mamba")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(x, marks=[pytest.mark.slow] * (x not in _QUICK))
+    for x in presets.SYSTEMS
+  ],
+)
 def test_a_short_run_of_each_system_learns(call, name: str, tmp_path) -> None:
   path = tmp_path / "run"
   code, _, err = call("train", f"mqar-{name}", *_SIZES, f"--run-dir={path}")
