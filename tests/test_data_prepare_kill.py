@@ -173,7 +173,7 @@ def test_a_stop_says_so_and_nothing_else(tmp_path, number, group):
   folder, out = tmp_path / "in", tmp_path / "out"
   folder.mkdir()
   for i in range(4):
-    (folder / f"{i}.jsonl").write_bytes(jsonl(records(40_000)))
+    (folder / f"{i}.jsonl").write_bytes(jsonl(records(120_000)))
   process = _start(folder, out, start_new_session=True)
   while not (out / "prepare" / "plan.json").exists():
     assert process.poll() is None, process.stdout.read()

@@ -16,7 +16,6 @@ import dataclasses
 from typing import NamedTuple
 
 from flax import nnx
-import jax
 from jax import Array
 import jax.numpy as jnp
 
@@ -220,7 +219,7 @@ class Attention(base.Mixer):
   def _project(self, x_BTD: Array, steps_BT: Array) -> tuple[Array, ...]:
     """q, k and v (B, T, H, F) of tokens at these positions of a document."""
     x_BTD = x_BTD.astype(self.dtype)
-    q, k, v = map(self._split_heads, _in_three(self.qkv, x_BTD))
+    q, k, v = map(self._split_heads, softmax.thirds(self.qkv, x_BTD))
     if self.rotary:
       q, k = softmax.turn(q, steps_BT), softmax.turn(k, steps_BT)
     return q, k, v
@@ -270,23 +269,6 @@ def _put(cache_BSHF: Array, slots_BT: Array, x_BTHF: Array) -> Array:
   """The cache with x in these slots; a slot past the last drops it."""
   rows_B1 = jnp.arange(len(slots_BT))[:, None]
   return cache_BSHF.at[rows_B1, slots_BT].set(x_BTHF, mode="drop")
-
-
-def _in_three(linear: nnx.Linear, x_BTD: Array) -> list[Array]:
-  """The thirds of its output, which are not copied out of one array."""
-  third = lambda p: jnp.split(p[...].astype(x_BTD.dtype), 3, axis=-1)
-  # XLA would join the products again.
-  pairs = (
-    jax.lax.optimization_barrier((x_BTD, kernel_DD))
-    for kernel_DD in third(linear.kernel)
-  )
-  parts = [x_BTD @ kernel_DD for x_BTD, kernel_DD in pairs]
-  if linear.bias is None:
-    return parts
-  biases = (bias_D[None, None] for bias_D in third(linear.bias))
-  return [
-    y_BTD + bias_11D for y_BTD, bias_11D in zip(parts, biases, strict=True)
-  ]
 
 
 def _merge_heads(x_BTHF: Array) -> Array:

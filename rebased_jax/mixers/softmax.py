@@ -6,6 +6,7 @@ over the s that a mask shows to t. In plain XLA the scores are held whole,
 (B, H, T, S).
 """
 
+from flax import nnx
 import jax
 from jax import Array
 import jax.numpy as jnp
@@ -14,6 +15,23 @@ from pallas_kernels import document_runs, document_starts
 from pallas_kernels.polynomial.spec import accumulator, precision
 
 ROTARY_BASE = 10000.0
+
+
+def thirds(linear: nnx.Linear, x_BTD: Array) -> list[Array]:
+  """The thirds of its output, which are not copied out of one array."""
+  third = lambda p: jnp.split(p[...].astype(x_BTD.dtype), 3, axis=-1)
+  # XLA would join the products again.
+  pairs = (
+    jax.lax.optimization_barrier((x_BTD, kernel_DD))
+    for kernel_DD in third(linear.kernel)
+  )
+  parts = [x_BTD @ kernel_DD for x_BTD, kernel_DD in pairs]
+  if linear.bias is None:
+    return parts
+  biases = (bias_D[None, None] for bias_D in third(linear.bias))
+  return [
+    y_BTD + bias_11D for y_BTD, bias_11D in zip(parts, biases, strict=True)
+  ]
 
 
 def attend(
