@@ -252,13 +252,21 @@ def remat(function: Callable, config: ModelConfig) -> Callable:
   )
 
 
-def logits(x_D: Array, embedding_VD: Array) -> Array:
-  """x's products with an embedding in its dtype, (…, V), summed in float32."""
+def logits(
+  x_D: Array, embedding_VD: Array, dtype: jnp.dtype | None = None
+) -> Array:
+  """x's products with an embedding in its dtype, (…, V), summed in float32.
+
+  Args:
+    x_D: (…, D).
+    embedding_VD: of the head.
+    dtype: that the sums are rounded to; None: they stay in float32.
+  """
   return jnp.einsum(
     "...d,vd->...v",
     x_D,
     embedding_VD.astype(x_D.dtype),
-    preferred_element_type=accumulator(x_D.dtype),
+    preferred_element_type=accumulator(x_D.dtype) if dtype is None else dtype,
   )
 
 

@@ -23,6 +23,23 @@ FAST = {"xla_backend_optimization_level": 0}  # to compile
 compiled = functools.partial(jax.jit, compiler_options=FAST)
 
 
+def split(make, change=lambda params: params):
+  """(graph, params) of a module: these made, and changed, in one program."""
+  graph, _ = nnx.split(nnx.eval_shape(make))
+  return graph, compiled(lambda: change(nnx.split(make())[1]))()
+
+
+def moved(params, *, seed: int, by: float):
+  """Parameters away from where they start: 0, 1 and N(0, 0.02²)."""
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(seed), len(leaves))
+  new = [
+    p + by * jax.random.normal(k, p.shape)
+    for k, p in zip(keys, leaves, strict=True)
+  ]
+  return jax.tree.unflatten(tree, new)
+
+
 class Subject:
   """A mixer, its parameters moved from 0, 1 and N(0, 0.02²); compiled calls.
 
@@ -32,21 +49,8 @@ class Subject:
   def __init__(self, name: str, dtype: str = "float32"):
     site = base.Site(D, layer=1, layers=2, dtype=dtype)
     make = lambda: CASES[name].make(site, rngs=nnx.Rngs(0))
-    self.graph, _ = nnx.split(nnx.eval_shape(make))
-
-    @compiled
-    def moved():
-      leaves, tree = jax.tree.flatten(nnx.split(make())[1])
-      keys = jax.random.split(jax.random.key(1), len(leaves))
-      return jax.tree.unflatten(
-        tree,
-        [
-          p + 0.4 * jax.random.normal(k, p.shape)
-          for k, p in zip(keys, leaves, strict=True)
-        ],
-      )
-
-    self.params = moved()
+    change = lambda params: moved(params, seed=1, by=0.4)
+    self.graph, self.params = split(make, change)
     self.mixer = nnx.merge(self.graph, self.params)
     self._gradients = compiled(self._gradients)
     self._prefill = compiled(

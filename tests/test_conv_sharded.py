@@ -6,7 +6,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
-from mixer_subject import compiled
+from mixer_subject import compiled, split
 import numpy as np
 import pytest
 
@@ -36,8 +36,7 @@ def _mesh(*shape: int) -> jax.sharding.Mesh:
 @functools.cache
 def _subject(taps: int):
   make = lambda: BaseConvConfig(taps).make(Site(_D), rngs=nnx.Rngs(0))
-  graph, _ = nnx.split(nnx.eval_shape(make))
-  params = compiled(lambda: nnx.split(make())[1])()
+  graph, params = split(make)
   draw = lambda seed, *shape: np.float32(
     np.random.default_rng(seed).normal(size=shape)
   )

@@ -5,7 +5,7 @@ import functools
 from flax import linen, nnx
 import jax
 import jax.numpy as jnp
-from mixer_subject import compiled
+from mixer_subject import compiled, split
 import numpy as np
 import pytest
 
@@ -45,12 +45,6 @@ assert_close = functools.partial(
 
 def of_nnx(module) -> dict:
   return nnx.to_pure_dict(nnx.state(module, nnx.Param))
-
-
-def split(make):
-  """(graph, params) of a new module, made in one program."""
-  graph, _ = nnx.split(nnx.eval_shape(make))
-  return graph, compiled(lambda: nnx.split(make())[1])()
 
 
 def shapes(params) -> dict:

@@ -183,7 +183,7 @@ def _both(x_BMD, embedding_VD, targets_BM, weights_BM, *, chunks, names):
   def part(carry, inputs):
     total, dembedding_VD = carry
     x_BCD, targets_BC, weights_BC = inputs
-    logits_BCV = jnp.einsum("bcd,vd->bcv", x_BCD, embedding_VD).astype(dtype)
+    logits_BCV = blocks.logits(x_BCD, embedding_VD, x_BCD.dtype).astype(dtype)
     tokens, total_BC = _tokens_of_part(logits_BCV, targets_BC)
     dlogits_BCV = _dlogits(logits_BCV, total_BC, targets_BC, weights_BC)
     dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
