@@ -18,15 +18,10 @@ B, T, HALF, D = 2, 12, 6, 8
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 
 
-# Most of the time is the compiler's: this halves it.
-FAST = {"xla_backend_optimization_level": 0}  # to compile
-compiled = functools.partial(jax.jit, compiler_options=FAST)
-
-
 def split(make, change=lambda params: params):
   """(graph, params) of a module: these made, and changed, in one program."""
   graph, _ = nnx.split(nnx.eval_shape(make))
-  return graph, compiled(lambda: change(nnx.split(make())[1]))()
+  return graph, jax.jit(lambda: change(nnx.split(make())[1]))()
 
 
 def moved(params, *, seed: int, by: float):
@@ -52,11 +47,11 @@ class Subject:
     change = lambda params: moved(params, seed=1, by=0.4)
     self.graph, self.params = split(make, change)
     self.mixer = nnx.merge(self.graph, self.params)
-    self._gradients = compiled(self._gradients)
-    self._prefill = compiled(
+    self._gradients = jax.jit(self._gradients)
+    self._prefill = jax.jit(
       lambda p, *args: self.of(p).prefill(*args[:2], segment_ids=args[2])
     )
-    self._step = compiled(lambda p, *args: self.of(p).step(*args))
+    self._step = jax.jit(lambda p, *args: self.of(p).step(*args))
     self.zero = self.mixer.init_state(B)
 
   def of(self, params) -> base.Mixer:

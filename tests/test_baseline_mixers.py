@@ -5,7 +5,7 @@ import dataclasses
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from mixer_subject import B, D, T, compiled, make, tokens
+from mixer_subject import B, D, T, make, tokens
 import model_cases
 import numpy as np
 import pytest
@@ -152,7 +152,7 @@ def test_a_model_of_both_decodes_as_it_reads(pairs) -> None:
   model = nnx.merge(graph, moved)
   rng = np.random.default_rng(2)
   tokens_BT = rng.integers(17, size=(B, T), dtype=np.int32)
-  run = lambda call: compiled(
+  run = lambda call: jax.jit(
     lambda params, *args: call(nnx.merge(graph, params), *args)
   )
   logits_BTV = np.asarray(run(LM.__call__)(moved, tokens_BT))

@@ -6,7 +6,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
-from mixer_subject import compiled, split
+from mixer_subject import split
 import numpy as np
 import pytest
 
@@ -51,7 +51,7 @@ def _subject(taps: int):
     return total, (y_BTD, after_BKD)
 
   gradient = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
-  run = compiled(gradient, static_argnums=4)
+  run = jax.jit(gradient, static_argnums=4)
   return functools.partial(run, params, x_BTD, past_BKD)
 
 

@@ -5,7 +5,7 @@ import functools
 from flax import linen, nnx
 import jax
 import jax.numpy as jnp
-from mixer_subject import compiled, split
+from mixer_subject import split
 import numpy as np
 import pytest
 
@@ -57,13 +57,13 @@ def shapes(params) -> dict:
 
 def test_the_model() -> None:
   graph, state = split(lambda: LM(CONFIG, rngs=nnx.Rngs(3)))
-  model = compiled(lambda s, **kwargs: nnx.merge(graph, s)(TOKENS_BT, **kwargs))
+  model = jax.jit(lambda s, **kwargs: nnx.merge(graph, s)(TOKENS_BT, **kwargs))
   bridged = rebased_jax.linen.lm(CONFIG)
-  fresh = compiled(bridged.init)(jax.random.key(0), TOKENS_BT)["params"]
+  fresh = jax.jit(bridged.init)(jax.random.key(0), TOKENS_BT)["params"]
   params = nnx.to_pure_dict(state)
   assert shapes(fresh) == shapes(params)
   assert "pairs/mixer/mixer/project/q/kernel" in shapes(fresh)
-  apply = compiled(lambda p, **kwargs: bridged.apply({"params": p}, **kwargs))
+  apply = jax.jit(lambda p, **kwargs: bridged.apply({"params": p}, **kwargs))
   logits_BTV = apply(params, tokens=TOKENS_BT)
   assert_close(logits_BTV, model(state))
   assert (apply(fresh, tokens=TOKENS_BT) != logits_BTV).any()
@@ -76,8 +76,8 @@ def test_the_model() -> None:
 
   loss = lambda p: jnp.square(bridged.apply({"params": p}, TOKENS_BT)).sum()
   own = lambda s: jnp.square(nnx.merge(graph, s)(TOKENS_BT)).sum()
-  wanted = compiled(jax.grad(own))(state)
-  found = compiled(jax.grad(loss))(params)
+  wanted = jax.jit(jax.grad(own))(state)
+  found = jax.jit(jax.grad(loss))(params)
   assert shapes(found) == shapes(nnx.to_pure_dict(wanted))
   # Relative to each array: a gradient sums over all the positions.
   for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
@@ -123,7 +123,7 @@ def test_a_mixer_in_a_module_of_ones_own(config) -> None:
       return rebased_jax.linen.mixer(config, D, name="mixer")(x_BTD)
 
   mine = Mine()
-  params = compiled(mine.init)(jax.random.key(0), X_BTD)["params"]
+  params = jax.jit(mine.init)(jax.random.key(0), X_BTD)["params"]
   graph, state = split(lambda: config.make(base.Site(D), rngs=nnx.Rngs(5)))
   own = nnx.to_pure_dict(state)
   assert shapes(params["mixer"]) == shapes(own)
@@ -135,8 +135,8 @@ def test_a_mixer_in_a_module_of_ones_own(config) -> None:
     y_BTD = mine.apply({"params": params}, X_BTD)
     return jnp.square(y_BTD).sum(), y_BTD
 
-  grads, found = compiled(jax.grad(loss, has_aux=True))(params)
-  wanted = compiled(lambda s: nnx.merge(graph, s)(h_BTD))(state)
+  grads, found = jax.jit(jax.grad(loss, has_aux=True))(params)
+  wanted = jax.jit(lambda s: nnx.merge(graph, s)(h_BTD))(state)
   assert_close(found, wanted)
   for path, grad in jax.tree_util.tree_leaves_with_path(grads):
     grad = np.asarray(grad)
@@ -147,10 +147,10 @@ def test_a_mixer_takes_segment_ids_and_a_dtype() -> None:
   config = ReBasedConfig(**SIZES)
   bridged = rebased_jax.linen.mixer(config, D, dtype="bfloat16")
   x_BTD = X_BTD.astype(jnp.bfloat16)
-  params = compiled(bridged.init)(jax.random.key(0), x_BTD)["params"]
+  params = jax.jit(bridged.init)(jax.random.key(0), x_BTD)["params"]
   assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
   ids_BT = np.array([[1] * 3 + [2] * 3] * B, np.int32)
-  apply = compiled(functools.partial(bridged.apply, segment_ids=ids_BT))
+  apply = jax.jit(functools.partial(bridged.apply, segment_ids=ids_BT))
   call = lambda x_BTD: np.asarray(apply({"params": params}, x_BTD))
   y_BTD = call(x_BTD)
   assert y_BTD.dtype == jnp.bfloat16

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import mamba_equations
 import mixer_equations
-from mixer_subject import compiled
 import numpy as np
 import pytest
 
@@ -67,7 +66,7 @@ def error(found, wanted) -> float:
 )
 def test_the_scan_equals_a_float64_recurrence(low, high) -> None:
   args = arguments(2048, low, high)
-  found_y, found_h = compiled(selective_scan)(*args)
+  found_y, found_h = jax.jit(selective_scan)(*args)
   wanted_y, wanted_h = by_hand(*args)
   # exp(ΔA) near 1 is rounded by 6e-8; 2,048 factors' roundings add up to 3e-6
   # at random, and to 1.2e-4 if all had one sign (measured: 2e-6).
@@ -98,7 +97,7 @@ def test_gradients_equal_a_float64_recurrence(low, high) -> None:
     return first(y), h
 
   every = tuple(range(6))
-  grad = lambda scan: compiled(
+  grad = lambda scan: jax.jit(
     jax.grad(functools.partial(loss, scan), argnums=every)
   )
   found = grad(selective_scan)(*args)
@@ -117,7 +116,7 @@ def test_documents_and_chunks(length, chunk) -> None:
   args = arguments(length)
   rng = np.random.default_rng(2)
   ids = np.cumsum(rng.random((B, length)) < 0.3, axis=1)
-  scan = compiled(functools.partial(selective_scan, chunk=chunk))
+  scan = jax.jit(functools.partial(selective_scan, chunk=chunk))
   found_y, found_h = scan(*args, segment_ids=ids)
   wanted_y, wanted_h = by_hand(*args, ids=ids)
   # Roundings of 6e-8 through sums of a few terms of size 1.
@@ -129,7 +128,7 @@ def test_documents_and_chunks(length, chunk) -> None:
     y, _ = selective_scan(x, delta, A, B_, C, h, segment_ids=ids, chunk=chunk)
     return jnp.where(own[..., None], y, 0).sum(), y
 
-  gradient = compiled(jax.grad(loss, argnums=(0, 2), has_aux=True))
+  gradient = jax.jit(jax.grad(loss, argnums=(0, 2), has_aux=True))
   x, delta, A, B_, C, h = args
   for row in range(B):
     for document in np.unique(ids[row]):
@@ -152,8 +151,8 @@ def test_documents_and_chunks(length, chunk) -> None:
 
 def test_a_chunk_changes_nothing_but_roundings() -> None:
   args = arguments(200)
-  whole, _ = compiled(functools.partial(selective_scan, chunk=200))(*args)
-  parts, _ = compiled(functools.partial(selective_scan, chunk=CHUNK))(*args)
+  whole, _ = jax.jit(functools.partial(selective_scan, chunk=200))(*args)
+  parts, _ = jax.jit(functools.partial(selective_scan, chunk=CHUNK))(*args)
   # Other orders of the same float32 sums.
   np.testing.assert_allclose(whole, parts, rtol=1e-5, atol=1e-6)
   assert CHUNK < 200

@@ -7,7 +7,6 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
-from mixer_subject import compiled
 from model_cases import make
 import numpy as np
 import pytest
@@ -83,14 +82,14 @@ def layer_by_layer(params):
   return model.norm(x_BTD) @ model.token_embedding[...].T
 
 
-@compiled
+@jax.jit
 def whole(params):
   return nnx.merge(make(CONFIG)[0], params)(TOKENS_BT)
 
 
 def test_the_block_is_one_norm_and_one_mixer() -> None:
   params = make(CONFIG)[1]
-  wanted_BTV = jax.device_get(compiled(layer_by_layer)(params))
+  wanted_BTV = jax.device_get(jax.jit(layer_by_layer)(params))
   np.testing.assert_allclose(whole(params), wanted_BTV, **CLOSE)
   assert wanted_BTV.std() > 0.1  # the comparison is of something
 
@@ -101,7 +100,7 @@ def test_the_residual_is_float32() -> None:
   # 4096 has a bfloat16 step of 32.
   large_BTD = np.full((B, T, D), 4096.0, np.float32)
 
-  @compiled
+  @jax.jit
   def block(params):
     pair = nnx.merge(*nnx.merge(graph, params)._pair(0))
     return pair.conv(large_BTD)
@@ -117,8 +116,8 @@ def test_prefill_and_steps_equal_the_whole() -> None:
   graph, params = make(CONFIG)
   model = nnx.merge(graph, params)
   wanted_BTV = jax.device_get(whole(params))
-  prefill = compiled(lambda p, x, s: nnx.merge(graph, p).prefill(x, s))
-  step = compiled(lambda p, x, s: nnx.merge(graph, p).step(x, s))
+  prefill = jax.jit(lambda p, x, s: nnx.merge(graph, p).prefill(x, s))
+  step = jax.jit(lambda p, x, s: nnx.merge(graph, p).step(x, s))
   half = T // 2
   found_BV, state = prefill(params, TOKENS_BT[:, :half], model.init_state(B))
   np.testing.assert_allclose(found_BV, wanted_BTV[:, half - 1], **CLOSE)
@@ -128,7 +127,7 @@ def test_prefill_and_steps_equal_the_whole() -> None:
   held = sum(x.nbytes for x in jax.tree.leaves(state)) / B
   assert model.state_size(T) == held
   positions_BM = np.array([[4, 1], [9, 9]], np.int32)
-  found_BMV = compiled(
+  found_BMV = jax.jit(
     lambda p: nnx.merge(graph, p)(TOKENS_BT, positions_to_predict=positions_BM)
   )(params)
   wanted_BMV = wanted_BTV[np.arange(B)[:, None], positions_BM]
@@ -142,14 +141,14 @@ def test_a_mesh_gives_what_one_device_gives() -> None:
     logits_BTV = nnx.merge(graph, params)(TOKENS_BT, **kwargs)
     return jnp.square(logits_BTV).sum(), logits_BTV
 
-  wanted = compiled(jax.grad(loss, has_aux=True))(params)
+  wanted = jax.jit(jax.grad(loss, has_aux=True))(params)
   axes = ShardAxes(batch="data", heads="model")
   mesh = jax.make_mesh(
     (2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2
   )
   with jax.set_mesh(mesh):
     call = functools.partial(loss, axes=axes)
-    found = compiled(jax.grad(call, has_aux=True))(params)
+    found = jax.jit(jax.grad(call, has_aux=True))(params)
   for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     # Relative to each array's norm: a gradient sums over all the positions.
     x, y = jax.device_get((x, y))

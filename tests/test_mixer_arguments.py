@@ -6,7 +6,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from mixer_equations import CASES, NO_DOCUMENTS
-from mixer_subject import B, D, T, compiled, make, tokens
+from mixer_subject import B, D, T, make, tokens
 import numpy as np
 import pytest
 
@@ -153,7 +153,7 @@ def test_a_width_that_nothing_divides(name, width) -> None:
   config = CASES[name]
   config = type(config)(**fields) if fields else config
 
-  @compiled
+  @jax.jit
   def run():
     mixer = config.make(base.Site(width, length=T), rngs=nnx.Rngs(0))
     return [mixer(jnp.ones((B, count, width))) for count in (1, 2)]

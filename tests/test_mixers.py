@@ -15,7 +15,6 @@ from mixer_subject import (
   D,
   T,
   assert_close,
-  compiled,
   make,
   tokens,
 )
@@ -205,7 +204,7 @@ def test_works_under_transformations(name) -> None:
 
   grads, y_BTD = subject.gradients(x_BTD, w_BTD)
   wanted = np.stack([y_BTD, y_BTD]), y_BTD, grads
-  assert_close(compiled(run)(subject.params, x_BTD), wanted)
+  assert_close(jax.jit(run)(subject.params, x_BTD), wanted)
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
@@ -218,7 +217,7 @@ def test_float64_is_float64_throughout(name) -> None:
     graph, params = nnx.split(nnx.eval_shape(fresh))
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
-    @compiled
+    @jax.jit
     def run(params, x_BTD):
       mixer = nnx.merge(graph, params)
       y_BTD, state = mixer.prefill(x_BTD[:, :-1], mixer.init_state(B))

@@ -4,7 +4,7 @@ from flax import nnx
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mixer_equations import CASES
-from mixer_subject import D, T, compiled, make
+from mixer_subject import D, T, make
 import numpy as np
 import pytest
 
@@ -44,7 +44,7 @@ def test_batch_and_heads_are_split(name) -> None:
     again_BTD, after = mixer.prefill(x_BTD, state, axes=axes)
     return (w_BTD * y_BTD).sum(), (y_BTD, again_BTD, after)
 
-  gradients = compiled(jax.grad(loss, (0, 1), has_aux=True), static_argnums=2)
+  gradients = jax.jit(jax.grad(loss, (0, 1), has_aux=True), static_argnums=2)
   wanted = gradients(subject.params, x_BTD, None)
   mesh = _mesh()
   place = lambda x, *spec: jax.device_put(
@@ -86,7 +86,7 @@ def test_time_is_not_split(name) -> None:
 def test_time_is_split(name) -> None:
   subject = make(name)
   x_BTD = _draw(3)
-  call = compiled(
+  call = jax.jit(
     lambda p, x, axes: nnx.merge(subject.graph, p)(x, axes=axes),
     static_argnums=2,
   )

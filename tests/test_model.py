@@ -6,7 +6,6 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
-from mixer_subject import compiled
 from model_cases import make
 import numpy as np
 import pytest
@@ -37,7 +36,7 @@ IDS_BT = np.array([[4] * 5 + [2] * 11, [1] * 9 + [2] * 3 + [1] * 4], np.int32)
 CLOSE = dict(rtol=3e-5, atol=3e-5)
 
 
-@compiled
+@jax.jit
 def logits(params, tokens_BT, **kwargs):
   return nnx.merge(make(CONFIG)[0], params)(tokens_BT, **kwargs)
 
@@ -48,7 +47,7 @@ def loss(params, tokens_BT, w_BMV, **kwargs):
   return (logits_BMV * w_BMV).sum(), logits_BMV
 
 
-gradient = compiled(jax.grad(loss, has_aux=True))  # of one pair
+gradient = jax.jit(jax.grad(loss, has_aux=True))  # of one pair
 
 
 def weights(length: int = T):
@@ -78,7 +77,7 @@ def test_is_causal() -> None:
   np.testing.assert_array_equal(reach, np.tri(T, dtype=bool))
 
 
-@compiled
+@jax.jit
 def layer_by_layer(params):
   model = nnx.merge(make(CONFIG)[0], params)
   x_BTD = model.token_embedding[...][TOKENS_BT]
@@ -146,8 +145,8 @@ def test_documents_do_not_see_each_other() -> None:
 def test_prefill_and_steps_equal_the_whole() -> None:
   graph, params = make(CONFIG)
   wanted_BTV = np.asarray(logits(params, TOKENS_BT))
-  prefill = compiled(lambda p, x, s: nnx.merge(graph, p).prefill(x, s))
-  step = compiled(lambda p, x, s: nnx.merge(graph, p).step(x, s))
+  prefill = jax.jit(lambda p, x, s: nnx.merge(graph, p).prefill(x, s))
+  step = jax.jit(lambda p, x, s: nnx.merge(graph, p).step(x, s))
   state = nnx.merge(graph, params).init_state(B)
   for half in (slice(T // 2), slice(T // 2, T)):
     before = state
@@ -199,7 +198,7 @@ def test_dropout() -> None:
   x_BTD = np.asarray(model._embed(TOKENS_BT, position_1T))
   keys = jax.random.split(jax.random.key(6), 4096)
   embed = lambda key: model._embed(TOKENS_BT, position_1T, key)
-  y_NBTD = np.asarray(compiled(jax.vmap(embed))(keys))
+  y_NBTD = np.asarray(jax.jit(jax.vmap(embed))(keys))
   # A mean of n drops of p = ¼ has a deviation of |x| √(p / (1 − p) / n).
   sigma_BTD = np.abs(x_BTD) * np.sqrt(1 / 3 / len(keys))
   assert (np.abs(y_NBTD.mean(axis=0) - x_BTD) <= 5 * sigma_BTD).all()
@@ -210,7 +209,7 @@ def test_works_under_nnx_transformations() -> None:
   graph, params = make(ONE_PAIR)
   call = lambda model: jnp.square(model(TOKENS_BT)).sum()
   value, grads = nnx.jit(nnx.value_and_grad(call))(nnx.merge(graph, params))
-  wanted = compiled(
+  wanted = jax.jit(
     jax.value_and_grad(lambda params: call(nnx.merge(graph, params)))
   )(params)
   assert_near((value, grads), wanted)
@@ -225,7 +224,7 @@ def test_a_mesh_gives_what_one_device_gives() -> None:
   )
   call = lambda *args: loss(*args, segment_ids=IDS_BT, axes=axes)
   with jax.set_mesh(mesh):
-    found = compiled(jax.grad(call, has_aux=True))(params, TOKENS_BT, weights())
+    found = jax.jit(jax.grad(call, has_aux=True))(params, TOKENS_BT, weights())
   assert_near(found, wanted)
 
 

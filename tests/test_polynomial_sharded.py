@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from mixer_subject import compiled
 import numpy as np
 from polynomial_cases import errors, make_inputs, value_and_gradients
 import polynomial_oracle as po
@@ -48,7 +47,7 @@ def case(coefficients, documents: bool):
   return x, po.oracle(x, coefficients)
 
 
-@functools.partial(compiled, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def answer(x, coefficients, axes):
   def attention(q, k, v, ids, state):
     return pk.polynomial_attention(
@@ -107,7 +106,7 @@ def test_without_states_and_over_two_axes_of_time():
   want = po.oracle(x, po.REBASED)
   axes = pk.ShardAxes(time=("a", "b"))
 
-  @compiled
+  @jax.jit
   def run(x):
     f = lambda q, k, v, ids, _: (
       pk.polynomial_attention(q, k, v, segment_ids=ids, axes=axes),

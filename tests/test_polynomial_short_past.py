@@ -8,7 +8,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from mixer_subject import compiled
 import numpy as np
 import pytest
 
@@ -28,7 +27,7 @@ def worst(a: jax.Array, b: jax.Array) -> float:
   return float(np.abs(a - b).max())
 
 
-@functools.partial(compiled, static_argnums=4)
+@functools.partial(jax.jit, static_argnums=4)
 def whole_row(q_BTHF, k_BTHF, v_BTHP, ids_BT, implementation):
   return pk.polynomial_attention(
     q_BTHF,
@@ -39,7 +38,7 @@ def whole_row(q_BTHF, k_BTHF, v_BTHP, ids_BT, implementation):
   )
 
 
-@compiled
+@jax.jit
 def piece_and_step(past, last):
   _, state = pk.polynomial_attention(*past, return_state=True)
   piece = pk.polynomial_attention(*last, initial_state=state)

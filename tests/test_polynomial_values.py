@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from mixer_subject import compiled
 import numpy as np
 from polynomial_cases import errors, make_inputs, value_and_gradients
 import polynomial_oracle as po
@@ -70,7 +69,7 @@ def covering_cells() -> list[Cell]:
   return cells
 
 
-@functools.partial(compiled, static_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def answer(x, coefficients, final: bool, implementation: str):
   def attention(q, k, v, ids, state):
     out = pk.polynomial_attention(

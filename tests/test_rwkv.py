@@ -6,7 +6,6 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import mixer_equations
-from mixer_subject import compiled
 import numpy as np
 import pytest
 
@@ -30,7 +29,7 @@ def gradient(loss, mixer):
   """The gradient of a loss of the mixer, and the loss's second result."""
   graph, params = nnx.split(mixer)
   of = lambda params: loss(nnx.merge(graph, params))
-  return jax.device_get(compiled(jax.grad(of, has_aux=True))(params))
+  return jax.device_get(jax.jit(jax.grad(of, has_aux=True))(params))
 
 
 def inputs(T: int, k_scale: float = 1.0):
@@ -94,7 +93,7 @@ def _with_gradients(run, args, weights):
     return sum((w * x).sum() for w, x in zip(weights, outs, strict=True)), outs
 
   arguments = tuple(range(len(args)))
-  grads, outs = compiled(jax.grad(loss, arguments, has_aux=True))(*args)
+  grads, outs = jax.jit(jax.grad(loss, arguments, has_aux=True))(*args)
   return jax.tree.map(np.asarray, (outs, grads))
 
 
@@ -217,7 +216,7 @@ def test_rounded_steps_equal_a_rounded_row() -> None:
   mixer = mixer_of()
   x_BTD = draw(0, B, 7, D)
   state, y_BTD = mixer.init_state(B), np.asarray(mixer(x_BTD))
-  step = compiled(mixer.step)
+  step = jax.jit(mixer.step)
   for t in range(7):
     y_BD, state = step(x_BTD[:, t], state)
     # Float32 sums that differ in the last bit may round to neighbours.
