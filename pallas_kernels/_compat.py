@@ -90,6 +90,15 @@ def check_gpu() -> None:
     )
 
 
+def is_hopper() -> bool:
+  """Whether the Hopper kernels can run."""
+  try:
+    check_gpu()
+  except NotImplementedError:
+    return False
+  return True
+
+
 def device_kind() -> str:
   """The name of this process's first device, as jax has it."""
   return jax.devices()[0].device_kind

@@ -24,6 +24,8 @@ from rebased_jax.mixers import base
 
 NORM_EPS = 1e-5  # PyTorch's default
 Place = Callable[[Array], Array]
+Stream = tuple[Array, Array]  # two parts, whose sum is meant
+same: Place = lambda x: x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,15 +107,20 @@ def _gelu(x: Array) -> Array:
 class Block(nnx.Module):
   """Abstract: a norm, a mixer, and what follows it.
 
-  A subclass sets norm1 and mixer, and says what becomes of x and the mixer's y.
+  The stream is handed on as (x, y), whose sum it is: the next norm takes both.
+  A subclass sets norm1 and mixer, and says how it begins and ends.
   """
 
   norm1: nnx.Module
   mixer: base.Mixer
 
   @abc.abstractmethod
-  def _rest(self, x: Array, y: Array, place: Place = lambda x: x) -> Array:
-    """The block's output, from its input and its mixer's output.
+  def first(self, x: Array, y: Array | None, axes=None) -> Stream:
+    """The stream whole, and its norm1."""
+
+  @abc.abstractmethod
+  def _rest(self, x: Array, y: Array, axes=None, place: Place = same) -> Stream:
+    """The block's (x, y), of the stream before it and its mixer's output.
 
     `place` holds an activation to its place on the mesh.
     """
@@ -121,30 +128,34 @@ class Block(nnx.Module):
   def __call__(
     self,
     x_BTD: Array,
+    y_BTD: Array | None = None,
     *,
     segment_ids: Array | None = None,
     axes: ShardAxes | None = None,
     query_positions: Array | None = None,
-  ) -> Array:
+  ) -> Stream:
+    x_BTD, n_BTD = self.first(x_BTD, y_BTD, axes)
     y_BTD = self.mixer(
-      base.place(self.norm1(x_BTD), axes),
+      base.place(n_BTD, axes),
       segment_ids=segment_ids,
       axes=axes,
       query_positions=query_positions,
     )
     place = lambda x: base.place(x, axes, whole_rows=query_positions is None)
+    if query_positions is not None and axes is not None:
+      axes = ShardAxes(batch=axes.batch)
     x_BTD = base.take_positions(x_BTD, query_positions)
-    return place(self._rest(x_BTD, place(y_BTD), place))
+    return self._rest(x_BTD, place(y_BTD), axes, place)
 
-  def prefill(self, x_BTD: Array, state, *, segment_ids=None, axes=None):
-    y_BTD, state = self.mixer.prefill(
-      self.norm1(x_BTD), state, segment_ids=segment_ids, axes=axes
-    )
-    return self._rest(x_BTD, y_BTD), state
+  def prefill(self, x, y, state, *, segment_ids=None, axes=None):
+    x, n = self.first(x, y, axes)
+    y, state = self.mixer.prefill(n, state, segment_ids=segment_ids, axes=axes)
+    return self._rest(x, y, axes), state
 
-  def step(self, x_BD: Array, state):
-    y_BD, state = self.mixer.step(self.norm1(x_BD), state)
-    return self._rest(x_BD, y_BD), state
+  def step(self, x, y, state):
+    x, n = self.first(x, y)
+    y, state = self.mixer.step(n, state)
+    return self._rest(x, y), state
 
 
 class PreNormBlock(Block):
@@ -164,11 +175,12 @@ class PreNormBlock(Block):
     has_mlp = config.mlp_width is not None
     self.mlp = MLP(config, rngs=rngs) if has_mlp else None
 
-  def _rest(self, x: Array, y: Array, place: Place = lambda x: x) -> Array:
-    x = place(x + y.astype(x.dtype))
-    y = place(self.norm2(x))
-    y = y if self.mlp is None else place(self.mlp(y))
-    return x + y.astype(x.dtype)
+  def first(self, x: Array, y: Array | None, axes=None) -> Stream:
+    return self.norm1.of_sum(x, y, axes)
+
+  def _rest(self, x: Array, y: Array, axes=None, place: Place = same) -> Stream:
+    x, n = map(place, self.norm2.of_sum(x, y, axes))
+    return x, n if self.mlp is None else place(self.mlp(n))
 
 
 class MambaBlock(Block):
@@ -187,8 +199,12 @@ class MambaBlock(Block):
     )
     self.mixer = mixer.make(_site(config, layer), rngs=rngs)
 
-  def _rest(self, x: Array, y: Array, place: Place = lambda x: x) -> Array:
-    return x + y.astype(x.dtype)
+  def first(self, x: Array, y: Array | None, axes=None) -> Stream:
+    x = joined(x, y)
+    return x, self.norm1(x)
+
+  def _rest(self, x: Array, y: Array, axes=None, place: Place = same) -> Stream:
+    return x, y
 
 
 class Pair(nnx.Module):
@@ -202,14 +218,15 @@ class Pair(nnx.Module):
   def __call__(
     self,
     x_BTD: Array,
+    y_BTD: Array | None = None,
     *,
     segment_ids: Array | None = None,
     axes: ShardAxes | None = None,
     query_positions: Array | None = None,
-  ) -> Array:
-    x_BTD = self.conv(x_BTD, segment_ids=segment_ids, axes=axes)
+  ) -> Stream:
+    stream = self.conv(x_BTD, y_BTD, segment_ids=segment_ids, axes=axes)
     return self.mixer(
-      x_BTD,
+      *stream,
       segment_ids=segment_ids,
       axes=axes,
       query_positions=query_positions,
@@ -222,18 +239,23 @@ class Pair(nnx.Module):
     )
 
   def prefill(self, x_BTD: Array, states, *, segment_ids=None, axes=None):
-    x_BTD, first = self.conv.prefill(
-      x_BTD, states[0], segment_ids=segment_ids, axes=axes
+    stream, first = self.conv.prefill(
+      x_BTD, None, states[0], segment_ids=segment_ids, axes=axes
     )
-    x_BTD, second = self.mixer.prefill(
-      x_BTD, states[1], segment_ids=segment_ids, axes=axes
+    stream, second = self.mixer.prefill(
+      *stream, states[1], segment_ids=segment_ids, axes=axes
     )
-    return x_BTD, (first, second)
+    return joined(*stream), (first, second)
 
   def step(self, x_BD: Array, states):
-    x_BD, first = self.conv.step(x_BD, states[0])
-    x_BD, second = self.mixer.step(x_BD, states[1])
-    return x_BD, (first, second)
+    stream, first = self.conv.step(x_BD, None, states[0])
+    stream, second = self.mixer.step(*stream, states[1])
+    return joined(*stream), (first, second)
+
+
+def joined(x: Array, y: Array | None) -> Array:
+  """The stream that (x, y) hands on."""
+  return x if y is None else x + y.astype(x.dtype)
 
 
 def remat(function: Callable, config: ModelConfig) -> Callable:

@@ -16,7 +16,7 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels import _compat
+from pallas_kernels import ShardAxes, _compat, add_norm
 from pallas_kernels.polynomial.spec import accumulator
 
 
@@ -62,6 +62,72 @@ def _backward(eps, dtype, kept, dy_D):
 
 
 layer_norm.defvjp(_forward, _backward)
+
+
+def add_layer_norm(
+  x_BTD: Array,
+  y_BTD: Array,
+  scale_D: Array,
+  bias_D: Array,
+  eps: float,
+  *,
+  axes: ShardAxes | None = None,
+) -> tuple[Array, Array]:
+  """(x + y in the dtype of x, its norm in the dtype of y).
+
+  On a Hopper GPU a kernel of its own, which reads and writes every array once.
+
+  Args:
+    x_BTD: the residual stream.
+    y_BTD: what is added to it.
+    scale_D: γ.
+    bias_D: β.
+    eps: added to the variance.
+    axes: the mesh axes that split batch and time.
+  """
+  if not add_norm.runs_on(x_BTD, y_BTD):
+    s_BTD = x_BTD + y_BTD.astype(x_BTD.dtype)
+    return s_BTD, layer_norm(s_BTD, scale_D, bias_D, eps, y_BTD.dtype)
+  if axes is None:
+    return _by_kernel(x_BTD, y_BTD, scale_D, bias_D, eps)
+  rows, whole = axes.bt(), jax.P()
+  return jax.shard_map(
+    functools.partial(_by_kernel, eps=eps),
+    in_specs=(rows, rows, whole, whole),
+    out_specs=(rows, rows),
+    check_vma=False,
+  )(x_BTD, y_BTD, scale_D, bias_D)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _by_kernel(x_BTD, y_BTD, scale_D, bias_D, eps):
+  return _kernel_forward(x_BTD, y_BTD, scale_D, bias_D, eps)[0]
+
+
+def _kernel_forward(x_BTD, y_BTD, scale_D, bias_D, eps):
+  from pallas_kernels.add_norm import gpu  # takes long to import
+
+  s_RD, n_RD = gpu.forward(_rows(x_BTD), _rows(y_BTD), scale_D, bias_D, eps=eps)
+  s_BTD = s_RD.reshape(x_BTD.shape)
+  return (s_BTD, n_RD.reshape(x_BTD.shape)), (s_BTD, scale_D)
+
+
+def _kernel_backward(eps, kept, cotangents):
+  from pallas_kernels.add_norm import gpu
+
+  s_BTD, scale_D = kept
+  dx_RD, dy_RD, dscale_D, dbias_D = gpu.backward(
+    *map(_rows, (s_BTD, *cotangents)), scale_D, eps=eps
+  )
+  whole = lambda x: x.reshape(s_BTD.shape)
+  return whole(dx_RD), whole(dy_RD), dscale_D, dbias_D
+
+
+_by_kernel.defvjp(_kernel_forward, _kernel_backward)
+
+
+def _rows(x_BTD: Array) -> Array:
+  return x_BTD.reshape(-1, x_BTD.shape[-1])
 
 
 def _moments(x_D: Array) -> tuple[Array, Array]:
@@ -139,4 +205,19 @@ class LayerNorm(nnx.Module):
   def __call__(self, x_D: Array) -> Array:
     return layer_norm(
       x_D, self.scale[...], self.bias[...], self.eps, self.dtype
+    )
+
+  def of_sum(
+    self, x_BTD: Array, y_BTD: Array | None, axes: ShardAxes | None = None
+  ) -> tuple[Array, Array]:
+    """(x + y, its norm); of x alone without y."""
+    if y_BTD is None:
+      return x_BTD, self(x_BTD)
+    return add_layer_norm(
+      x_BTD,
+      y_BTD.astype(self.dtype),
+      self.scale[...],
+      self.bias[...],
+      self.eps,
+      axes=axes,
     )

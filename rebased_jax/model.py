@@ -113,10 +113,10 @@ class LM(nnx.Module):
     )
     graph, stacked = nnx.split(self.pairs)
 
-    def run(x_BTD, state, positions_BM=None):
+    def run(stream, state, positions_BM=None):
       pair = nnx.merge(graph, state)
       return pair(
-        x_BTD,
+        *stream,
         segment_ids=segment_ids,
         axes=axes,
         query_positions=positions_BM,
@@ -124,10 +124,14 @@ class LM(nnx.Module):
 
     run = blocks.remat(run, self.config)
     if positions_to_predict is None:
-      return self.norm(self._through(run, x_BTD, stacked))
-    first, last = _split_last(stacked)
-    x_BTD = self._through(run, x_BTD, first)
-    return self.norm(run(x_BTD, last, positions_to_predict))
+      stream = self._through(run, x_BTD, stacked)
+    else:
+      first, last = _split_last(stacked)
+      stream = self._through(run, x_BTD, first)
+      stream = run(stream, last, positions_to_predict)
+      axes = None if axes is None else ShardAxes(batch=axes.batch)
+    x, y = stream if len(stream) == 2 else (*stream, None)
+    return self.norm.of_sum(x, y, axes)[1]
 
   def head(self, x_D: Array) -> Array:
     """Logits (…, V) of `features`, in float32."""
@@ -186,26 +190,31 @@ class LM(nnx.Module):
     if not self.has_attention_matrix:
       name = type(self.pairs.mixer.mixer).__name__
       raise NotImplementedError(f"{name} has no attention matrix")
-    x_BTD = self._embed(tokens, jnp.arange(tokens.shape[1])[None])
+    stream = (self._embed(tokens, jnp.arange(tokens.shape[1])[None]),)
     for index in range(self.config.pairs - 1):
-      x_BTD = nnx.merge(*self._pair(index))(x_BTD)
+      stream = nnx.merge(*self._pair(index))(*stream)
     pair = nnx.merge(*self._pair(self.config.pairs - 1))
-    x_BTD = pair.conv(x_BTD)
-    return pair.mixer.mixer.attention_matrix(pair.mixer.norm1(x_BTD))
+    _, n_BTD = pair.mixer.first(*pair.conv(*stream))
+    return pair.mixer.mixer.attention_matrix(n_BTD)
 
   def _pair(self, index: int):
     graph, stacked = nnx.split(self.pairs)
     return graph, jax.tree.map(lambda p: p[index], stacked)
 
-  def _through(self, run, x: Array, stacked) -> Array:
-    """x behind the pairs, scanned or one by one; x itself of no pair."""
+  def _through(self, run, x: Array, stacked) -> tuple[Array, ...]:
+    """The stream behind the pairs, scanned or one by one; x itself of none.
+
+    A scan hands on the sum of its two parts, which takes less memory.
+    """
     pairs = len(jax.tree.leaves(stacked)[0])
     if self.config.scans and pairs:
-      return jax.lax.scan(lambda x, pair: (run(x, pair), None), x, stacked)[0]
-    run = jax.jit(run)  # traced and lowered once for all pairs
+      body = lambda x, pair: (blocks.joined(*run((x,), pair)), None)
+      return (jax.lax.scan(body, x, stacked)[0],)
+    run, stream = jax.jit(run), (x,)  # traced once for all pairs but the first
     for index in range(pairs):
-      x = run(x, jax.tree.map(lambda p: p[index], stacked))  # noqa: B023
-    return x
+      pair = jax.tree.map(lambda p: p[index], stacked)  # noqa: B023
+      stream = run(stream, pair)
+    return stream
 
   def _scan(self, call, x: Array, states):
     graph, stacked = nnx.split(self.pairs)

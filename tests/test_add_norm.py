@@ -1,0 +1,165 @@
+"""The residual sum with its norm: both programs against float64 equations."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from mixer_subject import compiled
+import numpy as np
+import pytest
+
+from pallas_kernels import ShardAxes, _compat, add_norm
+from rebased_jax import LM, AttentionConfig, ModelConfig, ReBasedConfig
+from rebased_jax.layer_norm import add_layer_norm
+
+EPS = 1e-5
+needs_mosaic = pytest.mark.skipif(
+  not _compat.has_mosaic_gpu(), reason="the GPU kernels need jax ≥ 0.11"
+)
+
+
+def _inputs(shape, dtype="bfloat16"):
+  rng = np.random.default_rng(0)
+  normal = lambda *s: rng.normal(size=s).astype(np.float32)
+  x_BTD, y_BTD = 3 + normal(*shape), normal(*shape).astype(jnp.dtype(dtype))
+  scale_D, bias_D = 1 + normal(2, shape[-1])
+  cotangents = normal(*shape), normal(*shape).astype(jnp.dtype(dtype))
+  return (x_BTD, y_BTD, scale_D, bias_D), cotangents
+
+
+def _equations(x_BTD, y_BTD, scale_D, bias_D):
+  s_BTD = x_BTD + y_BTD
+  mean_BT1 = s_BTD.mean(axis=-1, keepdims=True)
+  variance_BT1 = ((s_BTD - mean_BT1) ** 2).mean(axis=-1, keepdims=True)
+  hat_BTD = (s_BTD - mean_BT1) / jnp.sqrt(variance_BT1 + EPS)
+  row = lambda p: p.reshape((1,) * (s_BTD.ndim - 1) + p.shape)
+  return s_BTD, row(scale_D) * hat_BTD + row(bias_D)
+
+
+def _both(call, inputs, cotangents):
+  found, pull = jax.vjp(call, *inputs)
+  return *found, *pull(cotangents)
+
+
+def _wanted(inputs, cotangents):
+  with jax.enable_x64(True):
+    wide = jax.tree.map(np.float64, (inputs, cotangents))
+    return jax.device_get(jax.jit(_both, static_argnums=0)(_equations, *wide))
+
+
+def _assert_near(found, wanted) -> None:
+  names = ("s", "n", "dx", "dy", "dscale", "dbias")
+  for name, a, b in zip(names, found, wanted, strict=True):
+    wide = np.asarray(a, np.float64)
+    error = np.linalg.norm(wide - b) / np.linalg.norm(b)
+    # 16 bits round to 2⁻⁹ of a value at most; sums are of float32.
+    assert error <= (2e-6 if a.dtype == np.float32 else 2.5e-3), (name, error)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """The kernels, interpreted on this machine's CPU."""
+  import jax.experimental.pallas.mosaic_gpu as plgpu
+
+  monkeypatch.setattr(_compat, "is_hopper", lambda: True)
+  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    yield
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_values_and_gradients_of_xla(dtype) -> None:
+  inputs, cotangents = _inputs((2, 5, 24), dtype)
+  call = lambda *x: add_layer_norm(*x, EPS)
+  run = jax.jit(_both, static_argnums=0)
+  found = jax.device_get(run(call, inputs, cotangents))
+  assert [x.dtype for x in found[:4]] == [np.float32, dtype, np.float32, dtype]
+  _assert_near(found, _wanted(inputs, cotangents))
+  assert not add_norm.runs_on(*inputs[:2])
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+  "shape, dtype, programs",
+  [((1, 1, 128), "bfloat16", 4), ((1, 5, 384), "float16", 2)],
+)
+def test_interpreted_kernels(
+  interpreted, monkeypatch, shape, dtype, programs
+) -> None:
+  from pallas_kernels.add_norm import gpu
+
+  monkeypatch.setattr(gpu, "PROGRAMS", programs)
+  inputs, cotangents = _inputs(shape, dtype)
+  assert add_norm.runs_on(*inputs[:2])
+  call = lambda *x: add_layer_norm(*x, EPS)
+  found = _both(call, jax.tree.map(jnp.asarray, inputs), cotangents)
+  _assert_near(found, _wanted(inputs, cotangents))
+
+
+@needs_mosaic
+def test_rows_over_a_mesh(interpreted) -> None:
+  mesh = jax.make_mesh((2, 2), ("data", "time"), (AxisType.Auto,) * 2)
+  inputs, cotangents = _inputs((2, 4, 128))
+  with jax.set_mesh(mesh):
+    call = lambda *x: add_layer_norm(
+      *x, EPS, axes=ShardAxes(batch="data", time="time")
+    )
+    found = compiled(lambda *x: _both(call, *x))(inputs, cotangents)
+  _assert_near(found, _wanted(inputs, cotangents))
+
+
+@needs_mosaic
+@pytest.mark.parametrize("mlp_width", [None, 64])
+def test_a_model_through_the_kernels(interpreted, monkeypatch, mlp_width):
+  config = ModelConfig(
+    conv=AttentionConfig(),
+    mixer=ReBasedConfig(heads=2, features=8),
+    vocab_size=11,
+    width=128,
+    pairs=2,
+    mlp_width=mlp_width,
+    dtype="bfloat16",
+    scan_layers=False,
+  )
+  graph, params = nnx.split(LM(config, rngs=nnx.Rngs(0)))
+  tokens_BT = np.arange(10, dtype=np.int32).reshape(2, 5)
+
+  def loss(params):
+    logits_BTV = nnx.merge(graph, params)(tokens_BT)
+    return jnp.square(logits_BTV).sum(), logits_BTV
+
+  run = jax.grad(loss, has_aux=True)
+  found = compiled(run)(params)
+  with monkeypatch.context() as plain:
+    plain.setattr(_compat, "is_hopper", lambda: False)
+    wanted = compiled(lambda p: run(p))(params)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    a, b = np.float64(a), np.float64(b)
+    # Sums of a row in another order move roundings to bfloat16, 2⁻⁹ each.
+    assert np.linalg.norm(a - b) <= 2e-2 * np.linalg.norm(b)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("width", [128, 768, 2048])
+def test_the_kernels_lower(monkeypatch, width) -> None:
+  monkeypatch.setattr(_compat, "is_hopper", lambda: True)
+  inputs, cotangents = _inputs((2, 7, width))
+  run = lambda *x: _both(lambda *y: add_layer_norm(*y, EPS), *x)
+  traced = jax.jit(run).trace(inputs, cotangents)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert "add_norm_backward" in text and text.count("mosaic_gpu_v2") >= 2
+
+
+@pytest.mark.parametrize(
+  "shape, dtype",
+  [
+    ((1, 2, 96), "bfloat16"),
+    ((1, 2, 4096), "bfloat16"),
+    ((1, 2, 128), "float32"),
+    ((0, 2, 128), "bfloat16"),
+  ],
+)
+def test_what_the_kernels_do_not_take(monkeypatch, shape, dtype) -> None:
+  monkeypatch.setattr(_compat, "is_hopper", lambda: True)
+  assert not add_norm.runs_on(
+    np.zeros(shape, np.float32), np.zeros(shape, dtype)
+  )
