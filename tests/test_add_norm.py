@@ -4,7 +4,6 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
-from mixer_subject import compiled
 import numpy as np
 import pytest
 
@@ -103,7 +102,7 @@ def test_rows_over_a_mesh(interpreted) -> None:
     call = lambda *x: add_layer_norm(
       *x, EPS, axes=ShardAxes(batch="data", time="time")
     )
-    found = compiled(lambda *x: _both(call, *x))(inputs, cotangents)
+    found = jax.jit(lambda *x: _both(call, *x))(inputs, cotangents)
   _assert_near(found, _wanted(inputs, cotangents))
 
 
@@ -128,10 +127,10 @@ def test_a_model_through_the_kernels(interpreted, monkeypatch, mlp_width):
     return jnp.square(logits_BTV).sum(), logits_BTV
 
   run = jax.grad(loss, has_aux=True)
-  found = compiled(run)(params)
+  found = jax.jit(run)(params)
   with monkeypatch.context() as plain:
     plain.setattr(_compat, "is_hopper", lambda: False)
-    wanted = compiled(lambda p: run(p))(params)
+    wanted = jax.jit(lambda p: run(p))(params)
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     a, b = np.float64(a), np.float64(b)
     # Sums of a row in another order move roundings to bfloat16, 2⁻⁹ each.

@@ -11,7 +11,14 @@ from model_cases import make
 import numpy as np
 import pytest
 
-from rebased_jax import LM, BaseConvConfig, MambaConfig, ModelConfig, ShardAxes
+from rebased_jax import (
+  LM,
+  BaseConvConfig,
+  MambaConfig,
+  ModelConfig,
+  ShardAxes,
+  blocks,
+)
 
 B, T, V, D = 2, 10, 11, 8
 MAMBA = MambaConfig(state=3)
@@ -103,7 +110,7 @@ def test_the_residual_is_float32() -> None:
   @jax.jit
   def block(params):
     pair = nnx.merge(*nnx.merge(graph, params)._pair(0))
-    return pair.conv(large_BTD)
+    return blocks.joined(*pair.conv(large_BTD))
 
   with jax.numpy_dtype_promotion("standard"):  # which Flax's norms need
     y_BTD = jax.device_get(block(params))
