@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 from pathlib import Path
 import platform
 import subprocess
@@ -31,10 +32,11 @@ def moment(*sources: str) -> dict:
 
 
 def describe(*sources: str) -> dict:
-  """`moment`, and the device and versions."""
+  """`moment`, the device and versions, and what XLA was told."""
   return moment(*sources) | {
     "device": jax.devices()[0].device_kind,
     "machine": platform.machine(),
+    "xla_flags": os.environ.get("XLA_FLAGS", ""),
     "versions": {
       "python": platform.python_version(),
       "jax": jax.__version__,

@@ -9,7 +9,6 @@ Its Mamba model has blocks of one line, x ← x + mixer(RMSNorm(x)).
 import abc
 from collections.abc import Callable
 import dataclasses
-import math
 from typing import Literal
 
 from flax import nnx
@@ -21,6 +20,7 @@ from pallas_kernels import ShardAxes, _compat
 from pallas_kernels.polynomial.spec import accumulator
 from rebased_jax.layer_norm import LayerNorm
 from rebased_jax.mixers import base
+from rebased_jax.mlp import MLP
 
 NORM_EPS = 1e-5  # PyTorch's default
 Place = Callable[[Array], Array]
@@ -74,34 +74,6 @@ class ModelConfig:
     if self.scan_layers is None:
       return _compat.platform() != "gpu"
     return self.scan_layers
-
-
-class MLP(nnx.Module):
-  """W₂ gelu(W₁ x + b₁) + b₂, with the exact GELU."""
-
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    D, hidden = config.width, config.mlp_width
-    depth_scaled = base.depth_scaled(config.layers)
-    make = lambda i, o, stddev: base.linear(
-      i,
-      o,
-      dtype=config.dtype,
-      rngs=rngs,
-      use_bias=True,
-      stddev=stddev,
-    )
-    self.up = make(D, hidden, 0.02)
-    self.down = make(hidden, D, depth_scaled)
-
-  def __call__(self, x: Array) -> Array:
-    return self.down(_gelu(self.up(x)))
-
-
-@jax.checkpoint  # its backward is made of its input alone
-def _gelu(x: Array) -> Array:
-  """x Φ(x) by erf in float32; jax.nn.gelu's erfc takes twice the operations."""
-  wide = x.astype(accumulator(x.dtype))
-  return (0.5 * wide * (1 + jax.lax.erf(math.sqrt(0.5) * wide))).astype(x.dtype)
 
 
 class Block(nnx.Module):
@@ -172,8 +144,7 @@ class PreNormBlock(Block):
     self.norm1 = layer_norm(config, rngs)
     self.mixer = mixer.make(_site(config, layer), rngs=rngs)
     self.norm2 = layer_norm(config, rngs)
-    has_mlp = config.mlp_width is not None
-    self.mlp = MLP(config, rngs=rngs) if has_mlp else None
+    self.mlp = _mlp(config, rngs) if config.mlp_width else None
 
   def first(self, x: Array, y: Array | None, axes=None) -> Stream:
     return self.norm1.of_sum(x, y, axes)
@@ -296,6 +267,12 @@ def layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> LayerNorm:
   """LN with weight and bias, statistics in float32."""
   dtype = jnp.dtype(config.dtype)
   return LayerNorm(config.width, eps=NORM_EPS, dtype=dtype, rngs=rngs)
+
+
+def _mlp(config: ModelConfig, rngs: nnx.Rngs) -> MLP:
+  stddev = base.depth_scaled(config.layers)
+  D, hidden = config.width, config.mlp_width
+  return MLP(D, hidden, dtype=config.dtype, stddev=stddev, rngs=rngs)
 
 
 def _site(config: ModelConfig, layer: int) -> base.Site:

@@ -162,3 +162,24 @@ def test_what_the_kernels_do_not_take(monkeypatch, shape, dtype) -> None:
   assert not add_norm.runs_on(
     np.zeros(shape, np.float32), np.zeros(shape, dtype)
   )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not _compat.is_hopper(), reason="no Hopper GPU")
+@pytest.mark.parametrize(
+  "shape, dtype",
+  [
+    ((1, 1, 128), "bfloat16"),
+    ((3, 5, 384), "float16"),
+    ((2, 1063, 768), "bfloat16"),
+    ((1, 130, 2048), "bfloat16"),
+  ],
+)
+def test_the_kernels_on_the_card(shape, dtype) -> None:
+  inputs, cotangents = _inputs(shape, dtype)
+  assert add_norm.runs_on(*inputs[:2])
+  call = jax.jit(lambda *x: _both(lambda *y: add_layer_norm(*y, EPS), *x))
+  found = jax.device_get(call(inputs, cotangents))
+  _assert_near(found, _wanted(inputs, cotangents))
+  for a, b in zip(found, call(inputs, cotangents), strict=True):
+    np.testing.assert_array_equal(a, b)
