@@ -14,10 +14,6 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-# Options of programs that are not timed: on a GPU XLA times its own kernels as
-# it compiles, which takes long and wants the device to itself.
-UNTIMED = {"xla_gpu_autotune_level": 0}
-
 
 def moment(*sources: str) -> dict:
   """Date and commit; changes of the sources and benchmarks are noted."""

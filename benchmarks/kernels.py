@@ -53,7 +53,7 @@ def expected(spec, arrays) -> tuple:
   """o, dq, dk, dv by the chunked form in float32, and with a settled do."""
   wide = [x.astype(jnp.float32) for x in arrays]
   call = jax.jit(measure.forward_and_backward(measure.operator(spec, "xla")))
-  call = call.lower(*wide).compile(environment.UNTIMED)
+  call = call.lower(*wide).compile(measure.UNTIMED)
   return call(*wide), call(*wide[:3], measure.settled(wide[3]))
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from environment import ROOT, UNTIMED
+from environment import ROOT
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(ROOT))
 
+from pallas_kernels.measure import UNTIMED  # noqa: E402
 import rebased_jax as rj  # noqa: E402
 from rebased_jax.mixers import base  # noqa: E402
 

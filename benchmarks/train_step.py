@@ -37,7 +37,7 @@ import sys
 import time
 from typing import Any
 
-from environment import RESULTS, ROOT, UNTIMED, describe_apart, peak_bytes
+from environment import RESULTS, ROOT, describe_apart, peak_bytes
 from flax import nnx
 import jax
 from train_step_cases import OPTIMIZER, STEPS, Case, make_cases, make_models
@@ -49,6 +49,7 @@ import train_step_run
 
 sys.path.insert(0, str(ROOT))
 
+from pallas_kernels.measure import UNTIMED  # noqa: E402
 from train import optimizer, peaks, step  # noqa: E402
 
 WARM, TRACED = 3, 4  # steps before the clock, and in the trace

@@ -1,6 +1,7 @@
 """Steps as the trainer makes them, and the time the device is idle in them."""
 
 from collections.abc import Callable, Iterator
+import itertools
 from pathlib import Path
 import statistics
 import tempfile
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 from train_step_cases import Case
 
-from train import peaks
+from train import peaks, sharding
 
 
 class Runner:
@@ -39,7 +40,7 @@ class Runner:
       put: a batch onto the devices.
       key: of the dropout, where `step` takes it; None: on one device.
     """
-    self._step, self._state, self._put = step, state, put
+    self._step, self._state = step, state
     self._key = jax.random.key(1) if key is None else key
     self._pending = None
     self.finite = True
@@ -48,22 +49,23 @@ class Runner:
     tokens_4BW = rng.integers(0, words, (4, rows, length + 1), np.int32)
     tokens_4BW = np.tile(tokens_4BW, (1, copies, 1))
     ones = np.ones((copies * rows, length), np.float32)
-    self._batches = [
+    batches = [
       dict(tokens=x[:, :-1].copy(), targets=x[:, 1:].copy(), weights=ones)
       for x in tokens_4BW
     ]
+    self._batches = sharding.put_ahead(itertools.cycle(batches), put)
 
   def first_loss(self) -> float:
     """The loss of one step."""
-    batch = self._put(self._batches[0])
+    batch = next(self._batches)
     self._state, metrics = self._step(self._state, batch, self._key)
     return float(metrics["loss"])
 
   def steps(self, count: int) -> float:
     """Seconds of so many steps, the last one's metrics read."""
     begin = time.perf_counter()
-    for index in range(count):
-      batch = self._put(self._batches[index % 4])
+    for _ in range(count):
+      batch = next(self._batches)
       self._state, metrics = self._step(self._state, batch, self._key)
       self._settle()
       self._pending = metrics

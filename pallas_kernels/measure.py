@@ -22,6 +22,9 @@ from pallas_kernels.polynomial.arg_specs import ArgSpec
 # first tokens that `settled` keeps.
 TOLERANCE = 1e-2
 RESULTS = ("o", "dq", "dk", "dv")
+# Options of programs that are not timed: on a GPU XLA times its own kernels as
+# it compiles, which takes long and wants the device to itself.
+UNTIMED = {"xla_gpu_autotune_level": 0}
 _RUN_SECONDS = 0.02  # of calls in a run, so that its two ends do not count
 
 

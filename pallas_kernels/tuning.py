@@ -43,8 +43,6 @@ SHORT: tuple[ArgSpec, ...] = tuple(
   for B in (1, 8, 64)
 )
 
-# Of what is not timed: XLA chooses no kernels by their times.
-_UNTIMED = {"xla_gpu_autotune_level": 0}
 
 # (shape, implementation, sizes) → ms, or None: it cannot or should not run.
 Timer = Callable[[ArgSpec, str, Sizes], float | None]
@@ -122,7 +120,7 @@ def device_timer() -> Timer:
     if spec.name not in expected:
       expected.clear()
       wide = [x.astype(jnp.float32) for x in arrays]
-      run = _lower(spec, "xla", DEFAULT, wide).compile(_UNTIMED)
+      run = _lower(spec, "xla", DEFAULT, wide).compile(measure.UNTIMED)
       expected[spec.name] = run(*wide)
     return expected[spec.name]
 

@@ -83,11 +83,12 @@ def test_the_table_shows_only_what_was_timed():
     ("ERROR SUMMARY: 10 errors", 7, 0, False),
     ("ERROR SUMMARY: 10 errors", 0, 0, False),
     ("RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)", 0, 0, 0),
-    ("ERROR SUMMARY: 0 errors", 0, 1, False),  # the case did not pass
+    ("ERROR SUMMARY: 0 errors", 0, 1, False),  # the values were wrong
     ("ERROR SUMMARY: 0 errors", 1, 0, False),
     ("", 0, 0, False),  # the tool did not run
   ],
 )
 def test_a_run_is_clean_only_if_all_of_it_is(summary, code, missing, clean):
-  text = "case B=1\n" * (not missing) + f"========= {summary}\n"
+  values = "errors of o, dq, dk, dv: [0.1] " + ("wrong" if missing else "right")
+  text = f"{values}\n========= {summary}\n"
   assert sanitize.judge(text, code)["clean"] == bool(clean)

@@ -20,7 +20,7 @@ from train_cases import (
   trainer as trainer,
 )
 
-from train import affine, faults, gauges, peaks
+from train import affine, faults, gauges, peaks, sharding
 from train.checkpoint import read_meta
 from train.config import MQARStreamData, ProfileConfig
 from train.data.patience import DataTimeout, within
@@ -213,3 +213,34 @@ def test_hung_data_ends_the_run_and_loses_nothing(
   assert "Traceback" not in err
   step, meta = read_meta(run_dir / "checkpoints")
   assert (step, meta["finished"]) == (3, None)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("error", [None, DataTimeout, OSError])
+def test_a_batch_is_put_before_the_one_ahead_of_it_is_used(count, error):
+  events = []
+
+  def batches():
+    yield from range(count)
+    if error is not None:
+      raise error("the batch is not there")
+
+  def put(batch):
+    events.append(f"put {batch}")
+    return batch
+
+  def use() -> None:
+    for batch in sharding.put_ahead(batches(), put):
+      events.append(f"use {batch}")
+
+  if error is None:
+    use()
+  else:
+    with pytest.raises(error, match="the batch is not there"):
+      use()
+  expected = {
+    0: [],
+    1: ["put 0", "use 0"],
+    3: ["put 0", "put 1", "use 0", "put 2", "use 1", "use 2"],
+  }
+  assert events == expected[count]

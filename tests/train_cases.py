@@ -24,7 +24,8 @@ from train.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 
-# Sends a signal from inside a step, so that the run stops behind a known one.
+# Sends a signal from inside a step, so that the run stops behind a known one:
+# with the batch of the next, which is put ahead.
 _SIGNAL = """
 import os, signal
 from train import sharding
@@ -32,7 +33,7 @@ put, count = sharding.put_batch, 0
 def put_batch(*args):
   global count
   count += "evaluate" not in sys._getframe(1).f_code.co_name
-  if count == {at}:
+  if count == {at} + 1:
     os.kill(os.getpid(), signal.{name})
   return put(*args)
 sharding.put_batch = put_batch

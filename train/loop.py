@@ -106,12 +106,14 @@ class Loop:
       workers=config.data.workers,
       timeout=config.data.timeout,
     )
+    put = lambda x: sharding.put_batch(x, self.built.mesh, config.batch)
+    ahead = sharding.put_ahead(data, put)
     step, reason = start, None if start < config.steps else "finished"
     with self.saved_if_data_hangs(lambda: (state, step)), data, self.profile:
       while reason is None:
         self.profile.before(step, state)
         before = time.perf_counter()
-        batch = sharding.put_batch(next(data), self.built.mesh, config.batch)
+        batch = next(ahead)
         wait = time.perf_counter() - before
         state, metrics = self.built.train_step(state, batch, self.built.key)
         self.settle(state)

@@ -4,7 +4,7 @@ A parameter's place follows from its path alone, by `RULES`; the optimiser's
 moments have their parameter's path behind their own, and so its place.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 import math
 import re
 from typing import Any, NamedTuple
@@ -156,3 +156,29 @@ def put_batch(
     )
 
   return {name: put(name, x) for name, x in batch.items()}
+
+
+def put_ahead(
+  batches: Iterator[Any], put: Callable[[Any], Any]
+) -> Iterator[Any]:
+  """Each batch as `put` returns it, put when the one before it is handed out.
+
+  A GPU copies a batch when the steps are done that were dispatched before the
+  copy: a step waits for a batch that is put just before it. What a batch raises
+  comes when the one before it has been used.
+  """
+  try:
+    ahead = put(next(batches))
+  except StopIteration:
+    return
+  while True:
+    current = ahead
+    try:
+      ahead = put(next(batches))
+    except StopIteration:
+      yield current
+      return
+    except Exception:
+      yield current
+      raise
+    yield current
