@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --cases rebased-145m --scan --chunk 8192
+    python benchmarks/train_step.py --cases rebased-145m-long --lengths 131072
     python benchmarks/train_step.py --cases attention-127m --peer
     python benchmarks/train_step.py --cases rebased-145m --devices 2
 
@@ -128,14 +129,10 @@ def compile_checks(cases: list[Case]) -> dict[str, Any]:
 def compile_case(case: Case, args: argparse.Namespace) -> None:
   """Alone, since XLA times its own kernels as it compiles.
 
-  Of rows longer than the others' tokens, remat is "dots" at least; what does
-  not fit is compiled again with the next.
+  What does not fit is compiled again with the next remat.
   """
   started = time.perf_counter()
-  remats = list(REMATS[REMATS.index(args.remat) :])
-  if case.rows * case.length > args.tokens and remats[0] == "none":
-    remats = remats[1:]
-  for remat in remats:
+  for remat in REMATS[REMATS.index(args.remat) :]:
     case.model = dataclasses.replace(case.model, remat=remat)
     lower(case, args.chunk)
     case.programs = {k: x.compile() for k, x in case.programs.items()}
@@ -174,6 +171,8 @@ def parse(on_cpu: bool) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   names = list(make_models())
   parser.add_argument("--cases", nargs="+", choices=names, default=names)
+  lengths = sorted({x for _, each in make_models().values() for x in each})
+  parser.add_argument("--lengths", type=int, nargs="+", choices=lengths)
   parser.add_argument("--tiny", action="store_true", default=on_cpu)
   parser.add_argument("--tokens", type=int, default=512 if on_cpu else 32768)
   chunk = 128 if on_cpu else 16384
@@ -190,6 +189,10 @@ def parse(on_cpu: bool) -> argparse.Namespace:
   parser.add_argument("--out", type=Path, help="of the JSON")
   args = parser.parse_args()
   several = f"_{args.devices}" * (args.devices > 1)
+  if not make_cases(args):
+    parser.error(
+      f"--lengths {args.lengths}: none of {args.cases} has such rows"
+    )
   args.out = args.out or RESULTS / f"train_step{several}_{place}.json"
   return args
 
@@ -227,7 +230,16 @@ def main() -> None:
   wanted = train_step_peer.request(cases, args, WARM) if args.peer else None
   if wanted is not None:  # while jax has not taken the card's memory
     peers = train_step_peer.measure(wanted, where["device"], args.peer_seconds)
-  options = ("tiny", "tokens", "chunk", "remat", "scan", "seconds", "rounds")
+  options = (
+    "lengths",
+    "tiny",
+    "tokens",
+    "chunk",
+    "remat",
+    "scan",
+    "seconds",
+    "rounds",
+  )
   result = where | {
     "options": {name: getattr(args, name) for name in (*options, "devices")},
     "mfu": "by 6 N of all parameters, of the peak in bfloat16 "

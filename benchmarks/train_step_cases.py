@@ -54,6 +54,8 @@ def make_cases(args: argparse.Namespace) -> list[Case]:
   for name, (model, lengths) in make_models().items():
     if name not in args.cases:
       continue
+    if args.lengths is not None:
+      lengths = tuple(x for x in lengths if x in args.lengths)
     if args.tiny:
       model = _tiny(model)
       lengths = tuple(length // 64 for length in lengths)

@@ -17,6 +17,7 @@ import train_step_peer
 def make_args(**changes) -> argparse.Namespace:
   values = dict(
     cases=["attention-127m", "rebased-145m"],
+    lengths=None,
     tiny=True,
     tokens=128,
     chunk=64,
@@ -27,6 +28,12 @@ def make_args(**changes) -> argparse.Namespace:
     devices=2,
   )
   return argparse.Namespace(**{**values, **changes})
+
+
+def test_lengths_choose_rows() -> None:
+  args = make_args(cases=["rebased-145m-long"], lengths=[131072], tiny=False)
+  (case,) = train_step_cases.make_cases(args)
+  assert (case.rows, case.length) == (1, 131072)
 
 
 def test_the_peer_is_asked_for_our_attention_model(monkeypatch) -> None:
