@@ -1,4 +1,4 @@
-"""Runs every GPU kernel under compute-sanitizer, on its smallest shapes.
+"""Runs the operator's GPU kernels under compute-sanitizer, on small shapes.
 
     python benchmarks/sanitize.py [--tools memcheck racecheck]
 

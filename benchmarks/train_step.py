@@ -135,7 +135,12 @@ def compile_case(case: Case, args: argparse.Namespace) -> None:
   for remat in REMATS[REMATS.index(args.remat) :]:
     case.model = dataclasses.replace(case.model, remat=remat)
     lower(case, args.chunk)
-    case.programs = {k: x.compile() for k, x in case.programs.items()}
+    try:
+      case.programs = {k: x.compile() for k, x in case.programs.items()}
+    except jax.errors.JaxRuntimeError as failure:
+      if "RESOURCE_EXHAUSTED" not in str(failure) or remat == REMATS[-1]:
+        raise
+      continue
     if _fits(case):
       break
   case.row["compile_seconds"] = round(time.perf_counter() - started, 1)
@@ -158,7 +163,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     if "failed" in row:
       lines.append(f"{start}  {row['failed']}")
       continue
-    size = (row["device_peak_bytes"] or row.get("program_bytes", 0)) / 2**30
+    size = row.get("program_bytes") or row["device_peak_bytes"] or 0
+    size /= 2**30  # of ours, since the peak is of all cases so far
     shown = lambda x: "–" if x is None else f"{x:.1%}"
     lines.append(
       f"{start}  {row['tokens_per_second']:>8,}  {shown(row['mfu']):>5}  "
@@ -206,8 +212,8 @@ def measure_all(cases: list[Case], args, save) -> dict[str, Any]:
   }
   checks = compile_checks(cases)
   for case in cases:
-    compile_case(case, args)
     try:
+      compile_case(case, args)
       measure(case, checks[case.row["case"]], args)
     except jax.errors.JaxRuntimeError as failure:
       if "RESOURCE_EXHAUSTED" not in str(failure):

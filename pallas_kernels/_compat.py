@@ -91,7 +91,9 @@ def check_gpu() -> None:
 
 
 def is_hopper() -> bool:
-  """Whether the Hopper kernels can run."""
+  """Whether the Hopper kernels can run, where calls run."""
+  if platform() != "gpu":
+    return False
   try:
     check_gpu()
   except NotImplementedError:

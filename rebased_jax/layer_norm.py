@@ -88,39 +88,62 @@ def add_layer_norm(
   if not add_norm.runs_on(x_BTD, y_BTD):
     s_BTD = x_BTD + y_BTD.astype(x_BTD.dtype)
     return s_BTD, layer_norm(s_BTD, scale_D, bias_D, eps, y_BTD.dtype)
-  if axes is None:
-    return _by_kernel(x_BTD, y_BTD, scale_D, bias_D, eps)
-  rows, whole = axes.bt(), jax.P()
-  return jax.shard_map(
-    functools.partial(_by_kernel, eps=eps),
-    in_specs=(rows, rows, whole, whole),
-    out_specs=(rows, rows),
-    check_vma=False,
-  )(x_BTD, y_BTD, scale_D, bias_D)
+  return _by_kernel(x_BTD, y_BTD, scale_D, bias_D, eps, axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _by_kernel(x_BTD, y_BTD, scale_D, bias_D, eps):
-  return _kernel_forward(x_BTD, y_BTD, scale_D, bias_D, eps)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _by_kernel(x_BTD, y_BTD, scale_D, bias_D, eps, axes):
+  return _kernel_forward(x_BTD, y_BTD, scale_D, bias_D, eps, axes)[0]
 
 
-def _kernel_forward(x_BTD, y_BTD, scale_D, bias_D, eps):
+def _kernel_forward(x_BTD, y_BTD, scale_D, bias_D, eps, axes):
   from pallas_kernels.add_norm import gpu  # takes long to import
 
-  s_RD, n_RD = gpu.forward(_rows(x_BTD), _rows(y_BTD), scale_D, bias_D, eps=eps)
-  s_BTD = s_RD.reshape(x_BTD.shape)
-  return (s_BTD, n_RD.reshape(x_BTD.shape)), (s_BTD, scale_D)
+  def run(x_BTD, y_BTD, scale_D, bias_D):
+    found = gpu.forward(_rows(x_BTD), _rows(y_BTD), scale_D, bias_D, eps=eps)
+    return [x_RD.reshape(x_BTD.shape) for x_RD in found]
+
+  run = _over_mesh(run, axes, inputs="rrww", outputs="rr")
+  s_BTD, n_BTD = run(x_BTD, y_BTD, *map(_wide, (scale_D, bias_D)))
+  return (s_BTD, n_BTD), (s_BTD, scale_D, bias_D)
 
 
-def _kernel_backward(eps, kept, cotangents):
+def _kernel_backward(eps, axes, kept, cotangents):
   from pallas_kernels.add_norm import gpu
 
-  s_BTD, scale_D = kept
-  dx_RD, dy_RD, dscale_D, dbias_D = gpu.backward(
-    *map(_rows, (s_BTD, *cotangents)), scale_D, eps=eps
+  def run(s_BTD, ds_BTD, dn_BTD, scale_D):
+    arrays = map(_rows, (s_BTD, ds_BTD, dn_BTD))
+    dx_RD, dy_RD, *sums = gpu.backward(*arrays, scale_D, eps=eps)
+    names = () if axes is None else _names(axes.batch) + _names(axes.time)
+    whole = lambda x_RD: x_RD.reshape(s_BTD.shape)
+    return [whole(dx_RD), whole(dy_RD), *jax.lax.psum(sums, names)]
+
+  s_BTD, scale_D, bias_D = kept
+  run = _over_mesh(run, axes, inputs="rrrw", outputs="rrww")
+  dx_BTD, dy_BTD, dscale_D, dbias_D = run(s_BTD, *cotangents, _wide(scale_D))
+  of_parameters = dscale_D.astype(scale_D.dtype), dbias_D.astype(bias_D.dtype)
+  return dx_BTD, dy_BTD, *of_parameters
+
+
+def _over_mesh(run, axes: ShardAxes | None, *, inputs: str, outputs: str):
+  """`run` of each device's rows; "r": an array of rows, "w": a whole one."""
+  if axes is None:
+    return run
+  specs = {"r": axes.bt(), "w": jax.P()}
+  return jax.shard_map(
+    run,
+    in_specs=tuple(specs[x] for x in inputs),
+    out_specs=[specs[x] for x in outputs],
+    check_vma=False,
   )
-  whole = lambda x: x.reshape(s_BTD.shape)
-  return whole(dx_RD), whole(dy_RD), dscale_D, dbias_D
+
+
+def _wide(parameter_D: Array) -> Array:
+  return parameter_D.astype(jnp.float32)
+
+
+def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  return (axis,) if isinstance(axis, str) else tuple(axis or ())
 
 
 _by_kernel.defvjp(_kernel_forward, _kernel_backward)

@@ -214,6 +214,8 @@ class LM(nnx.Module):
     for index in range(pairs):
       pair = jax.tree.map(lambda p: p[index], stacked)  # noqa: B023
       stream = run(stream, pair)
+      if self.config.remat == "full":  # the sum is all that is kept
+        stream = (blocks.joined(*stream),)
     return stream
 
   def _scan(self, call, x: Array, states):

@@ -1,5 +1,7 @@
 """The residual sum with its norm: both programs against float64 equations."""
 
+import re
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -104,6 +106,57 @@ def test_rows_over_a_mesh(interpreted) -> None:
     )
     found = jax.jit(lambda *x: _both(call, *x))(inputs, cotangents)
   _assert_near(found, _wanted(inputs, cotangents))
+
+
+@pytest.fixture
+def equations_for_kernels(monkeypatch):
+  """The same in XLA, so that a program over a mesh can be read."""
+  if not _compat.has_mosaic_gpu():
+    pytest.skip("the GPU kernels need jax ≥ 0.11")
+  from pallas_kernels.add_norm import gpu
+
+  def norm(s_RD, scale_D, bias_D, eps):
+    hat_RD = s_RD - s_RD.mean(axis=1, keepdims=True)
+    hat_RD *= jax.lax.rsqrt((hat_RD**2).mean(axis=1, keepdims=True) + eps)
+    return hat_RD * scale_D[None] + bias_D[None]
+
+  def forward(x_RD, y_RD, scale_D, bias_D, *, eps):
+    s_RD = x_RD + y_RD.astype(x_RD.dtype)
+    return s_RD, norm(s_RD, scale_D, bias_D, eps).astype(y_RD.dtype)
+
+  def backward(s_RD, ds_RD, dn_RD, scale_D, *, eps):
+    run = lambda *x: norm(*x, eps)
+    _, pull = jax.vjp(run, s_RD, scale_D, jnp.zeros_like(scale_D))
+    dx_RD, *sums = pull(dn_RD.astype(s_RD.dtype))
+    return ds_RD + dx_RD, (ds_RD + dx_RD).astype(dn_RD.dtype), *sums
+
+  monkeypatch.setattr(_compat, "is_hopper", lambda: True)
+  monkeypatch.setattr(gpu, "forward", forward)
+  monkeypatch.setattr(gpu, "backward", backward)
+
+
+def test_devices_sum_the_parameters_gradients_alone(equations_for_kernels):
+  names = ("data", "time", "tensor")
+  mesh = jax.make_mesh((2, 2, 2), names, (AxisType.Auto,) * 3)
+  inputs, cotangents = _inputs((2, 4, 128))
+  axes = ShardAxes(batch="data", time="time", heads="tensor")
+  call = lambda *x: add_layer_norm(*x, EPS, axes=axes)
+  with jax.set_mesh(mesh):
+    run = jax.jit(lambda *x: _both(call, *x)).lower(inputs, cotangents)
+    text = run.compile().as_text()
+    _assert_near(
+      jax.jit(lambda *x: _both(call, *x))(inputs, cotangents),
+      _wanted(inputs, cotangents),
+    )
+  sums = re.findall(r"= (.*) all-reduce(?:-start)?\(", text)
+  assert sums and not re.findall(r"\[\d+,", " ".join(sums)), sums
+
+
+def test_parameters_in_bfloat16(equations_for_kernels):
+  (x, y, *parameters), cotangents = _inputs((1, 5, 128))
+  inputs = (x, y, *(p.astype(jnp.bfloat16) for p in parameters))
+  found = _both(lambda *x: add_layer_norm(*x, EPS), inputs, cotangents)
+  assert [x.dtype for x in found[-2:]] == [jnp.bfloat16] * 2
 
 
 @needs_mosaic

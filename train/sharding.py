@@ -161,24 +161,16 @@ def put_batch(
 def put_ahead(
   batches: Iterator[Any], put: Callable[[Any], Any]
 ) -> Iterator[Any]:
-  """Each batch as `put` returns it, put when the one before it is handed out.
+  """Each batch as `put` returns it, put before the one ahead of it is used.
 
   A GPU copies a batch when the steps are done that were dispatched before the
   copy: a step waits for a batch that is put just before it. What a batch raises
-  comes when the one before it has been used.
+  comes in place of the one before it, so that no error is left behind.
   """
-  try:
-    ahead = put(next(batches))
-  except StopIteration:
-    return
-  while True:
-    current = ahead
-    try:
-      ahead = put(next(batches))
-    except StopIteration:
+  ahead = None
+  for batch in batches:
+    ahead, current = put(batch), ahead
+    if current is not None:
       yield current
-      return
-    except Exception:
-      yield current
-      raise
-    yield current
+  if ahead is not None:
+    yield ahead
