@@ -245,9 +245,10 @@ def main() -> None:
     "scan",
     "seconds",
     "rounds",
+    "devices",
   )
   result = where | {
-    "options": {name: getattr(args, name) for name in (*options, "devices")},
+    "options": {name: getattr(args, name) for name in options},
     "mfu": "by 6 N of all parameters, of the peak in bfloat16 "
     f"({peaks.PEAK_FLOPS.get(where['device'])})",
   }

@@ -41,7 +41,7 @@ def _forward(x_D, scale_D, bias_D, eps, dtype):
   mean_1, variance_1 = _moments(wide)
   rate_1 = jax.lax.rsqrt(variance_1 + eps)
   hat_D = (wide - mean_1) * rate_1
-  y_D = _row(scale_D, hat_D) * hat_D + _row(bias_D, hat_D)
+  y_D = row(scale_D, hat_D) * hat_D + row(bias_D, hat_D)
   return y_D.astype(dtype), (x_D, scale_D, bias_D, mean_1, rate_1)
 
 
@@ -52,7 +52,7 @@ def _backward(eps, dtype, kept, dy_D):
   x_D, mean_1, rate_1 = jax.lax.optimization_barrier((x_D, *moments))
   hat_D = (x_D.astype(mean_1.dtype) - mean_1) * rate_1
   dy_D = dy_D.astype(mean_1.dtype)
-  g_D = _row(scale_D, hat_D) * dy_D
+  g_D = row(scale_D, hat_D) * dy_D
   shift_1, slope_1 = _means(g_D, g_D * hat_D)
   dx_D = rate_1 * (g_D - shift_1 - hat_D * slope_1)
   tokens = tuple(range(x_D.ndim - scale_D.ndim))
@@ -114,7 +114,7 @@ def _kernel_backward(eps, axes, kept, cotangents):
   def run(s_BTD, ds_BTD, dn_BTD, scale_D):
     arrays = map(_rows, (s_BTD, ds_BTD, dn_BTD))
     dx_RD, dy_RD, *sums = gpu.backward(*arrays, scale_D, eps=eps)
-    names = () if axes is None else _names(axes.batch) + _names(axes.time)
+    names = () if axes is None else axes.bt_names()
     whole = lambda x_RD: x_RD.reshape(s_BTD.shape)
     return [whole(dx_RD), whole(dy_RD), *jax.lax.psum(sums, names)]
 
@@ -123,6 +123,9 @@ def _kernel_backward(eps, axes, kept, cotangents):
   dx_BTD, dy_BTD, dscale_D, dbias_D = run(s_BTD, *cotangents, _wide(scale_D))
   of_parameters = dscale_D.astype(scale_D.dtype), dbias_D.astype(bias_D.dtype)
   return dx_BTD, dy_BTD, *of_parameters
+
+
+_by_kernel.defvjp(_kernel_forward, _kernel_backward)
 
 
 def _over_mesh(run, axes: ShardAxes | None, *, inputs: str, outputs: str):
@@ -140,13 +143,6 @@ def _over_mesh(run, axes: ShardAxes | None, *, inputs: str, outputs: str):
 
 def _wide(parameter_D: Array) -> Array:
   return parameter_D.astype(jnp.float32)
-
-
-def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
-  return (axis,) if isinstance(axis, str) else tuple(axis or ())
-
-
-_by_kernel.defvjp(_kernel_forward, _kernel_backward)
 
 
 def _rows(x_BTD: Array) -> Array:
@@ -207,7 +203,7 @@ def _means(*values_D: Array) -> list[Array]:
   return [x[..., None] for x in means]
 
 
-def _row(parameter_D: Array, like_D: Array) -> Array:
+def row(parameter_D: Array, like_D: Array) -> Array:
   """A parameter with as many axes as `like_D`, and in its dtype."""
   shape = (1,) * (like_D.ndim - parameter_D.ndim) + parameter_D.shape
   return parameter_D.astype(like_D.dtype).reshape(shape)
@@ -231,7 +227,10 @@ class LayerNorm(nnx.Module):
     )
 
   def of_sum(
-    self, x_BTD: Array, y_BTD: Array | None, axes: ShardAxes | None = None
+    self,
+    x_BTD: Array,
+    y_BTD: Array | None = None,
+    axes: ShardAxes | None = None,
   ) -> tuple[Array, Array]:
     """(x + y, its norm); of x alone without y."""
     if y_BTD is None:

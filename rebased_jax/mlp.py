@@ -7,6 +7,7 @@ import jax
 from jax import Array
 
 from pallas_kernels.polynomial.spec import accumulator
+from rebased_jax.layer_norm import row
 from rebased_jax.mixers import base
 
 
@@ -26,13 +27,11 @@ class MLP(nnx.Module):
   def __call__(self, x: Array) -> Array:
     dtype = self.up.dtype
     z = x.astype(dtype) @ self.up.kernel[...].astype(dtype)
-    return self.down(_gelu(z, self.up.bias[...].astype(dtype)))
+    return self.down(_gelu(z, self.up.bias[...]))
 
 
 @jax.checkpoint  # the backward keeps the product alone, not its sum with b
 def _gelu(z: Array, b: Array) -> Array:
   """x Φ(x) of x = z + b, by erf in float32, of fewer operations than erfc."""
-  x = (z + b.reshape((1,) * (z.ndim - 1) + b.shape)).astype(
-    accumulator(z.dtype)
-  )
+  x = (z + row(b, z)).astype(accumulator(z.dtype))
   return (0.5 * x * (1 + jax.lax.erf(math.sqrt(0.5) * x))).astype(z.dtype)

@@ -130,8 +130,7 @@ class LM(nnx.Module):
       stream = self._through(run, x_BTD, first)
       stream = run(stream, last, positions_to_predict)
       axes = None if axes is None else ShardAxes(batch=axes.batch)
-    x, y = stream if len(stream) == 2 else (*stream, None)
-    return self.norm.of_sum(x, y, axes)[1]
+    return self.norm.of_sum(*stream, axes=axes)[1]
 
   def head(self, x_D: Array) -> Array:
     """Logits (…, V) of `features`, in float32."""

@@ -150,13 +150,11 @@ def _over_mesh(function, plan: _Plan, *, has_grads: bool):
   axes = plan.axes
   if axes is None:
     return functools.partial(function, chunks=plan.chunks, names=())
-  names: list[str] = []
-  for axis in (axes.batch, axes.time):
-    names += [axis] if isinstance(axis, str) else axis or ()
+  names = axes.bt_names()
   rows, whole = axes.bt(), jax.P()
   result = whole, Tokens(rows, rows)
   return jax.shard_map(
-    functools.partial(function, chunks=plan.chunks, names=tuple(names)),
+    functools.partial(function, chunks=plan.chunks, names=names),
     in_specs=(rows, whole, rows, rows),
     out_specs=(result, (rows, whole)) if has_grads else result,
     axis_names=set(names),  # what splits V is the compiler's

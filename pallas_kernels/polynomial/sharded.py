@@ -73,6 +73,10 @@ class ShardAxes:
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes[name] for name in _names(axis))
 
+  def bt_names(self) -> tuple[str, ...]:
+    """The mesh's axes that split batch or time."""
+    return *_names(self.batch), *_names(self.time)
+
   def btx(self) -> PartitionSpec:
     """Of (B, T, H, ·) arrays."""
     return PartitionSpec(self.batch, self.time, self.heads)

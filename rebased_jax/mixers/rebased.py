@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import REBASED
 from pallas_kernels.polynomial.spec import accumulator
-from rebased_jax.layer_norm import layer_norm
+from rebased_jax.layer_norm import layer_norm, row
 from rebased_jax.mixers import base, polynomial
 
 NORM_EPS = 1e-5
@@ -68,17 +68,16 @@ class KernelAffine(nnx.Module):
     self.groups = 1 if config.norm_scope == "joint" else config.heads
 
   def __call__(self, x: Array) -> Array:
-    row = lambda p, value: (
+    values = lambda p, value: (
       jnp.full(x.shape[-1:], value) if p is None else p[...]
     )
-    gamma, beta = row(self.gamma, 1.0), row(self.beta, 0.0)
+    gamma, beta = values(self.gamma, 1.0), values(self.beta, 0.0)
     if self.normalize:
       split = lambda y: y.reshape(*y.shape[:-1], self.groups, -1)
       y = layer_norm(*map(split, (x, gamma, beta)), NORM_EPS, x.dtype)
       return y.reshape(x.shape)
-    dtype = accumulator(x.dtype)
-    wide = lambda p: p.astype(dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-    return (x.astype(dtype) * wide(gamma) + wide(beta)).astype(x.dtype)
+    wide = x.astype(accumulator(x.dtype))
+    return (wide * row(gamma, wide) + row(beta, wide)).astype(x.dtype)
 
 
 class ReBased(polynomial.PolynomialMixer):
