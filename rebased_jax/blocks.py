@@ -18,13 +18,12 @@ import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes, _compat
 from pallas_kernels.polynomial.spec import accumulator
-from rebased_jax.layer_norm import LayerNorm
+from rebased_jax.layer_norm import LayerNorm, Stream
 from rebased_jax.mixers import base
 from rebased_jax.mlp import MLP
 
 NORM_EPS = 1e-5  # PyTorch's default
 Place = Callable[[Array], Array]
-Stream = tuple[Array, Array]  # two parts, whose sum is meant
 same: Place = lambda x: x
 
 
@@ -79,34 +78,33 @@ class ModelConfig:
 class Block(nnx.Module):
   """Abstract: a norm, a mixer, and what follows it.
 
-  The stream is handed on as (x, y), whose sum it is: the next norm takes both.
-  A subclass sets norm1 and mixer, and says how it begins and ends.
+  The stream is handed on in parts, which the next norm sums. A subclass sets
+  norm1 and mixer, and says how it begins and ends.
   """
 
   norm1: nnx.Module
   mixer: base.Mixer
 
   @abc.abstractmethod
-  def first(self, x: Array, y: Array | None, axes=None) -> Stream:
+  def first(self, stream: Stream, axes=None) -> tuple[Array, Array]:
     """The stream whole, and its norm1."""
 
   @abc.abstractmethod
   def _rest(self, x: Array, y: Array, axes=None, place: Place = same) -> Stream:
-    """The block's (x, y), of the stream before it and its mixer's output.
+    """The block's stream, of the one before it and its mixer's output.
 
     `place` holds an activation to its place on the mesh.
     """
 
   def __call__(
     self,
-    x_BTD: Array,
-    y_BTD: Array | None = None,
+    stream: Stream,
     *,
     segment_ids: Array | None = None,
     axes: ShardAxes | None = None,
     query_positions: Array | None = None,
   ) -> Stream:
-    x_BTD, n_BTD = self.first(x_BTD, y_BTD, axes)
+    x_BTD, n_BTD = self.first(stream, axes)
     y_BTD = self.mixer(
       base.place(n_BTD, axes),
       segment_ids=segment_ids,
@@ -119,13 +117,13 @@ class Block(nnx.Module):
     x_BTD = base.take_positions(x_BTD, query_positions)
     return self._rest(x_BTD, place(y_BTD), axes, place)
 
-  def prefill(self, x, y, state, *, segment_ids=None, axes=None):
-    x, n = self.first(x, y, axes)
+  def prefill(self, stream, state, *, segment_ids=None, axes=None):
+    x, n = self.first(stream, axes)
     y, state = self.mixer.prefill(n, state, segment_ids=segment_ids, axes=axes)
     return self._rest(x, y, axes), state
 
-  def step(self, x, y, state):
-    x, n = self.first(x, y)
+  def step(self, stream, state):
+    x, n = self.first(stream)
     y, state = self.mixer.step(n, state)
     return self._rest(x, y), state
 
@@ -146,12 +144,15 @@ class PreNormBlock(Block):
     self.norm2 = layer_norm(config, rngs)
     self.mlp = _mlp(config, rngs) if config.mlp_width else None
 
-  def first(self, x: Array, y: Array | None, axes=None) -> Stream:
-    return self.norm1.of_sum(x, y, axes)
+  def first(self, stream: Stream, axes=None) -> tuple[Array, Array]:
+    return self.norm1.of_sum(stream, axes)
 
   def _rest(self, x: Array, y: Array, axes=None, place: Place = same) -> Stream:
-    x, n = map(place, self.norm2.of_sum(x, y, axes))
-    return x, n if self.mlp is None else place(self.mlp(n))
+    x, n = map(place, self.norm2.of_sum(Stream(x, y), axes))
+    if self.mlp is None:
+      return Stream(x, n)
+    y, bias = self.mlp.parts(n)
+    return Stream(x, place(y), bias)
 
 
 class MambaBlock(Block):
@@ -170,12 +171,12 @@ class MambaBlock(Block):
     )
     self.mixer = mixer.make(_site(config, layer), rngs=rngs)
 
-  def first(self, x: Array, y: Array | None, axes=None) -> Stream:
-    x = joined(x, y)
+  def first(self, stream: Stream, axes=None) -> tuple[Array, Array]:
+    x = stream.whole()
     return x, self.norm1(x)
 
   def _rest(self, x: Array, y: Array, axes=None, place: Place = same) -> Stream:
-    return x, y
+    return Stream(x, y)
 
 
 class Pair(nnx.Module):
@@ -188,16 +189,15 @@ class Pair(nnx.Module):
 
   def __call__(
     self,
-    x_BTD: Array,
-    y_BTD: Array | None = None,
+    stream: Stream,
     *,
     segment_ids: Array | None = None,
     axes: ShardAxes | None = None,
     query_positions: Array | None = None,
   ) -> Stream:
-    stream = self.conv(x_BTD, y_BTD, segment_ids=segment_ids, axes=axes)
+    stream = self.conv(stream, segment_ids=segment_ids, axes=axes)
     return self.mixer(
-      *stream,
+      stream,
       segment_ids=segment_ids,
       axes=axes,
       query_positions=query_positions,
@@ -211,22 +211,17 @@ class Pair(nnx.Module):
 
   def prefill(self, x_BTD: Array, states, *, segment_ids=None, axes=None):
     stream, first = self.conv.prefill(
-      x_BTD, None, states[0], segment_ids=segment_ids, axes=axes
+      Stream(x_BTD), states[0], segment_ids=segment_ids, axes=axes
     )
     stream, second = self.mixer.prefill(
-      *stream, states[1], segment_ids=segment_ids, axes=axes
+      stream, states[1], segment_ids=segment_ids, axes=axes
     )
-    return joined(*stream), (first, second)
+    return stream.whole(), (first, second)
 
   def step(self, x_BD: Array, states):
-    stream, first = self.conv.step(x_BD, None, states[0])
-    stream, second = self.mixer.step(*stream, states[1])
-    return joined(*stream), (first, second)
-
-
-def joined(x: Array, y: Array | None) -> Array:
-  """The stream that (x, y) hands on."""
-  return x if y is None else x + y.astype(x.dtype)
+    stream, first = self.conv.step(Stream(x_BD), states[0])
+    stream, second = self.mixer.step(stream, states[1])
+    return stream.whole(), (first, second)
 
 
 def remat(function: Callable, config: ModelConfig) -> Callable:

@@ -10,6 +10,7 @@ a third of the memory traffic of a training step's norms (Ba et al., 2016).
 """
 
 import functools
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -64,80 +65,110 @@ def _backward(eps, dtype, kept, dy_D):
 layer_norm.defvjp(_forward, _backward)
 
 
+class Stream(NamedTuple):
+  """The residual stream x + (y + bias), in parts that the next norm sums."""
+
+  x_BTD: Array  # float32, or float64
+  y_BTD: Array | None = None  # in the dtype of the computation; None: x alone
+  bias_D: Array | None = None  # of y
+
+  def whole(self) -> Array:
+    """In the dtype of x."""
+    x_BTD, y_BTD, bias_D = self
+    if y_BTD is None:
+      return x_BTD
+    y_BTD = y_BTD.astype(x_BTD.dtype)
+    return x_BTD + (y_BTD if bias_D is None else y_BTD + row(bias_D, y_BTD))
+
+
 def add_layer_norm(
-  x_BTD: Array,
-  y_BTD: Array,
+  stream: Stream,
   scale_D: Array,
   bias_D: Array,
   eps: float,
   *,
   axes: ShardAxes | None = None,
 ) -> tuple[Array, Array]:
-  """(x + y in the dtype of x, its norm in the dtype of y).
+  """(the whole stream in the dtype of x, its norm in the dtype of y).
 
   On a Hopper GPU a kernel of its own, which reads and writes every array once.
 
   Args:
-    x_BTD: the residual stream.
-    y_BTD: what is added to it.
+    stream: with a y.
     scale_D: γ.
     bias_D: β.
     eps: added to the variance.
     axes: the mesh axes that split batch and time.
   """
+  x_BTD, y_BTD, _ = stream
   if not add_norm.runs_on(x_BTD, y_BTD):
-    s_BTD = x_BTD + y_BTD.astype(x_BTD.dtype)
+    s_BTD = stream.whole()
     return s_BTD, layer_norm(s_BTD, scale_D, bias_D, eps, y_BTD.dtype)
-  return _by_kernel(x_BTD, y_BTD, scale_D, bias_D, eps, axes)
+  return _by_kernel(stream, scale_D, bias_D, eps, axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _by_kernel(x_BTD, y_BTD, scale_D, bias_D, eps, axes):
-  return _kernel_forward(x_BTD, y_BTD, scale_D, bias_D, eps, axes)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _by_kernel(stream: Stream, scale_D, bias_D, eps, axes):
+  return _kernel_forward(stream, scale_D, bias_D, eps, axes)[0]
 
 
-def _kernel_forward(x_BTD, y_BTD, scale_D, bias_D, eps, axes):
+def _kernel_forward(stream: Stream, scale_D, bias_D, eps, axes):
   from pallas_kernels.add_norm import gpu  # takes long to import
 
-  def run(x_BTD, y_BTD, scale_D, bias_D):
-    found = gpu.forward(_rows(x_BTD), _rows(y_BTD), scale_D, bias_D, eps=eps)
+  def run(stream: Stream, scale_D, bias_D):
+    x_BTD, y_BTD, of_y_D = stream
+    found = gpu.forward(
+      _rows(x_BTD), _rows(y_BTD), of_y_D, scale_D, bias_D, eps=eps
+    )
     return [x_RD.reshape(x_BTD.shape) for x_RD in found]
 
-  run = _over_mesh(run, axes, inputs="rrww", outputs="rr")
-  s_BTD, n_BTD = run(x_BTD, y_BTD, *map(_wide, (scale_D, bias_D)))
-  return (s_BTD, n_BTD), (s_BTD, scale_D, bias_D)
+  of_y_D = stream.bias_D
+  stream = stream._replace(bias_D=jax.tree.map(_wide, of_y_D))
+  parts = jax.tree.map(lambda _: "r", stream)
+  if of_y_D is not None:
+    parts = parts._replace(bias_D="w")
+  run = _over_mesh(run, axes, inputs=(parts, "w", "w"), outputs=["r", "r"])
+  s_BTD, n_BTD = run(stream, _wide(scale_D), _wide(bias_D))
+  return (s_BTD, n_BTD), (s_BTD, of_y_D, scale_D, bias_D)
 
 
 def _kernel_backward(eps, axes, kept, cotangents):
   from pallas_kernels.add_norm import gpu
 
   def run(s_BTD, ds_BTD, dn_BTD, scale_D):
-    arrays = map(_rows, (s_BTD, ds_BTD, dn_BTD))
-    dx_RD, dy_RD, *sums = gpu.backward(*arrays, scale_D, eps=eps)
+    dx_RD, dy_RD, *sums = gpu.backward(
+      *map(_rows, (s_BTD, ds_BTD, dn_BTD)), scale_D, eps=eps, has_bias=has_bias
+    )
     names = () if axes is None else axes.bt_names()
     whole = lambda x_RD: x_RD.reshape(s_BTD.shape)
     return [whole(dx_RD), whole(dy_RD), *jax.lax.psum(sums, names)]
 
-  s_BTD, scale_D, bias_D = kept
-  run = _over_mesh(run, axes, inputs="rrrw", outputs="rrww")
-  dx_BTD, dy_BTD, dscale_D, dbias_D = run(s_BTD, *cotangents, _wide(scale_D))
-  of_parameters = dscale_D.astype(scale_D.dtype), dbias_D.astype(bias_D.dtype)
-  return dx_BTD, dy_BTD, *of_parameters
+  s_BTD, of_y_D, scale_D, bias_D = kept
+  has_bias = of_y_D is not None
+  outputs = ["r", "r", "w", "w"] + ["w"] * has_bias
+  run = _over_mesh(run, axes, inputs=("r", "r", "r", "w"), outputs=outputs)
+  dx_BTD, dy_BTD, dscale_D, dbias_D, *dof_y = run(
+    s_BTD, *cotangents, _wide(scale_D)
+  )
+  to = lambda x_D, like_D: x_D.astype(like_D.dtype)
+  return (
+    Stream(dx_BTD, dy_BTD, *(to(x_D, of_y_D) for x_D in dof_y)),
+    to(dscale_D, scale_D),
+    to(dbias_D, bias_D),
+  )
 
 
 _by_kernel.defvjp(_kernel_forward, _kernel_backward)
 
 
-def _over_mesh(run, axes: ShardAxes | None, *, inputs: str, outputs: str):
+def _over_mesh(run, axes: ShardAxes | None, *, inputs, outputs):
   """`run` of each device's rows; "r": an array of rows, "w": a whole one."""
   if axes is None:
     return run
   specs = {"r": axes.bt(), "w": jax.P()}
+  in_specs, out_specs = jax.tree.map(specs.__getitem__, (inputs, outputs))
   return jax.shard_map(
-    run,
-    in_specs=tuple(specs[x] for x in inputs),
-    out_specs=[specs[x] for x in outputs],
-    check_vma=False,
+    run, in_specs=in_specs, out_specs=out_specs, check_vma=False
   )
 
 
@@ -227,19 +258,13 @@ class LayerNorm(nnx.Module):
     )
 
   def of_sum(
-    self,
-    x_BTD: Array,
-    y_BTD: Array | None = None,
-    axes: ShardAxes | None = None,
+    self, stream: Stream, axes: ShardAxes | None = None
   ) -> tuple[Array, Array]:
-    """(x + y, its norm); of x alone without y."""
+    """(the whole stream, its norm)."""
+    x_BTD, y_BTD, bias_D = stream
     if y_BTD is None:
       return x_BTD, self(x_BTD)
+    stream = Stream(x_BTD, y_BTD.astype(self.dtype), bias_D)
     return add_layer_norm(
-      x_BTD,
-      y_BTD.astype(self.dtype),
-      self.scale[...],
-      self.bias[...],
-      self.eps,
-      axes=axes,
+      stream, self.scale[...], self.bias[...], self.eps, axes=axes
     )

@@ -25,9 +25,15 @@ class MLP(nnx.Module):
     self.down = make(hidden, width, stddev)
 
   def __call__(self, x: Array) -> Array:
+    y, bias = self.parts(x)
+    return y + row(bias, y)
+
+  def parts(self, x: Array) -> tuple[Array, Array]:
+    """W₂ gelu(…) and b₂, which is float32."""
     dtype = self.up.dtype
     z = x.astype(dtype) @ self.up.kernel[...].astype(dtype)
-    return self.down(_gelu(z, self.up.bias[...]))
+    hidden = _gelu(z, self.up.bias[...])
+    return hidden @ self.down.kernel[...].astype(dtype), self.down.bias[...]
 
 
 @jax.checkpoint  # the backward keeps the product alone, not its sum with b

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from pallas_kernels import ShardAxes
 from rebased_jax import blocks
 from rebased_jax.blocks import ModelConfig as ModelConfig, Pair
+from rebased_jax.layer_norm import Stream
 from rebased_jax.mixers import base
 
 
@@ -116,7 +117,7 @@ class LM(nnx.Module):
     def run(stream, state, positions_BM=None):
       pair = nnx.merge(graph, state)
       return pair(
-        *stream,
+        stream,
         segment_ids=segment_ids,
         axes=axes,
         query_positions=positions_BM,
@@ -130,7 +131,7 @@ class LM(nnx.Module):
       stream = self._through(run, x_BTD, first)
       stream = run(stream, last, positions_to_predict)
       axes = None if axes is None else ShardAxes(batch=axes.batch)
-    return self.norm.of_sum(*stream, axes=axes)[1]
+    return self.norm.of_sum(stream, axes)[1]
 
   def head(self, x_D: Array) -> Array:
     """Logits (…, V) of `features`, in float32."""
@@ -189,27 +190,28 @@ class LM(nnx.Module):
     if not self.has_attention_matrix:
       name = type(self.pairs.mixer.mixer).__name__
       raise NotImplementedError(f"{name} has no attention matrix")
-    stream = (self._embed(tokens, jnp.arange(tokens.shape[1])[None]),)
+    stream = Stream(self._embed(tokens, jnp.arange(tokens.shape[1])[None]))
     for index in range(self.config.pairs - 1):
-      stream = nnx.merge(*self._pair(index))(*stream)
+      stream = nnx.merge(*self._pair(index))(stream)
     pair = nnx.merge(*self._pair(self.config.pairs - 1))
-    _, n_BTD = pair.mixer.first(*pair.conv(*stream))
+    _, n_BTD = pair.mixer.first(pair.conv(stream))
     return pair.mixer.mixer.attention_matrix(n_BTD)
 
   def _pair(self, index: int):
     graph, stacked = nnx.split(self.pairs)
     return graph, jax.tree.map(lambda p: p[index], stacked)
 
-  def _through(self, run, x: Array, stacked) -> tuple[Array, ...]:
+  def _through(self, run, x: Array, stacked) -> Stream:
     """The stream behind the pairs, scanned or one by one; x itself of none.
 
-    A scan hands on the sum of its two parts, which takes less memory.
+    A scan hands on the sum of its parts, which takes less memory.
     """
     pairs = len(jax.tree.leaves(stacked)[0])
     if self.config.scans and pairs:
-      body = lambda x, pair: (blocks.joined(*run((x,), pair)), None)
-      return (jax.lax.scan(body, x, stacked)[0],)
-    run, stream = jax.jit(run), (x,)  # traced once for all pairs but the first
+      body = lambda x, pair: (run(Stream(x), pair).whole(), None)
+      return Stream(jax.lax.scan(body, x, stacked)[0])
+    run = jax.jit(run)  # traced once for all pairs but the first
+    stream = Stream(x)
     for index in range(pairs):
       pair = jax.tree.map(lambda p: p[index], stacked)  # noqa: B023
       stream = run(stream, pair)

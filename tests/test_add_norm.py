@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels import ShardAxes, _compat, add_norm
 from rebased_jax import LM, AttentionConfig, ModelConfig, ReBasedConfig
-from rebased_jax.layer_norm import add_layer_norm
+from rebased_jax.layer_norm import Stream, add_layer_norm
 
 EPS = 1e-5
 needs_mosaic = pytest.mark.skipif(
@@ -19,17 +19,21 @@ needs_mosaic = pytest.mark.skipif(
 )
 
 
-def _inputs(shape, dtype="bfloat16"):
+def _inputs(shape, dtype="bfloat16", *, has_bias=True):
   rng = np.random.default_rng(0)
   normal = lambda *s: rng.normal(size=s).astype(np.float32)
   x_BTD, y_BTD = 3 + normal(*shape), normal(*shape).astype(jnp.dtype(dtype))
-  scale_D, bias_D = 1 + normal(2, shape[-1])
+  scale_D, bias_D, of_y_D = 1 + normal(3, shape[-1])
   cotangents = normal(*shape), normal(*shape).astype(jnp.dtype(dtype))
-  return (x_BTD, y_BTD, scale_D, bias_D), cotangents
+  stream = Stream(x_BTD, y_BTD, of_y_D if has_bias else None)
+  return (stream, scale_D, bias_D), cotangents
 
 
-def _equations(x_BTD, y_BTD, scale_D, bias_D):
+def _equations(stream, scale_D, bias_D):
+  x_BTD, y_BTD, of_y_D = stream
   s_BTD = x_BTD + y_BTD
+  if of_y_D is not None:
+    s_BTD += of_y_D.reshape((1,) * (s_BTD.ndim - 1) + of_y_D.shape)
   mean_BT1 = s_BTD.mean(axis=-1, keepdims=True)
   variance_BT1 = ((s_BTD - mean_BT1) ** 2).mean(axis=-1, keepdims=True)
   hat_BTD = (s_BTD - mean_BT1) / jnp.sqrt(variance_BT1 + EPS)
@@ -39,7 +43,7 @@ def _equations(x_BTD, y_BTD, scale_D, bias_D):
 
 def _both(call, inputs, cotangents):
   found, pull = jax.vjp(call, *inputs)
-  return *found, *pull(cotangents)
+  return *found, *jax.tree.leaves(pull(cotangents))
 
 
 def _wanted(inputs, cotangents):
@@ -49,7 +53,9 @@ def _wanted(inputs, cotangents):
 
 
 def _assert_near(found, wanted) -> None:
-  names = ("s", "n", "dx", "dy", "dscale", "dbias")
+  names = ["s", "n", "dx", "dy", "dof_y", "dscale", "dbias"]
+  if len(found) < len(names):
+    names.remove("dof_y")
   for name, a, b in zip(names, found, wanted, strict=True):
     wide = np.asarray(a, np.float64)
     error = np.linalg.norm(wide - b) / np.linalg.norm(b)
@@ -67,30 +73,34 @@ def interpreted(monkeypatch):
     yield
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_values_and_gradients_of_xla(dtype) -> None:
-  inputs, cotangents = _inputs((2, 5, 24), dtype)
+def test_values_and_gradients_of_xla(dtype, has_bias) -> None:
+  inputs, cotangents = _inputs((2, 5, 24), dtype, has_bias=has_bias)
   call = lambda *x: add_layer_norm(*x, EPS)
   run = jax.jit(_both, static_argnums=0)
   found = jax.device_get(run(call, inputs, cotangents))
   assert [x.dtype for x in found[:4]] == [np.float32, dtype, np.float32, dtype]
   _assert_near(found, _wanted(inputs, cotangents))
-  assert not add_norm.runs_on(*inputs[:2])
+  assert not add_norm.runs_on(*inputs[0][:2])
 
 
 @needs_mosaic
 @pytest.mark.parametrize(
-  "shape, dtype, programs",
-  [((1, 1, 128), "bfloat16", 4), ((1, 5, 384), "float16", 2)],
+  "shape, dtype, programs, has_bias",
+  [
+    ((1, 1, 128), "bfloat16", 4, False),
+    ((1, 5, 384), "float16", 2, True),
+  ],
 )
 def test_interpreted_kernels(
-  interpreted, monkeypatch, shape, dtype, programs
+  interpreted, monkeypatch, shape, dtype, programs, has_bias
 ) -> None:
   from pallas_kernels.add_norm import gpu
 
   monkeypatch.setattr(gpu, "PROGRAMS", programs)
-  inputs, cotangents = _inputs(shape, dtype)
-  assert add_norm.runs_on(*inputs[:2])
+  inputs, cotangents = _inputs(shape, dtype, has_bias=has_bias)
+  assert add_norm.runs_on(*inputs[0][:2])
   call = lambda *x: add_layer_norm(*x, EPS)
   found = _both(call, jax.tree.map(jnp.asarray, inputs), cotangents)
   _assert_near(found, _wanted(inputs, cotangents))
@@ -222,9 +232,10 @@ def test_what_the_kernels_do_not_take(monkeypatch, shape, dtype) -> None:
     ((1, 130, 2048), "bfloat16"),
   ],
 )
-def test_the_kernels_on_the_card(shape, dtype) -> None:
-  inputs, cotangents = _inputs(shape, dtype)
-  assert add_norm.runs_on(*inputs[:2])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_the_kernels_on_the_card(shape, dtype, has_bias) -> None:
+  inputs, cotangents = _inputs(shape, dtype, has_bias=has_bias)
+  assert add_norm.runs_on(*inputs[0][:2])
   call = jax.jit(lambda *x: _both(lambda *y: add_layer_norm(*y, EPS), *x))
   found = jax.device_get(call(inputs, cotangents))
   _assert_near(found, _wanted(inputs, cotangents))

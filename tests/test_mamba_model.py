@@ -17,8 +17,8 @@ from rebased_jax import (
   MambaConfig,
   ModelConfig,
   ShardAxes,
-  blocks,
 )
+from rebased_jax.layer_norm import Stream
 
 B, T, V, D = 2, 10, 11, 8
 MAMBA = MambaConfig(state=3)
@@ -110,7 +110,7 @@ def test_the_residual_is_float32() -> None:
   @jax.jit
   def block(params):
     pair = nnx.merge(*nnx.merge(graph, params)._pair(0))
-    return blocks.joined(*pair.conv(large_BTD))
+    return pair.conv(Stream(large_BTD)).whole()
 
   with jax.numpy_dtype_promotion("standard"):  # which Flax's norms need
     y_BTD = jax.device_get(block(params))
