@@ -74,6 +74,83 @@ def test_one_reduction_gives_the_same(gpu) -> None:
   _assert_near(found[1], wanted[1], TOLERANCES["float32"])
 
 
+def _wide_inputs(words: int = 1048):
+  """In bfloat16, of a vocabulary that the kernel takes."""
+  keys = jax.random.split(jax.random.key(0), 4)
+  x_BTD = 2 * jax.random.normal(keys[0], (2, 4, D), jnp.bfloat16)
+  embedding_VD = jax.random.normal(keys[1], (words, D))
+  targets_BT = jax.random.randint(keys[2], (2, 4), 0, words)
+  targets_BT = targets_BT.at[0].set(jnp.array([0, 1023, 1024, words - 1]))
+  return x_BTD, embedding_VD, targets_BT, jax.random.uniform(keys[3], (2, 4))
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """The Hopper kernel, interpreted on this machine's CPU."""
+  if not _compat.has_mosaic_gpu():
+    pytest.skip("the GPU kernels need jax ≥ 0.11")
+  import jax.experimental.pallas.mosaic_gpu as plgpu
+
+  with monkeypatch.context() as patch:
+    patch.setattr(_compat, "is_hopper", lambda: True)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+      yield
+
+
+@pytest.mark.parametrize("words", [1024, 1048, 5128])
+def test_the_kernel_is_the_equations(interpreted, words) -> None:
+  from pallas_kernels.cross_entropy import gpu
+
+  rng = np.random.default_rng(0)
+  logits = (4 * rng.normal(size=(3, words))).astype(jnp.bfloat16)
+  logits[0, 5:7] = 64  # the first counts
+  targets = np.array([5, words - 1, 0], np.int32)
+  weights = np.array([0.5, 0, 2], np.float32)
+  dz, top, total, best = jax.device_get(
+    gpu.losses(*map(jnp.asarray, (logits, targets, weights)))
+  )
+  wide = logits.astype(np.float64)
+  powers = np.exp(wide - wide.max(axis=1, keepdims=True))
+  np.testing.assert_array_equal(top, wide.max(axis=1))
+  np.testing.assert_allclose(total, powers.sum(axis=1), rtol=1e-6)
+  np.testing.assert_array_equal(best, wide.argmax(axis=1))
+  wanted = powers / powers.sum(axis=1, keepdims=True)
+  wanted[np.arange(3), targets] -= 1
+  wanted *= weights[:, None]
+  assert dz.dtype == logits.dtype and not dz[1].any()
+  error = np.linalg.norm(dz.astype(np.float64) - wanted)
+  assert error <= 2.0**-9 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_parts_through_the_kernel(interpreted, monkeypatch, split) -> None:
+  inputs, options = _wide_inputs(), {}
+  mesh = jax.make_mesh((2, 1), ("data", "tensor"), (AxisType.Auto,) * 2)
+  if split:
+    options = dict(axes=ShardAxes(batch="data"))
+  with jax.set_mesh(mesh):
+    jaxpr = jax.make_jaxpr(lambda *x: _run(x, chunks=2, **options))(*inputs)
+    found = _run(inputs, chunks=2, **options)
+    monkeypatch.setattr(_compat, "is_hopper", lambda: False)
+    wanted = _run(inputs, chunks=2, **options)
+  assert "cross_entropy" in str(jaxpr)
+  _assert_near(found[0], wanted[0], 1e-6)
+  _assert_near(found[1], wanted[1], TOLERANCES["bfloat16"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not _compat.is_hopper(), reason="no Hopper GPU")
+@pytest.mark.parametrize("words", [1048, 50304])
+def test_the_kernel_on_the_card(monkeypatch, words) -> None:
+  inputs = _wide_inputs(words)
+  found, again = (_run(inputs, chunks=2) for _ in range(2))
+  monkeypatch.setattr(_compat, "is_hopper", lambda: False)
+  wanted = _run(inputs, chunks=2)
+  _assert_near(found[0], wanted[0], 1e-6)
+  _assert_near(found[1], wanted[1], TOLERANCES["bfloat16"])
+  jax.tree.map(np.testing.assert_array_equal, found, again)
+
+
 def test_one_reduction_over_a_split_vocabulary(gpu) -> None:
   mesh = jax.make_mesh((2, 4), ("data", "tensor"), (AxisType.Auto,) * 2)
   x, embedding, *rest = _inputs()

@@ -11,7 +11,8 @@ t mod (M / chunks), so that a device that holds a slice of a row keeps it.
 
 The product with ∂loss/∂z takes it in the dtype of x, as it takes the weights.
 In a pass with gradients a part's logits are kept in that dtype too, and their
-softmax is computed in float32; without gradients they stay in float32.
+softmax is computed in float32, on a Hopper GPU by a kernel of its own; without
+gradients they stay in float32.
 """
 
 import functools
@@ -22,7 +23,7 @@ from jax import Array
 import jax.numpy as jnp
 import optax
 
-from pallas_kernels import ShardAxes, _compat
+from pallas_kernels import ShardAxes, _compat, cross_entropy as kernel
 from pallas_kernels.polynomial.spec import accumulator
 from rebased_jax import blocks
 
@@ -32,6 +33,13 @@ class Tokens(NamedTuple):
 
   nll_BM: Array  # float32
   right_BM: Array  # float32: 1 where the target has the greatest logit
+
+
+class _Split(NamedTuple):
+  """How a device's part was cut out."""
+
+  names: tuple[str, ...]  # of the mesh's axes that split the tokens
+  has_whole_rows: bool  # no other axis splits anything
 
 
 class _Plan(NamedTuple):
@@ -149,20 +157,25 @@ def _over_mesh(function, plan: _Plan, *, has_grads: bool):
   """The function, of each device's tokens."""
   axes = plan.axes
   if axes is None:
-    return functools.partial(function, chunks=plan.chunks, names=())
-  names = axes.bt_names()
+    split = _Split((), has_whole_rows=True)
+    return functools.partial(function, chunks=plan.chunks, split=split)
+  names = tuple(axes.bt_names())
+  sizes = jax.sharding.get_abstract_mesh().shape
+  alone = all(size == 1 for name, size in sizes.items() if name not in names)
+  split = _Split(names, has_whole_rows=alone)
   rows, whole = axes.bt(), jax.P()
   result = whole, Tokens(rows, rows)
   return jax.shard_map(
-    functools.partial(function, chunks=plan.chunks, names=names),
+    functools.partial(function, chunks=plan.chunks, split=split),
     in_specs=(rows, whole, rows, rows),
     out_specs=(result, (rows, whole)) if has_grads else result,
-    axis_names=set(names),  # what splits V is the compiler's
+    # What splits V is the compiler's.
+    axis_names=set(sizes) if alone else set(names),
     check_vma=False,
   )
 
 
-def _forward(x_BMD, embedding_VD, targets_BM, weights_BM, *, chunks, names):
+def _forward(x_BMD, embedding_VD, targets_BM, weights_BM, *, chunks, split):
   def part(total, inputs):
     x_BCD, targets_BC, weights_BC = inputs
     logits_BCV = blocks.logits(x_BCD, embedding_VD)
@@ -172,19 +185,23 @@ def _forward(x_BMD, embedding_VD, targets_BM, weights_BM, *, chunks, names):
   parts = _parts((x_BMD, targets_BM, weights_BM), chunks)
   zero = jnp.zeros((), accumulator(x_BMD.dtype))
   total, tokens = jax.lax.scan(part, zero, parts)
-  return jax.lax.psum(total, names), _whole(tokens)
+  return jax.lax.psum(total, split.names), _whole(tokens)
 
 
-def _both(x_BMD, embedding_VD, targets_BM, weights_BM, *, chunks, names):
+def _both(x_BMD, embedding_VD, targets_BM, weights_BM, *, chunks, split):
   dtype = accumulator(x_BMD.dtype)
 
   def part(carry, inputs):
     total, dembedding_VD = carry
     x_BCD, targets_BC, weights_BC = inputs
-    logits_BCV = blocks.logits(x_BCD, embedding_VD, x_BCD.dtype).astype(dtype)
-    tokens, total_BC = _tokens_of_part(logits_BCV, targets_BC)
-    dlogits_BCV = _dlogits(logits_BCV, total_BC, targets_BC, weights_BC)
-    dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
+    logits_BCV = blocks.logits(x_BCD, embedding_VD, x_BCD.dtype)
+    if split.has_whole_rows and kernel.runs_on(logits_BCV):
+      tokens, dlogits_BCV = _by_kernel(logits_BCV, targets_BC, weights_BC)
+    else:
+      logits_BCV = logits_BCV.astype(dtype)
+      tokens, total_BC = _tokens_of_part(logits_BCV, targets_BC)
+      dlogits_BCV = _dlogits(logits_BCV, total_BC, targets_BC, weights_BC)
+      dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
     dx_BCD = jnp.einsum("bcv,vd->bcd", dlogits_BCV, embedding_VD)
     dembedding_VD += jnp.einsum(
       "bcv,bcd->vd",
@@ -198,9 +215,28 @@ def _both(x_BMD, embedding_VD, targets_BM, weights_BM, *, chunks, names):
   parts = _parts((x_BMD, targets_BM, weights_BM), chunks)
   zeros = jnp.zeros((), dtype), jnp.zeros(embedding_VD.shape, dtype)
   sums, of_tokens = jax.lax.scan(part, zeros, parts)
-  total, dembedding_VD = jax.lax.psum(sums, names)
+  total, dembedding_VD = jax.lax.psum(sums, split.names)
   tokens, dx_BMD = _whole(of_tokens)
   return (total, tokens), (dx_BMD, dembedding_VD)
+
+
+def _by_kernel(
+  logits_BCV: Array, targets_BC: Array, weights_BC: Array
+) -> tuple[Tokens, Array]:
+  """What is known of each target, and ∂(w nll)/∂z in the dtype of z."""
+  from pallas_kernels.cross_entropy import gpu  # takes long to import
+
+  rows = lambda x_BC: x_BC.reshape(-1)
+  dlogits_RV, *found = gpu.losses(
+    logits_BCV.reshape(-1, logits_BCV.shape[-1]),
+    rows(targets_BC.astype(jnp.int32)),
+    rows(weights_BC.astype(jnp.float32)),
+  )
+  top_BC, total_BC, best_BC = (x.reshape(targets_BC.shape) for x in found)
+  of_target = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)
+  nll_BC = top_BC + jnp.log(total_BC) - of_target[..., 0].astype(top_BC.dtype)
+  right_BC = (best_BC == targets_BC).astype(jnp.float32)
+  return Tokens(nll_BC, right_BC), dlogits_RV.reshape(logits_BCV.shape)
 
 
 def _dlogits(
