@@ -39,17 +39,17 @@ def lower(model: ModelConfig, length: int) -> dict[str, Any]:
   )
   tokens = jax.ShapeDtypeStruct((1, min(length, CHECKED) + 1), "int32")
 
-  def gradient(config: ModelConfig, params, tokens_1W):
+  def gradient(config: ModelConfig, chunks: int, params, tokens_1W):
     graph, _ = nnx.split(nnx.eval_shape(lambda: make_model(config)))
     batch = {"tokens": tokens_1W[:, :-1], "targets": tokens_1W[:, 1:]}
     batch["weights"] = jnp.ones(batch["tokens"].shape)
-    program = step.Program(graph, None, 1, None)
+    program = step.Program(graph, None, 1, None, loss_chunks=chunks)
     loss = lambda params: step.loss_sums(params, batch, program)[0]
     return jax.grad(loss)(params)["pairs"]["mixer"]["mixer"]
 
   lowered = {}
-  for name, config in (("trained", model), ("plain", plain)):
-    run = functools.partial(gradient, config)
+  for name, config, chunks in (("trained", model, 2), ("plain", plain, 1)):
+    run = functools.partial(gradient, config, chunks)
     with jax.default_matmul_precision("highest" if name == "plain" else None):
       lowered[name] = jax.jit(run).lower(params, tokens)
   return lowered
