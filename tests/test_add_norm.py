@@ -125,16 +125,18 @@ def equations_for_kernels(monkeypatch):
     pytest.skip("the GPU kernels need jax ≥ 0.11")
   from pallas_kernels.add_norm import gpu
 
-  def forward(x_RD, y_RD, scale_D, bias_D, *, eps):
+  def forward(x_RD, y_RD, of_y_D, scale_D, bias_D, *, eps):
     assert eps == EPS
-    s_RD, n_RD = _equations(x_RD, y_RD.astype(x_RD.dtype), scale_D, bias_D)
+    stream = Stream(x_RD, y_RD.astype(x_RD.dtype), of_y_D)
+    s_RD, n_RD = _equations(stream, scale_D, bias_D)
     return s_RD, n_RD.astype(y_RD.dtype)
 
-  def backward(s_RD, ds_RD, dn_RD, scale_D, *, eps):
+  def backward(s_RD, ds_RD, dn_RD, scale_D, *, eps, has_bias):
     assert eps == EPS
-    run = lambda s_RD, *of: _equations(s_RD, jnp.zeros_like(s_RD), *of)
-    _, pull = jax.vjp(run, s_RD, scale_D, jnp.zeros_like(scale_D))
-    dx_RD, *sums = pull((ds_RD, dn_RD.astype(s_RD.dtype)))
+    stream = Stream(s_RD, jnp.zeros_like(s_RD), jnp.zeros_like(scale_D))
+    _, pull = jax.vjp(_equations, stream, scale_D, jnp.zeros_like(scale_D))
+    (dx_RD, _, dof_y_D), *sums = pull((ds_RD, dn_RD.astype(s_RD.dtype)))
+    sums += [dof_y_D] * has_bias
     return dx_RD, dx_RD.astype(dn_RD.dtype), *sums
 
   monkeypatch.setattr(_compat, "is_hopper", lambda: True)
@@ -142,10 +144,13 @@ def equations_for_kernels(monkeypatch):
   monkeypatch.setattr(gpu, "backward", backward)
 
 
-def test_devices_sum_the_parameters_gradients_alone(equations_for_kernels):
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_devices_sum_the_parameters_gradients_alone(
+  equations_for_kernels, has_bias
+):
   names = ("data", "time", "tensor")
   mesh = jax.make_mesh((2, 2, 2), names, (AxisType.Auto,) * 3)
-  inputs, cotangents = _inputs((2, 4, 128))
+  inputs, cotangents = _inputs((2, 4, 128), has_bias=has_bias)
   axes = ShardAxes(batch="data", time="time", heads="tensor")
   call = lambda *x: add_layer_norm(*x, EPS, axes=axes)
   with jax.set_mesh(mesh):
@@ -157,10 +162,12 @@ def test_devices_sum_the_parameters_gradients_alone(equations_for_kernels):
 
 
 def test_parameters_in_bfloat16(equations_for_kernels):
-  (x, y, *parameters), cotangents = _inputs((1, 5, 128))
-  inputs = (x, y, *(p.astype(jnp.bfloat16) for p in parameters))
+  (stream, *of_norm), cotangents = _inputs((1, 5, 128))
+  narrow = lambda p: p.astype(jnp.bfloat16)
+  stream = stream._replace(bias_D=narrow(stream.bias_D))
+  inputs = (stream, *map(narrow, of_norm))
   found = _both(lambda *x: add_layer_norm(*x, EPS), inputs, cotangents)
-  assert [x.dtype for x in found[-2:]] == [jnp.bfloat16] * 2
+  assert [x.dtype for x in found[-3:]] == [jnp.bfloat16] * 3
 
 
 @needs_mosaic
