@@ -104,9 +104,11 @@ def times(
 def idle_share(
   run: Callable[[], object], keep: Path | None = None
 ) -> float | None:
-  """The idle share between the first and the last operation of `run`.
+  """The idle share between the first kernel of `run` and its last.
 
-  None where the trace has no lines of a device, as on a CPU.
+  Copies count as work, but no wait for the first batch, or of the last results,
+  counts as idle: steps that go on have neither. None where the trace has no
+  lines of a device, as on a CPU.
 
   Args:
     run: what is traced; it returns when the device has done it.
@@ -118,25 +120,37 @@ def idle_share(
     run()
     jax.profiler.stop_trace()
     newest = max(folder.rglob("*.xplane.pb"), key=lambda x: x.stat().st_mtime)
-    spans = sorted(_spans(newest))
-  if not spans:
+    return idle_between_kernels(list(_spans(newest)))
+
+
+def idle_between_kernels(
+  spans: list[tuple[float, float, bool]],
+) -> float | None:
+  """The idle share of (start, stop, is a kernel), by any order."""
+  kernels = [(start, stop) for start, stop, is_kernel in spans if is_kernel]
+  if not kernels:
     return None
-  end = begin = spans[0][0]
+  begin = end = min(start for start, _ in kernels)
+  last = max(stop for _, stop in kernels)
   idle = 0.0
-  for start, stop in spans:
-    idle += max(start - end, 0.0)
+  for start, stop, _ in sorted(spans):
+    idle += max(min(start, last) - end, 0.0)
     end = max(end, stop)
-  return round(idle / (end - begin), 5)
+  return round(idle / (last - begin), 5)
 
 
-def _spans(path: Path) -> Iterator[tuple[float, float]]:
-  """(start, stop) of every kernel and copy on the device, in nanoseconds."""
+def _spans(path: Path) -> Iterator[tuple[float, float, bool]]:
+  """(start, stop) of each operation on the device, and whether it computes.
+
+  In nanoseconds. What does not is a copy between the host and the device.
+  """
   data = jax.profiler.ProfileData.from_file(str(path))
   for plane in data.planes:
     if not plane.name.startswith("/device:"):
       continue
     for line in plane.lines:
-      # Of a GPU each stream; of a TPU the line of operations.
+      # Of a GPU each stream, named by what it has; of a TPU the operations.
       if line.name.startswith("Stream") or line.name == "XLA Ops":
+        computes = line.name == "XLA Ops" or "Compute" in line.name
         for event in line.events:
-          yield event.start_ns, event.start_ns + event.duration_ns
+          yield event.start_ns, event.start_ns + event.duration_ns, computes

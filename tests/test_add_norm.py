@@ -99,6 +99,7 @@ def test_interpreted_kernels(
   from pallas_kernels.add_norm import gpu
 
   monkeypatch.setattr(gpu, "PROGRAMS", programs)
+  monkeypatch.setattr(gpu, "PROGRAMS_OF_BIAS", programs)
   inputs, cotangents = _inputs(shape, dtype, has_bias=has_bias)
   assert add_norm.runs_on(*inputs[0][:2])
   call = lambda *x: add_layer_norm(*x, EPS)

@@ -129,6 +129,25 @@ def test_the_kernel_is_the_equations(interpreted, words) -> None:
   _assert_kernel(3, words, rtol=1e-6)
 
 
+def test_what_the_kernel_makes_of_odd_logits(interpreted) -> None:
+  from pallas_kernels.cross_entropy import gpu
+
+  logits = np.full((4, 1024), -np.inf, np.float32)
+  logits[0, [3, 9]] = 0, -1  # others have no weight
+  logits[1] = 1e30
+  logits[2, 7], logits[3, 7] = np.nan, np.inf
+  targets, weights = np.full(4, 3, np.int32), np.ones(4, np.float32)
+  dz, top, total, best = jax.device_get(
+    gpu.losses(jnp.asarray(logits, jnp.bfloat16), targets, weights)
+  )
+  np.testing.assert_allclose(total[:2], [1 + np.exp(-1), 1024], rtol=1e-6)
+  np.testing.assert_array_equal(best[:2], [3, 0])
+  share = np.float64(dz[0, [3, 9]]) - [-0.2689, 0.2689]
+  assert np.abs(share).max() < 2e-3 and np.count_nonzero(dz[0]) == 2
+  # And so no loss that passes as one.
+  assert not np.isfinite(top[2:] + np.log(total[2:])).any()
+
+
 @pytest.mark.parametrize("split", [False, True])
 def test_parts_through_the_kernel(interpreted, monkeypatch, split) -> None:
   inputs, options = _wide_inputs(), {}
@@ -166,3 +185,94 @@ def test_parts_on_the_card(monkeypatch) -> None:
   wanted = _run(inputs, chunks=2)
   _assert_near(found[0], wanted[0], 3e-5)
   _assert_near(found[1], wanted[1], TOLERANCES["bfloat16"])
+
+
+def test_one_reduction_over_a_split_vocabulary(gpu) -> None:
+  mesh = jax.make_mesh((2, 4), ("data", "tensor"), (AxisType.Auto,) * 2)
+  x, embedding, *rest = _inputs()
+  embedding = embedding[:36]
+  inputs = x, embedding, jnp.minimum(rest[0], 35), rest[1]
+  wanted = _run(inputs)
+  spec = jax.sharding.NamedSharding(mesh, jax.P("tensor", None))
+  with jax.set_mesh(mesh):
+    split = x, jax.device_put(embedding, spec), *inputs[2:]
+    found = _run(split, chunks=3, axes=ShardAxes(batch="data"))
+  _assert_near(found, wanted, TOLERANCES["float32"])
+
+
+def test_what_one_reduction_makes_of_odd_logits(gpu) -> None:
+  low = np.finfo(np.float32).min
+  rows = np.float32(
+    [
+      [1, 3, 3, 2],  # the first of two
+      [low, low, low, low],
+      [-np.inf, 0, -np.inf, -1],
+      [88, -88, 1e4, 1e4],
+      [np.nan, 1, 2, 3],
+      [1, np.inf, 2, 3],
+    ]
+  )
+  total, best = jax.jit(_total_and_best)(rows)
+  wide = np.float64(rows[:4])
+  top = wide.max(-1, keepdims=True)
+  wanted = top[:, 0] + np.log(np.exp(wide - top).sum(-1))
+  np.testing.assert_allclose(total[:4], wanted, rtol=1e-6)
+  np.testing.assert_array_equal(best[:4], [1, 0, 1, 2])
+  assert not np.isfinite(total[4:]).any()  # and so no loss that passes as one
+
+
+def test_the_plain_loss_is_the_formula() -> None:
+  x_BTD, embedding_VD, targets_BT, weights_BT = _inputs()
+  z_BTV = np.float64(x_BTD) @ np.float64(embedding_VD).T
+  nll_BT = np.log(np.exp(z_BTV).sum(-1)) - np.take_along_axis(
+    z_BTV, np.asarray(targets_BT)[..., None], -1
+  ).squeeze(-1)
+  loss, tokens = cross_entropy(x_BTD, embedding_VD, targets_BT, weights_BT)
+  np.testing.assert_allclose(tokens.nll_BM, nll_BT, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(loss, (nll_BT * weights_BT).sum(), rtol=1e-5)
+  np.testing.assert_array_equal(tokens.right_BM, z_BTV.argmax(-1) == targets_BT)
+
+
+@pytest.mark.parametrize(
+  "shape", [dict(data=4, time=2), dict(data=2, tensor=4)], ids=str
+)
+def test_over_a_mesh(shape: dict[str, int]) -> None:
+  """Rows and tokens are each device's; another axis may split V."""
+  mesh = jax.make_mesh(
+    tuple(shape.values()), tuple(shape), (AxisType.Auto,) * len(shape)
+  )
+  time = "time" if "time" in shape else None
+  axes = ShardAxes(batch="data", time=time)
+  wanted = _run(_inputs(), chunks=1)
+  x, embedding, *rest = _inputs()
+  with jax.set_mesh(mesh):
+    if "tensor" in shape:
+      spec = jax.sharding.NamedSharding(mesh, jax.P(None, "tensor"))
+      embedding = jax.device_put(embedding, spec)
+    found = _run((x, embedding, *rest), chunks=3, axes=axes)
+  _assert_near(found, wanted, TOLERANCES["float32"])
+
+
+def test_logits_are_never_whole() -> None:
+  """XLA's account of the gradient's program, at 2048 tokens of 4096 words."""
+  shape = lambda *x, dtype=jnp.float32: jax.ShapeDtypeStruct(x, dtype)
+  inputs = (
+    shape(2, 1024, 32),
+    shape(4096, 32),
+    shape(2, 1024, dtype=jnp.int32),
+    shape(2, 1024),
+  )
+
+  def temporaries(chunks: int) -> int:
+    loss = lambda *inputs: cross_entropy(*inputs, chunks=chunks)[0]
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*inputs)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  logits = 4 * 2 * 1024 * 4096
+  assert temporaries(1) >= logits
+  assert temporaries(16) < logits / 4
+
+
+def test_parts_that_do_not_divide_are_refused() -> None:
+  with pytest.raises(ValueError, match="loss_chunks=5: expected a divisor of"):
+    _run(_inputs(), chunks=5)

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import train_step_cases
 import train_step_devices
 import train_step_peer
+import train_step_run
 
 
 def make_args(**changes) -> argparse.Namespace:
@@ -34,6 +35,20 @@ def test_lengths_choose_rows() -> None:
   args = make_args(cases=["rebased-145m-long"], lengths=[131072], tiny=False)
   (case,) = train_step_cases.make_cases(args)
   assert (case.rows, case.length) == (1, 131072)
+
+
+def test_idle_time_is_between_the_first_kernel_and_the_last() -> None:
+  spans = [
+    (90.0, 100.0, True),
+    (50.0, 60.0, True),
+    (0.0, 10.0, False),  # a batch, before any step
+    (55.0, 65.0, False),  # a copy beside a kernel, and beyond it
+    (70.0, 75.0, False),
+    (170.0, 180.0, False),  # the last results
+  ]
+  # 65 to 70 and 75 to 90, of 50 to 100.
+  assert train_step_run.idle_between_kernels(spans) == 0.4
+  assert train_step_run.idle_between_kernels(spans[2:5]) is None
 
 
 def test_the_peer_is_asked_for_our_attention_model(monkeypatch) -> None:

@@ -7,9 +7,9 @@
 
 A row is one warpgroup's, held in registers, so that every array is read or
 written once: with y and n in 2 bytes, 12 D bytes a row forward and 16 D
-backward. XLA's fusions for the same move 16 D and 23 D. A program takes every
-PROGRAMS-th row, and sums its share of dγ, dβ and dc. ŝ is made again in the
-backward. c is the bias of y, where it has one that was not added.
+backward. XLA's fusions for the same move 16 D and 23 D. Of n programs each
+takes every n-th row, and sums its share of dγ, dβ and dc. ŝ is made again in
+the backward. c is the bias of y, where it has one that was not added.
 """
 
 import jax
@@ -19,7 +19,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.add_norm import WARPGROUP
 
-PROGRAMS = 1056  # 8 on each of a Hopper's 132 multiprocessors
+# On a Hopper's 132 multiprocessors, all at once: of 64 registers a thread at
+# most, and of 72 where dc is summed too.
+PROGRAMS, PROGRAMS_OF_BIAS = 8 * 132, 7 * 132
 f32 = jnp.float32
 
 
@@ -77,7 +79,7 @@ def backward(
 ) -> tuple[Array, ...]:
   """(dx, dy, dγ, dβ), and dc of a y with a bias: dy is dx in dn's dtype."""
   R, D = s_RD.shape
-  programs = min(R, PROGRAMS)
+  programs = min(R, PROGRAMS_OF_BIAS if has_bias else PROGRAMS)
 
   def body(s, ds, dn, scale, dx, dy, *parts):
     gamma_D = _load(scale)
