@@ -216,7 +216,7 @@ class LM(nnx.Module):
       pair = jax.tree.map(lambda p: p[index], stacked)  # noqa: B023
       stream = run(stream, pair)
       if self.config.remat == "full":  # the sum is all that is kept
-        stream = (blocks.joined(*stream),)
+        stream = Stream(stream.whole())
     return stream
 
   def _scan(self, call, x: Array, states):
