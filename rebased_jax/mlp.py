@@ -7,7 +7,7 @@ import jax
 from jax import Array
 
 from pallas_kernels.polynomial.spec import accumulator
-from rebased_jax.layer_norm import row
+from rebased_jax import channels
 from rebased_jax.mixers import base
 
 
@@ -26,7 +26,7 @@ class MLP(nnx.Module):
 
   def __call__(self, x: Array) -> Array:
     y, bias = self.parts(x)
-    return y + row(bias, y)
+    return channels.add(y, bias)
 
   def parts(self, x: Array) -> tuple[Array, Array]:
     """W₂ gelu(…) and b₂, which is float32."""
@@ -39,5 +39,5 @@ class MLP(nnx.Module):
 @jax.checkpoint  # the backward keeps the product alone, not its sum with b
 def _gelu(z: Array, b: Array) -> Array:
   """x Φ(x) of x = z + b, by erf in float32, of fewer operations than erfc."""
-  x = (z + row(b, z)).astype(accumulator(z.dtype))
+  x = channels.add(z, b).astype(accumulator(z.dtype))
   return (0.5 * x * (1 + jax.lax.erf(math.sqrt(0.5) * x))).astype(z.dtype)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import ShardAxes
+from rebased_jax import channels
 
 MixerState = Any
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # of a computation
@@ -107,6 +108,14 @@ class MixerConfig(abc.ABC):
     """The mixer, with fresh parameters."""
 
 
+class Linear(nnx.Linear):
+  """flax's, with the gradient of its bias summed in float32."""
+
+  def __call__(self, x_D: Array) -> Array:
+    y_D = x_D.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+    return channels.add(y_D, self.bias[...]) if self.use_bias else y_D
+
+
 def linear(
   features_in: int,
   features_out: int,
@@ -115,9 +124,9 @@ def linear(
   rngs: nnx.Rngs,
   use_bias: bool = False,
   stddev: float = 0.02,
-) -> nnx.Linear:
+) -> Linear:
   """A projection with the paper's initialisation, N(0, 0.02²)."""
-  return nnx.Linear(
+  return Linear(
     features_in,
     features_out,
     use_bias=use_bias,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import ShardAxes, document_runs
+from rebased_jax import channels
 from rebased_jax.mixers import base
 
 
@@ -202,8 +203,8 @@ def depthwise(
     )
     taps = [own(x, j, runs_BT) for j, x in enumerate(taps)]
     after_BKD = own(after_BKD, T, runs_BT[:, -1:].repeat(past, axis=1))
-  row = lambda p_D: p_D.astype(x_BTD.dtype)[None, None]
-  c_BTD = row(bias_D)
-  for w_D, tap_BTD in zip(kernel_KD, taps, strict=True):
-    c_BTD = c_BTD + row(w_D) * tap_BTD
+  scaled = map(channels.scale, taps, kernel_KD)
+  c_BTD = channels.add(next(scaled), bias_D)
+  for scaled_BTD in scaled:
+    c_BTD += scaled_BTD
   return c_BTD, after_BKD

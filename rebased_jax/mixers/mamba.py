@@ -177,7 +177,7 @@ def _dt_proj(rank: int, inner: int, initialization: str, dtype, rngs: nnx.Rngs):
     delta = jnp.exp(jax.random.uniform(key, shape, dtype, low, high))
     return delta + jnp.log(-jnp.expm1(-delta))  # softplus of it is delta
 
-  return nnx.Linear(
+  return base.Linear(
     rank,
     inner,
     kernel_init=lambda key, shape, dtype: jax.random.uniform(

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes, document_runs
 from pallas_kernels.polynomial.spec import accumulator
+from rebased_jax import channels
 from rebased_jax.mixers import base, wkv
 
 _LARGEST_DECAY = 40.0
@@ -92,7 +93,7 @@ class RWKV(base.Mixer):
     self.mix_k = nnx.Param(start.mix_k_D)
     self.mix_v = nnx.Param(start.mix_v_D)
     self.mix_r = nnx.Param(start.mix_r_D)
-    make = lambda init: nnx.Linear(
+    make = lambda init: base.Linear(
       width,
       width,
       use_bias=False,
@@ -177,8 +178,8 @@ class RWKV(base.Mixer):
     return y_BMD, RWKVState(x_BTD[:, -1], sums)
 
   def _mix(self, mix: nnx.Param, x: Array, before: Array) -> Array:
-    mix_D = mix[...].astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-    return mix_D * x + (1 - mix_D) * before
+    mix_D = mix[...].astype(accumulator(self.dtype))
+    return channels.scale(x, mix_D) + channels.scale(before, 1 - mix_D)
 
   def _keys_and_values(self, x: Array, before: Array) -> tuple[Array, Array]:
     k = self.k(self._mix(self.mix_k, x, before))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import document_runs, document_starts
 from pallas_kernels.polynomial.spec import accumulator, precision
+from rebased_jax import channels
 
 ROTARY_BASE = 10000.0
 
@@ -28,10 +29,8 @@ def thirds(linear: nnx.Linear, x_BTD: Array) -> list[Array]:
   parts = [x_BTD @ kernel_DD for x_BTD, kernel_DD in pairs]
   if linear.bias is None:
     return parts
-  biases = (bias_D[None, None] for bias_D in third(linear.bias))
-  return [
-    y_BTD + bias_11D for y_BTD, bias_11D in zip(parts, biases, strict=True)
-  ]
+  biases = jnp.split(linear.bias[...], 3)
+  return [channels.add(*pair) for pair in zip(parts, biases, strict=True)]
 
 
 def attend(

@@ -1,0 +1,39 @@
+"""Parameters of one number a channel, whose gradients are summed in float32.
+
+    x + b,   w ∘ x          db = Σ dy,   dw = Σ dy ∘ x,   over all tokens
+
+Of b and w that are cast to the dtype of x and then spread over its tokens, the
+sums would be made in that dtype: in bfloat16 they are some percent off.
+"""
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from pallas_kernels.polynomial.spec import accumulator
+
+
+def add(x_D: Array, b_D: Array) -> Array:
+  """x + b (…, D), in the dtype of x; b is (D,)."""
+  return x_D + jnp.broadcast_to(b_D, x_D.shape).astype(x_D.dtype)
+
+
+@jax.custom_vjp
+def scale(x_D: Array, w_D: Array) -> Array:
+  """w ∘ x (…, D), in the dtype of x; w is (D,)."""
+  return x_D * w_D.astype(x_D.dtype).reshape((1,) * (x_D.ndim - 1) + (-1,))
+
+
+def _forward(x_D, w_D):
+  return scale(x_D, w_D), (x_D, w_D)
+
+
+def _backward(kept, dy_D):
+  x_D, w_D = kept
+  wide = accumulator(x_D.dtype)
+  tokens = tuple(range(x_D.ndim - 1))
+  dw_D = (dy_D.astype(wide) * x_D.astype(wide)).sum(axis=tokens)
+  return scale(dy_D, w_D), dw_D.astype(w_D.dtype)
+
+
+scale.defvjp(_forward, _backward)
