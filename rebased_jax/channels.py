@@ -15,12 +15,13 @@ from pallas_kernels.polynomial.spec import accumulator
 
 def add(x_D: Array, b_D: Array) -> Array:
   """x + b (…, D), in the dtype of x; b is (D,)."""
-  return x_D + jnp.broadcast_to(b_D, x_D.shape).astype(x_D.dtype)
+  wide_D = b_D.astype(accumulator(x_D.dtype))
+  return x_D + jnp.broadcast_to(wide_D, x_D.shape).astype(x_D.dtype)
 
 
 @jax.custom_vjp
 def scale(x_D: Array, w_D: Array) -> Array:
-  """w ∘ x (…, D), in the dtype of x; w is (D,)."""
+  """w ∘ x (…, D), in the dtype of x; w is (D,). Not for forward mode."""
   return x_D * w_D.astype(x_D.dtype).reshape((1,) * (x_D.ndim - 1) + (-1,))
 
 

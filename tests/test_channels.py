@@ -46,6 +46,17 @@ def test_no_gradient_is_summed_in_16_bits(name) -> None:
   assert not [x for x in sums if x.dtype.itemsize == 2], sums
 
 
+def test_a_bias_in_bfloat16_is_summed_in_float32() -> None:
+  x_TD, b_D = jnp.ones((6000, 8), jnp.bfloat16), jnp.ones(8, jnp.bfloat16)
+  run = jax.grad(lambda b_D: channels.add(x_TD, b_D).sum())
+  sums = [
+    x.invars[0].aval.dtype
+    for x in _equations(jax.make_jaxpr(run)(b_D).jaxpr)
+    if x.primitive.name == "reduce_sum"
+  ]
+  assert sums and set(sums) == {jnp.dtype("float32")}
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_values_and_gradients(dtype) -> None:
   rng = np.random.default_rng(0)
