@@ -19,10 +19,16 @@ def add(x_D: Array, b_D: Array) -> Array:
   return x_D + jnp.broadcast_to(wide_D, x_D.shape).astype(x_D.dtype)
 
 
+def row(parameter_D: Array, like_D: Array) -> Array:
+  """A parameter with as many axes as `like_D`, and in its dtype."""
+  shape = (1,) * (like_D.ndim - parameter_D.ndim) + parameter_D.shape
+  return parameter_D.astype(like_D.dtype).reshape(shape)
+
+
 @jax.custom_vjp
 def scale(x_D: Array, w_D: Array) -> Array:
   """w ∘ x (…, D), in the dtype of x; w is (D,). Not for forward mode."""
-  return x_D * w_D.astype(x_D.dtype).reshape((1,) * (x_D.ndim - 1) + (-1,))
+  return x_D * row(w_D, x_D)
 
 
 def _forward(x_D, w_D):

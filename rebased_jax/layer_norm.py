@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes, _compat, add_norm
 from pallas_kernels.polynomial.spec import accumulator
+from rebased_jax import channels
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -42,7 +43,7 @@ def _forward(x_D, scale_D, bias_D, eps, dtype):
   mean_1, variance_1 = _moments(wide)
   rate_1 = jax.lax.rsqrt(variance_1 + eps)
   hat_D = (wide - mean_1) * rate_1
-  y_D = row(scale_D, hat_D) * hat_D + row(bias_D, hat_D)
+  y_D = channels.row(scale_D, hat_D) * hat_D + channels.row(bias_D, hat_D)
   return y_D.astype(dtype), (x_D, scale_D, bias_D, mean_1, rate_1)
 
 
@@ -53,7 +54,7 @@ def _backward(eps, dtype, kept, dy_D):
   x_D, mean_1, rate_1 = jax.lax.optimization_barrier((x_D, *moments))
   hat_D = (x_D.astype(mean_1.dtype) - mean_1) * rate_1
   dy_D = dy_D.astype(mean_1.dtype)
-  g_D = row(scale_D, hat_D) * dy_D
+  g_D = channels.row(scale_D, hat_D) * dy_D
   shift_1, slope_1 = _means(g_D, g_D * hat_D)
   dx_D = rate_1 * (g_D - shift_1 - hat_D * slope_1)
   tokens = tuple(range(x_D.ndim - scale_D.ndim))
@@ -78,7 +79,7 @@ class Stream(NamedTuple):
     if y_BTD is None:
       return x_BTD
     y_BTD = y_BTD.astype(x_BTD.dtype)
-    return x_BTD + (y_BTD if bias_D is None else y_BTD + row(bias_D, y_BTD))
+    return x_BTD + (y_BTD if bias_D is None else channels.add(y_BTD, bias_D))
 
 
 def add_layer_norm(
@@ -124,9 +125,7 @@ def _kernel_forward(stream: Stream, scale_D, bias_D, eps, axes):
 
   of_y_D = stream.bias_D
   stream = stream._replace(bias_D=jax.tree.map(_wide, of_y_D))
-  parts = jax.tree.map(lambda _: "r", stream)
-  if of_y_D is not None:
-    parts = parts._replace(bias_D="w")
+  parts = Stream("r", "r", "w")
   run = _over_mesh(run, axes, inputs=(parts, "w", "w"), outputs=["r", "r"])
   s_BTD, n_BTD = run(stream, _wide(scale_D), _wide(bias_D))
   return (s_BTD, n_BTD), (s_BTD, of_y_D, scale_D, bias_D)
@@ -232,12 +231,6 @@ def _means(*values_D: Array) -> list[Array]:
   last = values_D[0].ndim - 1
   means = jax.lax.reduce(parts_D, tuple(zeros), add, (last,))
   return [x[..., None] for x in means]
-
-
-def row(parameter_D: Array, like_D: Array) -> Array:
-  """A parameter with as many axes as `like_D`, and in its dtype."""
-  shape = (1,) * (like_D.ndim - parameter_D.ndim) + parameter_D.shape
-  return parameter_D.astype(like_D.dtype).reshape(shape)
 
 
 class LayerNorm(nnx.Module):

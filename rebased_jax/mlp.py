@@ -30,10 +30,8 @@ class MLP(nnx.Module):
 
   def parts(self, x: Array) -> tuple[Array, Array]:
     """W₂ gelu(…) and b₂, which is float32."""
-    dtype = self.up.dtype
-    z = x.astype(dtype) @ self.up.kernel[...].astype(dtype)
-    hidden = _gelu(z, self.up.bias[...])
-    return hidden @ self.down.kernel[...].astype(dtype), self.down.bias[...]
+    hidden = _gelu(self.up.product(x), self.up.bias[...])
+    return self.down.product(hidden), self.down.bias[...]
 
 
 @jax.checkpoint  # the backward keeps the product alone, not its sum with b

@@ -36,3 +36,17 @@ def pytest_xdist_make_scheduler(config, log):
   if config.getoption("dist") == "load":
     return LoadFileScheduling(config, log)
   return None
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """A Hopper GPU's kernels, interpreted on this machine's CPU."""
+  from pallas_kernels import _compat
+
+  if not _compat.has_mosaic_gpu():
+    pytest.skip("the GPU kernels need jax ≥ 0.11")
+  import jax.experimental.pallas.mosaic_gpu as plgpu
+
+  monkeypatch.setattr(_compat, "is_hopper", lambda: True)
+  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    yield

@@ -63,16 +63,6 @@ def _assert_near(found, wanted) -> None:
     assert error <= (2e-6 if a.dtype == np.float32 else 2.5e-3), (name, error)
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-  """The kernels, interpreted on this machine's CPU."""
-  import jax.experimental.pallas.mosaic_gpu as plgpu
-
-  monkeypatch.setattr(_compat, "is_hopper", lambda: True)
-  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-    yield
-
-
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_values_and_gradients_of_xla(dtype, has_bias) -> None:

@@ -84,19 +84,6 @@ def _wide_inputs(words: int = 1048):
   return x_BTD, embedding_VD, targets_BT, jax.random.uniform(keys[3], (2, 4))
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-  """The Hopper kernel, interpreted on this machine's CPU."""
-  if not _compat.has_mosaic_gpu():
-    pytest.skip("the GPU kernels need jax ≥ 0.11")
-  import jax.experimental.pallas.mosaic_gpu as plgpu
-
-  with monkeypatch.context() as patch:
-    patch.setattr(_compat, "is_hopper", lambda: True)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-      yield
-
-
 def _assert_kernel(rows: int, words: int, *, rtol: float) -> None:
   """The kernel of such logits against the equations in float64."""
   from pallas_kernels.cross_entropy import gpu

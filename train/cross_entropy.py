@@ -88,9 +88,16 @@ def _tokens(logits_V: Array, targets: Array) -> Tokens:
 def _tokens_of_part(logits_V: Array, targets: Array) -> tuple[Tokens, Array]:
   """The same without a gradient, and log Σ exp z."""
   total, best = _total_and_best(logits_V)
+  return _known(logits_V, targets, total, best), total
+
+
+def _known(
+  logits_V: Array, targets: Array, total: Array, best: Array
+) -> Tokens:
+  """Of log Σ exp z and where z is greatest."""
   of_target = jnp.take_along_axis(logits_V, targets[..., None], axis=-1)
-  right = (best == targets).astype(jnp.float32)
-  return Tokens(total - of_target[..., 0], right), total
+  nll = total - of_target[..., 0].astype(total.dtype)
+  return Tokens(nll, (best == targets).astype(jnp.float32))
 
 
 def _total_and_best(logits_V: Array) -> tuple[Array, Array]:
@@ -159,7 +166,7 @@ def _over_mesh(function, plan: _Plan, *, has_grads: bool):
   if axes is None:
     split = _Split((), has_whole_rows=True)
     return functools.partial(function, chunks=plan.chunks, split=split)
-  names = tuple(axes.bt_names())
+  names = axes.bt_names()
   sizes = jax.sharding.get_abstract_mesh().shape
   alone = all(size == 1 for name, size in sizes.items() if name not in names)
   split = _Split(names, has_whole_rows=alone)
@@ -233,10 +240,9 @@ def _by_kernel(
     rows(weights_BC.astype(jnp.float32)),
   )
   top_BC, total_BC, best_BC = (x.reshape(targets_BC.shape) for x in found)
-  of_target = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)
-  nll_BC = top_BC + jnp.log(total_BC) - of_target[..., 0].astype(top_BC.dtype)
-  right_BC = (best_BC == targets_BC).astype(jnp.float32)
-  return Tokens(nll_BC, right_BC), dlogits_RV.reshape(logits_BCV.shape)
+  total_BC = top_BC + jnp.log(total_BC)
+  tokens = _known(logits_BCV, targets_BC, total_BC, best_BC)
+  return tokens, dlogits_RV.reshape(logits_BCV.shape)
 
 
 def _dlogits(

@@ -18,6 +18,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.add_norm import WARPGROUP
+from pallas_kernels.row_kernel import over_rows, row_kernel
 
 # On a Hopper's 132 multiprocessors, all at once: of 64 registers a thread at
 # most, and of 72 where dc is summed too.
@@ -60,11 +61,11 @@ def forward(
       n[r] = (hat_D * gamma_D + beta_D).astype(n.dtype)
       return carry
 
-    _over_rows(R, programs, row, None)
+    over_rows(R, programs, row, None)
 
   out = jax.ShapeDtypeStruct((R, D), f32), jax.typeof(y_RD)
   of_y = [] if of_y_D is None else [of_y_D]
-  kernel = _kernel(body, "add_norm", out, programs)
+  kernel = row_kernel(body, "add_norm", out, programs)
   return kernel(x_RD, y_RD, scale_D, bias_D, *of_y)
 
 
@@ -98,27 +99,16 @@ def backward(
 
     zero_D = plgpu.layout_cast(jnp.zeros(D, f32), _layout(D))
     p = lax.axis_index("p")
-    sums = _over_rows(R, programs, row, (zero_D,) * len(parts))
+    sums = over_rows(R, programs, row, (zero_D,) * len(parts))
     for part, sum_D in zip(parts, sums, strict=True):
       part[p] = sum_D
 
   wide = lambda rows: jax.ShapeDtypeStruct((rows, D), f32)
   parts = [wide(programs)] * (2 + has_bias)
   out = wide(R), jax.typeof(dn_RD), *parts
-  kernel = _kernel(body, "add_norm_backward", out, programs)
+  kernel = row_kernel(body, "add_norm_backward", out, programs)
   dx_RD, dy_RD, *parts = kernel(s_RD, ds_RD, dn_RD, scale_D)
   return dx_RD, dy_RD, *jnp.stack(parts).sum(axis=1)
-
-
-def _kernel(body, name: str, out, programs: int):
-  return plgpu.kernel(
-    body,
-    out_type=out,
-    grid=(programs,),
-    grid_names=("p",),
-    kernel_name=name,
-    compiler_params=plgpu.CompilerParams(),
-  )
 
 
 def _layout(D: int):
@@ -141,10 +131,3 @@ def _normal(s_D: Array, eps: float) -> tuple[Array, Array]:
   off_D = s_D - _mean(s_D)
   rate = lax.rsqrt(_mean(off_D * off_D) + eps)
   return off_D * rate, rate
-
-
-def _over_rows(rows: int, programs: int, row, carry):
-  """This program's rows, one after the other."""
-  p = lax.axis_index("p")
-  count = (rows - p + programs - 1) // programs
-  return lax.fori_loop(0, count, lambda i, c: row(p + i * programs, c), carry)

@@ -20,6 +20,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.cross_entropy import WIDTH
+from pallas_kernels.row_kernel import over_rows, row_kernel
 
 # All at once on a Hopper's 132 multiprocessors; their rows, of 50,304 logits,
 # fit in its cache of 50 MB.
@@ -44,10 +45,7 @@ def losses(
   programs = min(R, PROGRAMS)
 
   def body(z, targets, weights, dz, top, total, best):
-    p = lax.axis_index("p")
-
-    def row(i, carry):
-      r = p + i * programs
+    def row(r, carry):
       state = _over_parts(V, functools.partial(_absorb, z.at[r]), _start())
       top_1, total_1, best_1 = _join(state)
       top[r], total[r], best[r] = top_1, total_1, best_1
@@ -67,22 +65,12 @@ def losses(
       _over_parts(V, differentiate, ())
       return carry
 
-    lax.fori_loop(0, (R - p + programs - 1) // programs, row, None)
+    over_rows(R, programs, row, None)
 
   rows = lambda dtype: jax.ShapeDtypeStruct((R,), dtype)
-  return plgpu.kernel(
-    body,
-    out_type=(
-      jax.typeof(logits_RV),
-      rows(f32),
-      rows(f32),
-      rows(jnp.int32),
-    ),
-    grid=(programs,),
-    grid_names=("p",),
-    kernel_name="cross_entropy",
-    compiler_params=plgpu.CompilerParams(approx_math=True),
-  )(logits_RV, targets_R, weights_R)
+  out = jax.typeof(logits_RV), rows(f32), rows(f32), rows(jnp.int32)
+  kernel = row_kernel(body, "cross_entropy", out, programs, approx_math=True)
+  return kernel(logits_RV, targets_R, weights_R)
 
 
 def _over_parts(V: int, function, state):

@@ -112,8 +112,12 @@ class Linear(nnx.Linear):
   """flax's, with the gradient of its bias summed in float32."""
 
   def __call__(self, x_D: Array) -> Array:
-    y_D = x_D.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+    y_D = self.product(x_D)
     return channels.add(y_D, self.bias[...]) if self.use_bias else y_D
+
+  def product(self, x_D: Array) -> Array:
+    """Without the bias."""
+    return x_D.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
 
 
 def linear(

@@ -25,7 +25,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import REBASED
 from pallas_kernels.polynomial.spec import accumulator
-from rebased_jax.layer_norm import layer_norm, row
+from rebased_jax.channels import row
+from rebased_jax.layer_norm import layer_norm
 from rebased_jax.mixers import base, polynomial
 
 NORM_EPS = 1e-5

@@ -1,0 +1,38 @@
+"""A Mosaic GPU kernel over rows: of n programs each takes every n-th row.
+
+A program is one warpgroup.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from jax import lax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+
+
+def row_kernel(
+  body: Callable[..., None],
+  name: str,
+  out_type: Any,
+  programs: int,
+  *,
+  approx_math: bool = False,
+) -> Callable[..., Any]:
+  """The kernel of so many programs; `body` goes through `over_rows`."""
+  return plgpu.kernel(
+    body,
+    out_type=out_type,
+    grid=(programs,),
+    grid_names=("p",),
+    kernel_name=name,
+    compiler_params=plgpu.CompilerParams(approx_math=approx_math),
+  )
+
+
+def over_rows(
+  rows: int, programs: int, row: Callable[[Any, Any], Any], carry: Any
+) -> Any:
+  """In a body: carry = row(r, carry) of this program's rows, in order."""
+  p = lax.axis_index("p")
+  count = (rows - p + programs - 1) // programs
+  return lax.fori_loop(0, count, lambda i, c: row(p + i * programs, c), carry)
