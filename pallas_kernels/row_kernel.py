@@ -1,6 +1,6 @@
 """A Mosaic GPU kernel over rows: of n programs each takes every n-th row.
 
-A program is one warpgroup.
+A program is one warpgroup. Where rows are long, each takes some columns, "c".
 """
 
 from collections.abc import Callable
@@ -15,15 +15,16 @@ def row_kernel(
   name: str,
   out_type: Any,
   programs: int,
+  columns: int = 1,
   *,
   approx_math: bool = False,
 ) -> Callable[..., Any]:
-  """The kernel of so many programs; `body` goes through `over_rows`."""
+  """Of so many programs for each part of the columns; see `over_rows`."""
   return plgpu.kernel(
     body,
     out_type=out_type,
-    grid=(programs,),
-    grid_names=("p",),
+    grid=(programs, columns),
+    grid_names=("p", "c"),
     kernel_name=name,
     compiler_params=plgpu.CompilerParams(approx_math=approx_math),
   )

@@ -113,7 +113,7 @@ class Block(nnx.Module):
     )
     place = lambda x: base.place(x, axes, whole_rows=query_positions is None)
     if query_positions is not None and axes is not None:
-      axes = ShardAxes(batch=axes.batch)
+      axes = dataclasses.replace(axes, time=None)
     x_BTD = base.take_positions(x_BTD, query_positions)
     return self._rest(x_BTD, place(y_BTD), axes, place)
 
@@ -151,7 +151,7 @@ class PreNormBlock(Block):
     x, n = map(place, self.norm2.of_sum(Stream(x, y), axes))
     if self.mlp is None:
       return Stream(x, n)
-    y, bias = self.mlp.parts(n)
+    y, bias = self.mlp.parts(n, axes)
     return Stream(x, place(y), bias)
 
 

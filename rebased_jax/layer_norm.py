@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from pallas_kernels import ShardAxes, _compat, add_norm
 from pallas_kernels.polynomial.spec import accumulator
 from rebased_jax import channels
+from rebased_jax.on_devices import on_devices
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -126,7 +127,7 @@ def _kernel_forward(stream: Stream, scale_D, bias_D, eps, axes):
   of_y_D = stream.bias_D
   stream = stream._replace(bias_D=jax.tree.map(_wide, of_y_D))
   parts = Stream("r", "r", "w")
-  run = _over_mesh(run, axes, inputs=(parts, "w", "w"), outputs=["r", "r"])
+  run = on_devices(run, axes, inputs=(parts, "w", "w"), outputs=["r", "r"])
   s_BTD, n_BTD = run(stream, _wide(scale_D), _wide(bias_D))
   return (s_BTD, n_BTD), (s_BTD, of_y_D, scale_D, bias_D)
 
@@ -145,7 +146,7 @@ def _kernel_backward(eps, axes, kept, cotangents):
   s_BTD, of_y_D, scale_D, bias_D = kept
   has_bias = of_y_D is not None
   outputs = ["r", "r", "w", "w"] + ["w"] * has_bias
-  run = _over_mesh(run, axes, inputs=("r", "r", "r", "w"), outputs=outputs)
+  run = on_devices(run, axes, inputs=("r", "r", "r", "w"), outputs=outputs)
   dx_BTD, dy_BTD, dscale_D, dbias_D, *dof_y = run(
     s_BTD, *cotangents, _wide(scale_D)
   )
@@ -158,17 +159,6 @@ def _kernel_backward(eps, axes, kept, cotangents):
 
 
 _by_kernel.defvjp(_kernel_forward, _kernel_backward)
-
-
-def _over_mesh(run, axes: ShardAxes | None, *, inputs, outputs):
-  """`run` of each device's rows; "r": an array of rows, "w": a whole one."""
-  if axes is None:
-    return run
-  specs = {"r": axes.bt(), "w": jax.P()}
-  in_specs, out_specs = jax.tree.map(specs.__getitem__, (inputs, outputs))
-  return jax.shard_map(
-    run, in_specs=in_specs, out_specs=out_specs, check_vma=False
-  )
 
 
 def _wide(parameter_D: Array) -> Array:

@@ -1,13 +1,11 @@
 """The MLP of a block, W₂ gelu(W₁ x + b₁) + b₂."""
 
-import math
-
 from flax import nnx
-import jax
 from jax import Array
 
-from pallas_kernels.polynomial.spec import accumulator
+from pallas_kernels import ShardAxes
 from rebased_jax import channels
+from rebased_jax.gelu import gelu
 from rebased_jax.mixers import base
 
 
@@ -28,14 +26,9 @@ class MLP(nnx.Module):
     y, bias = self.parts(x)
     return channels.add(y, bias)
 
-  def parts(self, x: Array) -> tuple[Array, Array]:
+  def parts(
+    self, x: Array, axes: ShardAxes | None = None
+  ) -> tuple[Array, Array]:
     """W₂ gelu(…) and b₂, which is float32."""
-    hidden = _gelu(self.up.product(x), self.up.bias[...])
+    hidden = gelu(self.up.product(x), self.up.bias[...], axes=axes)
     return self.down.product(hidden), self.down.bias[...]
-
-
-@jax.checkpoint  # the backward keeps the product alone, not its sum with b
-def _gelu(z: Array, b: Array) -> Array:
-  """x Φ(x) of x = z + b, by erf in float32, of fewer operations than erfc."""
-  x = channels.add(z, b).astype(accumulator(z.dtype))
-  return (0.5 * x * (1 + jax.lax.erf(math.sqrt(0.5) * x))).astype(z.dtype)

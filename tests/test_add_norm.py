@@ -162,7 +162,7 @@ def test_parameters_in_bfloat16(equations_for_kernels):
 
 
 @needs_mosaic
-@pytest.mark.parametrize("mlp_width", [None, 64])
+@pytest.mark.parametrize("mlp_width", [None, 128])
 def test_a_model_through_the_kernels(interpreted, monkeypatch, mlp_width):
   config = ModelConfig(
     conv=AttentionConfig(),

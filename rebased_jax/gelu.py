@@ -1,0 +1,78 @@
+"""The exact GELU of a product and its bias, whose backward keeps the product.
+
+    x = z + b,   y = x Φ(x),   Φ the normal distribution
+    dz = dy (Φ(x) + x φ(x)),   db = Σ dz, over all tokens, in float32
+
+(Hendrycks and Gimpel, 2016)
+"""
+
+import functools
+import math
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from pallas_kernels import ShardAxes, gelu as kernel
+from pallas_kernels.polynomial.spec import accumulator
+from rebased_jax import channels
+from rebased_jax.on_devices import on_devices
+
+
+def gelu(z_BTD: Array, b_D: Array, *, axes: ShardAxes | None = None) -> Array:
+  """y (B, T, D) in the dtype of z; everything is computed in float32.
+
+  On a Hopper GPU a kernel of its own, which has no forward mode.
+
+  Args:
+    z_BTD: (…, D); (B, T, D) with `axes`.
+    b_D: the bias, float32.
+    axes: the mesh axes that split batch and time, and D as they do heads.
+  """
+  parts = 1 if axes is None else axes.devices(axes.heads)
+  if not kernel.runs_on(z_BTD, parts):
+    return _by_erf(z_BTD, b_D)
+  return _by_kernel(z_BTD, b_D, axes)
+
+
+@jax.checkpoint  # the backward keeps the product alone, not its sum with b
+def _by_erf(z_D: Array, b_D: Array) -> Array:
+  """Of fewer operations than by erfc."""
+  x_D = channels.add(z_D, b_D).astype(accumulator(z_D.dtype))
+  return (0.5 * x_D * (1 + jax.lax.erf(math.sqrt(0.5) * x_D))).astype(z_D.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _by_kernel(z_BTD: Array, b_D: Array, axes: ShardAxes | None) -> Array:
+  return _forward(z_BTD, b_D, axes)[0]
+
+
+def _forward(z_BTD, b_D, axes):
+  from pallas_kernels.gelu import gpu  # takes long to import
+
+  def run(z_BTD, b_D):
+    return gpu.forward(_rows(z_BTD), b_D).reshape(z_BTD.shape)
+
+  run = on_devices(run, axes, inputs=("c", "p"), outputs="c")
+  return run(z_BTD, b_D.astype(jnp.float32)), (z_BTD, b_D)
+
+
+def _backward(axes, kept, dy_BTD):
+  from pallas_kernels.gelu import gpu
+
+  def run(z_BTD, b_D, dy_BTD):
+    dz_RD, db_D = gpu.backward(_rows(z_BTD), b_D, _rows(dy_BTD))
+    names = () if axes is None else axes.bt_names()
+    return dz_RD.reshape(z_BTD.shape), jax.lax.psum(db_D, names)
+
+  z_BTD, b_D = kept
+  run = on_devices(run, axes, inputs=("c", "p", "c"), outputs=("c", "p"))
+  dz_BTD, db_D = run(z_BTD, b_D.astype(jnp.float32), dy_BTD)
+  return dz_BTD, db_D.astype(b_D.dtype)
+
+
+_by_kernel.defvjp(_forward, _backward)
+
+
+def _rows(x_BTD: Array) -> Array:
+  return x_BTD.reshape(-1, x_BTD.shape[-1])

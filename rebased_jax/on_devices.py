@@ -1,0 +1,35 @@
+"""Runs a kernel on each device's own part of its arrays."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from pallas_kernels import ShardAxes
+
+
+def on_devices(
+  run: Callable[..., Any], axes: ShardAxes | None, *, inputs: Any, outputs: Any
+) -> Callable[..., Any]:
+  """`run` of each device's part of arrays over the ambient mesh.
+
+  Args:
+    run: works on the part of one device, and may sum over `axes.bt_names()`.
+    axes: the mesh axes that split the arrays; None: `run` takes them whole.
+    inputs: a letter for each array, "r": of tokens, (B, T, ·); "c": likewise,
+      of channels that the axes of heads split; "p": the parameter (channels,)
+      of a "c"; "w": whole on every device.
+    outputs: likewise.
+  """
+  if axes is None:
+    return run
+  specs = {
+    "r": axes.bt(),
+    "c": axes.btx(),
+    "p": jax.P(axes.heads),
+    "w": jax.P(),
+  }
+  in_specs, out_specs = jax.tree.map(specs.__getitem__, (inputs, outputs))
+  return jax.shard_map(
+    run, in_specs=in_specs, out_specs=out_specs, check_vma=False
+  )
