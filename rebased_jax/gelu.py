@@ -22,17 +22,22 @@ from rebased_jax.on_devices import on_devices
 def gelu(z_BTD: Array, b_D: Array, *, axes: ShardAxes | None = None) -> Array:
   """y (B, T, D) in the dtype of z; everything is computed in float32.
 
-  On a Hopper GPU a kernel of its own, which has no forward mode.
+  On a Hopper GPU a kernel of its own, which has no forward mode; not where an
+  axis of the mesh is in none of `axes`: it may split the channels.
 
   Args:
     z_BTD: (…, D); (B, T, D) with `axes`.
     b_D: the bias, float32.
     axes: the mesh axes that split batch and time, and D as they do heads.
   """
-  parts = 1 if axes is None else axes.devices(axes.heads)
-  if not kernel.runs_on(z_BTD, parts):
-    return _by_erf(z_BTD, b_D)
-  return _by_kernel(z_BTD, b_D, axes)
+  of_channels, others = 1, 1
+  if axes is not None:
+    of_channels = axes.devices(axes.heads)
+    others = axes.devices(axes.bt_names()) * of_channels
+    others = jax.sharding.get_abstract_mesh().size // others
+  if others == 1 and kernel.runs_on(z_BTD, of_channels):
+    return _by_kernel(z_BTD, b_D, axes)
+  return _by_erf(z_BTD, b_D)
 
 
 @jax.checkpoint  # the backward keeps the product alone, not its sum with b

@@ -154,6 +154,19 @@ def test_devices_sum_the_biass_gradient_alone(equations_for_kernels):
   assert "all-gather" not in text and "all-to-all" not in text
 
 
+def test_channels_that_the_axes_do_not_name_stay_split(equations_for_kernels):
+  # The tensor axis splits the weights, but not heads that it does not divide.
+  mesh = jax.make_mesh((2, 2), ("data", "tensor"), (AxisType.Auto,) * 2)
+  z_BTD, b_D, _ = _inputs((2, 4, 256))
+  axes = ShardAxes(batch="data")
+  with jax.set_mesh(mesh):
+    z_BTD = jax.device_put(z_BTD, jax.P("data", None, "tensor"))
+    b_D = jax.device_put(b_D, jax.P("tensor"))
+    run = jax.jit(lambda z, b: gelu(z, b, axes=axes)).lower(z_BTD, b_D)
+    text = run.compile().as_text()
+  assert "bf16[1,4,128]" in text and "all-gather" not in text
+
+
 def test_a_bias_in_bfloat16(equations_for_kernels):
   z_BTD, b_D, dy_BTD = _inputs((1, 5, 128))
   found = _both(z_BTD, b_D.astype(jnp.bfloat16), dy_BTD)
