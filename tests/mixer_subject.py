@@ -27,12 +27,22 @@ def split(make, change=lambda params: params):
 def moved(params, *, seed: int, by: float):
   """Parameters away from where they start: 0, 1 and N(0, 0.02²)."""
   leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(seed), len(leaves))
+  power = lambda count: 1 << (count - 1).bit_length()
+  noise = _noise(seed, power(len(leaves)), power(max(p.size for p in leaves)))
   new = [
-    p + by * jax.random.normal(k, p.shape)
-    for k, p in zip(keys, leaves, strict=True)
+    p + np.float32(by) * row[: p.size].reshape(p.shape)
+    for p, row in zip(leaves, noise, strict=False)
   ]
   return jax.tree.unflatten(tree, new)
+
+
+@functools.cache
+def _noise(seed: int, rows: int, size: int) -> np.ndarray:
+  """One program for many modules: a draw of each parameter takes longer."""
+  draw = jax.vmap(lambda key: jax.random.normal(key, (size,), jnp.float32))
+  with jax.ensure_compile_time_eval():
+    keys = jax.random.split(jax.random.key(seed), rows)
+    return jax.device_get(jax.jit(draw)(keys))
 
 
 class Subject:
@@ -43,9 +53,17 @@ class Subject:
 
   def __init__(self, name: str, dtype: str = "float32"):
     site = base.Site(D, layer=1, layers=2, dtype=dtype)
-    make = lambda: CASES[name].make(site, rngs=nnx.Rngs(0))
+    fresh = lambda: CASES[name].make(site, rngs=nnx.Rngs(0))
     change = lambda params: moved(params, seed=1, by=0.4)
-    self.graph, self.params = split(make, change)
+    if dtype == "float32":
+      self.graph, self.params = split(fresh, change)
+    else:  # of the same parameters
+      self.graph, shapes = nnx.split(nnx.eval_shape(fresh))
+      self.params = make(name).params
+      kind = lambda params: [
+        (x.shape, x.dtype) for x in jax.tree.leaves(params)
+      ]
+      assert kind(shapes) == kind(self.params)
     self.mixer = nnx.merge(self.graph, self.params)
     self._gradients = jax.jit(self._gradients)
     self._prefill = jax.jit(
@@ -88,7 +106,12 @@ class Subject:
     return self.gradients(x_BTD, tokens(13), ids_BT)[1]
 
 
-make = functools.cache(Subject)
+_made = functools.cache(Subject)
+
+
+def make(name: str, dtype: str = "float32") -> Subject:
+  """One for each name and dtype, however they are given."""
+  return _made(name, dtype)
 
 
 @functools.cache
