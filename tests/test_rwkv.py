@@ -1,5 +1,6 @@
 """What is true of RWKV alone: its start, its rounding, WKV's hard cases."""
 
+import functools
 import math
 
 from flax import nnx
@@ -27,9 +28,13 @@ def draw(seed: int, *shape: int) -> np.ndarray:
 
 def gradient(loss, mixer):
   """The gradient of a loss of the mixer, and the loss's second result."""
-  graph, params = nnx.split(mixer)
+  return jax.device_get(_gradient(loss, *nnx.split(mixer)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gradient(loss, graph, params):
   of = lambda params: loss(nnx.merge(graph, params))
-  return jax.device_get(jax.jit(jax.grad(of, has_aux=True))(params))
+  return jax.grad(of, has_aux=True)(params)
 
 
 def inputs(T: int, k_scale: float = 1.0):
@@ -51,50 +56,52 @@ def answer(args, weights, start_BT=None):
 
   One weight, not three: y alone, where the sums are beyond float32.
   """
-
-  def run(k, v, decay, first, a, b):
-    sums = wkv.Sums(a, b, jnp.zeros_like(a))
-    start = jnp.zeros(k.shape[:2], bool) if start_BT is None else start_BT
-    y, sums = wkv.wkv(k, v, -jnp.exp(decay), first, sums, start)
-    if len(weights) == 1:
-      return (y,)
-    scale = jnp.exp(sums.maximum)
-    return y, sums.numerator * scale, sums.denominator * scale
-
-  return _with_gradients(run, args, weights)
+  return _with_gradients(_chunks, args, weights, start_BT)
 
 
 def oracle(args, weights, start_BT=None):
   """The same token by token in float64, as the equations stand."""
-
-  def run(k, v, decay, first, a, b):
-    start = np.zeros(k.shape[:2], bool) if start_BT is None else start_BT
-    keep = jnp.exp(-jnp.exp(decay))[None]
-
-    def token(sums, inputs):
-      k, v, start = inputs
-      a, b = (jnp.where(start[:, None], 0, x) for x in sums)
-      own = jnp.exp(first[None] + k)
-      y = (a + own * v) / (b + own)
-      return (keep * a + jnp.exp(k) * v, keep * b + jnp.exp(k)), y
-
-    rows = [jnp.moveaxis(jnp.asarray(x), 1, 0) for x in (k, v, start)]
-    (a, b), y = jax.lax.scan(token, (a, b), tuple(rows))
-    return jnp.moveaxis(y, 0, 1), a, b
-
   with jax.enable_x64(True):
     wide = lambda xs: [np.asarray(x, np.float64) for x in xs]
-    return _with_gradients(run, wide(args), wide(weights))
+    return _with_gradients(_tokens, wide(args), wide(weights), start_BT)
 
 
-def _with_gradients(run, args, weights):
+def _chunks(start_BT, k, v, decay, first, a, b):
+  sums = wkv.Sums(a, b, jnp.zeros_like(a))
+  y, sums = wkv.wkv(k, v, -jnp.exp(decay), first, sums, start_BT)
+  scale = jnp.exp(sums.maximum)
+  return y, sums.numerator * scale, sums.denominator * scale
+
+
+def _tokens(start_BT, k, v, decay, first, a, b):
+  keep = jnp.exp(-jnp.exp(decay))[None]
+
+  def token(sums, inputs):
+    k, v, start = inputs
+    a, b = (jnp.where(start[:, None], 0, x) for x in sums)
+    own = jnp.exp(first[None] + k)
+    y = (a + own * v) / (b + own)
+    return (keep * a + jnp.exp(k) * v, keep * b + jnp.exp(k)), y
+
+  rows = [jnp.moveaxis(x, 1, 0) for x in (k, v, start_BT)]
+  (a, b), y = jax.lax.scan(token, (a, b), tuple(rows))
+  return jnp.moveaxis(y, 0, 1), a, b
+
+
+def _with_gradients(run, args, weights, start_BT):
+  if start_BT is None:
+    start_BT = np.zeros(args[0].shape[:2], bool)
+  grads, outs = _gradients(run, tuple(args), tuple(weights), start_BT)
+  return jax.tree.map(np.asarray, (outs, grads))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(run, args, weights, start_BT):
   def loss(*args):
-    outs = run(*args)[: len(weights)]
+    outs = run(start_BT, *args)[: len(weights)]
     return sum((w * x).sum() for w, x in zip(weights, outs, strict=True)), outs
 
-  arguments = tuple(range(len(args)))
-  grads, outs = jax.jit(jax.grad(loss, arguments, has_aux=True))(*args)
-  return jax.tree.map(np.asarray, (outs, grads))
+  return jax.grad(loss, tuple(range(len(args))), has_aux=True)(*args)
 
 
 def check(found, wanted, tolerance: float) -> None:
@@ -141,6 +148,11 @@ def test_all_keys_at_80(sign) -> None:
   check(found, wanted, 1e-5)
 
 
+def _squares(mixer):
+  y_BTD = mixer(draw(0, B, 50, D))
+  return jnp.square(y_BTD).sum(), y_BTD
+
+
 @pytest.mark.parametrize("decay", [-80.0, 40.0, 100.0])
 def test_decays_at_the_ends(decay) -> None:
   """No decay: a running mean. Nothing but decay: the last two tokens."""
@@ -153,11 +165,7 @@ def test_decays_at_the_ends(decay) -> None:
       mixer_equations.recurrence(RWKVConfig(), params, x_TD) for x_TD in x_BTD
     ]
 
-  def loss(mixer):
-    y_BTD = mixer(x_BTD)
-    return jnp.square(y_BTD).sum(), y_BTD
-
-  grads, y_BTD = gradient(loss, mixer)
+  grads, y_BTD = gradient(_squares, mixer)
   np.testing.assert_allclose(y_BTD, wanted_BTD, rtol=1e-5, atol=1e-6)
   for path, grad in jax.tree_util.tree_leaves_with_path(grads):
     assert np.isfinite(grad).all(), path
