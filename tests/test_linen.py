@@ -124,10 +124,10 @@ def test_a_mixer_in_a_module_of_ones_own(config) -> None:
 
   mine = Mine()
   params = jax.jit(mine.init)(jax.random.key(0), X_BTD)["params"]
-  graph, state = split(lambda: config.make(base.Site(D), rngs=nnx.Rngs(5)))
-  own = nnx.to_pure_dict(state)
-  assert shapes(params["mixer"]) == shapes(own)
-  params = {**params, "mixer": own}
+  fresh = lambda: config.make(base.Site(D), rngs=nnx.Rngs(5))
+  graph, state = nnx.split(nnx.eval_shape(fresh))
+  assert shapes(params["mixer"]) == shapes(nnx.to_pure_dict(state))
+  nnx.replace_by_pure_dict(state, params["mixer"])
   dense = jax.device_get(params["Dense_0"])
   h_BTD = X_BTD @ dense["kernel"] + dense["bias"][None, None]
 
