@@ -16,28 +16,29 @@ import jax.numpy as jnp
 from pallas_kernels import ShardAxes, gelu as kernel
 from pallas_kernels.polynomial.spec import accumulator
 from rebased_jax import channels
-from rebased_jax.on_devices import on_devices
+from rebased_jax.on_devices import on_devices, over_tokens, rows
 
 
 def gelu(z_BTD: Array, b_D: Array, *, axes: ShardAxes | None = None) -> Array:
-  """y (B, T, D) in the dtype of z; everything is computed in float32.
+  """y (B, T, D) in the dtype of z.
 
-  On a Hopper GPU a kernel of its own, which has no forward mode; not where an
-  axis of the mesh is in none of `axes`: it may split the channels.
+  On a Hopper GPU a kernel of its own, which computes in float32, and has no
+  forward mode and no second derivative; not where an axis of the mesh is in
+  none of `axes`: it may split the channels. Elsewhere XLA's, which rounds
+  z + b, and dz before its sum, to the dtype of z.
 
   Args:
     z_BTD: (…, D); (B, T, D) with `axes`.
     b_D: the bias, float32.
     axes: the mesh axes that split batch and time, and D as they do heads.
   """
-  of_channels, others = 1, 1
-  if axes is not None:
-    of_channels = axes.devices(axes.heads)
-    others = axes.devices(axes.bt_names()) * of_channels
-    others = jax.sharding.get_abstract_mesh().size // others
-  if others == 1 and kernel.runs_on(z_BTD, of_channels):
-    return _by_kernel(z_BTD, b_D, axes)
-  return _by_erf(z_BTD, b_D)
+  if axes is None:
+    has_kernel = kernel.runs_on(z_BTD)
+  else:
+    alone = axes.are_alone(axes.batch, axes.time, axes.heads)
+    parts = axes.devices(axes.heads)
+    has_kernel = alone and kernel.runs_on(z_BTD, parts)
+  return _by_kernel(z_BTD, b_D, axes) if has_kernel else _by_erf(z_BTD, b_D)
 
 
 @jax.checkpoint  # the backward keeps the product alone, not its sum with b
@@ -56,7 +57,7 @@ def _forward(z_BTD, b_D, axes):
   from pallas_kernels.gelu import gpu  # takes long to import
 
   def run(z_BTD, b_D):
-    return gpu.forward(_rows(z_BTD), b_D).reshape(z_BTD.shape)
+    return gpu.forward(rows(z_BTD), b_D).reshape(z_BTD.shape)
 
   run = on_devices(run, axes, inputs=("c", "p"), outputs="c")
   return run(z_BTD, b_D.astype(jnp.float32)), (z_BTD, b_D)
@@ -66,9 +67,8 @@ def _backward(axes, kept, dy_BTD):
   from pallas_kernels.gelu import gpu
 
   def run(z_BTD, b_D, dy_BTD):
-    dz_RD, db_D = gpu.backward(_rows(z_BTD), b_D, _rows(dy_BTD))
-    names = () if axes is None else axes.bt_names()
-    return dz_RD.reshape(z_BTD.shape), jax.lax.psum(db_D, names)
+    dz_RD, db_D = gpu.backward(rows(z_BTD), b_D, rows(dy_BTD))
+    return dz_RD.reshape(z_BTD.shape), over_tokens(db_D, axes)
 
   z_BTD, b_D = kept
   run = on_devices(run, axes, inputs=("c", "p", "c"), outputs=("c", "p"))
@@ -77,7 +77,3 @@ def _backward(axes, kept, dy_BTD):
 
 
 _by_kernel.defvjp(_forward, _backward)
-
-
-def _rows(x_BTD: Array) -> Array:
-  return x_BTD.reshape(-1, x_BTD.shape[-1])

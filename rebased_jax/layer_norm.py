@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from pallas_kernels import ShardAxes, _compat, add_norm
 from pallas_kernels.polynomial.spec import accumulator
 from rebased_jax import channels
-from rebased_jax.on_devices import on_devices
+from rebased_jax.on_devices import on_devices, over_tokens, rows
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -120,7 +120,7 @@ def _kernel_forward(stream: Stream, scale_D, bias_D, eps, axes):
   def run(stream: Stream, scale_D, bias_D):
     x_BTD, y_BTD, of_y_D = stream
     found = gpu.forward(
-      _rows(x_BTD), _rows(y_BTD), of_y_D, scale_D, bias_D, eps=eps
+      rows(x_BTD), rows(y_BTD), of_y_D, scale_D, bias_D, eps=eps
     )
     return [x_RD.reshape(x_BTD.shape) for x_RD in found]
 
@@ -137,11 +137,10 @@ def _kernel_backward(eps, axes, kept, cotangents):
 
   def run(s_BTD, ds_BTD, dn_BTD, scale_D):
     dx_RD, dy_RD, *sums = gpu.backward(
-      *map(_rows, (s_BTD, ds_BTD, dn_BTD)), scale_D, eps=eps, has_bias=has_bias
+      *map(rows, (s_BTD, ds_BTD, dn_BTD)), scale_D, eps=eps, has_bias=has_bias
     )
-    names = () if axes is None else axes.bt_names()
     whole = lambda x_RD: x_RD.reshape(s_BTD.shape)
-    return [whole(dx_RD), whole(dy_RD), *jax.lax.psum(sums, names)]
+    return [whole(dx_RD), whole(dy_RD), *over_tokens(sums, axes)]
 
   s_BTD, of_y_D, scale_D, bias_D = kept
   has_bias = of_y_D is not None
@@ -163,10 +162,6 @@ _by_kernel.defvjp(_kernel_forward, _kernel_backward)
 
 def _wide(parameter_D: Array) -> Array:
   return parameter_D.astype(jnp.float32)
-
-
-def _rows(x_BTD: Array) -> Array:
-  return x_BTD.reshape(-1, x_BTD.shape[-1])
 
 
 def _moments(x_D: Array) -> tuple[Array, Array]:

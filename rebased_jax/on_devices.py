@@ -1,9 +1,10 @@
-"""Runs a kernel on each device's own part of its arrays."""
+"""Runs a kernel over rows on each device's own part of its arrays."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import Array
 
 from pallas_kernels import ShardAxes
 
@@ -14,7 +15,7 @@ def on_devices(
   """`run` of each device's part of arrays over the ambient mesh.
 
   Args:
-    run: works on the part of one device, and may sum over `axes.bt_names()`.
+    run: works on the part of one device, and may use `over_tokens`.
     axes: the mesh axes that split the arrays; None: `run` takes them whole.
     inputs: a letter for each array, "r": of tokens, (B, T, ·); "c": likewise,
       of channels that the axes of heads split; "p": the parameter (channels,)
@@ -33,3 +34,13 @@ def on_devices(
   return jax.shard_map(
     run, in_specs=in_specs, out_specs=out_specs, check_vma=False
   )
+
+
+def rows(x_BTD: Array) -> Array:
+  """(R, D), R = B T."""
+  return x_BTD.reshape(-1, x_BTD.shape[-1])
+
+
+def over_tokens(sums: Any, axes: ShardAxes | None) -> Any:
+  """In `run`: sums of a device's tokens, summed over all that split tokens."""
+  return sums if axes is None else jax.lax.psum(sums, axes.bt_names())

@@ -39,14 +39,19 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-  """A Hopper GPU's kernels, interpreted on this machine's CPU."""
+def hopper(monkeypatch) -> None:
+  """As if calls ran on a Hopper GPU, with a jax that has its kernels."""
   from pallas_kernels import _compat
 
   if not _compat.has_mosaic_gpu():
     pytest.skip("the GPU kernels need jax ≥ 0.11")
+  monkeypatch.setattr(_compat, "is_hopper", lambda: True)
+
+
+@pytest.fixture
+def interpreted(hopper):
+  """A Hopper GPU's kernels, interpreted on this machine's CPU."""
   import jax.experimental.pallas.mosaic_gpu as plgpu
 
-  monkeypatch.setattr(_compat, "is_hopper", lambda: True)
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
     yield

@@ -3,6 +3,7 @@
 import re
 
 from flax import nnx
+from hopper_cases import assert_lowers, on_the_card
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -14,9 +15,6 @@ from rebased_jax import LM, AttentionConfig, ModelConfig, ReBasedConfig
 from rebased_jax.layer_norm import Stream, add_layer_norm
 
 EPS = 1e-5
-needs_mosaic = pytest.mark.skipif(
-  not _compat.has_mosaic_gpu(), reason="the GPU kernels need jax ≥ 0.11"
-)
 
 
 def _inputs(shape, dtype="bfloat16", *, has_bias=True):
@@ -75,7 +73,6 @@ def test_values_and_gradients_of_xla(dtype, has_bias) -> None:
   assert not add_norm.runs_on(*inputs[0][:2])
 
 
-@needs_mosaic
 @pytest.mark.parametrize(
   "shape, dtype, programs, has_bias",
   [
@@ -97,7 +94,6 @@ def test_interpreted_kernels(
   _assert_near(found, _wanted(inputs, cotangents))
 
 
-@needs_mosaic
 def test_rows_over_a_mesh(interpreted) -> None:
   mesh = jax.make_mesh((2, 2), ("data", "time"), (AxisType.Auto,) * 2)
   inputs, cotangents = _inputs((2, 4, 128))
@@ -110,10 +106,8 @@ def test_rows_over_a_mesh(interpreted) -> None:
 
 
 @pytest.fixture
-def equations_for_kernels(monkeypatch):
+def equations_for_kernels(hopper, monkeypatch):
   """The same in XLA, so that a program over a mesh can be read."""
-  if not _compat.has_mosaic_gpu():
-    pytest.skip("the GPU kernels need jax ≥ 0.11")
   from pallas_kernels.add_norm import gpu
 
   def forward(x_RD, y_RD, of_y_D, scale_D, bias_D, *, eps):
@@ -130,7 +124,6 @@ def equations_for_kernels(monkeypatch):
     sums += [dof_y_D] * has_bias
     return dx_RD, dx_RD.astype(dn_RD.dtype), *sums
 
-  monkeypatch.setattr(_compat, "is_hopper", lambda: True)
   monkeypatch.setattr(gpu, "forward", forward)
   monkeypatch.setattr(gpu, "backward", backward)
 
@@ -161,7 +154,6 @@ def test_parameters_in_bfloat16(equations_for_kernels):
   assert [x.dtype for x in found[-3:]] == [jnp.bfloat16] * 3
 
 
-@needs_mosaic
 @pytest.mark.parametrize("mlp_width", [None, 128])
 def test_a_model_through_the_kernels(interpreted, monkeypatch, mlp_width):
   config = ModelConfig(
@@ -192,15 +184,11 @@ def test_a_model_through_the_kernels(interpreted, monkeypatch, mlp_width):
     assert np.linalg.norm(a - b) <= 2e-2 * np.linalg.norm(b)
 
 
-@needs_mosaic
 @pytest.mark.parametrize("width", [128, 768, 2048])
-def test_the_kernels_lower(monkeypatch, width) -> None:
-  monkeypatch.setattr(_compat, "is_hopper", lambda: True)
+def test_the_kernels_lower(hopper, width) -> None:
   inputs, cotangents = _inputs((2, 7, width))
   run = lambda *x: _both(lambda *y: add_layer_norm(*y, EPS), *x)
-  traced = jax.jit(run).trace(inputs, cotangents)
-  text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  assert "add_norm_backward" in text and text.count("mosaic_gpu_v2") >= 2
+  assert_lowers(run, inputs, cotangents, kernel="add_norm_backward")
 
 
 @pytest.mark.parametrize(
@@ -219,8 +207,7 @@ def test_what_the_kernels_do_not_take(monkeypatch, shape, dtype) -> None:
   )
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not _compat.is_hopper(), reason="no Hopper GPU")
+@on_the_card
 @pytest.mark.parametrize(
   "shape, dtype",
   [

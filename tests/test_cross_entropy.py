@@ -1,5 +1,6 @@
 """The loss in parts is the plain one: values, gradients, memory, meshes."""
 
+from hopper_cases import on_the_card
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -151,8 +152,7 @@ def test_parts_through_the_kernel(interpreted, monkeypatch, split) -> None:
   _assert_near(found[1], wanted[1], TOLERANCES["bfloat16"])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not _compat.is_hopper(), reason="no Hopper GPU")
+@on_the_card
 @pytest.mark.parametrize("rows", [3, 601])  # fewer than programs, and more
 @pytest.mark.parametrize("words", [1024, 1032, 50304])
 def test_the_kernel_on_the_card(rows, words) -> None:
@@ -161,8 +161,7 @@ def test_the_kernel_on_the_card(rows, words) -> None:
   _assert_kernel(rows, words, rtol=3e-5)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not _compat.is_hopper(), reason="no Hopper GPU")
+@on_the_card
 def test_parts_on_the_card(monkeypatch) -> None:
   inputs = _wide_inputs(50304)
   found, again = (_run(inputs, chunks=2) for _ in range(2))

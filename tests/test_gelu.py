@@ -3,6 +3,7 @@
 import math
 import re
 
+from hopper_cases import assert_lowers, on_the_card
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -12,9 +13,6 @@ import pytest
 from pallas_kernels import ShardAxes, _compat, gelu as kernel
 from rebased_jax.gelu import gelu
 
-needs_mosaic = pytest.mark.skipif(
-  not _compat.has_mosaic_gpu(), reason="the GPU kernels need jax ≥ 0.11"
-)
 _ERF = np.vectorize(math.erf)
 
 
@@ -64,7 +62,6 @@ def test_values_and_gradients_of_xla(dtype, of_sum) -> None:
   assert not kernel.runs_on(inputs[0])
 
 
-@needs_mosaic
 @pytest.mark.parametrize(
   "shape, dtype, programs",
   [
@@ -88,8 +85,7 @@ def test_interpreted_kernels(
   _assert_near(found, _wanted(*inputs))
 
 
-@needs_mosaic
-def test_the_distribution() -> None:
+def test_the_distribution(hopper) -> None:
   from pallas_kernels.gelu import gpu
 
   x = np.float32([0, -0.0, 1e-30, -1e-30, 300, -300, 1e30, -1e30])
@@ -106,7 +102,6 @@ def test_the_distribution() -> None:
   assert np.all(np.isnan(gpu._normal(jnp.float32([np.nan]))[0]))
 
 
-@needs_mosaic
 def test_channels_over_a_mesh(interpreted) -> None:
   names = ("data", "time", "tensor")
   mesh = jax.make_mesh((1, 2, 2), names, (AxisType.Auto,) * 3)
@@ -119,10 +114,8 @@ def test_channels_over_a_mesh(interpreted) -> None:
 
 
 @pytest.fixture
-def equations_for_kernels(monkeypatch):
+def equations_for_kernels(hopper, monkeypatch):
   """The same in XLA, so that a program over a mesh can be read."""
-  if not _compat.has_mosaic_gpu():
-    pytest.skip("the GPU kernels need jax ≥ 0.11")
   from pallas_kernels.gelu import gpu
   from rebased_jax.gelu import _by_erf
 
@@ -131,7 +124,6 @@ def equations_for_kernels(monkeypatch):
     dz_RD, db_D = jax.vjp(_by_erf, wide(z_RD), b_D)[1](wide(dy_RD))
     return dz_RD.astype(z_RD.dtype), db_D
 
-  monkeypatch.setattr(_compat, "is_hopper", lambda: True)
   monkeypatch.setattr(gpu, "forward", _by_erf)
   monkeypatch.setattr(gpu, "backward", backward)
 
@@ -173,15 +165,12 @@ def test_a_bias_in_bfloat16(equations_for_kernels):
   assert [x.dtype for x in found] == [jnp.bfloat16] * 3
 
 
-@needs_mosaic
 @pytest.mark.parametrize("width", [128, 3072, 8192])
-def test_the_kernels_lower(monkeypatch, width) -> None:
-  monkeypatch.setattr(_compat, "is_hopper", lambda: True)
+def test_the_kernels_lower(hopper, width) -> None:
   call = lambda *x: jax.vmap(_both)(*x)
   z_BTD, b_D, dy_BTD = _inputs((2, 7, width))
-  traced = jax.jit(call).trace(z_BTD, np.stack([b_D, b_D]), dy_BTD)
-  text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  assert "gelu_backward" in text and text.count("mosaic_gpu_v2") >= 2
+  inputs = z_BTD, np.stack([b_D, b_D]), dy_BTD
+  assert_lowers(call, *inputs, kernel="gelu_backward")
 
 
 @pytest.mark.parametrize(
@@ -197,8 +186,7 @@ def test_what_the_kernels_do_not_take(monkeypatch, shape, dtype) -> None:
   assert not kernel.runs_on(np.zeros(shape, dtype))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not _compat.is_hopper(), reason="no Hopper GPU")
+@on_the_card
 @pytest.mark.parametrize(
   "shape, dtype",
   [
@@ -218,8 +206,7 @@ def test_the_kernels_on_the_card(shape, dtype) -> None:
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not _compat.is_hopper(), reason="no Hopper GPU")
+@on_the_card
 def test_vmap_on_the_card() -> None:
   each = [_inputs((2, 9, 256)), _inputs((2, 9, 256), "bfloat16")]
   each[1] = tuple(-x for x in each[1])

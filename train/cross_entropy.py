@@ -168,7 +168,7 @@ def _over_mesh(function, plan: _Plan, *, has_grads: bool):
     return functools.partial(function, chunks=plan.chunks, split=split)
   names = axes.bt_names()
   sizes = jax.sharding.get_abstract_mesh().shape
-  alone = all(size == 1 for name, size in sizes.items() if name not in names)
+  alone = axes.are_alone(axes.batch, axes.time)
   split = _Split(names, has_whole_rows=alone)
   rows, whole = axes.bt(), jax.P()
   result = whole, Tokens(rows, rows)

@@ -3,17 +3,13 @@
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels import _compat
+from pallas_kernels import hopper
 
-WARPGROUP = 128  # threads, that share a row
 _WIDEST = 2048  # of a row, that their registers hold
 
 
 def runs_on(x_BTD: Array, y_BTD: Array) -> bool:
   """Whether the kernels take such arrays, on the device that calls run on."""
   width = x_BTD.shape[-1]
-  fits = width % WARPGROUP == 0 and width <= _WIDEST and x_BTD.size > 0
-  narrow = y_BTD.dtype in (jnp.bfloat16, jnp.float16)
-  if not (fits and narrow and x_BTD.dtype == jnp.float32):
-    return False
-  return _compat.is_hopper()
+  fits = width % hopper.WARPGROUP == 0 and width <= _WIDEST
+  return fits and x_BTD.dtype == jnp.float32 and hopper.takes(y_BTD)

@@ -17,7 +17,7 @@ from jax import Array, lax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.add_norm import WARPGROUP
+from pallas_kernels.hopper import WARPGROUP
 from pallas_kernels.row_kernel import over_rows, row_kernel
 
 # On a Hopper's 132 multiprocessors, all at once: of 64 registers a thread at

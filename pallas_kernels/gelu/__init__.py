@@ -1,11 +1,8 @@
 """GELU of a product and its bias, in one pass each way; see `gpu.py`."""
 
 from jax import Array
-import jax.numpy as jnp
 
-from pallas_kernels import _compat
-
-WARPGROUP = 128  # threads, that share a part of a row
+from pallas_kernels import hopper
 
 
 def runs_on(z_D: Array, parts: int = 1) -> bool:
@@ -15,6 +12,5 @@ def runs_on(z_D: Array, parts: int = 1) -> bool:
     z_D: (…, D).
     parts: that devices split D into.
   """
-  fits = z_D.shape[-1] % (parts * WARPGROUP) == 0 and z_D.size > 0
-  narrow = z_D.dtype in (jnp.bfloat16, jnp.float16)
-  return fits and narrow and _compat.is_hopper()
+  fits = z_D.shape[-1] % (parts * hopper.WARPGROUP) == 0
+  return fits and hopper.takes(z_D)

@@ -20,7 +20,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.gelu import WARPGROUP
+from pallas_kernels.hopper import WARPGROUP
 from pallas_kernels.row_kernel import over_rows, row_kernel
 
 PROGRAMS = 10 * 132  # forward, all at once on a Hopper's 132 multiprocessors

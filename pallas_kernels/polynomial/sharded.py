@@ -73,6 +73,12 @@ class ShardAxes:
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes[name] for name in _names(axis))
 
+  def are_alone(self, *axes: Axis) -> bool:
+    """Whether only these of the three split anything on the ambient mesh."""
+    names = {name for axis in axes for name in _names(axis)}
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return all(size == 1 for name, size in sizes.items() if name not in names)
+
   def bt_names(self) -> tuple[str, ...]:
     """The mesh's axes that split batch or time."""
     return *_names(self.batch), *_names(self.time)

@@ -1,0 +1,14 @@
+"""What is known of the kernels over rows before Mosaic GPU is imported."""
+
+from jax import Array
+import jax.numpy as jnp
+
+from pallas_kernels import _compat
+
+WARPGROUP = 128  # threads, that share a row or a part of it
+
+
+def takes(x: Array) -> bool:
+  """Whether x is of 16 bits and not empty, and calls run on a Hopper GPU."""
+  narrow = x.dtype in (jnp.bfloat16, jnp.float16)
+  return narrow and x.size > 0 and _compat.is_hopper()
