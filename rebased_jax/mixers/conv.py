@@ -5,9 +5,13 @@
 
 with u = 0 before a document's first token. Where a mesh splits time, each
 device takes the K − 1 tokens before its own from its neighbour on the left.
+
+On a Hopper GPU the backward of whole rows of one document is a kernel of its
+own, which has no forward mode.
 """
 
 import dataclasses
+import functools
 
 from flax import nnx
 import jax
@@ -15,9 +19,10 @@ from jax import Array
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from pallas_kernels import ShardAxes, document_runs
+from pallas_kernels import ShardAxes, document_runs, gated_conv
 from rebased_jax import channels
 from rebased_jax.mixers import base
+from rebased_jax.on_devices import on_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +67,22 @@ class BaseConv(base.Mixer):
     query_positions: Array | None = None,
   ) -> Array:
     base.check_rows(self, x_BTD, segment_ids, query_positions=query_positions)
-    state = self.init_state(x_BTD.shape[0])
-    y_BTD, _ = self.prefill(x_BTD, state, segment_ids=segment_ids, axes=axes)
+    if self._has_kernel(x_BTD, segment_ids, axes):
+      u_BTD = x_BTD.astype(self.dtype)
+      taps = self.kernel[...], self.bias[...]
+      z_BTD, of_z_D = self.gate.product(u_BTD), self.gate.bias[...]
+      y_BTD = _by_kernel(u_BTD, z_BTD, *taps, of_z_D, axes)
+    else:
+      state = self.init_state(x_BTD.shape[0])
+      y_BTD, _ = self.prefill(x_BTD, state, segment_ids=segment_ids, axes=axes)
     return base.take_positions(y_BTD, query_positions)
+
+  def _has_kernel(self, x_BTD, segment_ids, axes: ShardAxes | None) -> bool:
+    whole = axes is None or axes.devices(axes.time) == 1
+    whole = whole and (axes is None or axes.devices(axes.heads) == 1)
+    wanted = jax.ShapeDtypeStruct(x_BTD.shape, self.dtype)
+    taps = self.kernel.shape[-2]
+    return whole and segment_ids is None and gated_conv.runs_on(wanted, taps)
 
   def init_state(self, batch: int) -> Array:
     past = self.kernel.shape[-2] - 1
@@ -89,6 +107,49 @@ class BaseConv(base.Mixer):
     base.check_token(self, x_BD, state)
     y_B1D, state = self.prefill(x_BD[:, None], state)
     return y_B1D[:, 0], state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _by_kernel(
+  u_BTD: Array,
+  z_BTD: Array,
+  kernel_KD: Array,
+  bias_D: Array,
+  of_z_D: Array,
+  axes: ShardAxes | None,
+) -> Array:
+  """c ∘ (z + of_z) + u, of rows that are one document each."""
+  return _forward(u_BTD, z_BTD, kernel_KD, bias_D, of_z_D, axes)[0]
+
+
+def _forward(u_BTD, z_BTD, kernel_KD, bias_D, of_z_D, axes):
+  del axes
+  past = kernel_KD.shape[0] - 1
+  none_BKD = jnp.zeros_like(u_BTD, shape=(u_BTD.shape[0], past, u_BTD.shape[2]))
+  c_BTD, _ = depthwise(kernel_KD, bias_D, u_BTD, none_BKD, None)
+  y_BTD = c_BTD * channels.add(z_BTD, of_z_D) + u_BTD
+  return y_BTD, (u_BTD, z_BTD, kernel_KD, bias_D, of_z_D)
+
+
+def _backward(axes, kept, dy_BTD):
+  from pallas_kernels.gated_conv import gpu  # takes long to import
+
+  def run(u_BTD, z_BTD, dy_BTD, *parameters):
+    du_BTD, dz_BTD, sums = gpu.backward(u_BTD, z_BTD, dy_BTD, *parameters)
+    names = () if axes is None else axes.bt_names()
+    return du_BTD, dz_BTD, jax.lax.psum(sums, names)
+
+  u_BTD, z_BTD, *parameters = kept
+  inputs, outputs = ("r", "r", "r", "w", "w", "w"), ("r", "r", "w")
+  run = on_devices(run, axes, inputs=inputs, outputs=outputs)
+  wide = [x.astype(jnp.float32) for x in parameters]
+  du_BTD, dz_BTD, sums = run(u_BTD, z_BTD, dy_BTD, *wide)
+  sums = sums[:-2], sums[-2], sums[-1]
+  to = [x.astype(p.dtype) for x, p in zip(sums, parameters, strict=True)]
+  return du_BTD, dz_BTD, *to
+
+
+_by_kernel.defvjp(_forward, _backward)
 
 
 class ShortConv(nnx.Module):
