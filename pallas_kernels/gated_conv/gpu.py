@@ -12,6 +12,8 @@ K − 1 tokens on either side of its own: 10 bytes an element. c is made again.
 XLA's fusions for the same move twice as much.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 from jax import Array, lax
 import jax.experimental.pallas as pl
@@ -21,8 +23,33 @@ import jax.numpy as jnp
 from pallas_kernels.gated_conv import WARPGROUP
 from pallas_kernels.row_kernel import row_kernel
 
-PROGRAMS = 10 * 132  # all at once on a Hopper's 132 multiprocessors
+PROGRAMS = 7 * 132  # all at once on a Hopper's 132 multiprocessors
 f32 = jnp.float32
+
+
+class _Part(NamedTuple):
+  """A program's part: tokens of a row from `first` on, and some channels."""
+
+  refs: dict[str, Any]
+  b: Array
+  first: Array
+  channels: pl.Slice
+  layout: Any
+
+  def load(self, name: str, t: Array) -> Array:
+    return self.parameter(self.refs[name].at[self.b, t])
+
+  def store(self, name: str, t: Array, x_W: Array) -> None:
+    ref = self.refs[name]
+    ref[self.b, t, self.channels] = x_W.astype(ref.dtype)
+
+  def parameter(self, ref_D) -> Array:
+    ref_W = ref_D.at[self.channels]
+    return plgpu.load(ref_W, layout=self.layout).astype(f32)
+
+  def zero(self) -> Array:
+    zero_W = jnp.zeros(self.channels.size, f32)
+    return plgpu.layout_cast(zero_W, self.layout)
 
 
 def backward(
@@ -49,62 +76,72 @@ def backward(
   tokens = -(-T // chunks)
   chunks = -(-T // tokens)
   layout = plgpu.Layout.WG_STRIDED((width,), vec_size=width // WARPGROUP)
-  load = lambda ref: plgpu.load(ref, layout=layout).astype(f32)
 
-  def body(u, z, dy, taps, bias, of_z, du, dz, parts):
+  def body(u, z, dy, taps, bias, of_z, du, dz, sums):
     p, at = lax.axis_index("p"), pl.ds(lax.axis_index("c") * width, width)
     b, first = lax.div(p, chunks), lax.rem(p, chunks) * tokens
     last = jnp.minimum(first + tokens, T)
-    w = [load(taps.at[j, at]) for j in range(K)]
-    bias_W, of_z_W = load(bias.at[at]), load(of_z.at[at])
-
-    def behind(t, carry):
-      """With the gradient of token t: du of token t − K + 1 is whole."""
-      e_W, pending = carry
-      pending = [x + w[m] * e_W for m, x in enumerate(pending)]
-
-      @pl.when(t - (K - 1) >= first)
-      def _():
-        du[b, t - (K - 1), at] = pending[0].astype(du.dtype)
-
-      return pending[1:]
-
-    def token(t, carry):
-      past, waiting, sums = carry
-      window = [*past, load(u.at[b, t, at])]
-      dy_W = load(dy.at[b, t, at])
-      e_W = dy_W * (load(z.at[b, t, at]) + of_z_W)
-      c_W = bias_W
-      for w_W, u_W in zip(w, window, strict=True):
-        c_W = c_W + w_W * u_W
-      dz_W = dy_W * c_W
-      dz[b, t, at] = dz_W.astype(dz.dtype)
-      more = [*(e_W * u_W for u_W in window), e_W, dz_W]
-      sums = [x + y for x, y in zip(sums, more, strict=True)]
-      return window[1:], behind(t, (e_W, [*waiting, dy_W])), sums
-
-    zero_W = plgpu.layout_cast(jnp.zeros(width, f32), layout)
-    past = [
-      load(u.at[b, jnp.maximum(first - n, 0), at]) * _one_if(first >= n)
-      for n in range(K - 1, 0, -1)
-    ]
-    carry = past, [zero_W] * (K - 1), [zero_W] * (K + 2)
-    _, waiting, sums = lax.fori_loop(first, last, token, carry)
-    for n in range(K - 1):
-      t = jnp.minimum(last + n, T - 1)
-      e_W = load(dy.at[b, t, at]) * (load(z.at[b, t, at]) + of_z_W)
-      e_W = e_W * _one_if(last + n < T)
-      waiting = behind(last + n, (e_W, [*waiting, zero_W]))
-    for n, sum_W in enumerate(sums):
-      parts[p, n, at] = sum_W
+    refs = dict(u=u, z=z, dy=dy, du=du, dz=dz)
+    part = _Part(refs, b, first, at, layout)
+    w = [part.parameter(taps.at[j]) for j in range(K)]
+    of_z_W = part.parameter(of_z)
+    found = _own_tokens(part, last, w, part.parameter(bias), of_z_W)
+    waiting, sums_W = found
+    _next_tokens(part, last, T, w, of_z_W, waiting)
+    for n, sum_W in enumerate(sums_W):
+      sums[p, n, at] = sum_W
 
   like = jax.typeof(u_BTD)
-  parts = jax.ShapeDtypeStruct((B * chunks, K + 2, D), f32)
+  sums = jax.ShapeDtypeStruct((B * chunks, K + 2, D), f32)
   kernel = row_kernel(
-    body, "gated_conv_backward", (like, like, parts), B * chunks, columns
+    body, "gated_conv_backward", (like, like, sums), B * chunks, columns
   )
-  du_BTD, dz_BTD, parts = kernel(u_BTD, z_BTD, dy_BTD, taps_KD, bias_D, of_z_D)
-  return du_BTD, dz_BTD, parts.sum(axis=0)
+  du_BTD, dz_BTD, sums = kernel(u_BTD, z_BTD, dy_BTD, taps_KD, bias_D, of_z_D)
+  return du_BTD, dz_BTD, sums.sum(axis=0)
+
+
+def _own_tokens(part: _Part, last, w: list, bias_W, of_z_W):
+  """Writes dz, and the du that are whole; the others, and the sums."""
+  K, first = len(w), part.first
+
+  def token(t, carry):
+    past, waiting, sums = carry
+    window, dy_W = [*past, part.load("u", t)], part.load("dy", t)
+    e_W = dy_W * (part.load("z", t) + of_z_W)
+    c_W = bias_W
+    for w_W, u_W in zip(w, window, strict=True):
+      c_W = c_W + w_W * u_W
+    dz_W = dy_W * c_W
+    part.store("dz", t, dz_W)
+    more = [*(e_W * u_W for u_W in window), e_W, dz_W]
+    sums = [x + y for x, y in zip(sums, more, strict=True)]
+    return window[1:], _add(part, t, w, e_W, [*waiting, dy_W]), sums
+
+  past = [
+    part.load("u", jnp.maximum(first - n, 0)) * _one_if(first >= n)
+    for n in range(K - 1, 0, -1)
+  ]
+  zero_W = part.zero()
+  carry = past, [zero_W] * (K - 1), [zero_W] * (K + 2)
+  _, waiting, sums = lax.fori_loop(first, last, token, carry)
+  return waiting, sums
+
+
+def _next_tokens(part: _Part, last, T: int, w: list, of_z_W, waiting) -> None:
+  """Writes the last K − 1 du, to which the tokens behind them add."""
+  for n in range(len(w) - 1):
+    t = jnp.minimum(last + n, T - 1)
+    e_W = part.load("dy", t) * (part.load("z", t) + of_z_W)
+    e_W = e_W * _one_if(last + n < T)
+    waiting = _add(part, last + n, w, e_W, [*waiting, part.zero()])
+
+
+def _add(part: _Part, t, w: list, e_W, waiting: list) -> list:
+  """Adds e_t to du of t − K + 1 … t; writes the first, which is whole."""
+  waiting = [x + w_W * e_W for x, w_W in zip(waiting, w, strict=True)]
+  whole = t - (len(w) - 1)
+  pl.when(whole >= part.first)(lambda: part.store("du", whole, waiting[0]))
+  return waiting[1:]
 
 
 def _one_if(true):
