@@ -20,7 +20,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.gated_conv import WARPGROUP
+from pallas_kernels.hopper import WARPGROUP
 from pallas_kernels.row_kernel import row_kernel
 
 PROGRAMS = 7 * 132  # all at once on a Hopper's 132 multiprocessors

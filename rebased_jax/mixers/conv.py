@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 from pallas_kernels import ShardAxes, document_runs, gated_conv
 from rebased_jax import channels
 from rebased_jax.mixers import base
-from rebased_jax.on_devices import on_devices
+from rebased_jax.on_devices import on_devices, over_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +78,10 @@ class BaseConv(base.Mixer):
     return base.take_positions(y_BTD, query_positions)
 
   def _has_kernel(self, x_BTD, segment_ids, axes: ShardAxes | None) -> bool:
-    whole = axes is None or axes.devices(axes.time) == 1
-    whole = whole and (axes is None or axes.devices(axes.heads) == 1)
-    wanted = jax.ShapeDtypeStruct(x_BTD.shape, self.dtype)
-    taps = self.kernel.shape[-2]
-    return whole and segment_ids is None and gated_conv.runs_on(wanted, taps)
+    whole = axes is None or axes.are_alone(axes.batch)
+    u_BTD = jax.ShapeDtypeStruct(x_BTD.shape, self.dtype)
+    has_kernel = gated_conv.runs_on(u_BTD, self.kernel.shape[-2])
+    return whole and segment_ids is None and has_kernel
 
   def init_state(self, batch: int) -> Array:
     past = self.kernel.shape[-2] - 1
@@ -136,8 +135,7 @@ def _backward(axes, kept, dy_BTD):
 
   def run(u_BTD, z_BTD, dy_BTD, *parameters):
     du_BTD, dz_BTD, sums = gpu.backward(u_BTD, z_BTD, dy_BTD, *parameters)
-    names = () if axes is None else axes.bt_names()
-    return du_BTD, dz_BTD, jax.lax.psum(sums, names)
+    return du_BTD, dz_BTD, over_tokens(sums, axes)
 
   u_BTD, z_BTD, *parameters = kept
   inputs, outputs = ("r", "r", "r", "w", "w", "w"), ("r", "r", "w")
