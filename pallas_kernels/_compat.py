@@ -101,6 +101,11 @@ def is_hopper() -> bool:
   return True
 
 
+def varying_axes(x: jax.Array) -> frozenset[str]:
+  """Of a `jax.shard_map` around the call that checks what x varies over."""
+  return jax.typeof(x).manual_axis_type.varying
+
+
 def device_kind() -> str:
   """The name of this process's first device, as jax has it."""
   return jax.devices()[0].device_kind

@@ -9,6 +9,10 @@ WARPGROUP = 128  # threads, that share a row or a part of it
 
 
 def takes(x: Array) -> bool:
-  """Whether x is of 16 bits and not empty, and calls run on a Hopper GPU."""
-  narrow = x.dtype in (jnp.bfloat16, jnp.float16)
-  return narrow and x.size > 0 and _compat.is_hopper()
+  """Whether x is of 16 bits and not empty, and calls run on a Hopper GPU.
+
+  Not in a `jax.shard_map` that checks what varies, which jax does not know of
+  a kernel's results.
+  """
+  narrow = x.dtype in (jnp.bfloat16, jnp.float16) and x.size > 0
+  return narrow and not _compat.varying_axes(x) and _compat.is_hopper()

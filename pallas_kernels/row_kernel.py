@@ -1,6 +1,6 @@
-"""A Mosaic GPU kernel over rows: of n programs each takes every n-th row.
+"""A Mosaic GPU kernel over rows, of programs of one warpgroup each.
 
-A program is one warpgroup. Where rows are long, each takes some columns, "c".
+Where rows are long, a program takes some columns of them, "c".
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def row_kernel(
 def over_rows(
   rows: int, programs: int, row: Callable[[Any, Any], Any], carry: Any
 ) -> Any:
-  """In a body: carry = row(r, carry) of this program's rows, in order."""
+  """In a body: carry = row(r, carry), of every n-th row for n programs."""
   p = lax.axis_index("p")
   count = (rows - p + programs - 1) // programs
   return lax.fori_loop(0, count, lambda i, c: row(p + i * programs, c), carry)

@@ -10,6 +10,7 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
+from pallas_kernels import _compat
 from pallas_kernels.polynomial.spec import accumulator
 
 
@@ -23,6 +24,18 @@ def row(parameter_D: Array, like_D: Array) -> Array:
   """A parameter with as many axes as `like_D`, and in its dtype."""
   shape = (1,) * (like_D.ndim - parameter_D.ndim) + parameter_D.shape
   return parameter_D.astype(like_D.dtype).reshape(shape)
+
+
+def summed(gradient_D: Array, parameter_D: Array) -> Array:
+  """A parameter's gradient, in its dtype.
+
+  In a `jax.shard_map` that checks what varies, where jax leaves it to who
+  defines a derivative: summed over the axes that the parameter is whole on.
+  """
+  varies, whole = map(_compat.varying_axes, (gradient_D, parameter_D))
+  names = tuple(sorted(varies - whole))
+  total_D = jax.lax.psum(gradient_D, names) if names else gradient_D
+  return total_D.astype(parameter_D.dtype)
 
 
 @jax.custom_vjp
@@ -40,7 +53,7 @@ def _backward(kept, dy_D):
   wide = accumulator(x_D.dtype)
   tokens = tuple(range(x_D.ndim - 1))
   dw_D = (dy_D.astype(wide) * x_D.astype(wide)).sum(axis=tokens)
-  return scale(dy_D, w_D), dw_D.astype(w_D.dtype)
+  return scale(dy_D, w_D), summed(dw_D, w_D)
 
 
 scale.defvjp(_forward, _backward)

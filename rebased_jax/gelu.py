@@ -31,10 +31,14 @@ def gelu(z_BTD: Array, b_D: Array, *, axes: ShardAxes | None = None) -> Array:
     z_BTD: (…, D); (B, T, D) with `axes`.
     b_D: the bias, float32.
     axes: the mesh axes that split batch and time, and D as they do heads.
+
+  Raises:
+    ValueError: the mesh does not fit the batch and the time.
   """
   if axes is None:
     has_kernel = kernel.runs_on(z_BTD)
   else:
+    axes.check(z_BTD.shape[0], None, z_BTD.shape[1])
     alone = axes.are_alone(axes.batch, axes.time, axes.heads)
     parts = axes.devices(axes.heads)
     has_kernel = alone and kernel.runs_on(z_BTD, parts)

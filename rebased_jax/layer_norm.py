@@ -59,8 +59,8 @@ def _backward(eps, dtype, kept, dy_D):
   shift_1, slope_1 = _means(g_D, g_D * hat_D)
   dx_D = rate_1 * (g_D - shift_1 - hat_D * slope_1)
   tokens = tuple(range(x_D.ndim - scale_D.ndim))
-  dscale_D = (dy_D * hat_D).sum(axis=tokens).astype(scale_D.dtype)
-  dbias_D = dy_D.sum(axis=tokens).astype(bias_D.dtype)
+  dscale_D = channels.summed((dy_D * hat_D).sum(axis=tokens), scale_D)
+  dbias_D = channels.summed(dy_D.sum(axis=tokens), bias_D)
   return dx_D.astype(x_D.dtype), dscale_D, dbias_D
 
 

@@ -21,6 +21,8 @@ def on_devices(
       of channels that the axes of heads split; "p": the parameter (channels,)
       of a "c"; "w": whole on every device.
     outputs: likewise.
+
+  The first array is of tokens. ValueError where the mesh does not fit it.
   """
   if axes is None:
     return run
@@ -31,9 +33,16 @@ def on_devices(
     "w": jax.P(),
   }
   in_specs, out_specs = jax.tree.map(specs.__getitem__, (inputs, outputs))
-  return jax.shard_map(
+  split = jax.shard_map(
     run, in_specs=in_specs, out_specs=out_specs, check_vma=False
   )
+
+  def checked(*arrays):
+    rows, time, *_ = jax.tree.leaves(arrays)[0].shape
+    axes.check(rows, None, time)
+    return split(*arrays)
+
+  return checked
 
 
 def rows(x_BTD: Array) -> Array:

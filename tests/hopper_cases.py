@@ -17,7 +17,12 @@ def on_the_card(test: Callable) -> Callable:
 def assert_lowers(
   call: Callable, *inputs, kernel: str, programs: int = 2
 ) -> None:
-  """To Mosaic GPU: so many programs at least, `kernel` among them."""
-  traced = jax.jit(call).trace(*inputs)
-  text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  assert kernel in text and text.count("mosaic_gpu_v2") >= programs
+  """To Mosaic GPU: so many programs at least, `kernel` among them.
+
+  Where jax has 64 bits too.
+  """
+  for wide in (False, True):
+    with jax.enable_x64(wide):
+      traced = jax.jit(call).trace(*inputs)
+      text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert kernel in text and text.count("mosaic_gpu_v2") >= programs

@@ -83,16 +83,24 @@ def test_interpreted_kernel(
   _assert_near(found, _wanted(inputs, dy_BTD))
 
 
+def test_parameters_in_bfloat16(interpreted) -> None:
+  (u, z, *parameters), dy_BTD = _inputs(1, 5, 128)
+  inputs = u, z, *(p.astype(jnp.bfloat16) for p in parameters)
+  found = jax.jit(_both)(inputs, dy_BTD)
+  assert [x.dtype for x in found] == [jnp.bfloat16] * 6
+  _assert_near(found, _wanted(inputs, dy_BTD))
+
+
 def _mixer(D: int = 128):
   config, site = BaseConvConfig(), base.Site(width=D, dtype="bfloat16")
   return config.make(site, rngs=nnx.Rngs(0))
 
 
-def _gradients(mixer, x_BTD, axes=None, segment_ids=None):
+def _gradients(mixer, x_BTD, axes=None, **options):
   graph, params = nnx.split(mixer)
 
   def loss(params, x_BTD):
-    y = nnx.merge(graph, params)(x_BTD, axes=axes, segment_ids=segment_ids)
+    y = nnx.merge(graph, params)(x_BTD, axes=axes, **options)
     return jnp.square(y.astype(jnp.float32)).sum()
 
   run = jax.jit(jax.grad(loss, argnums=(0, 1)))
@@ -110,12 +118,13 @@ def _assert_same(found, wanted) -> None:
 def test_the_mixer_takes_it_where_it_can(interpreted, monkeypatch) -> None:
   mixer = _mixer()
   x_BTD = np.random.default_rng(1).normal(size=(2, 6, 128)).astype(np.float32)
-  found, kernels = _gradients(mixer, x_BTD)
+  predicted = dict(query_positions=np.array([[5, 2], [0, 5]]))
+  found, kernels = _gradients(mixer, x_BTD, **predicted)
   assert kernels
   ids = np.repeat([[0, 1]], 3, axis=1).repeat(2, axis=0)
   assert not _gradients(mixer, x_BTD, segment_ids=ids)[1]
   monkeypatch.setattr(_compat, "is_hopper", lambda: False)
-  wanted, kernels = _gradients(mixer, x_BTD)
+  wanted, kernels = _gradients(mixer, x_BTD, **predicted)
   assert not kernels
   _assert_same(found, wanted)
 

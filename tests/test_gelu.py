@@ -108,9 +108,27 @@ def test_channels_over_a_mesh(interpreted) -> None:
   inputs = _inputs((2, 4, 256))
   axes = ShardAxes(batch="data", heads="tensor", time="time")
   with jax.set_mesh(mesh):
-    assert not kernel.runs_on(inputs[0][..., :128], 2)
     found = jax.jit(lambda *x: _both(*x, axes))(*inputs)
+    # Parts of 64 channels, which are no kernel's.
+    narrow = [x[..., :128] for x in inputs]
+    text = str(jax.make_jaxpr(lambda *x: gelu(*x, axes=axes))(*narrow[:2]))
   _assert_near(found, _wanted(*inputs))
+  assert "shard_map" not in text
+
+
+@pytest.mark.parametrize(
+  "axes", [ShardAxes(batch="data"), ShardAxes(heads="m")]
+)
+def test_axes_without_a_mesh(axes) -> None:
+  with pytest.raises(ValueError, match="there is no mesh"):
+    gelu(*_inputs((2, 4, 256))[:2], axes=axes)
+
+
+def test_the_backward_keeps_the_product_alone() -> None:
+  z_BTD, b_D, _ = _inputs((2, 4, 24), "float32")
+  kept = jax.vjp(gelu, z_BTD, b_D)[1]
+  sizes = [x.shape for x in jax.tree.leaves(kept) if x.size >= z_BTD.size]
+  assert sizes == [z_BTD.shape]
 
 
 @pytest.fixture

@@ -72,14 +72,14 @@ def backward(
   K = taps_KD.shape[0]
   width = WARPGROUP * (1 + (D % (2 * WARPGROUP) == 0))
   columns = D // width
-  chunks = min(T, max(PROGRAMS // (columns * B), 1))  # of a row
+  chunks = max(PROGRAMS // (columns * B), 1)  # of a row
   tokens = -(-T // chunks)
   chunks = -(-T // tokens)
   layout = plgpu.Layout.WG_STRIDED((width,), vec_size=width // WARPGROUP)
 
   def body(u, z, dy, taps, bias, of_z, du, dz, sums):
     p, at = lax.axis_index("p"), pl.ds(lax.axis_index("c") * width, width)
-    b, first = lax.div(p, chunks), lax.rem(p, chunks) * tokens
+    b, first = p // chunks, p % chunks * tokens
     last = jnp.minimum(first + tokens, T)
     refs = dict(u=u, z=z, dy=dy, du=du, dz=dz)
     part = _Part(refs, b, first, at, layout)

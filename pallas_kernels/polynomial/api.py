@@ -263,6 +263,7 @@ def _choose(
     return name
   states = states or (axes is not None and axes.time is not None)
   try:
+    checks.unchecked(name, q, v)
     _passes(name).supports(q, v, segment_ids, kernel, states=states)
   except NotImplementedError as error:
     if implementation is not None:

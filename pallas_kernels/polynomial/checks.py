@@ -4,8 +4,10 @@ import math
 import numbers
 
 import jax
+from jax import Array
 import jax.numpy as jnp
 
+from pallas_kernels import _compat
 from pallas_kernels.polynomial import spec
 from pallas_kernels.polynomial.passes import Kernel
 from pallas_kernels.polynomial.spec import Coefficients, State
@@ -73,3 +75,17 @@ def state(argument, state, B, H, F, P, coefficients, dtype) -> None:
         f"{want.dtype}{want.shape} for B={B}, H={H}, F={F}, P={P}, "
         f"{coefficients}"
       )
+
+
+def unchecked(implementation: str, *arrays_BT: Array) -> None:
+  """NotImplementedError in a `jax.shard_map` that checks what varies.
+
+  Of a kernel's results jax does not know it, and gradients would be wrong.
+  """
+  names = set().union(*map(_compat.varying_axes, arrays_BT))
+  if names:
+    raise NotImplementedError(
+      f"implementation={implementation!r} inside a jax.shard_map over "
+      f"{sorted(names)} that checks what varies: expected check_vma=False "
+      "there, or axes=ShardAxes(...) in place of it"
+    )

@@ -7,7 +7,7 @@ with u = 0 before a document's first token. Where a mesh splits time, each
 device takes the K − 1 tokens before its own from its neighbour on the left.
 
 On a Hopper GPU the backward of whole rows of one document is a kernel of its
-own, which has no forward mode.
+own, which has no forward mode and no second derivative.
 """
 
 import dataclasses
@@ -67,19 +67,18 @@ class BaseConv(base.Mixer):
     query_positions: Array | None = None,
   ) -> Array:
     base.check_rows(self, x_BTD, segment_ids, query_positions=query_positions)
-    if self._has_kernel(x_BTD, segment_ids, axes):
-      u_BTD = x_BTD.astype(self.dtype)
+    u_BTD = x_BTD.astype(self.dtype)
+    if self._has_kernel(u_BTD, segment_ids, axes):
       taps = self.kernel[...], self.bias[...]
       z_BTD, of_z_D = self.gate.product(u_BTD), self.gate.bias[...]
       y_BTD = _by_kernel(u_BTD, z_BTD, *taps, of_z_D, axes)
     else:
       state = self.init_state(x_BTD.shape[0])
-      y_BTD, _ = self.prefill(x_BTD, state, segment_ids=segment_ids, axes=axes)
+      y_BTD, _ = self.prefill(u_BTD, state, segment_ids=segment_ids, axes=axes)
     return base.take_positions(y_BTD, query_positions)
 
-  def _has_kernel(self, x_BTD, segment_ids, axes: ShardAxes | None) -> bool:
+  def _has_kernel(self, u_BTD, segment_ids, axes: ShardAxes | None) -> bool:
     whole = axes is None or axes.are_alone(axes.batch)
-    u_BTD = jax.ShapeDtypeStruct(x_BTD.shape, self.dtype)
     has_kernel = gated_conv.runs_on(u_BTD, self.kernel.shape[-2])
     return whole and segment_ids is None and has_kernel
 
