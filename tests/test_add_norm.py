@@ -154,15 +154,13 @@ def test_parameters_in_bfloat16(equations_for_kernels):
   assert [x.dtype for x in found[-3:]] == [jnp.bfloat16] * 3
 
 
-@pytest.mark.parametrize("mlp_width", [None, 128])
-def test_a_model_through_the_kernels(interpreted, monkeypatch, mlp_width):
+def test_a_model_without_mlps(interpreted, monkeypatch) -> None:
   config = ModelConfig(
     conv=AttentionConfig(),
     mixer=ReBasedConfig(heads=2, features=8),
     vocab_size=11,
     width=128,
     pairs=2,
-    mlp_width=mlp_width,
     dtype="bfloat16",
     scan_layers=False,
   )
