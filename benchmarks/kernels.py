@@ -43,10 +43,8 @@ def programs(item: Peer) -> dict[str, jax.stages.Lowered]:
     jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in item.shapes()
   )
   both = jax.jit(measure.forward_and_backward(item.call))
-  return {
-    "forward": jax.jit(item.call).lower(q, k, v),
-    "both": both.lower(q, k, v, do),
-  }
+  forward = jax.jit(item.call).lower(q, k, v)
+  return {"forward": forward, "both": both.lower(q, k, v, do)}
 
 
 def expected(spec, arrays) -> tuple:
