@@ -1,18 +1,21 @@
 """What is known of the kernels over rows before Mosaic GPU is imported."""
 
+from typing import Any
+
 from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import _compat
+from pallas_kernels.varying import axes_of
 
 WARPGROUP = 128  # threads, that share a row or a part of it
 
 
-def takes(x: Array) -> bool:
+def takes(x: Array, *others: Any) -> bool:
   """Whether x is of 16 bits and not empty, and calls run on a Hopper GPU.
 
-  Not in a `jax.shard_map` that checks what varies, which jax does not know of
-  a kernel's results.
+  Not in a `jax.shard_map` that checks what x or others vary over, which jax
+  does not know of a kernel's results.
   """
   narrow = x.dtype in (jnp.bfloat16, jnp.float16) and x.size > 0
-  return narrow and not _compat.varying_axes(x) and _compat.is_hopper()
+  return narrow and not axes_of(x, others) and _compat.is_hopper()

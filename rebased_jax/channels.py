@@ -10,8 +10,8 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels import _compat
 from pallas_kernels.polynomial.spec import accumulator
+from pallas_kernels.varying import alike
 
 
 def add(x_D: Array, b_D: Array) -> Array:
@@ -26,26 +26,18 @@ def row(parameter_D: Array, like_D: Array) -> Array:
   return parameter_D.astype(like_D.dtype).reshape(shape)
 
 
-def summed(gradient_D: Array, parameter_D: Array) -> Array:
-  """A parameter's gradient, in its dtype.
-
-  In a `jax.shard_map` that checks what varies, where jax leaves it to who
-  defines a derivative: summed over the axes that the parameter is whole on.
-  """
-  varies, whole = map(_compat.varying_axes, (gradient_D, parameter_D))
-  names = tuple(sorted(varies - whole))
-  total_D = jax.lax.psum(gradient_D, names) if names else gradient_D
-  return total_D.astype(parameter_D.dtype)
+def scale(x_D: Array, w_D: Array) -> Array:
+  """w ∘ x (…, D), in the dtype of x; w is (D,). Not for forward mode."""
+  return _scale(*alike(x_D, w_D))
 
 
 @jax.custom_vjp
-def scale(x_D: Array, w_D: Array) -> Array:
-  """w ∘ x (…, D), in the dtype of x; w is (D,). Not for forward mode."""
+def _scale(x_D: Array, w_D: Array) -> Array:
   return x_D * row(w_D, x_D)
 
 
 def _forward(x_D, w_D):
-  return scale(x_D, w_D), (x_D, w_D)
+  return _scale(x_D, w_D), (x_D, w_D)
 
 
 def _backward(kept, dy_D):
@@ -53,7 +45,7 @@ def _backward(kept, dy_D):
   wide = accumulator(x_D.dtype)
   tokens = tuple(range(x_D.ndim - 1))
   dw_D = (dy_D.astype(wide) * x_D.astype(wide)).sum(axis=tokens)
-  return scale(dy_D, w_D), summed(dw_D, w_D)
+  return _scale(dy_D, w_D), dw_D.astype(w_D.dtype)
 
 
-scale.defvjp(_forward, _backward)
+_scale.defvjp(_forward, _backward)

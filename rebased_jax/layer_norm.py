@@ -19,11 +19,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes, _compat, add_norm
 from pallas_kernels.polynomial.spec import accumulator
+from pallas_kernels.varying import alike
 from rebased_jax import channels
 from rebased_jax.on_devices import on_devices, over_tokens, rows
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def layer_norm(
   x_D: Array, scale_D: Array, bias_D: Array, eps: float, dtype: jnp.dtype
 ) -> Array:
@@ -36,6 +36,11 @@ def layer_norm(
     eps: added to the variance.
     dtype: of y.
   """
+  return _layer_norm(*alike(x_D, scale_D, bias_D), eps, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _layer_norm(x_D, scale_D, bias_D, eps, dtype):
   return _forward(x_D, scale_D, bias_D, eps, dtype)[0]
 
 
@@ -59,12 +64,12 @@ def _backward(eps, dtype, kept, dy_D):
   shift_1, slope_1 = _means(g_D, g_D * hat_D)
   dx_D = rate_1 * (g_D - shift_1 - hat_D * slope_1)
   tokens = tuple(range(x_D.ndim - scale_D.ndim))
-  dscale_D = channels.summed((dy_D * hat_D).sum(axis=tokens), scale_D)
-  dbias_D = channels.summed(dy_D.sum(axis=tokens), bias_D)
+  dscale_D = (dy_D * hat_D).sum(axis=tokens).astype(scale_D.dtype)
+  dbias_D = dy_D.sum(axis=tokens).astype(bias_D.dtype)
   return dx_D.astype(x_D.dtype), dscale_D, dbias_D
 
 
-layer_norm.defvjp(_forward, _backward)
+_layer_norm.defvjp(_forward, _backward)
 
 
 class Stream(NamedTuple):
@@ -103,7 +108,7 @@ def add_layer_norm(
     axes: the mesh axes that split batch and time.
   """
   x_BTD, y_BTD, _ = stream
-  if not add_norm.runs_on(x_BTD, y_BTD):
+  if not add_norm.runs_on(x_BTD, y_BTD, stream.bias_D, scale_D, bias_D):
     s_BTD = stream.whole()
     return s_BTD, layer_norm(s_BTD, scale_D, bias_D, eps, y_BTD.dtype)
   return _by_kernel(stream, scale_D, bias_D, eps, axes)

@@ -78,7 +78,7 @@ def test_interpreted_kernel(
 
   monkeypatch.setattr(gpu, "PROGRAMS", programs)
   inputs, dy_BTD = _inputs(B, T, D, K, dtype)
-  assert kernel.runs_on(inputs[0], K)
+  assert kernel.runs_on(inputs[0], *inputs[2:])
   found = jax.jit(_both)(inputs, dy_BTD)
   _assert_near(found, _wanted(inputs, dy_BTD))
 
@@ -169,7 +169,7 @@ def test_the_kernel_lowers(hopper, shape) -> None:
 )
 def test_what_the_kernel_does_not_take(monkeypatch, shape, taps, dtype):
   monkeypatch.setattr(_compat, "is_hopper", lambda: True)
-  assert not kernel.runs_on(np.zeros(shape, dtype), taps)
+  assert not kernel.runs_on(np.zeros(shape, dtype), np.zeros((taps, shape[-1])))
 
 
 @on_the_card
@@ -178,7 +178,7 @@ def test_what_the_kernel_does_not_take(monkeypatch, shape, taps, dtype):
 )
 def test_the_kernel_on_the_card(B, T, D, K, dtype) -> None:
   inputs, dy_BTD = _inputs(B, T, D, K, dtype)
-  assert kernel.runs_on(inputs[0], K)
+  assert kernel.runs_on(inputs[0], *inputs[2:])
   call = jax.jit(_both)
   found = jax.device_get(call(inputs, dy_BTD))
   _assert_near(found, _wanted(inputs, dy_BTD))

@@ -59,7 +59,7 @@ def test_values_and_gradients_of_xla(dtype, of_sum) -> None:
   found = jax.device_get(jax.jit(_both)(*inputs))
   assert [x.dtype for x in found] == [dtype, dtype, np.float32]
   _assert_near(found, _wanted(*inputs), of_sum=of_sum)
-  assert not kernel.runs_on(inputs[0])
+  assert not kernel.runs_on(*inputs[:2])
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_interpreted_kernels(
   monkeypatch.setattr(gpu, "PROGRAMS", programs)
   monkeypatch.setattr(gpu, "PROGRAMS_BACKWARD", programs)
   inputs = _inputs(shape, dtype)
-  assert kernel.runs_on(inputs[0])
+  assert kernel.runs_on(*inputs[:2])
   found = jax.jit(_both)(*inputs)
   assert [x.dtype for x in found] == [dtype, dtype, np.float32]
   _assert_near(found, _wanted(*inputs))
@@ -201,7 +201,7 @@ def test_the_kernels_lower(hopper, width) -> None:
 )
 def test_what_the_kernels_do_not_take(monkeypatch, shape, dtype) -> None:
   monkeypatch.setattr(_compat, "is_hopper", lambda: True)
-  assert not kernel.runs_on(np.zeros(shape, dtype))
+  assert not kernel.runs_on(np.zeros(shape, dtype), np.zeros(shape[-1:]))
 
 
 @on_the_card
@@ -216,7 +216,7 @@ def test_what_the_kernels_do_not_take(monkeypatch, shape, dtype) -> None:
 )
 def test_the_kernels_on_the_card(shape, dtype) -> None:
   inputs = _inputs(shape, dtype)
-  assert kernel.runs_on(inputs[0])
+  assert kernel.runs_on(*inputs[:2])
   call = jax.jit(_both)
   found = jax.device_get(call(*inputs))
   _assert_near(found, _wanted(*inputs))

@@ -25,6 +25,7 @@ import optax
 
 from pallas_kernels import ShardAxes, _compat, cross_entropy as kernel
 from pallas_kernels.polynomial.spec import accumulator
+from pallas_kernels.varying import alike
 from rebased_jax import blocks
 
 
@@ -76,7 +77,8 @@ def cross_entropy(
     fixed = jax.tree.map(jax.lax.stop_gradient, tokens)
     return (weights_BM * tokens.nll_BM).sum(), fixed
   plan = _Plan(chunks, axes)
-  return _chunked(x_BMD, embedding_VD, targets_BM, weights_BM, plan)
+  arrays = alike(x_BMD, embedding_VD, targets_BM, weights_BM)
+  return _chunked(*arrays, plan)
 
 
 def _tokens(logits_V: Array, targets: Array) -> Tokens:
@@ -191,6 +193,7 @@ def _forward(x_BMD, embedding_VD, targets_BM, weights_BM, *, chunks, split):
 
   parts = _parts((x_BMD, targets_BM, weights_BM), chunks)
   zero = jnp.zeros((), accumulator(x_BMD.dtype))
+  zero, _ = alike(zero, parts)
   total, tokens = jax.lax.scan(part, zero, parts)
   return jax.lax.psum(total, split.names), _whole(tokens)
 
@@ -202,8 +205,9 @@ def _both(x_BMD, embedding_VD, targets_BM, weights_BM, *, chunks, split):
     total, dembedding_VD = carry
     x_BCD, targets_BC, weights_BC = inputs
     logits_BCV = blocks.logits(x_BCD, embedding_VD, x_BCD.dtype)
-    if split.has_whole_rows and kernel.runs_on(logits_BCV):
-      tokens, dlogits_BCV = _by_kernel(logits_BCV, targets_BC, weights_BC)
+    arrays = logits_BCV, targets_BC, weights_BC
+    if split.has_whole_rows and kernel.runs_on(*arrays):
+      tokens, dlogits_BCV = _by_kernel(*arrays)
     else:
       logits_BCV = logits_BCV.astype(dtype)
       tokens, total_BC = _tokens_of_part(logits_BCV, targets_BC)
@@ -221,6 +225,7 @@ def _both(x_BMD, embedding_VD, targets_BM, weights_BM, *, chunks, split):
 
   parts = _parts((x_BMD, targets_BM, weights_BM), chunks)
   zeros = jnp.zeros((), dtype), jnp.zeros(embedding_VD.shape, dtype)
+  zeros, _ = alike(zeros, parts)
   sums, of_tokens = jax.lax.scan(part, zeros, parts)
   total, dembedding_VD = jax.lax.psum(sums, split.names)
   tokens, dx_BMD = _whole(of_tokens)

@@ -4,10 +4,8 @@ import math
 import numbers
 
 import jax
-from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels import _compat
 from pallas_kernels.polynomial import spec
 from pallas_kernels.polynomial.passes import Kernel
 from pallas_kernels.polynomial.spec import Coefficients, State
@@ -77,15 +75,14 @@ def state(argument, state, B, H, F, P, coefficients, dtype) -> None:
       )
 
 
-def unchecked(implementation: str, *arrays_BT: Array) -> None:
+def unchecked(implementation: str, varies: frozenset[str]) -> None:
   """NotImplementedError in a `jax.shard_map` that checks what varies.
 
   Of a kernel's results jax does not know it, and gradients would be wrong.
   """
-  names = set().union(*map(_compat.varying_axes, arrays_BT))
-  if names:
+  if varies:
     raise NotImplementedError(
       f"implementation={implementation!r} inside a jax.shard_map over "
-      f"{sorted(names)} that checks what varies: expected check_vma=False "
+      f"{sorted(varies)} that checks what varies: expected check_vma=False "
       "there, or axes=ShardAxes(...) in place of it"
     )

@@ -7,6 +7,7 @@ these states, and makes those of the cotangents, from the end.
 More than 16 features are done by `gpu_wide.py`.
 """
 
+import jax
 from jax import Array
 import jax.numpy as jnp
 
@@ -45,6 +46,7 @@ def supports(
     (P > P_MAX, f"P={P}: 1 to {P_MAX}"),
     (kernel.coefficients.c2 <= 0, "c2 ≤ 0"),
     (kernel.eps <= 0, "eps = 0"),
+    (jax.config.jax_enable_x64, "jax_enable_x64"),
   ]
   refuse("gpu", reasons)
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from pallas_kernels.polynomial import spec
 from pallas_kernels.polynomial.passes import Kernel, keep, kept
 from pallas_kernels.polynomial.spec import State
+from pallas_kernels.varying import alike
 
 CHUNK = 64
 
@@ -260,6 +261,7 @@ def _scan(chunk, state, chunks, runs, *, reverse=False):
   if state is None:
     shapes, _ = jax.eval_shape(lambda x: step(None, x), first)
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  state, inputs = alike(state, inputs)
   return jax.lax.scan(step, state, inputs, reverse=reverse)
 
 
@@ -378,6 +380,8 @@ def _add_queries(dstate, q_BHCF, g_BHCP, dz_BHC, masks, kernel):
     coefficients=kernel.coefficients,
     dtype=dz_BHC.dtype,
   )
+  # The cotangent of a state that is whole would be summed over devices.
+  zero, *_ = alike(zero, q_BHCF, g_BHCP)
   through = lambda state: spec.query_state(q_BHCF, state, kernel.coefficients)
   (new,) = jax.vjp(through, zero)[1]((g_BHCP, dz_BHC))
   return _carry(dstate, new, masks)

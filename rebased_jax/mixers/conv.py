@@ -79,7 +79,9 @@ class BaseConv(base.Mixer):
 
   def _has_kernel(self, u_BTD, segment_ids, axes: ShardAxes | None) -> bool:
     whole = axes is None or axes.are_alone(axes.batch)
-    has_kernel = gated_conv.runs_on(u_BTD, self.kernel.shape[-2])
+    gate = self.gate.kernel[...], self.gate.bias[...]
+    taps = self.kernel[...], self.bias[...]
+    has_kernel = gated_conv.runs_on(u_BTD, *taps, *gate)
     return whole and segment_ids is None and has_kernel
 
   def init_state(self, batch: int) -> Array:

@@ -16,6 +16,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import document_runs
+from pallas_kernels.varying import alike
 
 # C, the tokens that are scanned at once. Larger ones take more levels of the
 # scan; with few rows they save steps that leave a device idle.
@@ -72,6 +73,7 @@ def selective_scan(
     h_CBIN = _states(decay_CBIN, drive_CBIN, h_BIN, starts_CB)
     return h_CBIN[-1], (h_CBIN * C_CBN[:, :, None]).sum(axis=-1)
 
+  A_IN, h_BIN, arrays = alike(A_IN, h_BIN, arrays)
   h_BIN, y = jax.lax.scan(body, h_BIN, jax.tree.map(chunks, arrays))
   y_TBI = y.reshape(count * size, *y.shape[2:])[:T]
   return jnp.moveaxis(y_TBI, 0, 1), h_BIN
@@ -82,7 +84,7 @@ def _states(decay_CBIN, drive_CBIN, h_BIN, starts_CB) -> Array:
   if starts_CB is not None:
     h_BIN = jnp.where(starts_CB[0, :, None, None], 0, h_BIN)
   drive_CBIN = drive_CBIN.at[0].add(decay_CBIN[0] * h_BIN)
-  return recurrence(decay_CBIN, drive_CBIN, starts_CB)
+  return recurrence(*alike(decay_CBIN, drive_CBIN, starts_CB))
 
 
 @jax.custom_vjp

@@ -27,6 +27,8 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
+from pallas_kernels.varying import alike
+
 # The exponent of no token. Finite: −∞ − −∞ is NaN.
 EMPTY = -1e38
 
@@ -64,7 +66,6 @@ def step(
   return y, _add(sums, w, k, v, jnp.ones_like(v))
 
 
-@jax.custom_vjp
 def wkv(
   k_BTD: Array,
   v_BTD: Array,
@@ -83,6 +84,11 @@ def wkv(
     sums: (B, D) of the first token's document.
     start_BT: True where another document starts than the token's before.
   """
+  return _wkv(*alike(k_BTD, v_BTD, w_D, u_D, sums, start_BT))
+
+
+@jax.custom_vjp
+def _wkv(k_BTD, v_BTD, w_D, u_D, sums: Sums, start_BT):
   return _forward(k_BTD, v_BTD, w_D, u_D, sums, start_BT)[0]
 
 
@@ -105,7 +111,7 @@ def _forward(k_BTD, v_BTD, w_D, u_D, sums, start_BT):
     return own(sums, inputs)[0], y.astype(v_BTD.dtype)
 
   inputs = (k_CBND, v_CBND, marks)
-  none = empty(k_CBND.shape[1:], w_D.dtype)
+  none, _ = alike(empty(k_CBND.shape[1:], w_D.dtype), inputs)
   local, _ = jax.lax.scan(own, none, inputs)
   after, before = _chain(sums, local, chunk_marks, w_D)
   _, y_CBND = jax.lax.scan(output, before, inputs)
@@ -145,7 +151,7 @@ def _from_the_left(w_D, u_D, before, inputs):
   Slopes count the decays in their own chunk alone, and so does dw.
   """
   w_11D, u_11D = w_D[None, None], u_D[None, None]
-  zero = jnp.zeros_like(before.maximum)
+  zero, _ = alike(jnp.zeros_like(before.maximum), before)
 
   def body(carry, inputs):
     sums, *slopes, dw, du = carry
@@ -187,14 +193,14 @@ def _from_the_right(w_D, u_D, end, chunk_marks, inputs):
     grads = dk.astype(k_CBND.dtype), dv.astype(v_CBND.dtype)
     return own(sums, inputs)[0], grads
 
-  none = empty(g_CBND.shape[1:], w_D.dtype)
+  none, _ = alike(empty(g_CBND.shape[1:], w_D.dtype), inputs)
   local, _ = jax.lax.scan(own, none, inputs, reverse=True)
   first, behind = _chain(end, local, chunk_marks, w_D, reverse=True)
   _, grads = jax.lax.scan(output, behind, inputs, reverse=True)
   return first, behind, grads
 
 
-wkv.defvjp(_forward, _backward)
+_wkv.defvjp(_forward, _backward)
 
 
 def _add(sums: Sums, w: Array, p: Array, x: Array, y: Array) -> Sums:
