@@ -1,7 +1,5 @@
 """What is known of the kernels over rows before Mosaic GPU is imported."""
 
-from typing import Any
-
 from jax import Array
 import jax.numpy as jnp
 
@@ -11,11 +9,11 @@ from pallas_kernels.varying import axes_of
 WARPGROUP = 128  # threads, that share a row or a part of it
 
 
-def takes(x: Array, *others: Any) -> bool:
+def takes(x: Array) -> bool:
   """Whether x is of 16 bits and not empty, and calls run on a Hopper GPU.
 
-  Not in a `jax.shard_map` that checks what x or others vary over, which jax
-  does not know of a kernel's results.
+  Not in a `jax.shard_map` that checks what x varies over, which jax does not
+  know of a kernel's results; a caller has made its arrays vary `alike`.
   """
   narrow = x.dtype in (jnp.bfloat16, jnp.float16) and x.size > 0
-  return narrow and not axes_of(x, others) and _compat.is_hopper()
+  return narrow and _compat.is_hopper() and not axes_of(x)

@@ -6,8 +6,11 @@ Where rows are long, a program takes some columns of them, "c".
 from collections.abc import Callable
 from typing import Any
 
-from jax import lax
+from jax import Array, lax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.hopper import WARPGROUP
 
 
 def row_kernel(
@@ -37,3 +40,25 @@ def over_rows(
   p = lax.axis_index("p")
   count = (rows - p + programs - 1) // programs
   return lax.fori_loop(0, count, lambda i, c: row(p + i * programs, c), carry)
+
+
+def split(D: int, most: int) -> tuple[int, int]:
+  """Columns of a program, at most so many a thread; and how many parts."""
+  sizes = (n * WARPGROUP for n in (8, 4, 2, 1) if n <= most)
+  width = next(size for size in sizes if D % size == 0)
+  return width, D // width
+
+
+def load(ref_W: Any) -> Array:
+  """In float32, a program's columns of a row: one vector of each thread."""
+  layout = _vectors(ref_W.shape[-1])
+  return plgpu.load(ref_W, layout=layout).astype(jnp.float32)
+
+
+def zeros(width: int) -> Array:
+  """Float32, as `load` has them."""
+  return plgpu.layout_cast(jnp.zeros(width, jnp.float32), _vectors(width))
+
+
+def _vectors(width: int):
+  return plgpu.Layout.WG_STRIDED((width,), vec_size=width // WARPGROUP)

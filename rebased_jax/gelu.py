@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes, gelu as kernel
 from pallas_kernels.polynomial.spec import accumulator
+from pallas_kernels.varying import alike
 from rebased_jax import channels
 from rebased_jax.on_devices import on_devices, over_tokens, rows
 
@@ -35,13 +36,14 @@ def gelu(z_BTD: Array, b_D: Array, *, axes: ShardAxes | None = None) -> Array:
   Raises:
     ValueError: the mesh does not fit the batch and the time.
   """
+  z_BTD, b_D = alike(z_BTD, b_D)
   if axes is None:
-    has_kernel = kernel.runs_on(z_BTD, b_D)
+    has_kernel = kernel.runs_on(z_BTD)
   else:
     axes.check(z_BTD.shape[0], None, z_BTD.shape[1])
     alone = axes.are_alone(axes.batch, axes.time, axes.heads)
     parts = axes.devices(axes.heads)
-    has_kernel = alone and kernel.runs_on(z_BTD, b_D, parts)
+    has_kernel = alone and kernel.runs_on(z_BTD, parts)
   return _by_kernel(z_BTD, b_D, axes) if has_kernel else _by_erf(z_BTD, b_D)
 
 

@@ -107,8 +107,9 @@ def add_layer_norm(
     eps: added to the variance.
     axes: the mesh axes that split batch and time.
   """
+  stream, scale_D, bias_D = alike(stream, scale_D, bias_D)
   x_BTD, y_BTD, _ = stream
-  if not add_norm.runs_on(x_BTD, y_BTD, stream.bias_D, scale_D, bias_D):
+  if not add_norm.runs_on(x_BTD, y_BTD):
     s_BTD = stream.whole()
     return s_BTD, layer_norm(s_BTD, scale_D, bias_D, eps, y_BTD.dtype)
   return _by_kernel(stream, scale_D, bias_D, eps, axes)

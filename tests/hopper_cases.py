@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import numpy as np
 import pytest
 
 from pallas_kernels import _compat
@@ -12,6 +13,21 @@ def on_the_card(test: Callable) -> Callable:
   """A test that runs where there is a Hopper GPU."""
   alone = pytest.mark.skipif(not _compat.is_hopper(), reason="no Hopper GPU")
   return pytest.mark.gpu(alone(test))
+
+
+def same_bits(call: Callable, *inputs) -> tuple:
+  """The arrays that a call returns, twice in the same bits."""
+  found, again = (jax.device_get(call(*inputs)) for _ in range(2))
+  for a, b in zip(found, again, strict=True):
+    np.testing.assert_array_equal(a, b)
+  return found
+
+
+def assert_gradients_near(found, wanted, limit: float) -> None:
+  """Each by its norm, of trees of the same shape."""
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    a, b = np.float64(a), np.float64(b)
+    assert np.linalg.norm(a - b) <= limit * np.linalg.norm(b)
 
 
 def assert_lowers(

@@ -4,6 +4,7 @@ import dataclasses
 import warnings
 
 from flax import nnx
+from hopper_cases import assert_gradients_near
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -67,8 +68,7 @@ def _assert_same_gradients(call, *inputs, whole: int, limit: float) -> None:
   with pytest.MonkeyPatch.context() as plain:
     plain.setattr(_compat, "is_hopper", lambda: False)
     wanted = jax.jit(jax.grad(call, argnums=numbers))(*inputs)
-  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-    assert np.linalg.norm(a - b) <= limit * np.linalg.norm(b)
+  assert_gradients_near(found, wanted, limit)
 
 
 def _of_model(config):

@@ -152,7 +152,7 @@ def test_calls_run_what_the_table_has_as_fastest(monkeypatch):
     with tuned.using(_table(_entry(shape, implementation=name))):
       found[name] = polynomial_attention(q, k, v)
       kernel = Kernel(REBASED, 1e-6)
-      assert api._choose("gpu", q, v, kernel, None, False, None, ()) == "gpu"
+      assert api._choose("gpu", q, v, kernel, None, False, None) == "gpu"
     np.testing.assert_array_equal(
       found[name], polynomial_attention(q, k, v, implementation=name)
     )

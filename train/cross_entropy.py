@@ -205,9 +205,8 @@ def _both(x_BMD, embedding_VD, targets_BM, weights_BM, *, chunks, split):
     total, dembedding_VD = carry
     x_BCD, targets_BC, weights_BC = inputs
     logits_BCV = blocks.logits(x_BCD, embedding_VD, x_BCD.dtype)
-    arrays = logits_BCV, targets_BC, weights_BC
-    if split.has_whole_rows and kernel.runs_on(*arrays):
-      tokens, dlogits_BCV = _by_kernel(*arrays)
+    if split.has_whole_rows and kernel.runs_on(logits_BCV):
+      tokens, dlogits_BCV = _by_kernel(logits_BCV, targets_BC, weights_BC)
     else:
       logits_BCV = logits_BCV.astype(dtype)
       tokens, total_BC = _tokens_of_part(logits_BCV, targets_BC)

@@ -17,11 +17,9 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array, lax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.hopper import WARPGROUP
-from pallas_kernels.row_kernel import row_kernel
+from pallas_kernels.row_kernel import load, row_kernel, split, zeros
 
 PROGRAMS = 7 * 132  # all at once on a Hopper's 132 multiprocessors
 f32 = jnp.float32
@@ -34,22 +32,16 @@ class _Part(NamedTuple):
   b: Array
   first: Array
   channels: pl.Slice
-  layout: Any
 
   def load(self, name: str, t: Array) -> Array:
-    return self.parameter(self.refs[name].at[self.b, t])
+    return load(self.refs[name].at[self.b, t, self.channels])
 
   def store(self, name: str, t: Array, x_W: Array) -> None:
     ref = self.refs[name]
     ref[self.b, t, self.channels] = x_W.astype(ref.dtype)
 
-  def parameter(self, ref_D) -> Array:
-    ref_W = ref_D.at[self.channels]
-    return plgpu.load(ref_W, layout=self.layout).astype(f32)
-
   def zero(self) -> Array:
-    zero_W = jnp.zeros(self.channels.size, f32)
-    return plgpu.layout_cast(zero_W, self.layout)
+    return zeros(self.channels.size)
 
 
 def backward(
@@ -70,23 +62,20 @@ def backward(
   """
   B, T, D = u_BTD.shape
   K = taps_KD.shape[0]
-  width = WARPGROUP * (1 + (D % (2 * WARPGROUP) == 0))
-  columns = D // width
+  width, columns = split(D, 2)
   chunks = max(PROGRAMS // (columns * B), 1)  # of a row
   tokens = -(-T // chunks)
   chunks = -(-T // tokens)
-  layout = plgpu.Layout.WG_STRIDED((width,), vec_size=width // WARPGROUP)
 
   def body(u, z, dy, taps, bias, of_z, du, dz, sums):
     p, at = lax.axis_index("p"), pl.ds(lax.axis_index("c") * width, width)
     b, first = p // chunks, p % chunks * tokens
     last = jnp.minimum(first + tokens, T)
     refs = dict(u=u, z=z, dy=dy, du=du, dz=dz)
-    part = _Part(refs, b, first, at, layout)
-    w = [part.parameter(taps.at[j]) for j in range(K)]
-    of_z_W = part.parameter(of_z)
-    found = _own_tokens(part, last, w, part.parameter(bias), of_z_W)
-    waiting, sums_W = found
+    part = _Part(refs, b, first, at)
+    w = [load(taps.at[j, at]) for j in range(K)]
+    of_z_W, bias_W = load(of_z.at[at]), load(bias.at[at])
+    waiting, sums_W = _own_tokens(part, last, w, bias_W, of_z_W)
     _next_tokens(part, last, T, w, of_z_W, waiting)
     for n, sum_W in enumerate(sums_W):
       sums[p, n, at] = sum_W

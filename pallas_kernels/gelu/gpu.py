@@ -17,11 +17,9 @@ import math
 import jax
 from jax import Array, lax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.hopper import WARPGROUP
-from pallas_kernels.row_kernel import over_rows, row_kernel
+from pallas_kernels.row_kernel import load, over_rows, row_kernel, split, zeros
 
 PROGRAMS = 10 * 132  # forward, all at once on a Hopper's 132 multiprocessors
 PROGRAMS_BACKWARD = 8 * 132
@@ -38,15 +36,15 @@ def forward(z_RD: Array, b_D: Array) -> Array:
     b_D: float32.
   """
   R, D = z_RD.shape
-  width, columns = _split(D)
+  width, columns = split(D, 8)
   programs = _programs(R, columns, PROGRAMS)
 
   def body(z, b, y):
     at = pl.ds(lax.axis_index("c") * width, width)
-    b_W = _load(b.at[at])
+    b_W = load(b.at[at])
 
     def row(r, carry):
-      x_W = _load(z.at[r, at]) + b_W
+      x_W = load(z.at[r, at]) + b_W
       y[r, at] = (x_W * _normal(x_W)[0]).astype(y.dtype)
       return carry
 
@@ -61,24 +59,23 @@ def forward(z_RD: Array, b_D: Array) -> Array:
 def backward(z_RD: Array, b_D: Array, dy_RD: Array) -> tuple[Array, Array]:
   """(dz in the dtype of z, db in float32)."""
   R, D = z_RD.shape
-  width, columns = _split(D)
+  width, columns = split(D, 8)
   programs = _programs(R, columns, PROGRAMS_BACKWARD)
 
   def body(z, b, dy, dz, parts):
     at = pl.ds(lax.axis_index("c") * width, width)
-    b_W = _load(b.at[at])
+    b_W = load(b.at[at])
 
     def row(r, db_W):
       # Both loads stand before the store, which nothing passes.
-      x_W, dy_W = _load(z.at[r, at]) + b_W, _load(dy.at[r, at])
+      x_W, dy_W = load(z.at[r, at]) + b_W, load(dy.at[r, at])
       below_W, bell_W = _normal(x_W)
       density_W = x_W * bell_W * (1 / math.sqrt(2 * math.pi))
       dz_W = dy_W * (below_W + density_W)
       dz[r, at] = dz_W.astype(dz.dtype)
       return db_W + dz_W
 
-    zero_W = plgpu.layout_cast(jnp.zeros(width, f32), _layout(width))
-    parts[lax.axis_index("p"), at] = over_rows(R, programs, row, zero_W)
+    parts[lax.axis_index("p"), at] = over_rows(R, programs, row, zeros(width))
 
   out = jax.typeof(z_RD), jax.ShapeDtypeStruct((programs, D), f32)
   kernel = row_kernel(
@@ -100,20 +97,6 @@ def _normal(x_W: Array) -> tuple[Array, Array]:
   return jnp.where(x_W < 0, tail_W, 1 - tail_W), bell_W
 
 
-def _split(D: int) -> tuple[int, int]:
-  """Columns of a program, 16 bytes a thread where they divide D; and parts."""
-  width = next(n * WARPGROUP for n in (8, 4, 2, 1) if D % (n * WARPGROUP) == 0)
-  return width, D // width
-
-
 def _programs(R: int, columns: int, all_at_once: int) -> int:
   """Of each part of the columns."""
   return min(R, max(all_at_once // columns, 1))
-
-
-def _layout(width: int):
-  return plgpu.Layout.WG_STRIDED((width,), vec_size=width // WARPGROUP)
-
-
-def _load(ref) -> Array:
-  return plgpu.load(ref, layout=_layout(ref.shape[-1])).astype(f32)

@@ -18,7 +18,7 @@ from pallas_kernels.polynomial import (
 )
 from pallas_kernels.polynomial.sharded import ShardAxes
 from pallas_kernels.polynomial.spec import REBASED, Coefficients, State
-from pallas_kernels.varying import alike, axes_of
+from pallas_kernels.varying import alike
 
 Implementation = Literal["gpu", "gpu_shared", "tpu", "xla", "reference"]
 IMPLEMENTATIONS: tuple[str, ...] = (
@@ -91,15 +91,14 @@ def polynomial_attention(
   if axes is not None:
     axes.check(B, H, T)
   states = initial_state is not None or return_state
-  varies = axes_of(q, k, v, segment_ids, initial_state)
-  name = _choose(
-    implementation, q, v, kernel, segment_ids, states, axes, varies
-  )
+  arrays = alike(q, k, v, segment_ids, initial_state)
+  q, k, v, segment_ids, initial_state = arrays
+  name = _choose(implementation, q, v, kernel, segment_ids, states, axes)
   if name == "reference":
     return _reference(q, k, v, kernel, segment_ids, initial_state, return_state)
   kernel = dataclasses.replace(kernel, by_shared=name == "gpu_shared")
   call = sharded.Call(_passes(name), kernel, axes, return_state)
-  o, state = sharded.attend(call, *alike(q, k, v, segment_ids, initial_state))
+  o, state = sharded.attend(call, *arrays)
   return (o, state) if return_state else o
 
 
@@ -257,7 +256,7 @@ def _on_a_tpu() -> tuple[str, str]:
 
 
 def _choose(
-  implementation, q, v, kernel, segment_ids, states: bool, axes, varies
+  implementation, q, v, kernel, segment_ids, states: bool, axes
 ) -> str:
   """The implementation of this call, which is known to be able to do it."""
   name, reason = which_implementation(implementation, axes=axes)
@@ -267,7 +266,7 @@ def _choose(
     return name
   states = states or (axes is not None and axes.time is not None)
   try:
-    checks.unchecked(name, varies)
+    checks.unchecked(name, q)
     _passes(name).supports(q, v, segment_ids, kernel, states=states)
   except NotImplementedError as error:
     if implementation is not None:

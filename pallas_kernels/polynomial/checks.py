@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels.polynomial import spec
 from pallas_kernels.polynomial.passes import Kernel
 from pallas_kernels.polynomial.spec import Coefficients, State
+from pallas_kernels.varying import axes_of
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -75,12 +76,12 @@ def state(argument, state, B, H, F, P, coefficients, dtype) -> None:
       )
 
 
-def unchecked(implementation: str, varies: frozenset[str]) -> None:
-  """NotImplementedError in a `jax.shard_map` that checks what varies.
+def unchecked(implementation: str, q) -> None:
+  """NotImplementedError in a `jax.shard_map` that checks what q varies over.
 
   Of a kernel's results jax does not know it, and gradients would be wrong.
   """
-  if varies:
+  if varies := axes_of(q):
     raise NotImplementedError(
       f"implementation={implementation!r} inside a jax.shard_map over "
       f"{sorted(varies)} that checks what varies: expected check_vma=False "

@@ -261,7 +261,7 @@ def _scan(chunk, state, chunks, runs, *, reverse=False):
   if state is None:
     shapes, _ = jax.eval_shape(lambda x: step(None, x), first)
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  state, inputs = alike(state, inputs)
+  state, _ = alike(state, inputs)
   return jax.lax.scan(step, state, inputs, reverse=reverse)
 
 
@@ -381,7 +381,7 @@ def _add_queries(dstate, q_BHCF, g_BHCP, dz_BHC, masks, kernel):
     dtype=dz_BHC.dtype,
   )
   # The cotangent of a state that is whole would be summed over devices.
-  zero, *_ = alike(zero, q_BHCF, g_BHCP)
+  zero, _ = alike(zero, g_BHCP)
   through = lambda state: spec.query_state(q_BHCF, state, kernel.coefficients)
   (new,) = jax.vjp(through, zero)[1]((g_BHCP, dz_BHC))
   return _carry(dstate, new, masks)

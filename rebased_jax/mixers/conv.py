@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import ShardAxes, document_runs, gated_conv
+from pallas_kernels.varying import alike
 from rebased_jax import channels
 from rebased_jax.mixers import base
 from rebased_jax.on_devices import on_devices, over_tokens
@@ -79,9 +80,9 @@ class BaseConv(base.Mixer):
 
   def _has_kernel(self, u_BTD, segment_ids, axes: ShardAxes | None) -> bool:
     whole = axes is None or axes.are_alone(axes.batch)
-    gate = self.gate.kernel[...], self.gate.bias[...]
-    taps = self.kernel[...], self.bias[...]
-    has_kernel = gated_conv.runs_on(u_BTD, *taps, *gate)
+    parameters = self.kernel, self.bias, self.gate.kernel, self.gate.bias
+    u_BTD, *_ = alike(u_BTD, *(x[...] for x in parameters))
+    has_kernel = gated_conv.runs_on(u_BTD, self.kernel.shape[-2])
     return whole and segment_ids is None and has_kernel
 
   def init_state(self, batch: int) -> Array:

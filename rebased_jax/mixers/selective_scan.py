@@ -84,7 +84,7 @@ def _states(decay_CBIN, drive_CBIN, h_BIN, starts_CB) -> Array:
   if starts_CB is not None:
     h_BIN = jnp.where(starts_CB[0, :, None, None], 0, h_BIN)
   drive_CBIN = drive_CBIN.at[0].add(decay_CBIN[0] * h_BIN)
-  return recurrence(*alike(decay_CBIN, drive_CBIN, starts_CB))
+  return recurrence(decay_CBIN, drive_CBIN, starts_CB)
 
 
 @jax.custom_vjp
