@@ -30,10 +30,10 @@ from data_cases import write_megatron, write_prepared  # noqa: E402
 from environment import moment  # noqa: E402
 import grain  # noqa: E402
 
-from train.data import plan as plans  # noqa: E402
 from train.data.batches import iterate  # noqa: E402
-from train.data.lm import LMBatches  # noqa: E402
-from train.data.rows import Layout  # noqa: E402
+from train.data.text import packing as plans  # noqa: E402
+from train.data.text.lm_batches import LMBatches  # noqa: E402
+from train.data.text.rows import Layout  # noqa: E402
 
 LENGTH, ROWS = 2048, 64
 VOCAB = 50_277

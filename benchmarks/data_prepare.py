@@ -28,9 +28,14 @@ from array_record.python.array_record_module import ArrayRecordReader  # noqa: E
 import numpy as np  # noqa: E402
 import tokenizers  # noqa: E402
 
-from train.data import prepare_shard, text, text_sources, tokenize  # noqa: E402
-from train.data.text_sources import Source  # noqa: E402
-from train.data.tokenize import Tokenizer  # noqa: E402
+from train.data.prepare import (  # noqa: E402
+  input_files,
+  read_documents,
+  shard,
+  tokenizer as tokenize,
+)
+from train.data.prepare.input_files import Source  # noqa: E402
+from train.data.prepare.tokenizer import Tokenizer  # noqa: E402
 
 COPIES, RUNS, VOCABULARY, LEAST = 2, 5, 8192, 0.8
 
@@ -40,17 +45,19 @@ def corpus() -> list[str]:
   nothing = lambda _: None
   return [
     found.text
-    for source in text_sources.find_sources((), "stdlib").sources
-    for found in text.read(source, text.Fields(), nothing, nothing)
-    if isinstance(found, text.Document) and found.text
+    for source in input_files.find_sources((), "stdlib").sources
+    for found in read_documents.read(
+      source, read_documents.Fields(), nothing, nothing
+    )
+    if isinstance(found, read_documents.Document) and found.text
   ]
 
 
 def one_shard(source: Source, tokenizer: Tokenizer, out: Path) -> float:
   """Processor seconds to make the shard."""
-  job = prepare_shard.Job(0, source, str(out), text.Fields())
+  job = shard.Job(0, source, str(out), read_documents.Fields())
   begin = time.process_time()
-  prepare_shard.write_shard(job, tokenizer, lambda _: None, lambda: False)
+  shard.write_shard(job, tokenizer, lambda _: None, lambda: False)
   return time.process_time() - begin
 
 
@@ -66,11 +73,11 @@ def prepare_rates() -> dict[str, float]:
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
     (folder / "out" / "prepare").mkdir(parents=True)
-    file = folder / "text.jsonl"
+    file = folder / "read_documents.jsonl"
     lines = (json.dumps(dict(text=value)) + "\n" for value in texts)
     file.write_text("".join(lines))
     (folder / "bpe.json").write_text(tokenize.train_bpe(texts, VOCABULARY))
-    (source,) = text_sources.find_sources([str(file)]).sources
+    (source,) = input_files.find_sources([str(file)]).sources
     tokenizer = tokenize.load(str(folder / "bpe.json"))
     bare = tokenizers.Tokenizer.from_file(str(folder / "bpe.json"))
     bare.encode_special_tokens = True

@@ -27,7 +27,7 @@ import text_run
 
 sys.path.insert(0, str(ROOT))
 
-from train.run_folder import RunFolder  # noqa: E402
+from train.records.run_folder import RunFolder
 
 IMPLEMENTATIONS = ("gpu", "xla")
 TEXT = dataclasses.replace(text_run.TINY, corpus_mb=24, vocab_size=8192)

@@ -113,8 +113,8 @@ CASES = {
 
 def config_of(case: Case) -> Any:
   """The run that the command would compile."""
+  from train.commands.arguments import CompileArgs
   from train.presets import make_presets
-  from train.train_args import CompileArgs
 
   return tyro.cli(
     CompileArgs,
@@ -125,11 +125,12 @@ def config_of(case: Case) -> Any:
 
 def record(case: Case) -> dict[str, Any]:
   """What XLA says of one case, and what it was asked."""
-  from train import aot, mesh as mesh_lib
+  from train.compile import report
+  from train.devices import mesh as mesh_lib
 
   config = config_of(case)
-  mesh = mesh_lib.make_mesh(config.mesh, aot.describe(case.topology))
-  result = aot.report(config, mesh)
+  mesh = mesh_lib.make_mesh(config.mesh, report.describe(case.topology))
+  result = report.report(config, mesh)
   sizes = {name: n for name, n in mesh.shape.items() if n > 1}
   return {
     "command": case.command,

@@ -11,8 +11,9 @@ from environment import ROOT
 sys.path.insert(0, str(ROOT))
 
 from rebased_jax import parameter_count  # noqa: E402
-from train import build, peaks  # noqa: E402
-from train.run_folder import RunFolder  # noqa: E402
+from train import build
+from train.devices import peaks
+from train.records.run_folder import RunFolder
 
 LABEL = (
   "A small run over Python sources and documents, to compare the systems at "

@@ -39,14 +39,10 @@ import jax.numpy as jnp  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec  # noqa: E402
 import numpy as np  # noqa: E402
 
-from pallas_kernels import (  # noqa: E402
-  REBASED,
-  _compat,
-  polynomial_attention,
-  zero_state,
-)
-from pallas_kernels.polynomial import tpu, tpu_sizes, xla_chunked  # noqa: E402
+from pallas_kernels import REBASED, devices, polynomial_attention, zero_state  # noqa: E402
+from pallas_kernels.polynomial import xla as xla_chunked  # noqa: E402
 from pallas_kernels.polynomial.passes import Kernel  # noqa: E402
+from pallas_kernels.polynomial.tpu import passes, sizes as tpu_sizes  # noqa: E402
 
 CAPTION = (
   "Static figures of the TPU compiler's schedule, not measured times; one "
@@ -72,13 +68,13 @@ def functions(F: int) -> dict:
   row = ShapeDtypeStruct((B, H, 1, T), jnp.float32)
 
   def forward(q, k, v):
-    return tpu.forward(q, k, v, None, None, kernel, return_state=False)[0]
+    return passes.forward(q, k, v, None, None, kernel, return_state=False)[0]
 
   def backward_queries(q, k, v, do):
-    return tpu.backward_queries(q, k, v, do, None, None, kernel)
+    return passes.backward_queries(q, k, v, do, None, None, kernel)
 
   def backward_keys(q, k, v, do, r, dz):
-    return tpu.backward_keys(
+    return passes.backward_keys(
       q, k, v, do, r, dz, None, None, kernel, return_state=False
     )[:2]
 
@@ -102,7 +98,7 @@ def compiled(generation: str, function, arrays):
   for path in glob.glob(f"{DUMP}/*"):
     os.remove(path)
   mesh = Mesh(
-    np.array(_compat.tpu_topology(generation)[:1]),
+    np.array(devices.tpu_topology(generation)[:1]),
     ("x",),
     axis_types=(AxisType.Auto,),
   )
@@ -150,7 +146,7 @@ def schedule(generation: str, kernel: str, F: int) -> dict:
 
 
 def _no_devices(generation: str) -> Mesh:
-  return Mesh(np.array(_compat.tpu_topology(generation)[:1]), ("x",))
+  return Mesh(np.array(devices.tpu_topology(generation)[:1]), ("x",))
 
 
 def sweep(generation: str, kernel: str, F: int) -> dict:

@@ -51,7 +51,8 @@ import train_step_run
 sys.path.insert(0, str(ROOT))
 
 from pallas_kernels.measure import UNTIMED  # noqa: E402
-from train import optimizer, peaks, step  # noqa: E402
+from train import optimizer, step
+from train.devices import peaks
 
 WARM, TRACED = 3, 4  # steps before the clock, and in the trace
 REMATS = ("none", "dots", "full")  # each takes less memory

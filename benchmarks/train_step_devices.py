@@ -19,8 +19,9 @@ import train_step_cases
 from train_step_cases import Case
 import train_step_run
 
-from train import build, mesh as mesh_lib, sharding
+from train import build
 from train.config import MeshConfig, RunConfig, TextData
+from train.devices import mesh as mesh_lib, sharding
 
 # Of the first losses, near ln V ≈ 11: the devices' dropout differs, by 1e-2 at
 # 512 tokens a row and less at more.

@@ -11,7 +11,7 @@ import train_step_cases
 from train_step_cases import Case
 
 from rebased_jax.mixers import AttentionConfig
-from train import peaks
+from train.devices import peaks
 
 NAME = "torch.compile"
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from train_step_cases import Case
 
-from train import peaks, sharding
+from train.devices import peaks, sharding
 
 
 class Runner:

@@ -4,6 +4,10 @@
 linear in time; `polynomial_attention_step` is one token of it.
 """
 
+from pallas_kernels.documents import (
+  document_runs as document_runs,
+  document_starts as document_starts,
+)
 from pallas_kernels.polynomial.api import (
   IMPLEMENTATIONS as IMPLEMENTATIONS,
   polynomial_attention as polynomial_attention,
@@ -12,13 +16,11 @@ from pallas_kernels.polynomial.api import (
   polynomial_attention_weights as polynomial_attention_weights,
   which_implementation as which_implementation,
 )
-from pallas_kernels.polynomial.sharded import ShardAxes as ShardAxes
 from pallas_kernels.polynomial.spec import (
   BASED as BASED,
   REBASED as REBASED,
   Coefficients as Coefficients,
   State as State,
-  document_runs as document_runs,
-  document_starts as document_starts,
   zero_state as zero_state,
 )
+from pallas_kernels.sharding import ShardAxes as ShardAxes

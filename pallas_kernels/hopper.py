@@ -3,8 +3,8 @@
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels import _compat
-from pallas_kernels.varying import axes_of
+from pallas_kernels import devices
+from pallas_kernels.sharding import axes_of
 
 WARPGROUP = 128  # threads, that share a row or a part of it
 
@@ -16,4 +16,4 @@ def takes(x: Array) -> bool:
   know of a kernel's results; a caller has made its arrays vary `alike`.
   """
   narrow = x.dtype in (jnp.bfloat16, jnp.float16) and x.size > 0
-  return narrow and _compat.is_hopper() and not axes_of(x)
+  return narrow and devices.is_hopper() and not axes_of(x)

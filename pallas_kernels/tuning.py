@@ -21,7 +21,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _compat, measure
+from pallas_kernels import devices, measure
 from pallas_kernels.polynomial import arg_specs, tuned
 from pallas_kernels.polynomial.arg_specs import ArgSpec
 from pallas_kernels.polynomial.tuned import DEFAULT, Entry, Shape, Sizes, Table
@@ -162,14 +162,14 @@ def _lower(spec: ArgSpec, implementation: str, sizes: Sizes, arrays):
   # What was traced with other sizes must not be taken again.
   jax.clear_caches()
   call = measure.operator(spec, implementation)
-  with tuned.using(Table(_compat.device_kind(), default=sizes)):
+  with tuned.using(Table(devices.device_kind(), default=sizes)):
     return jax.jit(measure.forward_and_backward(call)).lower(*arrays)
 
 
 def table_of(entries: tuple[Entry, ...]) -> Table:
   """This card's table of what was measured now."""
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-  return Table(_compat.device_kind(), jax.__version__, now, entries=entries)
+  return Table(devices.device_kind(), jax.__version__, now, entries=entries)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -179,13 +179,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--out", type=Path, help="instead of the package's file")
   args = parser.parse_args(argv)
   try:
-    _compat.check_gpu()
+    devices.check_gpu()
   except NotImplementedError as error:
     sys.exit(f"pallas_kernels.tuning: {error}")
   if args.specs and not args.out:
     parser.error("--specs needs --out: the card's table holds every shape")
   folder = Path(tuned.__file__).parent
-  out = args.out or folder / tuned.file_name(_compat.device_kind())
+  out = args.out or folder / tuned.file_name(devices.device_kind())
   timer, entries = device_timer(), ()
   for name in args.specs or every:
     entries += tune([every[name]], timer)

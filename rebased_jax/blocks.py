@@ -16,9 +16,10 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels import ShardAxes, _compat
-from pallas_kernels.polynomial.spec import accumulator
-from rebased_jax.layer_norm import LayerNorm, Stream
+from pallas_kernels import ShardAxes, devices
+from pallas_kernels.layer_norm.xla import Stream
+from pallas_kernels.numerics import accumulator
+from rebased_jax.layer_norm import LayerNorm
 from rebased_jax.mixers import base
 from rebased_jax.mlp import MLP
 
@@ -71,7 +72,7 @@ class ModelConfig:
   def scans(self) -> bool:
     """Whether layers are scanned over, on the device that calls run on."""
     if self.scan_layers is None:
-      return _compat.platform() != "gpu"
+      return devices.platform() != "gpu"
     return self.scan_layers
 
 

@@ -3,9 +3,8 @@
 from flax import nnx
 from jax import Array
 
-from pallas_kernels import ShardAxes
-from rebased_jax import channels
-from rebased_jax.gelu import gelu
+from pallas_kernels import ShardAxes, numerics as channels
+from pallas_kernels.gelu.xla import gelu
 from rebased_jax.mixers import base
 
 

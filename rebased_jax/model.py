@@ -17,9 +17,9 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes
+from pallas_kernels.layer_norm.xla import Stream
 from rebased_jax import blocks
 from rebased_jax.blocks import ModelConfig as ModelConfig, Pair
-from rebased_jax.layer_norm import Stream
 from rebased_jax.mixers import base
 
 

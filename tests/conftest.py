@@ -41,11 +41,11 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture
 def hopper(monkeypatch) -> None:
   """As if calls ran on a Hopper GPU, with a jax that has its kernels."""
-  from pallas_kernels import _compat
+  from pallas_kernels import devices
 
-  if not _compat.has_mosaic_gpu():
+  if not devices.has_mosaic_gpu():
     pytest.skip("the GPU kernels need jax ≥ 0.11")
-  monkeypatch.setattr(_compat, "is_hopper", lambda: True)
+  monkeypatch.setattr(devices, "is_hopper", lambda: True)
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import jax
 from jax.sharding import Mesh
 
 from rebased_jax import LM, ModelConfig
-from train import mesh as mesh_lib, optimizer, sharding, step
+from train import optimizer, step
 from train.config import RunConfig
+from train.devices import mesh as mesh_lib, sharding
 
 _DROPOUT = 1  # folded into the run's key; parameters use the key itself
 

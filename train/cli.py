@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, value in _COMPILE_ONLY.items():
       os.environ.setdefault(name, value)
   # Not at the top: jax and orbax take seconds that a wrong word need not wait.
-  from train.checkpoint import CheckpointError
-  from train.data.patience import DataTimeout
+  from train.checkpoint.checkpoints import CheckpointError
+  from train.data.timeout import DataTimeout
   from train.loop import TrainingFailed
 
   try:
@@ -116,8 +116,8 @@ def _preset(args: list[str], command: str = "train") -> tuple[str, "RunConfig"]:
 
 
 def _train(args: list[str]) -> int:
-  from train import distributed
-  from train.train_args import TrainArgs
+  from train.commands.arguments import TrainArgs
+  from train.devices import processes
 
   name, preset = _preset(args)
   parsed = tyro.cli(
@@ -126,11 +126,11 @@ def _train(args: list[str]) -> int:
     args=args[1:],
     default=TrainArgs(preset),
   )
-  distributed.start(parsed.distributed)
+  processes.start(parsed.distributed)
   if parsed.run_dir is None and parsed.distributed != "off":
     raise ValueError(
       "--run-dir: expected a folder that all processes share, with "
-      f"--distributed {parsed.distributed}"
+      f"--processes {parsed.distributed}"
     )
   time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
   default = f"runs/{name}-{time}"
@@ -139,19 +139,20 @@ def _train(args: list[str]) -> int:
 
 
 def _resume(args: list[str]) -> int:
-  from train import distributed
-  from train.train_args import ResumeArgs, of_run
+  from train.commands.arguments import ResumeArgs, of_run
+  from train.devices import processes
 
   parsed, config = of_run(ResumeArgs, "rebased resume", args)
-  distributed.start(parsed.distributed)
+  processes.start(parsed.distributed)
   return _run(config, parsed.run_dir, parsed.allow_data_change)
 
 
 def _run(config: "RunConfig", run_dir: str, allow_data_change: bool) -> int:
   import jax
 
-  from train import loop, report
-  from train.run_folder import RunFolder
+  from train import loop
+  from train.records import report
+  from train.records.run_folder import RunFolder
 
   console = Console(quiet=jax.process_index() != 0)
   folder = RunFolder(run_dir)
@@ -171,13 +172,14 @@ def _run(config: "RunConfig", run_dir: str, allow_data_change: bool) -> int:
 
 
 def _evaluate(args: list[str]) -> int:
-  from train import distributed, report
-  from train.run_folder import RunFolder
-  from train.train_args import EvaluateArgs, of_run, with_recall
+  from train.commands.arguments import EvaluateArgs, of_run, with_recall
+  from train.devices import processes
+  from train.records import report
+  from train.records.run_folder import RunFolder
 
   parsed, config = of_run(EvaluateArgs, "rebased evaluate", args)
   config = with_recall(config, parsed.recall, parsed.recall_limit)
-  distributed.start(parsed.distributed)
+  processes.start(parsed.distributed)
   folder = RunFolder(parsed.run_dir)
   return report.evaluate_run(
     config,
@@ -190,23 +192,23 @@ def _evaluate(args: list[str]) -> int:
 
 
 def _generate(args: list[str]) -> int:
-  from train import complete
-  from train.train_args import GenerateArgs
+  from train.commands import generate
+  from train.commands.arguments import GenerateArgs
 
   parsed = tyro.cli(GenerateArgs, prog="rebased generate", args=args)
-  how = complete.Sampling(
+  how = generate.Sampling(
     parsed.tokens, parsed.temperature, parsed.top_k, parsed.seed
   )
-  named = complete.Named(parsed.step, parsed.tokenizer, parsed.eos)
-  print(complete.complete(parsed.run_dir, parsed.prompt, how, named))
+  named = generate.Named(parsed.step, parsed.tokenizer, parsed.eos)
+  print(generate.complete(parsed.run_dir, parsed.prompt, how, named))
   return 0
 
 
 def _inspect(args: list[str]) -> int:
   from rebased_jax.presets import make_models
-  from train import inspect_data, inspect_run
+  from train.commands import inspect_data, inspect_run
+  from train.commands.arguments import InspectArgs, InspectDataArgs
   from train.presets import make_presets
-  from train.train_args import InspectArgs, InspectDataArgs
 
   if args[:1] == ["data"] and (len(args) > 1 or not os.path.isdir("data")):
     parsed = tyro.cli(
@@ -229,8 +231,8 @@ def _inspect(args: list[str]) -> int:
 
 
 def _compile(args: list[str]) -> int:
-  from train import aot
-  from train.train_args import CompileArgs
+  from train.commands.arguments import CompileArgs
+  from train.compile import report as aot
 
   name, preset = _preset(args, "compile")
   parsed = tyro.cli(
@@ -243,23 +245,23 @@ def _compile(args: list[str]) -> int:
 
 
 def _prepare(args: list[str]) -> int:
-  from train.data import commands
+  from train.commands import prepare
 
   before = signal.signal(signal.SIGTERM, _terminate)
   try:
-    return commands.run_prepare(args)
+    return prepare.run_prepare(args)
   finally:
     signal.signal(signal.SIGTERM, before)
 
 
 def _tokenizer(args: list[str]) -> int:
-  from train.data import commands
+  from train.commands import prepare
 
-  return commands.run_tokenizer(args)
+  return prepare.run_tokenizer(args)
 
 
 def _count(args: list[str]) -> int:
-  from train.data import count
+  from train.commands import count
 
   return count.run_count(args)
 
@@ -282,7 +284,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _doctor(args: list[str]) -> int:
-  from train import doctor
+  from train.commands import doctor
 
   if args in (["-h"], ["--help"]):
     print("usage: rebased doctor\n\n" + doctor.__doc__)

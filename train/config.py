@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 from rebased_jax import MIXER_CONFIGS, ModelConfig
 from train.data import batches
-from train.data_config import (
+from train.data.config import (
   DataConfig as DataConfig,
   MQARData as MQARData,
   MQARPaperData as MQARPaperData,
   MQARStreamData as MQARStreamData,
   TextData as TextData,
 )
-from train.mesh import MeshConfig as MeshConfig
+from train.devices.mesh import MeshConfig as MeshConfig
 from train.optimizer import OptimizerConfig as OptimizerConfig
 
 VERSION = 1  # of the JSON form

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 
-from train import sharding
 from train.build import Built
 from train.data import batches as batches_lib
+from train.devices import sharding
 
 
 def evaluate(

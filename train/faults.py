@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from train import build
-from train.checkpoint import Checkpoints
+from train.checkpoint.checkpoints import Checkpoints
 from train.data.batches import Batches
-from train.run_folder import RunFolder
+from train.records.run_folder import RunFolder
 
 IN_A_ROW = 20  # skipped steps that a run survives
 DUMPS = 10  # skipped batches that a run keeps

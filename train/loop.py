@@ -14,29 +14,20 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from train import (
-  affine,
-  build as build_lib,
-  distributed,
-  evaluate,
-  mesh as mesh_lib,
-  mesh_report,
-  metrics as metrics_lib,
-  sharding,
-  start as start_lib,
-  wandb_run,
-)
+from train import affine, build as build_lib, evaluate, start as start_lib
 from train.build import Built
-from train.checkpoint import Checkpoints
+from train.checkpoint.checkpoints import Checkpoints
 from train.config import RunConfig, fingerprint, to_dict
 from train.console import Display
 from train.data import batches as batches_lib
-from train.data.patience import DataTimeout
+from train.data.timeout import DataTimeout
+from train.devices import mesh as mesh_lib, mesh_report, processes, sharding
 from train.faults import Faults, TrainingFailed as TrainingFailed
-from train.gauges import Gauges
 from train.preempt import Preemption
-from train.profile import Profile
-from train.run_folder import RunFolder
+from train.records import metrics as metrics_lib, wandb
+from train.records.gauges import Gauges
+from train.records.profile import Profile
+from train.records.run_folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +62,7 @@ class Loop:
     self.display: Display | None = None
     self.pending: tuple[int, Any, float, jax.Array | None] | None = None
     several = jax.process_count() > 1
-    self.vote = distributed.Vote(built.mesh) if several else None
+    self.vote = processes.Vote(built.mesh) if several else None
     self.signal = 0  # that a process was sent, known to all
     self.held_out: dict[str, float] = meta.get("held_out", {})
     self.faults = Faults(
@@ -244,7 +235,7 @@ def train(
     weights = None
     if config.init_from is not None and not folder.config_file.exists():
       weights = start_lib.source_weights(config, built)
-    wandb_run.check(config)
+    wandb.check(config)
     start_lib.try_data(config)
     # What a step refuses, it refuses before there is a folder.
     built.train_step.eval_shape(*build_lib.inputs(config, built))

@@ -5,9 +5,9 @@ import jax
 
 from rebased_jax import LM
 from train import build
-from train.checkpoint import restore_params
+from train.checkpoint.checkpoints import restore_params
 from train.config import RunConfig
-from train.run_folder import RunFolder
+from train.records.run_folder import RunFolder
 
 
 def params(

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-from train import build as build_lib, distributed
+from train import build as build_lib
 from train.build import Built
-from train.checkpoint import (
+from train.checkpoint.checkpoints import (
   CheckpointError,
   Checkpoints,
   NoCheckpointError,
@@ -22,7 +22,8 @@ from train.config import (
   of_mesh,
 )
 from train.data import batches as batches_lib
-from train.run_folder import RunFolder, RunFolderError
+from train.devices import processes
+from train.records.run_folder import RunFolder, RunFolderError
 
 
 def source_weights(config: RunConfig, built: Built) -> tuple[Any, str]:
@@ -84,7 +85,7 @@ def claimed(
     RunFolderError: it cannot be used, or another run is training in it.
   """
   failure = None
-  distributed.all_processes(True)  # each has seen what was there before
+  processes.all_processes(True)  # each has seen what was there before
   with contextlib.ExitStack() as locks:
     if jax.process_index() == 0:
       try:
@@ -92,7 +93,7 @@ def claimed(
         locks.enter_context(folder.locked())
       except RunFolderError as error:
         failure = error
-    if not distributed.all_processes(failure is None):
+    if not processes.all_processes(failure is None):
       raise failure or RunFolderError(f"{folder.path}: refused by process 0")
     yield
 

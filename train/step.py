@@ -17,10 +17,11 @@ from jax import Array
 import jax.numpy as jnp
 import optax
 
+from pallas_kernels.cross_entropy.xla import cross_entropy
 from rebased_jax import ShardAxes
-from train import affine, recall
-from train.cross_entropy import cross_entropy
-from train.recall import Recall
+from train import affine
+from train.data import recall
+from train.data.recall import Recall
 
 Batch = dict[str, Array]
 State = dict[str, Any]  # step, ok, params, opt_state

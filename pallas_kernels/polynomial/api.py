@@ -7,18 +7,17 @@ import warnings
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels import _compat
+from pallas_kernels import devices, documents as documents_lib, numerics
 from pallas_kernels.polynomial import (
   checks,
   decode,
-  sharded,
+  operator as sharded,
   spec,
   tuned,
-  xla_chunked,
+  xla,
 )
-from pallas_kernels.polynomial.sharded import ShardAxes
 from pallas_kernels.polynomial.spec import REBASED, Coefficients, State
-from pallas_kernels.varying import alike
+from pallas_kernels.sharding import ShardAxes, alike
 
 Implementation = Literal["gpu", "gpu_shared", "tpu", "xla", "reference"]
 IMPLEMENTATIONS: tuple[str, ...] = (
@@ -176,7 +175,7 @@ def polynomial_attention_at(
   inside_BM = (positions >= 0) & (positions < T)
   mask_BMT = positions[:, :, None] >= jnp.arange(T)[None, None]
   if segment_ids is not None:
-    runs_BT = spec.document_runs(segment_ids)
+    runs_BT = documents_lib.document_runs(segment_ids)
     own_BM = jnp.take_along_axis(runs_BT, positions, axis=1)
     mask_BMT = mask_BMT & (own_BM[:, :, None] == runs_BT[:, None])
   o_BMHP = spec.reference(
@@ -217,10 +216,10 @@ def which_implementation(
     NotImplementedError: the named one cannot run here.
   """
   if implementation is None:
-    if _compat.platform() == "tpu":
+    if devices.platform() == "tpu":
       return _on_a_tpu()
     try:
-      _compat.check_gpu()
+      devices.check_gpu()
     except NotImplementedError as error:
       return "xla", str(error)
     return "gpu", (
@@ -233,9 +232,9 @@ def which_implementation(
       f"{IMPLEMENTATIONS}"
     )
   if implementation in ("gpu", "gpu_shared"):
-    _compat.check_gpu()
+    devices.check_gpu()
   if implementation == "tpu":
-    _compat.tpu_generation()
+    devices.tpu_generation()
   if implementation == "reference" and axes is not None and axes.time:
     raise NotImplementedError(
       f"implementation='reference' does not split time (axes.time="
@@ -246,7 +245,7 @@ def which_implementation(
 
 def _on_a_tpu() -> tuple[str, str]:
   try:
-    generation = _compat.tpu_generation()
+    generation = devices.tpu_generation()
   except NotImplementedError as error:
     return "xla", str(error)
   return (
@@ -261,7 +260,7 @@ def _choose(
   """The implementation of this call, which is known to be able to do it."""
   name, reason = which_implementation(implementation, axes=axes)
   if name not in ("gpu", "gpu_shared", "tpu"):
-    if implementation is None and _compat.platform() != "cpu":
+    if implementation is None and devices.platform() != "cpu":
       warnings.warn(f"polynomial_attention runs 'xla': {reason}", stacklevel=3)
     return name
   states = states or (axes is not None and axes.time is not None)
@@ -283,16 +282,16 @@ def _choose(
 
 def _passes(name: str):
   if name == "xla":
-    return xla_chunked
+    return xla
   # Not at the top: Pallas takes long to import, and older jax cannot import
   # what the GPU kernels are written with.
   if name == "tpu":
-    from pallas_kernels.polynomial import tpu
+    from pallas_kernels.polynomial.tpu import passes
 
-    return tpu
-  from pallas_kernels.polynomial import gpu
+    return passes
+  from pallas_kernels.polynomial.gpu import passes
 
-  return gpu
+  return passes
 
 
 def _reference(q, k, v, kernel, segment_ids, initial_state, return_state):
@@ -300,7 +299,7 @@ def _reference(q, k, v, kernel, segment_ids, initial_state, return_state):
   mask_BTS = jnp.tril(jnp.ones((1, T, T), bool))
   first_BT = last_BT = None
   if segment_ids is not None:
-    runs_BT = spec.document_runs(segment_ids)
+    runs_BT = documents_lib.document_runs(segment_ids)
     mask_BTS = mask_BTS & (runs_BT[:, :, None] == runs_BT[:, None])
     first_BT, last_BT = runs_BT == 0, runs_BT == runs_BT[:, -1:]
   o = spec.reference(
@@ -315,7 +314,7 @@ def _reference(q, k, v, kernel, segment_ids, initial_state, return_state):
   )
   if not return_state:
     return o
-  acc = spec.accumulator(q.dtype)
+  acc = numerics.accumulator(q.dtype)
   k_BHTF, v_BHTP = (jnp.moveaxis(x.astype(acc), 2, 1) for x in (k, v))
   last_B1T = None if last_BT is None else last_BT[:, None]
   state = spec.key_state(k_BHTF, v_BHTP, kernel.coefficients, last_B1T)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels.polynomial import spec
 from pallas_kernels.polynomial.passes import Kernel
 from pallas_kernels.polynomial.spec import Coefficients, State
-from pallas_kernels.varying import axes_of
+from pallas_kernels.sharding import axes_of
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 

@@ -27,6 +27,8 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.numerics import accumulator, precision
+
 
 @dataclasses.dataclass(frozen=True)
 class Coefficients:
@@ -72,11 +74,6 @@ class State(NamedTuple):
 
   kv_BHEP: Array
   kk_BHGG: Array
-
-
-def accumulator(dtype) -> jnp.dtype:
-  """The dtype of sums: float32, or float64 for float64 inputs."""
-  return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def sizes(F: int, coefficients: Coefficients) -> tuple[int, int]:
@@ -155,23 +152,6 @@ def derivative(s: Array, coefficients: Coefficients) -> Array:
   return coefficients.c1 + 2 * coefficients.c2 * s
 
 
-def document_runs(segment_ids_BT: Array) -> Array:
-  """Numbers the documents of each row 0, 1, …: a document is a run of one id.
-
-  An id that comes again after another one is a new document.
-  """
-  border_BT = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
-  runs_BT = jnp.cumsum(border_BT, axis=1, dtype=jnp.int32)
-  return jnp.pad(runs_BT, ((0, 0), (1, 0)))
-
-
-def document_starts(runs_BT: Array) -> Array:
-  """The place in the row of the first token of each token's document."""
-  t_1T = jnp.arange(runs_BT.shape[1], dtype=jnp.int32)[None]
-  border_BT = jnp.pad(runs_BT[:, 1:] != runs_BT[:, :-1], ((0, 0), (1, 0)))
-  return jax.lax.cummax(jnp.where(border_BT, t_1T, 0), axis=1)
-
-
 def with_skew(
   state: State, outer: State | None, joined_B: Array | None = None
 ) -> State:
@@ -225,12 +205,6 @@ def contract(w_ts: Array, x_s: Array, mask_ts: Array | None) -> Array:
   y_tp = einsum(w_ts, jnp.where(finite_s[..., None], x_s, 0))
   spoilt_t = (mask_ts & ~finite_s[..., None, :]).any(axis=-1)
   return jnp.where(spoilt_t[..., None], jnp.nan, y_tp)
-
-
-def precision(dtype) -> jax.lax.Precision:
-  """Full precision for float32 and float64 operands on every device."""
-  low = jnp.dtype(dtype).itemsize < 4
-  return jax.lax.Precision.DEFAULT if low else jax.lax.Precision.HIGHEST
 
 
 def reference(

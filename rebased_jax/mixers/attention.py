@@ -19,7 +19,7 @@ from flax import nnx
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels import ShardAxes, _compat
+from pallas_kernels import ShardAxes, devices
 from rebased_jax.mixers import base, softmax
 
 IMPLEMENTATIONS = ("xla", "cudnn")
@@ -257,7 +257,7 @@ class Attention(base.Mixer):
         "AttentionConfig.implementation='cudnn' keeps no documents apart: "
         "expected no segment_ids, or 'xla'"
       )
-    reason = _compat.why_not_cudnn(self.dtype, self.width // self.heads)
+    reason = devices.why_not_cudnn(self.dtype, self.width // self.heads)
     if named and reason is not None:
       raise NotImplementedError(
         f"AttentionConfig.implementation='cudnn' {reason}"

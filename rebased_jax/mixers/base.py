@@ -19,8 +19,7 @@ from jax import Array
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from pallas_kernels import ShardAxes
-from rebased_jax import channels
+from pallas_kernels import ShardAxes, numerics as channels
 
 MixerState = Any
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # of a computation

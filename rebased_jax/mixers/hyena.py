@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import ShardAxes
-from pallas_kernels.polynomial.spec import accumulator
+from pallas_kernels.numerics import accumulator
 from rebased_jax.mixers import base, conv
 
 FAST, SLOW, TARGET = 0.3, 1.5, 1e-2  # at p = FAST·L a quick channel has TARGET

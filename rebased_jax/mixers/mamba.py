@@ -23,8 +23,9 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes
-from pallas_kernels.polynomial.spec import accumulator
-from rebased_jax.mixers import base, conv, selective_scan
+from pallas_kernels.numerics import accumulator
+from pallas_kernels.selective_scan import xla
+from rebased_jax.mixers import base, conv
 
 DELTA = (1e-3, 0.1)  # Δ of zero input, as intended
 
@@ -150,7 +151,7 @@ class Mamba(base.Mixer):
     R, N = self.dt_proj.kernel.shape[-2], self.A_log.shape[-1]
     dt_BTR, B_BTN, C_BTN = jnp.split(steered, (R, R + N), axis=-1)
     u_BTI = u_BTI.astype(self.acc)
-    y_BTI, h_BIN = selective_scan.selective_scan(
+    y_BTI, h_BIN = xla.selective_scan(
       u_BTI,
       jax.nn.softplus(self.dt_proj(dt_BTR)),
       -jnp.exp(self.A_log[...].astype(self.acc)),

@@ -24,9 +24,8 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import REBASED
-from pallas_kernels.polynomial.spec import accumulator
-from rebased_jax.channels import row
-from rebased_jax.layer_norm import layer_norm
+from pallas_kernels.layer_norm.xla import layer_norm
+from pallas_kernels.numerics import accumulator, row
 from rebased_jax.mixers import base, polynomial
 
 NORM_EPS = 1e-5

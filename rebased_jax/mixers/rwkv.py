@@ -9,7 +9,7 @@ with x = 0 before a document's first token, and each channel's mean of values
     wkv_t = (Σ_{i<t} e^{(t−1−i) w + k_i} v_i + e^{u + k_t} v_t)
             / (the same without v),       w = −e^{decay}
 
-in chunks, without the official CUDA kernel's limit of 2048 tokens; `wkv.py` has
+in chunks, without the official CUDA kernel's limit of 2048 tokens; `xla.py` has
 the recurrence. A decay above 40 counts as 40, where e^w has long been 0.
 """
 
@@ -21,10 +21,10 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels import ShardAxes, document_runs
-from pallas_kernels.polynomial.spec import accumulator
-from rebased_jax import channels
-from rebased_jax.mixers import base, wkv
+from pallas_kernels import ShardAxes, document_runs, numerics as channels
+from pallas_kernels.numerics import accumulator
+from pallas_kernels.wkv import xla
+from rebased_jax.mixers import base
 
 _LARGEST_DECAY = 40.0
 
@@ -64,7 +64,7 @@ class RWKVState(NamedTuple):
   """What RWKV keeps of a document's past."""
 
   last_BD: Array  # the last token, in the mixer's dtype
-  sums: wkv.Sums  # (B, D) each, float32: Σ e^{…} v, Σ e^{…}, over e^maximum
+  sums: xla.Sums  # (B, D) each, float32: Σ e^{…} v, Σ e^{…}, over e^maximum
 
 
 class RWKV(base.Mixer):
@@ -128,7 +128,7 @@ class RWKV(base.Mixer):
   def init_state(self, batch: int) -> RWKVState:
     shape = batch, self.width
     return RWKVState(
-      jnp.zeros(shape, self.dtype), wkv.empty(shape, self.sums_dtype)
+      jnp.zeros(shape, self.dtype), xla.empty(shape, self.sums_dtype)
     )
 
   def prefill(
@@ -148,7 +148,7 @@ class RWKV(base.Mixer):
     k_BD, v_BD = self._keys_and_values(x_BD, state.last_BD)
     cast = lambda x: x.astype(self.sums_dtype)
     w_1D, u_1D = self._decay_and_first()
-    o_BD, sums = wkv.step(
+    o_BD, sums = xla.step(
       cast(k_BD), cast(v_BD), w_1D[None], u_1D[None], state.sums
     )
     o_BD = self._rounded(o_BD).astype(self.dtype)
@@ -169,7 +169,7 @@ class RWKV(base.Mixer):
       before_BTD = jnp.where(start_BT[..., None], 0, before_BTD)
     k_BTD, v_BTD = self._keys_and_values(x_BTD, before_BTD)
     w_D, u_D = self._decay_and_first()
-    o_BTD, sums = wkv.wkv(k_BTD, v_BTD, w_D, u_D, state.sums, start_BT)
+    o_BTD, sums = xla.wkv(k_BTD, v_BTD, w_D, u_D, state.sums, start_BT)
     o_BTD = self._rounded(o_BTD)
     o_BMD, x_BMD, before_BMD = (
       base.take_positions(x, positions_BM) for x in (o_BTD, x_BTD, before_BTD)

@@ -11,9 +11,8 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels import document_runs, document_starts
-from pallas_kernels.polynomial.spec import accumulator, precision
-from rebased_jax import channels
+from pallas_kernels import document_runs, document_starts, numerics as channels
+from pallas_kernels.numerics import accumulator, precision
 
 ROTARY_BASE = 10000.0
 

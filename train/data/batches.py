@@ -26,7 +26,7 @@ import grain
 import numpy as np
 
 from train.data.checks import require as require
-from train.data.patience import DataTimeout, within
+from train.data.timeout import DataTimeout, within
 
 Batch = dict[str, np.ndarray]
 Fingerprint = dict[str, int | str | float]

@@ -22,7 +22,7 @@ from importlib import resources
 import json
 import math
 
-from pallas_kernels import _compat
+from pallas_kernels import devices
 
 # As the kernels take them: tokens of a chunk, values of a program.
 CHUNK, WIDTH = 64, 64
@@ -271,4 +271,4 @@ def using(table: Table) -> Iterator[None]:
 def here() -> Table:
   """The table of `using`, or of this process's card."""
   chosen = _chosen.get()
-  return of_device(_compat.device_kind()) if chosen is None else chosen
+  return of_device(devices.device_kind()) if chosen is None else chosen

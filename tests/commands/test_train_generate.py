@@ -1,0 +1,183 @@
+"""`rebased generate`: whose text it prints, and what it refuses."""
+
+import dataclasses
+import json
+from pathlib import Path
+import shutil
+
+from data_cases import EOS, write_megatron
+import jax
+import numpy as np
+from prepare_cases import jsonl, records, run as prepare
+import pytest
+from text_cases import (
+  DOCUMENTS,
+  finished as finished,
+  folder as folder,
+  make_config,
+)
+from train_cases import call as call, run, tiny, trainer as trainer
+
+from rebased_jax import generate
+from train import load
+from train.commands import generate as complete
+from train.commands.generate import Named, Sampling
+from train.data.prepare import tokenizer as tokenize
+
+_BYTES = tokenize.ByteTokenizer()
+
+
+def test_it_prints_what_the_model_generates(call, finished: Path) -> None:
+  prompt = "déf"
+  tokens = np.array([[*prompt.encode()]], np.int32)
+  for options, how in (
+    (("--temperature", "0"), dict()),
+    (
+      ("--seed", "7", "--temperature", "2", "--top-k", "40"),
+      dict(temperature=2.0, top_k=40, key=jax.random.key(7)),
+    ),
+  ):
+    words = ("generate", str(finished), "--prompt", prompt, "--tokens", "12")
+    code, out, err = call(*words, *options)
+    assert (code, err) == (0, "")
+    rest = generate(load(finished), tokens, steps=12, **how)[0].tolist()
+    if EOS in rest:
+      rest = rest[: rest.index(EOS)]
+    expected = bytes([*tokens[0], *rest]).decode(errors="replace")
+    assert out == expected + "\n" and expected != prompt
+  found = [
+    complete.complete(finished, "a", Sampling(12, 2.0, seed=seed))
+    for seed in (0, 0, 1)
+  ]
+  assert found[0] == found[1] != found[2]
+  early = complete.complete(finished, "a", Sampling(12, 0.0), Named(step=2))
+  assert early != complete.complete(finished, "a", Sampling(12, 0.0))
+
+
+def test_a_document_ends_the_text(finished: Path, monkeypatch) -> None:
+  tokens = np.array([98, 99, EOS, 100], np.int32)
+  monkeypatch.setattr(complete, "sample", lambda *_: tokens)
+  assert complete.complete(finished, "a", Sampling(4)) == "abc"
+  tokens[2] = 101
+  assert complete.complete(finished, "a", Sampling(4)) == "abced"
+
+
+def test_what_it_refuses(call, finished: Path, tmp_path: Path) -> None:
+  mqar = tmp_path / "mqar"
+  run(tiny(steps=4), mqar)
+  bare = tmp_path / "bare"
+  bare.mkdir()
+  shutil.copy(finished / "config.json", bare)
+  for words, expected in (
+    ((mqar, "--prompt", "x"), "MQARStreamData: expected a language model"),
+    ((tmp_path / "none", "--prompt", "x"), "no run folder"),
+    ((bare, "--prompt", "x"), "no checkpoint yet"),
+    ((finished,), "--prompt"),
+    ((finished, "--prompt", ""), "prompt='': expected some text"),
+    ((tmp_path / "none", "--prompt", ""), "prompt='': expected some text"),
+    ((finished, "--prompt", "\udcff"), "prompt='\\udcff': "),
+    ((finished, "--prompt", "x" * 9, "--tokens", "9"), "at most 16 tokens"),
+    ((finished, "--prompt", "x", "--tokens", "0"), "tokens=0"),
+    ((finished, "--prompt", "x", "--temperature", "-1"), "temperature=-1"),
+    ((finished, "--prompt", "x", "--temperature", "nan"), "temperature=nan"),
+    ((finished, "--prompt", "x", "--top-k", "0"), "top_k=0"),
+    ((finished, "--prompt", "x", "--top-k", "999"), "at most the 257"),
+    (
+      (finished, "--prompt", "x", "--top-k", "3", "--temperature", "0"),
+      "None with temperature=0",
+    ),
+    ((finished, "--prompt", "x", "--seed", "-1"), "seed=-1"),
+    ((finished, "--prompt", "x", "--tokenizer", "a.json"), "'a.json'"),
+    ((finished, "--prompt", "x", "--eos", "x"), "eos='x'"),
+    ((finished, "--prompt", "x", "--step", "77"), "77"),
+  ):
+    code, out, err = call("generate", *map(str, words))
+    assert code == 2 and out == "" and "Traceback" not in err, (words, err)
+    assert expected in err.replace("\n", " "), (words, err)
+  code, out, err = call(
+    "generate", str(finished), "--prompt=-x y", "--tokens", "1"
+  )
+  assert code == 0 and out.startswith("-x y"), err
+  # 9 and 8 tokens: the last is predicted, and never read.
+  code, _, err = call(
+    *("generate", str(finished), "--prompt", "x" * 9, "--tokens", "8")
+  )
+  assert code == 0, err
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory) -> tuple[Path, Path]:
+  """A prepared set with a tokenizer of its own, and a run on it."""
+  place = tmp_path_factory.mktemp("learnt")
+  (place / "x.jsonl").write_bytes(jsonl(records(60)))
+  texts = [x["text"] for x in records(60)]
+  (place / "t.json").write_text(tokenize.train_bpe(texts, 300))
+  prepare([place / "x.jsonl"], place / "set", tokenizer=str(place / "t.json"))
+  data = dict(held_out="end")
+  config = make_config(place / "set", data=data, model=dict(vocab_size=320))
+  run(dataclasses.replace(config, steps=4, eval_every=4), place / "run")
+  return place / "set", place / "run"
+
+
+def test_the_tokenizer_is_the_data_sets(call, learnt, tmp_path: Path) -> None:
+  data, path = learnt
+  tokenizer = tokenize.load(str(data))
+  words = ("generate", str(path), "--tokens", "4", "--prompt", "déjà vu 日本")
+  code, out, err = call(*words)
+  assert code == 0 and out.startswith("déjà vu 日本"), err
+  assert len(tokenizer.encode(["déjà vu 日本"])[0]) < 13  # 4 more fit 16
+  file = data / "tokenizer.json"
+  sound = file.read_text()
+  other = json.loads(sound)
+  other["added_tokens"][0]["normalized"] ^= True
+  try:
+    file.write_text(json.dumps(other))
+    code, _, err = call(*words)
+    assert code == 2 and f"{str(file)!r}: its SHA-256 is" in err, err
+    code, _, err = call(*words, "--tokenizer", str(file))
+    assert code == 2 and "of the tokenizer that made the tokens" in err
+    file.unlink()
+    code, _, err = call(*words)
+    assert code == 2 and f"{str(file)!r}: expected" in err, err
+    assert "; --tokenizer names one" in err
+    (tmp_path / "moved.json").write_text(sound)
+    again = call(*words, "--tokenizer", str(tmp_path / "moved.json"))
+    assert again == (0, out, "")
+  finally:
+    file.write_text(sound)
+  sidecar = data / "dataset.json"
+  sidecar.rename(data / "away")
+  code, _, err = call(*words)
+  assert code == 2 and "no dataset.json" in err
+  (data / "away").rename(sidecar)
+
+
+def test_megatrons_data_needs_a_tokenizer(call, tmp_path: Path) -> None:
+  path = write_megatron(tmp_path / "d", DOCUMENTS)
+  config = make_config(path, steps=4, eval_every=4, save_every=4)
+  run(config, tmp_path / "run")
+  words = (
+    "generate",
+    str(tmp_path / "run"),
+    "--prompt",
+    "def",
+    "--tokens",
+    "3",
+  )
+  code, _, err = call(*words)
+  assert code == 2 and "Megatron's format names no tokenizer" in err
+  code, out, err = call(*words, "--tokenizer", "bytes")
+  assert code == 0 and out.startswith("def"), err
+  big = tmp_path / "big.json"
+  big.write_text(tokenize.train_bpe(["some text, some more text"], 262))
+  code, _, err = call(*words, "--tokenizer", str(big))
+  assert code == 2 and "model.vocab_size=257: expected at least 262" in err
+
+
+def test_one_tokenizer_for_a_mixture(call, learnt, folder, tmp_path) -> None:
+  data, _ = learnt
+  paths = dict(path=(str(folder), str(data)))
+  config = make_config(folder, data=paths, model=dict(vocab_size=320))
+  with pytest.raises(ValueError, match=f"{data}: its tokenizer's SHA-256"):
+    run(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()

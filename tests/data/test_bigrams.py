@@ -1,0 +1,157 @@
+"""Counts of pairs against a slow count, their table, and rare AR targets."""
+
+from collections import Counter
+from pathlib import Path
+
+from data_cases import documents, write_megatron, write_prepared
+import numpy as np
+import pytest
+from text_cases import (
+  DOCUMENTS,
+  evaluated,
+  finished as finished,
+  folder as folder,
+  make_config,
+  make_options,
+)
+from train_cases import call as call, trainer as trainer
+
+from train.data import recall
+from train.data.text import bigrams
+from train.data.text.rows import open_source
+from train.data.text.source import DataError
+
+
+def _slowly(texts) -> dict[tuple[int, int], int]:
+  stream = [int(x) for text in texts for x in text]
+  return dict(Counter(zip(stream, stream[1:], strict=False)))
+
+
+def _as_dict(counts: bigrams.Counts) -> dict[tuple[int, int], int]:
+  return {
+    (int(pair) >> 32, int(pair) & 0xFFFFFFFF): int(n)
+    for pair, n in zip(*counts, strict=True)
+  }
+
+
+@pytest.fixture(params=[7, 100, 1 << 22])
+def chunk(request, monkeypatch) -> int:
+  """Pairs at a time: borders inside documents, and merges on the way."""
+  monkeypatch.setattr(bigrams, "_CHUNK", request.param)
+  monkeypatch.setattr(bigrams, "_MERGED", 3)
+  return request.param
+
+
+def test_counts_are_those_of_a_slow_count(tmp_path, chunk) -> None:
+  texts = [x % 9 for x in documents(40, most=30)]
+  texts[3] = texts[3][:0]  # an empty one
+  prepared = write_prepared(tmp_path / "set", (texts[:17], texts[17:]))
+  megatron = write_megatron(tmp_path / "name", texts)
+  for path in (prepared, megatron):
+    found = _as_dict(bigrams.count(open_source(str(path))))
+    assert found == _slowly(texts) and len(found) > 60
+
+
+def test_pairs_across_rows_do_not_count(tmp_path, chunk, monkeypatch) -> None:
+  texts = [np.arange(i, i + 5) % 7 for i in range(20)]
+  path = write_prepared(tmp_path / "set", (texts[:9], texts[9:]))
+  source = open_source(str(path))
+  monkeypatch.setattr(type(source), "row_length", 4)
+  found = _as_dict(bigrams.count(source))
+  assert found == dict(sum((Counter(_slowly([x])) for x in texts), Counter()))
+
+
+def test_a_table_holds_what_was_counted(tmp_path) -> None:
+  texts = [x % 9 for x in documents(40, most=30)]
+  path = str(write_prepared(tmp_path / "set", (texts,)))
+  slow = _slowly(texts)
+  assert bigrams.write(path) == (len(slow), len(slow))
+  for limit in (0, 3, 10):
+    wanted = {pair for pair, n in slow.items() if n > limit}
+    found = bigrams.frequent([path], limit)
+    assert set(_as_dict((found, found))) == wanted
+  kept, total = bigrams.write(path, least=5)
+  assert kept == sum(n >= 5 for n in slow.values()) < total == len(slow)
+  assert len(bigrams.frequent([path], 4)) == kept
+  with pytest.raises(DataError, match="less than 5 counts: expected at most 4"):
+    bigrams.frequent([path], 3)
+  other = str(write_prepared(tmp_path / "other", (texts[:9],)))
+  bigrams.write(other)
+  with pytest.raises(DataError, match="expected at most 1; `rebased count"):
+    bigrams.frequent([path, other], 10)
+  bigrams.write(path)
+  both = Counter(slow) + Counter(_slowly(texts[:9]))
+  found = bigrams.frequent([path, other], 10)
+  assert len(found) == sum(n > 10 for n in both.values())
+
+
+def test_tables_that_are_refused(tmp_path) -> None:
+  texts = documents(9)
+  path = write_prepared(tmp_path / "set", (texts,))
+  with pytest.raises(DataError, match=f"`rebased count {path}` makes it"):
+    bigrams.frequent([str(path)], 3)
+  bigrams.write(str(path))
+  table = bigrams.table_path(str(path))
+  for name, how in (
+    ("tokenizer", dict(tokenizer="another.json")),
+    ("index", dict(vocab_size=300)),
+  ):
+    other = write_prepared(tmp_path / name, (texts,), **how)
+    bigrams.table_path(str(other)).write_bytes(table.read_bytes())
+    with pytest.raises(DataError, match=f"or tokenizer: .*{name} was"):
+      bigrams.frequent([str(other)], 3)
+  table.write_bytes(table.read_bytes()[:100])
+  with pytest.raises(DataError, match="no table of counts"):
+    bigrams.frequent([str(path)], 3)
+  with pytest.raises(ValueError, match="least=0: expected 1 or more"):
+    bigrams.write(str(path), least=0)
+
+
+def _shares(folder: Path, limit: int | None) -> dict[str, float]:
+  return evaluated(make_config(folder, data=dict(recall_limit=limit)))
+
+
+def test_only_rare_targets_are_ar(folder) -> None:
+  bigrams.write(str(folder))
+  slow, limit = _slowly(DOCUMENTS), 20
+  data = make_config(folder).data.eval_batches(8, 0)
+  ar = tokens = 0
+  for index in range(data.num_batches):
+    batch = data.read(index)
+    seen_BT = np.asarray(recall.recalled(batch, "bigram"))
+    pairs = zip(batch["tokens"].ravel(), batch["targets"].ravel(), strict=True)
+    rare = [slow[int(a), int(b)] <= limit for a, b in pairs]
+    rare_BT = np.reshape(rare, seen_BT.shape)
+    ar += (batch["weights"] * seen_BT * rare_BT).sum()
+    tokens += batch["weights"].sum()
+  found, every = _shares(folder, limit), _shares(folder, None)
+  np.testing.assert_allclose(found["ar_share"], ar / tokens)
+  assert 0 < found["ar_share"] < every["ar_share"]
+  np.testing.assert_allclose(found["loss"], every["loss"], rtol=1e-6)
+  assert _shares(folder, 10**9)["ar_share"] == every["ar_share"]
+
+
+def test_commands(call, folder, finished) -> None:
+  config = make_config(folder)
+  table = bigrams.table_path(str(folder))
+  table.unlink(missing_ok=True)
+  words = ("evaluate", str(finished), "--recall-limit", "20")
+  code, _, err = call(*words)
+  assert code == 2 and f"`rebased count {folder}` makes it" in err
+  train = ("train", "lm-tiny", *make_options(config))
+  code, _, err = call(*train, "--data.recall-limit", "20")
+  assert code == 2 and "rebased count" in err
+  assert list(Path.cwd().iterdir()) == []
+  code, out, err = call("count", str(folder))
+  assert code == 0 and table.exists() and "pairs" in out, err
+  code, out, err = call(*words)
+  assert code == 0 and "AR share" in out, err
+  shares = [
+    float(text.partition("AR share of targets")[2].split("│")[1])
+    for text in (out, call("evaluate", str(finished))[1])
+  ]
+  assert 0 < shares[0] < shares[1]
+  code, _, err = call(*words, "--recall", "unigram")
+  assert code == 2 and "with data.recall='bigram'" in err
+  code, _, err = call("count", "nowhere")
+  assert code == 2 and "expected a prepared folder" in err

@@ -1,0 +1,166 @@
+"""What `prepare` refuses, by name, and changes nothing."""
+
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+from prepare_cases import jsonl, records, run, tree, write_formats
+import pytest
+
+from train.data.prepare import input_files
+from train.data.prepare.run import PrepareConfig
+from train.data.prepare.shard import DataError
+
+
+def test_another_data_set_is_refused_by_what_differs(tmp_path):
+  folder, out = tmp_path / "in", tmp_path / "out"
+  write_formats(folder)
+  run([folder], out)
+  whole = tree(out)
+  for options, expected in (
+    (dict(text_field="meta"), "fields.text was 'text', is 'meta'"),
+    (dict(eos="none"), "tokenizer.eos was 256, is None"),
+    (dict(max_document_mb=1), "fields.most_bytes was"),
+    (dict(row_length=8), "rows.length was None, is 8"),
+  ):
+    with pytest.raises(ValueError, match=expected):
+      run([folder], out, **options)
+  (folder / "new.jsonl").write_bytes(jsonl(records(1)))
+  with pytest.raises(ValueError, match="input new.jsonl is new"):
+    run([folder], out)
+  (folder / "new.jsonl").unlink()
+  a = (folder / "a.jsonl").read_bytes()
+  (folder / "a.jsonl").write_bytes(a + b"\n")
+  with pytest.raises(ValueError, match=r"input a.jsonl had [\d,]+ bytes"):
+    run([folder], out)
+  (folder / "a.jsonl").write_bytes(a.replace(b"vu", b"uv"))
+  with pytest.raises(ValueError, match="a.jsonl changed since shard-00000"):
+    run([folder], out)
+  (folder / "a.jsonl").unlink()
+  with pytest.raises(ValueError, match="input a.jsonl is gone"):
+    run([folder], out)
+  (folder / "a.jsonl").write_bytes(a)  # of another time, and the same
+  run([folder], out)
+  assert tree(out) == whole
+
+
+def test_wrong_arguments_name_themselves(tmp_path):
+  (tmp_path / "x.jsonl").write_bytes(jsonl(records(1)))
+  (tmp_path / "x.csv.gz").write_bytes(b"")
+  (tmp_path / "full").mkdir()
+  (tmp_path / "full" / "mine").write_text("")
+  good, out = [tmp_path / "x.jsonl"], tmp_path / "out"
+  for inputs, options, expected in (
+    ([], {}, "inputs=()"),
+    ([tmp_path / "none"], {}, "no such plain file"),
+    ([tmp_path / "x.csv.gz"], {}, "expected .jsonl"),
+    (good, dict(corpus="stdlib"), "expected one of them"),
+    ([], dict(corpus="web"), "corpus='web'"),
+    (good, dict(tokenizer="none.json"), "tokenizer='none.json'"),
+    (good, dict(eos="</s>"), "eos='</s>'"),
+    (good, dict(shard="2/2"), "shard='2/2'"),
+    (good, dict(shard="x"), "shard='x'"),
+    (good, dict(text_field="a..b"), "text_field='a..b'"),
+    (good, dict(max_document_mb=0), "max_document_mb=0"),
+  ):
+    with pytest.raises(ValueError) as error:
+      run(inputs, out, **options)
+    assert expected in str(error.value)
+  assert not out.exists()
+  with pytest.raises(ValueError, match="is not empty"):
+    run(good, tmp_path / "full")
+  with pytest.raises(ValueError, match="lies in the input folder"):
+    run([tmp_path], out)
+  with pytest.raises(ValueError, match="workers=-1"):
+    PrepareConfig("out", workers=-1)
+
+
+def test_no_file_is_passed_over_in_silence(tmp_path):
+  folder = tmp_path / "in"
+  folder.mkdir()
+  (folder / "a.txt").write_text("a")
+  (folder / "b.txt").symlink_to(tmp_path / "none")
+  os.mkfifo(folder / "c.txt")  # reading it would wait for ever
+  found = input_files.find_sources([str(folder)])
+  assert [x.name for x in found.sources[0].files] == ["a.txt"]
+  assert dict(found.left_out) == {"a broken link or no plain file": 2}
+  with pytest.raises(ValueError, match="no such plain file"):
+    input_files.find_sources([str(folder / "c.txt")])
+  Path(os.fsdecode(os.fsencode(folder) + b"/\xff.txt")).write_text("a")
+  with pytest.raises(ValueError, match="expected a name in UTF-8"):
+    input_files.find_sources([str(folder)])
+
+
+def test_two_processes_do_not_make_the_same_shard(tmp_path):
+  write_formats(tmp_path / "in")
+  hold = (
+    "import sys; from train.data import prepare_plan as p\n"
+    "from train.data import text, input_files, tokenize\n"
+    "from pathlib import Path\n"
+    "found = input_files.find_sources([sys.argv[1]]).sources\n"
+    "plan = p.make_plan(found, tokenize.load('bytes').spec, text.Fields())\n"
+    "with p.claimed(Path(sys.argv[2]), plan) as file:\n"
+    "  p.lock(file, [2]); print('held', flush=True); sys.stdin.read()\n"
+  )
+  out = tmp_path / "out"
+  with subprocess.Popen(
+    [sys.executable, "-c", hold, str(tmp_path / "in"), str(out)],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as process:
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match="another process.*shard-00002"):
+      run([tmp_path / "in"], out)
+    assert run([tmp_path / "in"], out, shard="1/4") is None
+    process.stdin.close()
+  assert run([tmp_path / "in"], out) is not None
+
+
+def test_a_first_try_that_failed_is_told_from_work(tmp_path):
+  (tmp_path / "x.jsonl").write_bytes(jsonl([dict(content="a")]))
+  out = tmp_path / "out"
+  with pytest.raises(DataError, match=r"\['content'\] \(--text-field\); --on"):
+    run([tmp_path / "x.jsonl"], out)
+  hint = "is 'content'; choose another --out, or delete the folder: no shard"
+  with pytest.raises(ValueError, match=hint):
+    run([tmp_path / "x.jsonl"], out, text_field="content")
+  done = tmp_path / "done"
+  run([tmp_path / "x.jsonl"], done, text_field="content")
+  with pytest.raises(ValueError, match="choose another --out$"):
+    run([tmp_path / "x.jsonl"], done)
+
+
+def test_a_folder_without_text_says_what_is_in_it(tmp_path):
+  folder = tmp_path / "in"
+  folder.mkdir()
+  for files, expected in (
+    ((), "but nothing; --text-suffixes"),
+    (("a.py", "b.py", "c.png"), "but 2 with .py, 1 with .png; --text-suffixes"),
+  ):
+    for name in files:
+      (folder / name).write_text("text")
+    with pytest.raises(ValueError) as error:
+      run([folder], tmp_path / "out")
+    assert expected in str(error.value)
+  assert not (tmp_path / "out").exists()
+  dataset = run([folder], tmp_path / "out", text_suffixes=(".py",))
+  assert dataset["documents"] == 2
+
+
+def test_a_changed_file_of_a_group_is_named(tmp_path):
+  folder, out = tmp_path / "in", tmp_path / "out"
+  folder.mkdir()
+  for i in range(9):
+    (folder / f"{i}.txt").write_text(f"text {i}")
+  run([folder], out)
+  (folder / "3.txt").write_text("text 3")  # of another time, and the same
+  run([folder], out)
+  (folder / "4.txt").write_text("tExt 4")
+  with pytest.raises(ValueError, match="^4.txt changed since shard-00000"):
+    run([folder], out)
+  for i in range(9):
+    (folder / f"{i}.txt").write_text(f"tExt {i}")
+  with pytest.raises(ValueError, match="^0.txt, .* 4.txt and 4 more changed"):
+    run([folder], out)

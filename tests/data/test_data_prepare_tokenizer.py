@@ -1,0 +1,134 @@
+"""Tokenizers: a trained one loses nothing, a file is used as it says."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from prepare_cases import jsonl, run, shard_texts, write_formats
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, processors
+
+from train import cli
+from train.data.prepare import tokenizer as tokenize
+from train.data.prepare.shard import DataError
+
+_TEXTS = [f"the cat {i} sat on the mat; déjà vu 日本\n\t{i}" for i in range(99)]
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory) -> str:
+  path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+  path.write_text(tokenize.train_bpe(_TEXTS, 400))
+  return str(path)
+
+
+def test_learning_is_deterministic_and_compresses(learnt):
+  assert tokenize.train_bpe(iter(_TEXTS), 400) == Path(learnt).read_text()
+  tokenizer = tokenize.load(learnt)
+  assert 257 < tokenizer.spec.vocab_size <= 400
+  assert tokenizer.spec.eos == 0
+  tokens = tokenizer.encode(_TEXTS)
+  size = sum(len(text.encode()) for text in _TEXTS)
+  assert sum(map(len, tokens)) < size / 3
+  assert all(x.dtype == np.dtype("<u2") for x in tokens)
+
+
+def test_any_text_comes_back(learnt):
+  tokenizer = tokenize.load(learnt)
+  odd = ["", " ", "a\0b", "<|endoftext|>", "𝄞\r\n\u2028", " x ", "\ufffd"]
+  for text, tokens in zip(odd, tokenizer.encode(odd), strict=True):
+    assert tokenizer.decode(tokens) == text
+    assert tokenizer.spec.eos not in tokens  # text cannot end a document
+
+
+def test_a_files_cutting_padding_and_templates_are_not_used(learnt, tmp_path):
+  whole = tokenizers.Tokenizer.from_file(learnt)
+  whole.enable_truncation(4)
+  whole.enable_padding(length=6)
+  whole.post_processor = processors.TemplateProcessing(
+    single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+  )
+  whole.save(str(tmp_path / "t.json"))
+  plain, odd = tokenize.load(learnt), tokenize.load(str(tmp_path / "t.json"))
+  for a, b in zip(plain.encode(_TEXTS), odd.encode(_TEXTS), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert plain.spec.sha256 != odd.spec.sha256
+
+
+def test_a_vocabulary_beyond_16_bits_takes_32(tmp_path):
+  words = {f"w{i}": i for i in range(70_000)} | {"</s>": 70_000}
+  whole = tokenizers.Tokenizer(models.WordLevel(words, unk_token="w0"))
+  whole.pre_tokenizer = pre_tokenizers.Whitespace()
+  path = tmp_path / "big.json"
+  whole.save(str(path))
+  (tmp_path / "x.jsonl").write_bytes(jsonl([dict(text="w1 w69999 w5")]))
+  inputs, out = [tmp_path / "x.jsonl"], tmp_path / "out"
+  dataset = run(inputs, out, tokenizer=str(path))
+  assert (dataset["dtype"], dataset["vocab_size"]) == ("uint32", 70_001)
+  assert dataset["eos"] == 70_000
+  with pytest.raises(ValueError, match="eos='<nul>'"):
+    run(inputs, out, tokenizer=str(path), eos="<nul>")
+
+
+def test_the_tokenizer_is_copied_and_another_one_refused(learnt, tmp_path):
+  data = write_formats(tmp_path / "in")
+  out = tmp_path / "out"
+  dataset = run([tmp_path / "in"], out, tokenizer=learnt)
+  assert (out / "tokenizer.json").read_bytes() == Path(learnt).read_bytes()
+  assert dataset["tokenizer"]["name"] == "tokenizer.json"
+  assert shard_texts(out) == [[x["text"] for x in v] for v in data.values()]
+  other = tmp_path / "other.json"
+  other.write_text(tokenize.train_bpe(_TEXTS, 300))
+  with pytest.raises(ValueError, match="tokenizer.sha256 was"):
+    run([tmp_path / "in"], out, tokenizer=str(other))
+
+
+def test_a_text_that_a_tokenizer_refuses_is_named(tmp_path):
+  words = {"a": 0, "b": 1, "</s>": 2}
+  whole = tokenizers.Tokenizer(models.WordLevel(words, unk_token="none"))
+  whole.pre_tokenizer = pre_tokenizers.Whitespace()
+  whole.save(str(tmp_path / "t.json"))
+  texts = [dict(text=x) for x in ("a b", "a c", "b")]
+  (tmp_path / "x.jsonl").write_bytes(jsonl(texts))
+  options = dict(tokenizer=str(tmp_path / "t.json"))
+  with pytest.raises(DataError, match="x.jsonl, line 2: the tokenizer failed"):
+    run([tmp_path / "x.jsonl"], tmp_path / "out", **options)
+  options |= dict(on_error="skip")
+  dataset = run([tmp_path / "x.jsonl"], tmp_path / "out", **options)
+  assert (dataset["documents"], dataset["skipped"]) == (2, 1)
+
+
+def test_wrong_tokenizers_are_refused(tmp_path):
+  bad = tmp_path / "t.json"
+  bad.write_text('{"a": 1}')
+  with pytest.raises(ValueError, match=r"t.json: no tokenizer.json"):
+    tokenize.load(str(bad))
+  tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(bad))
+  with pytest.raises(ValueError, match="eos='auto': .* has none of"):
+    tokenize.load(str(bad))
+  assert tokenize.load(str(bad), "none").spec.eos is None
+  assert tokenize.load(str(bad), "a").spec.eos == 0
+  with pytest.raises(ValueError, match="vocab_size=100: expected at least 257"):
+    tokenize.train_bpe(["a"], 100)
+
+
+def test_the_command_learns_one_from_files(tmp_path, capsys):
+  write_formats(tmp_path / "in")
+  out = tmp_path / "new" / "tokenizer.json"
+  words = ["tokenizer", "train", str(tmp_path / "in"), "--out", str(out)]
+  for code in (0, 2):
+    with pytest.raises(SystemExit) as stop:
+      cli.main([*words, "--vocab-size", "300"])
+    assert stop.value.code == code
+  shown = capsys.readouterr()
+  assert "300 tokens, from 80 documents" in shown.out
+  assert "it exists" in shown.err
+  assert len(json.loads(out.read_text())["model"]["vocab"]) == 300
+  (tmp_path / "in" / "a.jsonl").write_text("{")
+  words[-1] = str(tmp_path / "b.json")
+  with pytest.raises(SystemExit) as stop:
+    cli.main(words)
+  assert stop.value.code == 1
+  assert "a.jsonl, line 1" in capsys.readouterr().err
+  assert not (tmp_path / "b.json").exists()

@@ -1,0 +1,201 @@
+"""Prepared data sets: their documents, and what is refused of them."""
+
+import json
+from pathlib import Path
+import pickle
+import shutil
+
+from array_record.python.array_record_module import ArrayRecordWriter
+from data_cases import documents, write_prepared
+import grain
+import numpy as np
+import pytest
+
+from train.data.text.arrayrecord import PreparedSource
+from train.data.text.source import DataError, Pieces, sampled_hash
+
+_TEXTS = documents(30, seed=3)
+_SHARDS = (_TEXTS[:11], _TEXTS[11:11], _TEXTS[11:])  # the second is empty
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+  return write_prepared(tmp_path / "set", _SHARDS, domains=("wiki", "code"))
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_documents_over_shards(tmp_path: Path, dtype: str) -> None:
+  texts = [x + 70_000 * (dtype == "uint32") for x in _TEXTS]
+  path = write_prepared(
+    tmp_path / "set", (texts[:4], texts[4:]), dtype=dtype, vocab_size=2**16
+  )
+  source = PreparedSource(path)
+  assert isinstance(source, grain.sources.RandomAccessDataSource)
+  assert source.lengths.tolist() == [len(x) for x in texts]
+  assert source.vocab_size == 2**16
+  for copy in (source, pickle.loads(pickle.dumps(source))):
+    for i, text in enumerate(texts):
+      np.testing.assert_array_equal(copy[i], text)
+  with pytest.raises(IndexError, match="no document -1 of 30"):
+    source[-1]
+
+
+def test_any_part_in_any_order(folder: Path) -> None:
+  source = PreparedSource(folder)
+  which = np.array([29, 3, 11, 3, 10])
+  stops = np.array([len(_TEXTS[i]) for i in which])
+  starts = stops // 3
+  lengths = stops - starts
+  places = np.cumsum(lengths) - lengths
+  out = np.full(lengths.sum(), -1, np.int32)
+  source.fill(Pieces(which, starts, lengths, places), out)
+  expected = [_TEXTS[i][a:] for i, a in zip(which, starts, strict=True)]
+  np.testing.assert_array_equal(out, np.concatenate(expected))
+
+
+def test_domains(folder: Path) -> None:
+  source = PreparedSource(folder)
+  assert source.sidecar["domain_names"] == ["code", "wiki"]
+  expected = [i % 2 for i in range(11)] + [i % 2 for i in range(19)]
+  assert source.domains.tolist() == expected
+
+
+def _edit(folder: Path, **changes) -> None:
+  path = folder / "dataset.json"
+  path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _edit_shard(folder: Path, **changes) -> None:
+  data = json.loads((folder / "dataset.json").read_text())
+  data["shards"][2].update(changes)
+  for field in ("documents", "tokens"):
+    data[field] = sum(x[field] for x in data["shards"])
+  _edit(folder, **data)
+
+
+def _cut(path: Path) -> None:
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+_REFUSED = {
+  "unfinished": (lambda x: (x / "dataset.json").unlink(), "an unfinished one"),
+  "no JSON": (lambda x: _cut(x / "dataset.json"), "dataset.json: "),
+  "format": (lambda x: _edit(x, format="mine"), "format='rebased-tokens'"),
+  "version": (lambda x: _edit(x, version=2), "version=2: expected 1"),
+  "kind": (lambda x: _edit(x, kind="mine"), "kind='mine'"),
+  "rows": (lambda x: _edit(x, kind="rows"), "length=None: expected 1"),
+  "row counts": (lambda x: _edit(x, kind="rows", length=4), "tokens and rows"),
+  "dtype": (lambda x: _edit(x, dtype="int16"), "dtype='int16'"),
+  "vocabulary": (lambda x: _edit(x, vocab_size=70_000), "1 to 65536"),
+  "tokenizer": (lambda x: _edit(x, tokenizer={}), "tokenizer={}"),
+  "no shards": (lambda x: _edit(x, shards=[]), "one or more"),
+  "a path": (lambda x: _edit_shard(x, name="../x"), r"shards\[2\]"),
+  "documents": (lambda x: _edit(x, documents=31), "30, the sum over"),
+  "tokens": (lambda x: _edit(x, tokens=5), "the sum over its shards"),
+  "a shard": (
+    lambda x: (x / "shard-00002.arrayrecord").unlink(),
+    "shard-00002.arrayrecord: missing",
+  ),
+  "lengths": (
+    lambda x: (x / "shard-00002.lengths.npy").unlink(),
+    "00002.lengths.npy: cannot be read",
+  ),
+  "cut lengths": (
+    lambda x: _cut(x / "shard-00002.lengths.npy"),
+    "00002.lengths.npy: cannot be read",
+  ),
+  "count": (lambda x: _edit_shard(x, documents=18), r"expected int64\[18\]"),
+  "sum": (lambda x: _edit_shard(x, tokens=1), "expected 1, as dataset.json"),
+  "int32 lengths": (
+    lambda x: np.save(x / "shard-00000.lengths.npy", np.ones(11, np.int32)),
+    r"int32\[11\]: expected int64\[11\]",
+  ),
+  "negative": (
+    lambda x: np.save(x / "shard-00000.lengths.npy", -np.ones(11, np.int64)),
+    "record 0 has -1 tokens",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", _REFUSED)
+def test_a_set_is_refused(folder: Path, name: str) -> None:
+  change, expected = _REFUSED[name]
+  change(folder)
+  with pytest.raises(DataError, match=expected) as caught:
+    PreparedSource(folder)
+  assert str(folder) in str(caught.value)
+
+
+def test_a_shard_that_is_cut_or_another_is_refused(folder: Path) -> None:
+  path = folder / "shard-00002.arrayrecord"
+  sound = path.read_bytes()
+  path.write_bytes(b"")
+  with pytest.raises(DataError, match="00002.arrayrecord: "):
+    PreparedSource(folder)[20]
+  path.write_bytes(sound[:100])
+  with pytest.raises(DataError, match="00002.arrayrecord"):
+    PreparedSource(folder)[20]
+  shutil.copy(folder / "shard-00000.arrayrecord", path)
+  with pytest.raises(DataError, match="11 records: expected 19"):
+    PreparedSource(folder)[20]
+
+
+def test_a_record_of_another_length_is_refused(folder: Path) -> None:
+  path = folder / "shard-00002.arrayrecord"
+  writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+  for text in _TEXTS[11:]:
+    writer.write(text[:-1].astype("<u2").tobytes())
+  writer.close()
+  size = len(_TEXTS[12])
+  with pytest.raises(DataError, match="lengths.npy says") as caught:
+    PreparedSource(folder)[12]
+  assert f"{path}, record 1: {2 * size - 2} bytes" in str(caught.value)
+
+
+def test_verify_reads_every_byte(folder: Path) -> None:
+  source = PreparedSource(folder)
+  source.verify()
+  path = folder / "shard-00002.arrayrecord"
+  content = bytearray(path.read_bytes())
+  content[-1] ^= 1
+  path.write_bytes(content)
+  with pytest.raises(DataError, match="00002.arrayrecord: another SHA-256"):
+    source.verify()
+
+
+def test_a_domain_without_a_name_is_refused(folder: Path) -> None:
+  domains = np.full(11, 2, np.int16)
+  np.save(folder / "shard-00000.domains.npy", domains)
+  with pytest.raises(DataError, match="outside of its 2 names"):
+    _ = PreparedSource(folder).domains
+
+
+def test_the_fingerprint_sees_what_changes(folder: Path) -> None:
+  before = PreparedSource(folder).fingerprint
+  path = folder / "shard-00000.arrayrecord"
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+  after = PreparedSource(folder).fingerprint
+  assert [x for x in before if before[x] != after[x]] == ["blocks"]
+  _edit(folder, tokenizer={"name": "bytes", "sha256": "other"})
+  after = PreparedSource(folder).fingerprint
+  assert [x for x in before if before[x] != after[x]] == [
+    "index",
+    "tokenizer",
+    "blocks",
+  ]
+
+
+def test_large_files_are_sampled_to_their_ends(tmp_path: Path) -> None:
+  paths = [tmp_path / "a", tmp_path / "b"]
+  for path in paths:
+    path.write_bytes(bytes(1 << 20))
+  before = sampled_hash(paths)
+  for path, at in ((paths[0], 0), (paths[1], -1)):
+    content = bytearray(1 << 20)
+    content[at] = 1
+    path.write_bytes(content)
+    assert sampled_hash(paths) != before
+    path.write_bytes(bytes(1 << 20))
+  assert sampled_hash(paths) == before

@@ -1,0 +1,123 @@
+"""The Hopper kernels, operands in shared memory, interpreted on a CPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import BASED, REBASED, devices, documents as documents_lib
+from pallas_kernels.polynomial import xla
+from pallas_kernels.polynomial.passes import Kernel
+
+if not devices.has_mosaic_gpu():
+  pytest.skip("the GPU kernels need jax ≥ 0.11", allow_module_level=True)
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+
+from pallas_kernels.polynomial.gpu import passes as gpu
+
+# Of ‖a − ref‖ / ‖ref‖: operands round to 2⁻⁹ and 2⁻¹² each.
+_TOLERANCE = {"bfloat16": 5e-3, "float16": 6e-4}
+
+
+def _inputs(T, P, dtype, F=16):
+  keys = jax.random.split(jax.random.key(0), 4)
+  sizes = (F, F, P, P)
+  return [
+    jax.random.normal(key, (1, T, 1, size), dtype)
+    for key, size in zip(keys, sizes, strict=True)
+  ]
+
+
+def _all(passes, kernel, arrays, runs_BT, state, dstate):
+  """o, the final state and every gradient."""
+  q, k, v, do = arrays
+  o, after, kept = passes.forward(
+    q, k, v, runs_BT, state, kernel, return_state=True
+  )
+  dq, r, dz = passes.backward_queries(q, k, v, do, runs_BT, kept, kernel)
+  dk, dv, before = passes.backward_keys(
+    q, k, v, do, r, dz, runs_BT, dstate, kernel, return_state=True
+  )
+  return dict(o=o, after=after, dq=dq, dk=dk, dv=dv, before=before)
+
+
+@pytest.mark.parametrize(
+  "T, P, coefficients, dtype, borders",
+  [
+    (70, 16, REBASED, "bfloat16", (0, 0)),
+    (70, 80, BASED, "float16", (20, 66)),
+    pytest.param(130, 64, BASED, "bfloat16", (64, 100), marks=pytest.mark.slow),
+    pytest.param(
+      530, 48, REBASED, "bfloat16", (70, 520), marks=pytest.mark.slow
+    ),
+  ],
+)
+def test_interpreted_kernels(T, P, coefficients, dtype, borders):
+  kernel = Kernel(coefficients.scaled(0.25), 1e-6, by_shared=True)
+  arrays = _inputs(T, P, dtype)
+  runs_BT = None
+  if any(borders):
+    steps = jnp.zeros((1, T), jnp.int32).at[0, jnp.array(borders)].set(1)
+    runs_BT = documents_lib.document_runs(jnp.cumsum(steps, axis=1))
+  wide = [x.astype(jnp.float32) for x in arrays]
+  reference = functools.partial(_all, xla, kernel)
+  _, state, _ = xla.forward(
+    *(x[:, ::-1] for x in wide[:3]), None, None, kernel, return_state=True
+  )
+  dstate = jax.tree.map(jnp.cos, state)
+  expected = reference(wide, runs_BT, state, dstate)
+  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    found = _all(gpu, kernel, arrays, runs_BT, state, dstate)
+    found = jax.tree.map(np.asarray, found)
+  for name in expected:
+    pairs = zip(
+      jax.tree.leaves(found[name]), jax.tree.leaves(expected[name]), strict=True
+    )
+    for a, b in pairs:
+      error = np.linalg.norm(np.float64(a) - np.float64(b))
+      assert error <= _TOLERANCE[dtype] * np.linalg.norm(b), name
+
+
+@pytest.mark.parametrize(
+  "F, borders",
+  [
+    (16, ()),
+    pytest.param(16, (300, 700, 1090), marks=pytest.mark.slow),
+    pytest.param(24, (300, 700, 1090), marks=pytest.mark.slow),
+  ],
+)
+def test_sums_of_slices(F, borders):
+  """Of 18 chunks in two slices, each made of two halves."""
+  T = 1100
+  kernel = Kernel(BASED.scaled(0.25), 1e-6, by_shared=True)
+  q, k, v, do = _inputs(T, 16, "bfloat16", F)
+  runs_BT = None
+  if borders:
+    steps = jnp.zeros((1, T), jnp.int32).at[0, jnp.array(borders)].set(1)
+    runs_BT = documents_lib.document_runs(jnp.cumsum(steps, axis=1))
+  across = jax.random.normal(jax.random.key(1), (1, T, 1, 2))
+  r_BTH, dz_BTH = 0.01 * (across**2)[..., 0], 0.01 * across[..., 1]
+  wide = [x.astype(jnp.float32) for x in (q, k, v, do)]
+  expected = (
+    xla.key_state(*wide[1:3], runs_BT, kernel),
+    xla.query_cotangent(wide[0], wide[3], r_BTH, dz_BTH, runs_BT, kernel),
+  )
+  # The kernels divide sim by c2, and hold r and dz as (B, H, whole chunks).
+  rows = lambda x: (
+    kernel.coefficients.c2
+    * jnp.pad(jnp.moveaxis(x, 2, 1), ((0, 0), (0, 0), (0, -T % 64)))
+  )
+  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    found = (
+      gpu.key_state(k, v, runs_BT, kernel),
+      gpu.query_cotangent(q, do, rows(r_BTH), rows(dz_BTH), runs_BT, kernel),
+    )
+    found = jax.tree.map(np.asarray, found)
+  for a, b in zip(
+    jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+  ):
+    error = np.linalg.norm(np.float64(a) - np.float64(b))
+    assert error <= _TOLERANCE["bfloat16"] * np.linalg.norm(b)

@@ -1,0 +1,103 @@
+"""The Hopper kernels lower for CUDA on a machine without one."""
+
+import jax
+from jax import ShapeDtypeStruct
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import devices, zero_state
+from pallas_kernels.polynomial import arg_specs, tuned
+from pallas_kernels.polynomial.passes import Kernel
+
+if not devices.has_mosaic_gpu():
+  pytest.skip("the GPU kernels need jax ≥ 0.11", allow_module_level=True)
+
+from pallas_kernels.polynomial.gpu import passes
+
+_EACH = {spec.name: spec for spec in arg_specs.SPECS}
+
+
+def _lowered(function, *arrays) -> str:
+  traced = jax.jit(function).trace(*arrays)
+  return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def _forward_and_backward(kernel, states):
+  def run(q, k, v, do, state, dstate):
+    o, after, kept = passes.forward(
+      q, k, v, None, state, kernel, return_state=states
+    )
+    dq, r, dz = passes.backward_queries(q, k, v, do, None, kept, kernel)
+    dk, dv, before = passes.backward_keys(
+      q, k, v, do, r, dz, None, dstate, kernel, return_state=states
+    )
+    return o, after, dq, dk, dv, before
+
+  return run
+
+
+@pytest.mark.parametrize("name", _EACH)
+def test_every_spec_lowers(name):
+  spec = _EACH[name]
+  kernel = Kernel(spec.coefficients.scaled(spec.F**-0.5), 1e-6)
+  q, k, v = spec.arrays()
+  passes.supports(q, v, None, kernel, states=False)
+  run = _forward_and_backward(kernel, False)
+  with tuned.using(tuned.Table("any card")):  # the defaults
+    text = _lowered(run, q, k, v, v, None, None)
+  prefixes = ("",) if spec.F <= 16 else ("part_", "pair_")
+  for prefix in prefixes:
+    for kernel_name in ("forward", "backward_queries", "backward_keys"):
+      assert f"polynomial_{prefix}{kernel_name}" in text
+  for kernel_name in ("forward", "queries", "keys"):
+    assert (f"polynomial_chunk_{kernel_name}" in text) == (spec.F > 16)
+  # Long rows of few heads are cut, and then need their slices' states.
+  cut = tuned.DEFAULT.programs // 2 >= spec.B * spec.H * len(prefixes)
+  for prefix in prefixes:
+    assert (f"polynomial_{prefix}key_state" in text) == cut
+    assert (f"polynomial_{prefix}query_cotangent" in text) == cut
+  if spec.P % 16 == 0:
+    for width in (spec.F, spec.P):
+      copy = f"tensor<{spec.B}x{spec.H}x{spec.T}x{width}x"
+      assert copy not in text, "a transposed copy"
+    for line in text.splitlines():
+      padded = "stablehlo.pad" in line and f"x{spec.T}x" in line
+      assert not padded, "a padded copy"
+
+
+@pytest.mark.parametrize("T, F", [(1, 16), (63, 16), (520, 16), (1030, 24)])
+def test_states_lower(T, F):
+  spec = _EACH["based-360m"]
+  kernel = Kernel(spec.coefficients.scaled(0.25), 1e-6)
+  q = ShapeDtypeStruct((2, T, 3, F), jnp.bfloat16)
+  v = ShapeDtypeStruct((2, T, 3, 40), jnp.bfloat16)
+  state = jax.eval_shape(
+    lambda: zero_state(2, 3, F, 40, coefficients=spec.coefficients)
+  )
+  run = _forward_and_backward(kernel, True)
+  text = _lowered(run, q, q, v, v, state, state)
+  assert ("polynomial_backward_keys" in text) == (F == 16)
+  assert ("polynomial_pair_backward_keys" in text) == (F > 16)
+  shapes = jax.eval_shape(run, q, q, v, v, state, state)
+  assert jax.tree.map(jnp.shape, shapes[1]) == jax.tree.map(jnp.shape, state)
+  assert shapes[0].shape == v.shape and shapes[2].shape == q.shape
+
+
+@pytest.mark.parametrize(
+  "change, word",
+  [
+    (dict(F=65), "F=65"),
+    (dict(P=129), "P=129"),
+    (dict(dtype=jnp.float32), "float32"),
+    (dict(eps=0.0), "eps"),
+    (dict(F=8, states=True), "states with F=8"),
+  ],
+)
+def test_what_it_cannot_do_is_named(change, word):
+  call = dict(F=16, P=64, dtype=jnp.bfloat16, eps=1e-6, states=False)
+  call |= change
+  q = ShapeDtypeStruct((2, 64, 3, call["F"]), call["dtype"])
+  v = ShapeDtypeStruct((2, 64, 3, call["P"]), call["dtype"])
+  kernel = Kernel(arg_specs.REBASED.scaled(0.25), call["eps"])
+  with pytest.raises(NotImplementedError, match=f"{word}.*'xla' does"):
+    passes.supports(q, v, None, kernel, states=call["states"])

@@ -1,0 +1,281 @@
+"""What is true of RWKV alone: its start, its rounding, WKV's hard cases."""
+
+import functools
+import math
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import mixer_equations
+import numpy as np
+import pytest
+
+from pallas_kernels.wkv import xla
+from rebased_jax import RWKV, RWKVConfig, parameter_count
+from rebased_jax.mixers import base
+
+B, D = 2, 6
+NAMES = ("k", "v", "decay", "first", "numerator", "denominator")
+
+
+def mixer_of(width=D, layer=1, layers=2, **fields) -> RWKV:
+  site = base.Site(width, layer, layers)
+  return RWKVConfig(**fields).make(site, rngs=nnx.Rngs(0))
+
+
+def draw(seed: int, *shape: int) -> np.ndarray:
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def gradient(loss, mixer):
+  """The gradient of a loss of the mixer, and the loss's second result."""
+  return jax.device_get(_gradient(loss, *nnx.split(mixer)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gradient(loss, graph, params):
+  of = lambda params: loss(nnx.merge(graph, params))
+  return jax.grad(of, has_aux=True)(params)
+
+
+def inputs(T: int, k_scale: float = 1.0):
+  """k, v, decay, first, a state's numerator and denominator; three weights."""
+  rng = np.random.default_rng(T)
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  k_BTD, v_BTD, dy_BTD = normal(3, B, T, D)
+  decay_D = np.linspace(-9, 3, D, dtype=np.float32)
+  first_D = normal(D)
+  a_BD, b_BD = normal(2, B, D)
+  sums = a_BD, np.abs(b_BD) + np.float32(0.5)
+  weights = dy_BTD, *normal(2, B, D)
+  k_BTD = np.float32(k_scale) * k_BTD
+  return (k_BTD, v_BTD, decay_D, first_D, *sums), weights
+
+
+def answer(args, weights, start_BT=None):
+  """y, the true sums after it, and the gradients of a weighted sum.
+
+  One weight, not three: y alone, where the sums are beyond float32.
+  """
+  return _with_gradients(_chunks, args, weights, start_BT)
+
+
+def oracle(args, weights, start_BT=None):
+  """The same token by token in float64, as the equations stand."""
+  with jax.enable_x64(True):
+    wide = lambda xs: [np.asarray(x, np.float64) for x in xs]
+    return _with_gradients(_tokens, wide(args), wide(weights), start_BT)
+
+
+def _chunks(start_BT, k, v, decay, first, a, b):
+  sums = xla.Sums(a, b, jnp.zeros_like(a))
+  y, sums = xla.wkv(k, v, -jnp.exp(decay), first, sums, start_BT)
+  scale = jnp.exp(sums.maximum)
+  return y, sums.numerator * scale, sums.denominator * scale
+
+
+def _tokens(start_BT, k, v, decay, first, a, b):
+  keep = jnp.exp(-jnp.exp(decay))[None]
+
+  def token(sums, inputs):
+    k, v, start = inputs
+    a, b = (jnp.where(start[:, None], 0, x) for x in sums)
+    own = jnp.exp(first[None] + k)
+    y = (a + own * v) / (b + own)
+    return (keep * a + jnp.exp(k) * v, keep * b + jnp.exp(k)), y
+
+  rows = [jnp.moveaxis(x, 1, 0) for x in (k, v, start_BT)]
+  (a, b), y = jax.lax.scan(token, (a, b), tuple(rows))
+  return jnp.moveaxis(y, 0, 1), a, b
+
+
+def _with_gradients(run, args, weights, start_BT):
+  if start_BT is None:
+    start_BT = np.zeros(args[0].shape[:2], bool)
+  grads, outs = _gradients(run, tuple(args), tuple(weights), start_BT)
+  return jax.tree.map(np.asarray, (outs, grads))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(run, args, weights, start_BT):
+  def loss(*args):
+    outs = run(start_BT, *args)[: len(weights)]
+    return sum((w * x).sum() for w, x in zip(weights, outs, strict=True)), outs
+
+  return jax.grad(loss, tuple(range(len(args))), has_aux=True)(*args)
+
+
+def check(found, wanted, tolerance: float) -> None:
+  """By each array's largest entry: cancelled ones need not agree by theirs."""
+  for name, x, y in zip(NAMES, found[1], wanted[1], strict=True):
+    _check(f"d {name}", x, y, tolerance)
+  for name, x, y in zip(("y", "A", "B"), found[0], wanted[0], strict=False):
+    _check(name, x, y, tolerance)
+
+
+def _check(name: str, x, y, tolerance: float) -> None:
+  assert np.isfinite(x).all(), name
+  error = np.abs(x - y).max() / np.abs(y).max()
+  assert error <= tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 5, 67])
+@pytest.mark.parametrize("documents", [False, True])
+def test_values_and_gradients_of_any_length(T, documents) -> None:
+  args, weights = inputs(T)
+  start_BT = None
+  if documents:
+    start_BT = np.random.default_rng(T).random((B, T)) < 0.2
+    start_BT[:, 0] = False
+  # Sums of up to 67 terms, rounded to 6e-8 each.
+  check(answer(args, weights, start_BT), oracle(args, weights, start_BT), 5e-6)
+
+
+@pytest.mark.parametrize("k_scale", [1, 30])
+def test_a_long_row(k_scale) -> None:
+  """4096 tokens, decays from e^(−1e-4) to e^(−20), keys of up to ±120."""
+  args, weights = inputs(4096, k_scale)
+  found, wanted = answer(args, weights[:1]), oracle(args, weights[:1])
+  # An exponent of 120 is rounded to 4e-6.
+  check(found, wanted, 5e-5 if k_scale > 1 else 1e-5)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_all_keys_at_80(sign) -> None:
+  args, weights = inputs(300)
+  k_BTD = np.full_like(args[0], 80.0 * sign)
+  found = answer((k_BTD, *args[1:]), weights[:1])
+  wanted = oracle((k_BTD, *args[1:]), weights[:1])
+  check(found, wanted, 1e-5)
+
+
+def _squares(mixer):
+  y_BTD = mixer(draw(0, B, 50, D))
+  return jnp.square(y_BTD).sum(), y_BTD
+
+
+@pytest.mark.parametrize("decay", [-80.0, 40.0, 100.0])
+def test_decays_at_the_ends(decay) -> None:
+  """No decay: a running mean. Nothing but decay: the last two tokens."""
+  mixer = mixer_of(wkv_dtype="float32")
+  mixer.decay[...] = jnp.full(D, decay)
+  x_BTD = draw(0, B, 50, D)
+  params = mixer_equations.parameters(mixer)
+  with np.errstate(over="ignore"):
+    wanted_BTD = [
+      mixer_equations.recurrence(RWKVConfig(), params, x_TD) for x_TD in x_BTD
+    ]
+
+  grads, y_BTD = gradient(_squares, mixer)
+  np.testing.assert_allclose(y_BTD, wanted_BTD, rtol=1e-5, atol=1e-6)
+  for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+    assert np.isfinite(grad).all(), path
+
+
+def test_the_backward_holds_keys_values_and_little_else() -> None:
+  T = 1024  # C = N = 32
+  args, _ = inputs(T)
+
+  def pull(k, v, decay, first, a, b):
+    sums = xla.Sums(a, b, jnp.zeros_like(a))
+    start_BT = jnp.zeros((B, T), bool)
+    return jax.vjp(xla.wkv, k, v, decay, first, sums, start_BT)[1]
+
+  held = jax.tree.leaves(jax.eval_shape(pull, *args))
+  floats = sum(x.size for x in held if x.dtype == jnp.float32)
+  # k, v; three sums before each of 32 chunks; two states and two rows.
+  assert floats <= B * T * D * (2 + 3 / 32) + 4 * B * D + 2 * D
+
+
+@pytest.mark.parametrize("T", [1, 9])
+def test_rounded_is_float32_rounded(T) -> None:
+  """One WKV and its gradients, all on the grid of bfloat16."""
+  full, rounded = mixer_of(wkv_dtype="float32"), mixer_of()
+  x_BTD = draw(0, B, T, D)
+  # σ(0) and W_o = 2: the output is WKV itself, as its cotangent is the loss's.
+  for mixer in (full, rounded):
+    mixer.r.kernel[...] = jnp.zeros((D, D))
+    mixer.o.kernel[...] = 2 * jnp.eye(D)
+  w_BTD = _bfloat16(draw(1, B, T, D))
+
+  def loss(mixer):
+    y_BTD = mixer(x_BTD)
+    return (w_BTD * y_BTD).sum(), y_BTD
+
+  wanted, y_BTD = gradient(loss, full)
+  found, y_low_BTD = gradient(loss, rounded)
+  np.testing.assert_array_equal(y_low_BTD, _bfloat16(y_BTD))
+  for name in ("decay", "first"):
+    np.testing.assert_array_equal(
+      found[name][...], _bfloat16(wanted[name][...])
+    )
+  for name in "kv":
+    x, y = (g[name]["kernel"][...] for g in (found, wanted))
+    # Sums of B·T products, each rounded by at most 2⁻⁹ of itself.
+    np.testing.assert_allclose(x, y, rtol=0, atol=2**-8 * np.abs(y).max())
+    # A single token's WKV is its v, whose gradient is on the grid already.
+    assert T == 1 or (x != y).any()
+
+
+def _bfloat16(x):
+  return np.asarray(x).astype(jnp.bfloat16).astype(np.float32)
+
+
+def test_rounded_steps_equal_a_rounded_row() -> None:
+  mixer = mixer_of()
+  x_BTD = draw(0, B, 7, D)
+  state, y_BTD = mixer.init_state(B), np.asarray(mixer(x_BTD))
+  step = jax.jit(mixer.step)
+  for t in range(7):
+    y_BD, state = step(x_BTD[:, t], state)
+    # Float32 sums that differ in the last bit may round to neighbours.
+    np.testing.assert_allclose(y_BD, y_BTD[:, t], rtol=0, atol=2**-8)
+
+
+@pytest.mark.parametrize("width", [1, 2, 6, 64, 128])
+def test_the_count_is_4_d_squared_and_5_d(width) -> None:
+  mixer = nnx.eval_shape(lambda: mixer_of(width))
+  assert parameter_count(mixer) == 4 * width**2 + 5 * width
+
+
+@pytest.mark.parametrize(("layer", "layers"), [(0, 1), (0, 2), (1, 2), (3, 6)])
+def test_the_start_depends_on_the_layer(layer, layers) -> None:
+  params = mixer_equations.parameters(mixer_of(64, layer, layers))
+  ratio = layer / (layers - 1) if layers > 1 else 0
+  close = lambda name, i, wanted: np.testing.assert_allclose(
+    params[name][i], wanted, rtol=1e-5, err_msg=f"{name} {i}"
+  )
+  for i in (0, 1, 17, 63):
+    close("decay", i, -5 + 8 * (i / 63) ** (0.7 + 1.3 * ratio))
+    close("first", i, math.log(0.3) + 0.5 * ((i + 1) % 3 - 1))
+    mix = (i / 64) ** (1 - layer / layers)
+    close("mix_k", i, mix)
+    close("mix_v", i, mix + 0.3 * ratio)
+    close("mix_r", i, (i / 64) ** (0.5 * (1 - layer / layers)))
+
+
+def test_the_projections_of_each_initialization() -> None:
+  published = mixer_equations.parameters(mixer_of(64))
+  for name in "kvro":
+    kernel = published[f"{name}/kernel"]
+    assert np.abs(kernel).max() <= 1 / 8
+    # U(±1/√D): 4096 draws have a deviation within 5 %.
+    assert kernel.std() == pytest.approx((3 * 64) ** -0.5, rel=0.05)
+  intended = mixer_equations.parameters(mixer_of(64, initialization="intended"))
+  assert not any(intended[f"{name}/kernel"].any() for name in "kro")
+  assert intended["v/kernel"].std() == pytest.approx(0.02, rel=0.05)
+  x_BTD = draw(0, B, 5, 64)
+  mixer = mixer_of(64, initialization="intended")
+  grads, _ = gradient(lambda m: (m(x_BTD).sum(), None), mixer)
+  assert np.abs(grads["o"]["kernel"][...]).min() > 0
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [{"initialization": "zeros"}, {"wkv_dtype": "float16"}],
+  ids=lambda fields: next(iter(fields)),
+)
+def test_a_wrong_field_is_named(fields) -> None:
+  ((name, value),) = fields.items()
+  with pytest.raises(ValueError, match=rf"RWKVConfig\.{name}='{value}'"):
+    RWKVConfig(**fields)

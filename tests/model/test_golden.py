@@ -1,0 +1,146 @@
+"""The official models' logits, loss and gradients, from their parameters."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+from flax import nnx
+import golden_map
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rebased_jax import (
+  LM,
+  AttentionConfig,
+  BaseConvConfig,
+  ModelConfig,
+  presets,
+)
+
+_DIRECTORY = Path(__file__).parents[1] / "golden"
+# The golden file of each linear model, and its kernel among the presets.
+_KERNELS = {
+  "rebased": "rebased",
+  "rebased_gx": "gamma",
+  "rebased_gxb": "gamma-beta",
+  "rebased_x2": "x2",
+  "based": "based",
+}
+# Those of softmax attention, and their first layer.
+_SOFTMAX = {"attention": AttentionConfig(), "conv_attention": BaseConvConfig()}
+# The official code allocates and never uses these, with a gradient of zero.
+_UNUSED = {
+  "rebased_gx": {
+    f"pairs/mixer/mixer/{side}_affine/beta" for side in ("query", "key")
+  }
+}
+# Of ‖ours − theirs‖ / ‖theirs‖, the Frobenius norm over each whole array.
+# The same formulas in another order: roundings of 1e-16 in float64, of 6e-8 in
+# float32. Measured, at most 2e-15 and 6e-7; the rest is room for other orders.
+_TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
+
+
+def _golden(name: str) -> dict[str, np.ndarray]:
+  with np.load(_DIRECTORY / f"{name}.npz") as file:
+    return dict(file)
+
+
+def _difference(ours, theirs: np.ndarray) -> float:
+  ours = np.asarray(ours, np.float64)
+  assert ours.shape == theirs.shape
+  return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+@contextlib.contextmanager
+def _float64():
+  # Flax's LayerNorm mixes float64 with float32, which strict promotion forbids.
+  with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+    yield
+
+
+def _loss(graph, params, tokens_BT, labels_BT):
+  logits_BTV = nnx.merge(graph, params)(tokens_BT)
+  kept_BT = labels_BT >= 0
+  log_p_BTV = jax.nn.log_softmax(logits_BTV)
+  picked_BT1 = jnp.take_along_axis(
+    log_p_BTV, jnp.where(kept_BT, labels_BT, 0)[..., None], axis=-1
+  )
+  total = jnp.where(kept_BT, picked_BT1[..., 0], 0).sum()
+  return -total / kept_BT.sum().astype(total.dtype), logits_BTV
+
+
+def _mqar(mixer, dtype: str) -> ModelConfig:
+  config = presets.mqar(
+    presets.hybrid(mixer), width=32, length=24, vocab_size=64
+  )
+  return dataclasses.replace(config, dtype=dtype)
+
+
+def _check(name: str, config: ModelConfig) -> None:
+  """Compares logits, loss and all gradients with the golden file's."""
+  golden, dtype = _golden(name), config.dtype
+  arrays = golden_map.ours(golden, "param")
+  unused = _UNUSED.get(name, set())
+  for path in unused:
+    del arrays[path]
+  with _float64() if dtype == "float64" else contextlib.nullcontext():
+    model = LM(config, rngs=nnx.Rngs(0))
+    graph, params = golden_map.load(model, arrays, dtype)
+    tokens_BT, labels_BT = (
+      jnp.asarray(golden[x], jnp.int32) for x in ("tokens", "labels")
+    )
+    # Most of the time is the compiler's: this halves it.
+    compiled = jax.jit(
+      jax.value_and_grad(_loss, argnums=1, has_aux=True),
+      static_argnums=0,
+      compiler_options={"xla_backend_optimization_level": 0},
+    )
+    (loss, logits_BTV), grads = compiled(graph, params, tokens_BT, labels_BT)
+  assert logits_BTV.dtype == loss.dtype == dtype
+  found = {"logits": logits_BTV, "loss": loss, **golden_map.flat(grads)}
+  wanted = golden_map.ours(golden, "grad")
+  for path in unused:
+    assert not wanted.pop(path).any()
+  wanted |= {"logits": golden["logits"], "loss": golden["loss"]}
+  assert found.keys() == wanted.keys()
+  errors = {path: _difference(found[path], wanted[path]) for path in wanted}
+  assert max(errors.values()) <= _TOLERANCE[dtype], errors
+
+
+@pytest.mark.parametrize(
+  ("dtype", "implementation"),
+  [
+    ("float64", None),
+    ("float32", None),
+    pytest.param("float64", "reference", marks=pytest.mark.slow),
+    pytest.param("float32", "reference", marks=pytest.mark.slow),
+  ],
+)
+@pytest.mark.parametrize("name", _KERNELS)
+def test_logits_loss_and_every_gradient(name, dtype, implementation) -> None:
+  mixer = dataclasses.replace(
+    presets.VARIANTS[_KERNELS[name]], implementation=implementation
+  )
+  assert (mixer.heads, mixer.features, mixer.eps) == (12, 16, 1e-12)
+  _check(name, _mqar(mixer, dtype))
+
+
+@pytest.mark.parametrize("dtype", _TOLERANCE)
+@pytest.mark.parametrize("name", _SOFTMAX)
+def test_softmax_attention_likewise(name, dtype) -> None:
+  """The official mask adds −10,000, and e^−10,000 is 0 in every dtype."""
+  config = _mqar(AttentionConfig(), dtype)
+  _check(name, dataclasses.replace(config, conv=_SOFTMAX[name]))
+
+
+def test_the_table_covers_every_official_name() -> None:
+  names = set()
+  for name in (*_KERNELS, *_SOFTMAX):
+    names |= {
+      key.removeprefix("param/backbone.")
+      for key in _golden(name)
+      if key.startswith("param/")
+    }
+  assert names == golden_map.TABLE.keys()

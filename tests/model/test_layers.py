@@ -1,0 +1,156 @@
+"""The layers: scanned or one by one, kept or repeated, and their dtypes."""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from model_cases import make
+import numpy as np
+import pytest
+
+from pallas_kernels import devices
+from rebased_jax import LM, BaseConvConfig, ModelConfig, ReBasedConfig
+
+B, T, V = 2, 16, 11
+CONFIG = ModelConfig(
+  conv=BaseConvConfig(),
+  mixer=ReBasedConfig(heads=2, features=4),
+  vocab_size=V,
+  width=8,
+  pairs=2,
+  positions=T,
+  mlp_width=12,
+)
+TOKENS_BT = np.random.default_rng(1).integers(V, size=(B, T), dtype=np.int32)
+IDS_BT = np.array([[4] * 5 + [2] * 11, [1] * 9 + [2] * 3 + [1] * 4], np.int32)
+POSITIONS_BM = np.array([[1, 5, 9], [0, 2, 15]], np.int32)
+# Of the whole gradient's norm: the same sums, of another program in another
+# order. Few features behind norms amplify roundings: each of these programs is
+# 4e-7 to 9e-6 away from float64.
+TOLERANCE = 2e-5
+OTHERS = {
+  "unrolled": dict(scan_layers=False),
+  "dots": dict(remat="dots"),
+  "full": dict(remat="full"),
+  "unrolled, full": dict(scan_layers=False, remat="full"),
+}
+
+
+def _loss(params, config: ModelConfig, **kwargs):
+  """A number that all logits move, and the logits."""
+  graph, _ = nnx.split(nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0))))
+  logits_V = nnx.merge(graph, params)(TOKENS_BT, **kwargs)
+  return jnp.square(jax.nn.log_softmax(logits_V)).mean(), logits_V
+
+
+def _both(config: ModelConfig, **kwargs):
+  """The logits, and the gradient of every parameter."""
+  run = jax.jit(jax.value_and_grad(_loss, has_aux=True), static_argnums=1)
+  (_, logits_V), grads = run(make(CONFIG)[1], config, **kwargs)
+  return jax.device_get((logits_V, grads))
+
+
+@pytest.fixture(scope="module")
+def expected():
+  whole = _both(CONFIG, segment_ids=IDS_BT)
+  return whole, _both(CONFIG, positions_to_predict=POSITIONS_BM)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_values_and_gradients_are_the_same(expected, name: str) -> None:
+  config = dataclasses.replace(CONFIG, **OTHERS[name])
+  _assert_near(_both(config, segment_ids=IDS_BT), expected[0])
+  if name == "unrolled, full":  # the last pair is apart
+    at = _both(config, positions_to_predict=POSITIONS_BM)
+    _assert_near(at, expected[1])
+
+
+def _assert_near(found, wanted) -> None:
+  """Logits and gradient, each relative to its norm."""
+  for x, y in zip(found, wanted, strict=True):
+    difference = _norm(jax.tree.map(np.subtract, x, y))
+    assert difference <= TOLERANCE * _norm(y)
+
+
+def _norm(tree) -> float:
+  return np.linalg.norm([np.linalg.norm(x) for x in jax.tree.leaves(tree)])
+
+
+def _lowered(config: ModelConfig):
+  """The gradient's program."""
+  make = lambda: nnx.split(LM(config, rngs=nnx.Rngs(0)))[1]
+  run = jax.jit(jax.value_and_grad(_loss, has_aux=True), static_argnums=1)
+  return run.lower(jax.eval_shape(make), config)
+
+
+def test_a_scanned_program_does_not_grow_with_depth() -> None:
+  def lines(**changes) -> list[int]:
+    configs = [
+      dataclasses.replace(CONFIG, pairs=pairs, **changes) for pairs in (4, 8)
+    ]
+    return [len(_lowered(x).as_text().splitlines()) for x in configs]
+
+  for scanned in (dict(), dict(remat="full")):
+    four, eight = lines(**scanned)
+    assert four == eight
+  # Of layers one by one, a pair is there once and called for each.
+  four, eight = lines(scan_layers=False)
+  assert four < eight < 1.8 * four
+
+
+def test_a_gpu_takes_layers_one_by_one(monkeypatch) -> None:
+  assert CONFIG.scans and "call @run" not in _lowered(CONFIG).as_text()
+  monkeypatch.setattr(devices, "platform", lambda: "gpu")
+  mixer = dataclasses.replace(CONFIG.mixer, implementation="xla")
+  chosen = dataclasses.replace(CONFIG, mixer=mixer)
+  assert not chosen.scans
+  assert dataclasses.replace(chosen, scan_layers=True).scans
+  text = _lowered(chosen).as_text()
+  assert "call @run" in text and text.count("func.func private @run") <= 4
+
+
+def test_remat_holds_less() -> None:
+  """XLA's account of the compiled program, long rows."""
+  config = dataclasses.replace(CONFIG, positions=None, pairs=4, mlp_width=64)
+
+  def temporaries(**changes) -> int:
+    changed = dataclasses.replace(config, **changes)
+    make = lambda: nnx.split(LM(changed, rngs=nnx.Rngs(0)))[1]
+    tokens = jax.ShapeDtypeStruct((2, 512), jnp.int32)
+
+    def loss(params, tokens_BT):
+      graph, _ = nnx.split(
+        nnx.eval_shape(lambda: LM(changed, rngs=nnx.Rngs(0)))
+      )
+      x_BTD = nnx.merge(graph, params).features(tokens_BT)
+      return jnp.square(x_BTD).mean()
+
+    lowered = jax.jit(jax.grad(loss)).lower(jax.eval_shape(make), tokens)
+    memory = lowered.compile().memory_analysis()
+    return memory.temp_size_in_bytes
+
+  none, dots, full = (temporaries(remat=x) for x in ("none", "dots", "full"))
+  assert full < 0.9 * dots < 0.9 * none
+
+
+def test_bfloat16_computes_over_float32_parameters() -> None:
+  config = dataclasses.replace(CONFIG, dtype="bfloat16")
+  params = jax.eval_shape(lambda: nnx.split(LM(config, rngs=nnx.Rngs(0)))[1])
+  assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+  with jax.numpy_dtype_promotion("standard"):  # flax's norm needs it
+    text = jax.jit(_loss, static_argnums=1).lower(params, config).as_text()
+  # Every projection, the MLPs and the head: no product of float32 matrices
+  # with a parameter's shape is left.
+  products = [x for x in text.splitlines() if "stablehlo.dot_general" in x]
+  widths = ("8x8x", "8x12x", "12x8x", f"{V}x8x")
+  of_weights = [x for x in products if any(f"tensor<{w}" in x for w in widths)]
+  assert len(of_weights) >= 8
+  for line in of_weights:
+    operands = line.partition(" : (")[2].partition(") ->")[0]
+    assert operands.count("bf16") == 2 and "f32" not in operands, line
+
+
+def test_remat_is_refused_by_name() -> None:
+  with pytest.raises(ValueError, match="remat='some': expected one of"):
+    dataclasses.replace(CONFIG, remat="some")

@@ -1,0 +1,228 @@
+"""Checkpoints: bits, metadata, mismatches, errors of the caller."""
+
+import json
+import logging
+from pathlib import Path
+
+from checkpoint_cases import (
+  META,
+  abstract,
+  bits,
+  fill,
+  make_state,
+  names,
+)
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train.checkpoint import record as checkpoint_record
+from train.checkpoint.checkpoints import (
+  FORMAT_VERSION,
+  CheckpointError,
+  Checkpoints,
+  NoCheckpointError,
+  read_meta,
+  restore_params,
+)
+
+# Threads of a failed read may still complain after it has returned.
+pytestmark = pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+def test_bits_and_meta(tmp_path: Path) -> None:
+  fill(tmp_path)
+  with Checkpoints(tmp_path) as checkpoints:
+    restored = checkpoints.restore(abstract(make_state(0)))
+    assert checkpoints.latest() == 2 and checkpoints.steps() == [1, 2]
+  assert (restored.step, restored.broken) == (2, ())
+  assert restored.meta == {**META, "saved": 2}
+  assert bits(restored.state) == bits(make_state(2))
+  assert read_meta(tmp_path) == (2, {**META, "saved": 2})
+  assert read_meta(tmp_path, 1) == (1, {**META, "saved": 1})
+
+
+def test_typed_key_and_other_leaves_are_refused(tmp_path: Path) -> None:
+  with Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(TypeError, match="^rng: cannot save an array of key<"):
+      checkpoints.save(1, {"rng": jax.random.key(0)}, {})
+    with pytest.raises(TypeError, match="^a/b: not an array or a dict but str"):
+      checkpoints.save(1, {"a": {"b": "text"}}, {})
+    with pytest.raises(ValueError, match="a/b"):
+      checkpoints.save(1, {"a/b": jnp.ones(1)}, {})
+    with pytest.raises(ValueError, match="one name on disk"):
+      checkpoints.save(1, {"a.b": jnp.ones(1), "a": {"b": jnp.ones(1)}}, {})
+    with pytest.raises(TypeError, match="JSON"):
+      checkpoints.save(1, {"a": jnp.ones(1)}, {"x": object()})
+    assert checkpoints.latest() is None
+
+
+def test_donated_buffers_are_saved_as_they_were(tmp_path: Path) -> None:
+  bump = jax.jit(lambda x: x + 1, donate_argnums=0)
+  x = jnp.zeros((512, 512))
+  with Checkpoints(tmp_path, keep=9) as checkpoints:
+    for step in range(4):
+      checkpoints.save(step, {"params": {"x": x}}, {})
+      x = bump(x)
+  for step in range(4):
+    target = abstract({"x": x})
+    _, params = restore_params(tmp_path, target, step)
+    np.testing.assert_array_equal(params["x"], float(step))
+
+
+def test_no_checkpoint_yet(tmp_path: Path) -> None:
+  missing = tmp_path / "missing"
+  for read in (read_meta, lambda d: restore_params(d, {})):
+    with pytest.raises(NoCheckpointError, match="no checkpoint yet"):
+      read(missing)
+  assert not missing.exists()
+  with Checkpoints(missing) as checkpoints:
+    assert checkpoints.latest() is None and checkpoints.steps() == []
+    with pytest.raises(NoCheckpointError):
+      checkpoints.restore({})
+
+
+def test_keeps_the_newest(tmp_path: Path) -> None:
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    for step in (1, 5, 7, 30):
+      checkpoints.save(step, make_state(step), {})
+    assert checkpoints.steps() == [7, 30]
+  with pytest.raises(ValueError, match="keep"):
+    Checkpoints(tmp_path, keep=0)
+
+
+def test_saving_a_step_again(tmp_path: Path) -> None:
+  fill(tmp_path)
+  with Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(CheckpointError, match="step 2 over step 2"):
+      checkpoints.save(2, make_state(2), {})
+    checkpoints.restore(abstract(make_state(0)))
+    checkpoints.save(2, make_state(2), {})
+    checkpoints.save(3, make_state(3), {})
+    checkpoints.save(3, make_state(3), {})
+    with pytest.raises(CheckpointError, match="step 1 over step 3"):
+      checkpoints.save(1, make_state(1), {})
+    assert checkpoints.steps() == [1, 2, 3]
+
+
+def test_params_alone(tmp_path: Path) -> None:
+  fill(tmp_path)
+  step, params = restore_params(tmp_path, abstract(make_state(0)["params"]))
+  assert step == 2 and bits(params) == bits(make_state(2)["params"])
+  bare = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_state(0)["params"]
+  )
+  step, params = restore_params(tmp_path, bare, 1)
+  assert step == 1 and bits(params) == bits(make_state(1)["params"])
+  with pytest.raises(CheckpointError, match=r"no step 9, only \[1, 2\]"):
+    restore_params(tmp_path, bare, 9)
+
+
+def test_a_mismatch_names_the_parameter_and_is_not_damage(
+  tmp_path: Path,
+) -> None:
+  fill(tmp_path)
+  shaped = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  wrong = {
+    "params/embed/kernel: stored float32[64,8], expected float32[8,8]": (
+      lambda t: t["embed"].update(kernel=shaped(8, 8))
+    ),
+    "params/mixer/half: stored bfloat16[40], expected float32[40]": (
+      lambda t: t["mixer"].update(half=shaped(40))
+    ),
+    "params/new: stored nothing, expected float32[]": (
+      lambda t: t.update(new=shaped())
+    ),
+    "params/embed/kernel: stored float32[64,8], expected nothing": (
+      lambda t: t["embed"].clear()
+    ),
+  }
+  for message, change in wrong.items():
+    target = abstract(make_state(0))
+    change(target["params"])
+    with pytest.raises(CheckpointError) as error:
+      restore_params(tmp_path, target["params"])
+    assert message in str(error.value)
+    with Checkpoints(tmp_path) as checkpoints:
+      with pytest.raises(CheckpointError) as error:
+        checkpoints.restore(target)
+      assert message in str(error.value) and "\n" not in str(error.value)
+  assert names(tmp_path) == {"1", "2"}
+
+
+def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch) -> None:
+  monkeypatch.setattr(checkpoint_record, "FORMAT_VERSION", FORMAT_VERSION + 1)
+  fill(tmp_path)
+  monkeypatch.undo()
+  with pytest.raises(CheckpointError, match="has format 2"):
+    read_meta(tmp_path)
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+  (tmp_path / "file").write_text("")
+  with pytest.raises(CheckpointError, match="cannot hold checkpoints"):
+    Checkpoints(tmp_path / "file" / "run")
+  with pytest.raises(CheckpointError, match="NotADirectoryError"):
+    read_meta(tmp_path / "file")
+
+
+def test_an_error_in_the_loop_is_not_replaced(tmp_path, monkeypatch, caplog):
+  with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, make_state(1), {})
+    failure = CheckpointError("checkpoint step 1 was not saved: full")
+
+    def fail():
+      raise failure
+
+    monkeypatch.setattr(checkpoints._writer, "wait", fail)
+    raise ZeroDivisionError
+  assert "was not saved: full" in caplog.text
+
+
+def test_quiet(tmp_path: Path, capfd, caplog) -> None:
+  caplog.set_level(logging.INFO)
+  fill(tmp_path)
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.restore(abstract(make_state(0)))
+  assert capfd.readouterr() == ("", "") and caplog.records == []
+
+
+def test_checksum_sees_places_values_and_bits() -> None:
+  one = lambda x: checkpoint_record.checksums({"x": jnp.asarray(x)})["x"]
+  base = np.arange(1000, dtype=np.float32)
+  seen = {one(base), one(base[::-1].copy()), one(np.zeros_like(base))}
+  for place in range(0, 1000, 100):
+    for bit in range(0, 32, 5):
+      bits = base.view(np.uint32).copy()
+      bits[place] ^= np.uint32(1 << bit)
+      seen.add(one(bits.view(np.float32)))
+  assert len(seen) == 3 + 10 * 7
+  assert one(np.float32(0)) != one(np.float32(-0.0))
+  with jax.enable_x64(True):
+    assert one(np.float64(1)) != one(np.float64(1 + 2**-50))
+
+
+def test_record_round_trips_through_json() -> None:
+  record = checkpoint_record.make({"a": jnp.ones(2)}, {1: 0.1, "t": (1, 2)})
+  checkpoint_record.check(json.loads(json.dumps(record)))
+  assert record["meta"] == {"1": 0.1, "t": [1, 2]}
+  record["meta"]["1"] = 0.2
+  with pytest.raises(checkpoint_record.DamagedError):
+    checkpoint_record.check(record)
+
+
+def test_a_directory_relative_to_the_working_one(tmp_path, monkeypatch) -> None:
+  monkeypatch.chdir(tmp_path)
+  state = make_state(1)
+  with Checkpoints("runs/mine/checkpoints") as checkpoints:
+    checkpoints.save(1, state, META)
+  with Checkpoints(Path("runs") / "mine" / "checkpoints") as checkpoints:
+    restored = checkpoints.restore(abstract(state))
+  assert bits(restored.state) == bits(state)
+  assert read_meta("runs/mine/checkpoints") == (1, META)
+  target = abstract(state["params"])
+  _, params = restore_params("runs/mine/checkpoints", target)
+  assert bits(params) == bits(state["params"])

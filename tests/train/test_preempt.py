@@ -1,0 +1,161 @@
+"""Real signals sent to real processes."""
+
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+
+from train.preempt import Preemption
+
+_ROOT = Path(__file__).parents[2]
+_HEAD = """
+import os, signal, sys, threading, time
+from train.preempt import Preemption
+
+def say(text):
+  print(text, flush=True)
+"""
+
+
+def _start(body: str) -> subprocess.Popen:
+  return subprocess.Popen(
+    [sys.executable, "-c", _HEAD + textwrap.dedent(body)],
+    cwd=_ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def _ready(process: subprocess.Popen) -> None:
+  assert process.stdout.readline() == "ready\n"
+
+
+def _finish(process: subprocess.Popen) -> tuple[int, str, str]:
+  out, err = process.communicate(timeout=30)
+  return process.returncode, out, err
+
+
+_LOOP = """
+with Preemption() as stop:
+  say("ready")
+  while not stop.requested:
+    time.sleep(0.01)
+  say(f"saved after {stop.signal_name}")
+sys.exit(stop.exit_code)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_signal_lets_the_loop_finish(number: signal.Signals) -> None:
+  process = _start(_LOOP)
+  _ready(process)
+  process.send_signal(number)
+  code, out, err = _finish(process)
+  assert (code, out) == (128 + number, f"saved after {number.name}\n")
+  assert err == ""
+
+
+# Holds the main thread in a computation, where Python handlers cannot run.
+_JAX = """
+import jax, jax.numpy as jnp
+def spin(x):
+  return jax.lax.fori_loop(0, 10**9, lambda i, a: a @ a * 0.5, x)
+with Preemption() as stop:
+  def report():
+    while not stop.requested:
+      time.sleep(0.01)
+    say("flag")
+  threading.Thread(target=report, daemon=True).start()
+  compiled = jax.jit(spin).lower(jnp.eye(64)).compile()
+  say("ready")
+  compiled(jnp.eye(64)).block_until_ready()
+"""
+
+
+@pytest.mark.parametrize(
+  ("body", "first", "second"),
+  [
+    (_JAX, signal.SIGTERM, signal.SIGTERM),
+    (_JAX, signal.SIGINT, signal.SIGTERM),
+    (_JAX.replace("compiled(jnp", "time.sleep(60); (jnp"), 15, 15),
+  ],
+)
+def test_second_signal_ends_at_once(body, first, second) -> None:
+  process = _start(body)
+  _ready(process)
+  process.send_signal(first)
+  assert process.stdout.readline() == "flag\n"
+  process.send_signal(second)
+  code, _, err = _finish(process)
+  assert code == 128 + first
+  assert "second signal" in err and "Traceback" not in err
+
+
+def test_handlers_are_restored() -> None:
+  old = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+  wakeup = signal.set_wakeup_fd(-1)
+  signal.set_wakeup_fd(wakeup)
+  with Preemption() as stop:
+    assert signal.getsignal(signal.SIGTERM) not in old
+    assert not stop.requested and stop.exit_code == 0
+    assert stop.signal_name is None
+  now = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+  assert now == old
+  assert signal.set_wakeup_fd(wakeup) == wakeup
+
+
+def test_handlers_are_restored_after_an_error() -> None:
+  old = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(KeyError), Preemption():
+    raise KeyError
+  assert signal.getsignal(signal.SIGTERM) == old
+
+
+def test_default_behaviour_returns() -> None:
+  process = _start("""
+  with Preemption():
+    pass
+  say("ready")
+  time.sleep(60)
+  """)
+  _ready(process)
+  process.send_signal(signal.SIGTERM)
+  assert _finish(process)[0] == -signal.SIGTERM
+
+
+def test_other_signals_do_not_count() -> None:
+  process = _start("""
+  seen = []
+  signal.signal(signal.SIGUSR1, lambda *a: seen.append(1))
+  with Preemption() as stop:
+    for _ in range(3):
+      os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(3):
+      os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(0.2)
+    say(f"{len(seen)} {stop.requested}")
+  """)
+  code, out, _ = _finish(process)
+  assert (code, out) == (0, "6 True\n")
+
+
+def test_only_the_main_thread_may_enter() -> None:
+  errors = []
+
+  def enter() -> None:
+    try:
+      with Preemption():
+        pass
+    except RuntimeError as error:
+      errors.append(str(error))
+
+  thread = threading.Thread(target=enter)
+  thread.start()
+  thread.join()
+  assert errors == ["Preemption works in the main thread only"]

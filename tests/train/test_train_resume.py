@@ -1,0 +1,219 @@
+"""Stopped, killed and damaged runs end in the bits of an undisturbed one."""
+
+import dataclasses
+import json
+from pathlib import Path
+import random
+import shlex
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from train_cases import (
+  bits,
+  command,
+  files,
+  finish,
+  flags,
+  metrics,
+  run,
+  saved_bits,
+  signal_at,
+  tiny,
+  trainer as trainer,
+)
+
+from train import build, config as config_lib, loop, start
+from train.checkpoint.checkpoints import read_meta
+from train.devices import mesh as mesh_lib
+from train.records.run_folder import RunFolder, RunFolderError
+
+_CONFIG = tiny(model=dict(dropout=0.1))
+
+_SLOW = """
+import time
+from train import sharding
+put = sharding.put_batch
+sharding.put_batch = lambda *args: (time.sleep(0.1), put(*args))[1]
+"""
+
+
+def _train(folder: Path, cache: Path, before: str = "", config=_CONFIG):
+  options = [*flags(config), "--run-dir", str(folder)]
+  return command("train", "mqar", *options, cache=cache, before=before)
+
+
+def _resume(folder: Path, cache: Path, before: str = ""):
+  return command("resume", str(folder), cache=cache, before=before)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, trainer: Path) -> Path:
+  folder = tmp_path_factory.mktemp("run") / "undisturbed"
+  code, out, err = finish(_train(folder, trainer))
+  assert code == 0, err
+  assert RunFolder(folder).read_config() == _CONFIG
+  assert "6 of 6" in out
+  return folder
+
+
+def _assert_same_end(folder: Path, undisturbed: Path, config=_CONFIG) -> None:
+  for kind in ("train", "eval"):
+    assert metrics(folder, kind) == metrics(undisturbed, kind)
+  step, found = saved_bits(folder, config)
+  expected_step, expected = saved_bits(undisturbed, config)
+  assert step == expected_step == config.steps
+  assert found.keys() == expected.keys() and len(found) > 60
+  assert found == expected
+
+
+def test_two_processes_are_one(
+  undisturbed: Path, tmp_path: Path, trainer: Path
+) -> None:
+  folder = tmp_path / "a run"
+  code, out, err = finish(_train(folder, trainer, signal_at(3, "SIGTERM")))
+  assert (code, err) == (143, "")
+  assert "stopped at step 3, saved; go on with" in out
+  line = out.splitlines()[-1].strip()
+  assert shlex.split(line) == ["rebased", "resume", str(folder)]
+  assert [step for step, _ in metrics(folder)] == [1, 2, 3]
+  assert read_meta(folder / "checkpoints")[0] == 3
+  assert not (folder / "learning.png").exists()
+  code, out, err = finish(_resume(folder, trainer))
+  assert code == 0, err
+  assert "resuming at step 3" in out
+  _assert_same_end(folder, undisturbed)
+  assert (folder / "learning.png").exists()
+
+
+def test_sigint_and_kill(
+  undisturbed: Path, tmp_path: Path, trainer: Path
+) -> None:
+  folder = tmp_path / "run"
+  code, _, _ = finish(_train(folder, trainer, signal_at(5, "SIGKILL")))
+  assert code == -signal.SIGKILL
+  assert [step for step, _ in metrics(folder)][-1] > 2
+  code, out, err = finish(_resume(folder, trainer, signal_at(1, "SIGINT")))
+  assert (code, err) == (130, "")
+  start = int(out.split("resuming at step ")[1].split()[0])
+  assert start in (2, 4)  # the save of step 4 may not have been done
+  assert f"stopped at step {start + 1}, saved" in out
+  assert [step for step, _ in metrics(folder)] == [*range(1, start + 2)]
+  code, out, err = finish(_resume(folder, trainer))
+  assert code == 0, err
+  assert f"resuming at step {start + 1}" in out
+  _assert_same_end(folder, undisturbed)
+
+
+def _newest(folder: Path) -> int:
+  """The last step in the records, of which the last may be half written."""
+  records = RunFolder(folder).read_metrics()
+  return max((x["step"] for x in records), default=-1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_kills_at_random_moments(
+  tmp_path: Path, trainer: Path, seed: int
+) -> None:
+  config = dataclasses.replace(_CONFIG, steps=60)
+  undisturbed = tmp_path / "undisturbed"
+  assert finish(_train(undisturbed, trainer, config=config))[0] == 0
+  folder, rng = tmp_path / "killed", random.Random(seed)
+  for behind in (None, 0, 10, 20, 30, 40):  # None: while it starts
+    process = _train(folder, trainer, _SLOW, config)
+    while behind is not None and process.poll() is None:
+      if _newest(folder) > behind:
+        break
+      time.sleep(0.01)
+    time.sleep(rng.uniform(0, 3 if behind is None else 0.8))
+    process.kill()
+    assert finish(process)[0] == -signal.SIGKILL
+  code, _, err = finish(_train(folder, trainer, config=config))
+  assert code == 0, err
+  _assert_same_end(folder, undisturbed, config)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+  """A run of this process, on eight devices; `tmp_path` has copies of it."""
+  folder = tmp_path_factory.mktemp("run") / "finished"
+  outcome, _ = run(_CONFIG, folder)
+  assert (outcome.step, outcome.reason, outcome.exit_code) == (6, "finished", 0)
+  return folder
+
+
+def test_a_finished_run_is_left_alone(finished: Path, monkeypatch) -> None:
+  held_out = [x for x in RunFolder(finished).read_metrics()][-1]
+  before = files(finished / "checkpoints")
+  lines = (finished / "metrics.jsonl").read_bytes()
+  monkeypatch.setattr(loop.Loop, "run", lambda *_: pytest.fail("trained"))
+  outcome, _ = run(_CONFIG, finished)
+  assert (outcome.step, outcome.reason, outcome.exit_code) == (6, "finished", 0)
+  assert outcome.held_out["loss"] == held_out["loss"]
+  assert files(finished / "checkpoints") == before
+  assert (finished / "metrics.jsonl").read_bytes() == lines
+
+
+def test_damage_falls_back_and_goes_on(finished: Path, tmp_path: Path) -> None:
+  folder = tmp_path / "run"
+  shutil.copytree(finished, folder)
+  state = folder / "checkpoints" / "6" / "state"
+  data = max(state.rglob("d/*"), key=lambda x: x.stat().st_size)
+  data.unlink()
+  outcome, out = run(_CONFIG, folder)
+  assert "warning: checkpoint step 6 is unreadable" in out
+  assert "kept as 6.corrupt" in out and "resuming at step 4" in out
+  assert {x.name for x in (folder / "checkpoints").iterdir()} == {
+    *("2", "4", "6", "6.corrupt")
+  }
+  assert outcome.step == 6
+  _assert_same_end(folder, finished)
+
+
+def test_warm_start(finished: Path, tmp_path: Path) -> None:
+  source, config = (
+    saved_bits(finished, _CONFIG)[1],
+    dataclasses.replace(_CONFIG, init_from=str(finished), seed=5),
+  )
+  mesh = mesh_lib.make_mesh()
+  with jax.set_mesh(mesh):
+    built = build.build(config, mesh)
+    with loop.Checkpoints(tmp_path / "none") as none:
+      state, step, meta, notes = start.initial(
+        config, built, none, RunFolder(tmp_path), None
+      )
+  assert (step, meta) == (0, {}) and "step 6; fresh optimiser" in notes[0]
+  found = bits(build.to_dicts(state))
+  params = {path for path in source if path.startswith("params/")}
+  assert len(params) > 20
+  assert {p: found[p] for p in params} == {p: source[p] for p in params}
+  for path in found.keys() - params - {"ok"}:
+    assert not np.frombuffer(found[path][2], np.uint8).any(), path
+    assert "/mu/" not in path or found[path] != source[path]
+  assert int(state["step"]) == 0 and bool(state["ok"])
+
+
+def test_other_data_are_refused(
+  finished: Path, tmp_path: Path, monkeypatch
+) -> None:
+  folder = tmp_path / "run"
+  shutil.copytree(finished, folder)
+  before = files(folder)
+  # As if the code that makes the rows had changed since the checkpoint.
+  monkeypatch.setattr("train.data.mqar._VERSION", 2)
+  with pytest.raises(RunFolderError, match="version was 1 and is 2") as error:
+    run(_CONFIG, folder)
+  assert str(folder) in str(error.value)
+  assert files(folder) == before
+
+
+def test_the_checkpoint_tells_its_run(finished: Path) -> None:
+  step, meta = read_meta(finished / "checkpoints")
+  assert (step, meta["finished"]) == (6, "finished")
+  assert meta["config"] == json.loads(config_lib.to_json(_CONFIG))["run"]
+  assert meta["config_hash"] == config_lib.fingerprint(_CONFIG)
+  assert read_meta(finished / "checkpoints", 4)[1]["finished"] is None

@@ -1,0 +1,96 @@
+"""Every system of the paper: one command trains it, another counts it."""
+
+from pathlib import Path
+import re
+
+import pytest
+from test_presets import WANTED
+from train_cases import call as call, metrics, trainer as trainer
+
+from rebased_jax import presets
+from train.records.run_folder import RunFolder
+
+_SIZES = [
+  "--model.width=16",
+  "--model.vocab-size=32",
+  "--model.positions=8",
+  "--data.vocab-size=32",
+  "--data.length=8",
+  "--data.pairs=2",
+  "--data.test-examples=64",
+  "--batch=64",
+  "--steps=40",
+  "--eval-every=40",
+  "--save-every=40",
+  "--log-every=5",
+  "--optimizer.warmup-steps=10",
+  "--optimizer.learning-rate=1e-2",
+]
+# Nats. That an answer is one of the 16 values, not of the 32 tokens, is worth
+# ln 2 = 0.69, and there is little time for more; a third of it is for noise.
+_MARGIN = 0.46
+
+
+# The paper's own two, attention behind a short convolution, and the one block
+# of another form. test_mixers.py has the gradients of every mixer.
+_QUICK = ("rebased", "based", "conv-attention", "mamba")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(x, marks=[pytest.mark.slow] * (x not in _QUICK))
+    for x in presets.SYSTEMS
+  ],
+)
+def test_a_short_run_of_each_system_learns(call, name: str, tmp_path) -> None:
+  path = tmp_path / "run"
+  code, _, err = call("train", f"mqar-{name}", *_SIZES, f"--run-dir={path}")
+  assert code == 0, err
+  model = RunFolder(path).read_config().model
+  found = type(model.conv), type(model.mixer), model.block
+  system = presets.SYSTEMS[name]
+  assert found == (type(system.first), type(system.second), system.block)
+  first, *_, last = (loss for _, loss in metrics(path))
+  ((_, held_out),) = metrics(path, "eval")
+  assert max(last, held_out) <= first - _MARGIN, (first, last, held_out)
+
+
+@pytest.mark.parametrize("name", presets.make_models())
+def test_inspect_counts_the_models_of_the_tables(call, name: str) -> None:
+  code, out, _ = call("inspect", name)
+  assert code == 0
+  counts = re.findall(r"│ (\S+) +│ [^│]*│ +([\d,]+) │", out)
+  *groups, (last, total) = [(x, int(n.replace(",", ""))) for x, n in counts]
+  assert last == "all" and sum(n for _, n in groups) == total
+  assert total == WANTED[name]
+  assert {"token_embedding", "pairs/mixer/norm1/scale"} <= dict(groups).keys()
+  assert re.search(r"state of a sequence: [\d,]+ bytes", out)
+
+
+def test_inspect_of_an_unknown_model_names_a_near_one(call) -> None:
+  code, _, err = call("inspect", "table-4-mamba-63")
+  assert code == 2 and "did you mean 'table-4-mamba-64'" in err
+
+
+@pytest.mark.parametrize(
+  ("system", "option", "value", "words"),
+  [
+    ("hyena", "length", "8", "a row of 32 tokens: Hyena's filter has 8 lags"),
+    ("rebased", "implementation", "gpu", "implementation='gpu' needs"),
+    ("attention", "implementation", "cudnn", "='cudnn' needs a GPU"),
+  ],
+)
+def test_what_a_step_refuses_leaves_no_folder(
+  call, system, option, value, words
+) -> None:
+  code, _, err = call(
+    "train", f"mqar-{system}", "--batch", "8", f"--model.mixer.{option}", value
+  )
+  assert code == 2 and words in err
+  assert list(Path.cwd().iterdir()) == []
+
+
+def test_inspect_data_without_a_path_asks_for_one(call) -> None:
+  code, out, err = call("inspect", "data")
+  assert code == 2 and "PATH" in out + err and "preset" not in out + err

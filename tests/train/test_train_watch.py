@@ -1,0 +1,249 @@
+"""What a run tells: wandb, a profile, MFU and memory; and what it survives."""
+
+from pathlib import Path
+import sys
+import threading
+import types
+
+import jax
+import numpy as np
+import pytest
+from text_cases import folder as folder, make_config, make_options
+from train_cases import (
+  Spoiled,
+  call as call,
+  command,
+  finish,
+  flags,
+  run,
+  tiny,
+  trainer as trainer,
+)
+
+from train import affine, faults
+from train.checkpoint.checkpoints import read_meta
+from train.config import MQARStreamData, ProfileConfig
+from train.data.timeout import DataTimeout, within
+from train.devices import peaks, sharding
+from train.loop import TrainingFailed
+from train.records import gauges
+from train.records.run_folder import RunFolder
+
+
+class _FakeWandb(types.ModuleType):
+  """The two calls of wandb that are used, and what they got."""
+
+  def __init__(self):
+    super().__init__("wandb")
+    self.inits, self.records, self.finished = [], [], 0
+
+  def init(self, **options):
+    self.inits.append(options)
+    return self
+
+  def log(self, values, step):
+    self.records.append((step, values))
+
+  def finish(self):
+    self.finished += 1
+
+
+def test_wandb_gets_every_record(tmp_path: Path, monkeypatch) -> None:
+  fake = _FakeWandb()
+  monkeypatch.setitem(sys.modules, "wandb", fake)
+  config, folder = tiny(wandb="recall", steps=4), tmp_path / "run"
+  run(config, folder)
+  run(config, folder)  # which goes on with the same run there
+  first, second = fake.inits
+  assert first["project"] == "recall" and first["id"] == second["id"]
+  assert first["config"]["model"]["width"] == 16 and fake.finished == 2
+  records = RunFolder(folder).read_metrics()
+  assert len(fake.records) == len(records) > 4
+  for record, (step, values) in zip(records, fake.records, strict=True):
+    kind = record.pop("kind")
+    assert step == record.pop("step")
+    assert values == {f"{kind}/{name}": x for name, x in record.items()}
+
+
+def test_wandb_that_is_not_there(call, monkeypatch) -> None:
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  words = ("train", "mqar", *flags(tiny()), "--wandb", "recall")
+  code, _, err = call(*words)
+  assert code == 2 and "pip install 'rebased-jax[wandb]'" in err
+  assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_profile_of_two_steps(tmp_path: Path) -> None:
+  config = tiny(profile=ProfileConfig(start=3, steps=2))
+  run(config, tmp_path / "run")
+  (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+  assert trace.read_bytes().count(b"train_step") >= 2
+
+
+def test_a_profile_beyond_the_last_step_is_refused() -> None:
+  tiny(profile=ProfileConfig(start=4, steps=2))  # steps 4 and 5 of 0 to 5
+  with pytest.raises(ValueError, match=r"profile='steps 5 to 6'.* 0 to 5"):
+    tiny(profile=ProfileConfig(start=5, steps=2))
+
+
+def test_mfu_is_of_a_known_peak() -> None:
+  found = peaks.mfu(430_000, 145_460_736, "NVIDIA H100 80GB HBM3", 1)
+  assert abs(found - 0.38) < 0.001  # 430,000 · 6 · 145,460,736 / 989e12
+  assert peaks.mfu(1.0, 1, "cpu", 1) is None
+  two = peaks.mfu(430_000, 145_460_736, "NVIDIA H200", 2)
+  assert two == found / 2
+
+
+def test_gauges_say_what_is_known(monkeypatch) -> None:
+  params = dict(a=np.zeros((3, 5)), b=np.zeros(5))
+  assert gauges.Gauges(params).read(10.0) == {}  # of a CPU, nothing
+  kind = jax.devices()[0].device_kind
+  monkeypatch.setitem(peaks.PEAK_FLOPS, kind, 1e3)
+  monkeypatch.setattr(gauges, "peak_bytes", lambda: 77)
+  found = gauges.Gauges(params).read(10.0)
+  assert found == dict(mfu=10 * 6 * 20 / (8 * 1e3), hbm_peak_bytes=77)
+
+
+def test_affine_statistics_by_layer() -> None:
+  rng = np.random.default_rng(0)
+  gamma_NE, beta_NE = rng.normal(size=(2, 3, 8))
+  side = dict(query_affine=dict(gamma=gamma_NE, beta=beta_NE))
+  block = dict(mixer=side)
+  found = affine.by_layer(
+    affine.statistics(dict(pairs=dict(conv=block, mixer=block)))
+    | dict(loss=np.float32(2))
+  )
+  assert found.pop("loss") == 2 and len(found) == 2 * 3 * 4
+  for layer in range(6):
+    pair = layer // 2
+    for name, x_NE in (("gamma", gamma_NE), ("beta", beta_NE)):
+      for kind, wanted in (
+        ("mean", x_NE[pair].mean()),
+        ("std", x_NE[pair].std()),
+      ):
+        value = found[f"layer{layer}/query_{name}_{kind}"]
+        np.testing.assert_allclose(value, wanted, rtol=1e-5)
+
+
+def _spoil(monkeypatch, *bad_steps: int) -> None:
+  make = MQARStreamData.train_batches
+
+  def spoiled(*args):
+    data = make(*args)
+    for step in bad_steps:
+      data = Spoiled(data, step)
+    return data
+
+  monkeypatch.setattr(MQARStreamData, "train_batches", spoiled)
+
+
+def test_skipped_steps_change_nothing_and_are_counted(
+  tmp_path: Path, monkeypatch
+) -> None:
+  folder = tmp_path / "run"
+  with monkeypatch.context() as patch:
+    _spoil(patch, 1, 4)
+    outcome, out = run(tiny(nan="skip"), folder)
+  assert outcome.step == 6 and out.count("is not finite") == 2
+  assert int(outcome.state["step"]) == 6
+  (count,) = {
+    int(x)
+    for path, x in jax.tree_util.tree_leaves_with_path(
+      outcome.state["opt_state"]
+    )
+    if jax.tree_util.keystr(path).endswith("count")
+  }
+  assert count == 4  # updates
+  assert all(
+    np.isfinite(x).all() for x in jax.tree.leaves(outcome.state["params"])
+  )
+  records = [
+    x for x in RunFolder(folder).read_metrics() if x["kind"] == "train"
+  ]
+  # A window of one step that was skipped has no means.
+  assert [x["step"] for x in records] == [1, 3, 4, 6]
+  assert [x["skipped_steps"] for x in records] == [0, 1, 1, 2]
+  _, meta = read_meta(folder / "checkpoints")
+  assert meta["skipped"] == 2
+  for step in (1, 4):
+    kept = folder / f"skipped-step-{step}"
+    with np.load(kept / "batch.npz") as batch:
+      assert np.isnan(batch["weights"][0, 0])
+    assert f"step {step} is not finite" in (kept / "reason.txt").read_text()
+
+
+def test_too_many_in_a_row_end_the_run(tmp_path: Path, monkeypatch) -> None:
+  monkeypatch.setattr(faults, "IN_A_ROW", 2)
+  _spoil(monkeypatch, 1, 3, 4)
+  with pytest.raises(TrainingFailed, match="step 4 .* 2 in a row were not"):
+    run(tiny(nan="skip"), tmp_path / "run")
+
+
+def test_what_comes_in_time_comes() -> None:
+  assert within(5.0, "it", lambda: 3) == 3
+  assert within(None, "it", lambda: 3) == 3
+  with pytest.raises(StopIteration):
+    within(5.0, "it", iter(()).__next__)
+  with pytest.raises(DataTimeout, match=r"it has not come within 0.1 s \(data"):
+    within(0.1, "it", threading.Event().wait)
+
+
+def test_hung_data_ends_the_run_and_loses_nothing(
+  tmp_path: Path, folder: Path, trainer: Path
+) -> None:
+  """In a process of its own, which has to end although a thread hangs."""
+  config = make_config(folder, save_every=100, eval_every=100)
+  run_dir = tmp_path / "run"
+  before = "\n".join(
+    [
+      "import time",
+      "from train.data import lm",
+      "read = lm.LMBatches._read",
+      "def hang(self, step, *rows):",
+      "  if step >= 3: time.sleep(1000)",
+      "  return read(self, step, *rows)",
+      "lm.LMBatches._read = hang",
+    ]
+  )
+  words = ("train", "lm-tiny", *make_options(config), "--data.timeout", "2")
+  process = command(
+    *words, "--run-dir", str(run_dir), cache=trainer, before=before
+  )
+  code, out, err = finish(process)
+  assert code == 1, err
+  assert "the batch of step 3 has not come within 2 s (data.timeout)" in err
+  assert "Traceback" not in err
+  step, meta = read_meta(run_dir / "checkpoints")
+  assert (step, meta["finished"]) == (2, None)  # its batch was not used yet
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("error", [None, DataTimeout, OSError])
+def test_a_batch_is_put_before_the_one_ahead_of_it_is_used(count, error):
+  events = []
+
+  def batches():
+    yield from range(count)
+    if error is not None:
+      raise error("the batch is not there")
+
+  def put(batch):
+    events.append(f"put {batch}")
+    return batch
+
+  def use() -> None:
+    for batch in sharding.put_ahead(batches(), put):
+      events.append(f"use {batch}")
+
+  if error is None:
+    use()
+  else:
+    with pytest.raises(error, match="the batch is not there"):
+      use()
+  expected = {
+    0: [],
+    1: ["put 0", "use 0"],
+    3: ["put 0", "put 1", "use 0", "put 2", "use 1", "use 2"],
+  }[count]
+  # An error takes the place of the batch before it.
+  assert events == (expected if error is None else expected[:-1])

@@ -1,0 +1,244 @@
+"""The storage under checkpoints: the one module that knows Orbax.
+
+Orbax reports the same failure in several ways; here every read ends in a
+value, in `DamagedError`, or in `CheckpointError` when the machine rather than
+the files is at fault, and nothing is printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import gc
+import logging
+import re
+import sys
+from typing import Any
+import warnings
+
+from etils import epath
+import jax
+from orbax.checkpoint import v1
+
+from train.checkpoint.record import CheckpointError, DamagedError
+from train.devices.processes import all_processes
+
+# What these say about a read is about the machine, not about the files.
+_NOT_DAMAGE = (
+  "RESOURCE_EXHAUSTED",
+  "PERMISSION_DENIED",
+  "UNAUTHENTICATED",
+  "UNAVAILABLE",
+  "DEADLINE_EXCEEDED",
+)
+
+
+class Writer:
+  """Saves steps into one directory, one at a time, in the background."""
+
+  def __init__(self, directory: epath.Path, keep: int) -> None:
+    """Makes the directory and removes what killed saves left.
+
+    Raises:
+      CheckpointError: the directory cannot be made or listed.
+    """
+    self._directory = directory
+    self._keep = keep
+    self._pending: tuple[int, v1.AsyncResponse[bool]] | None = None
+    self._checkpointer: v1.training.Checkpointer | None = self._open()
+
+  def start(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
+    """Starts a save; returns when the arrays are copied.
+
+    Raises:
+      CheckpointError: it failed so far.
+    """
+    items = {"state": state, "record": record}
+    if self._checkpointer is None:
+      self._checkpointer = self._open()
+    try:
+      response = self._checkpointer.save_checkpointables_async(
+        step, items, force=True
+      )
+    except Exception as error:  # noqa: BLE001  # storage errors share no class
+      raise self._failed(step, error) from error
+    if response is None:
+      raise CheckpointError(f"checkpoint step {step} was not saved")
+    self._pending = (step, response)
+
+  def wait(self) -> None:
+    """Waits for the running save.
+
+    Raises:
+      CheckpointError: it failed; the message has the reason.
+    """
+    if self._pending is None:
+      return
+    step, response = self._pending
+    try:
+      response.result()
+    except Exception as error:  # noqa: BLE001  # storage errors share no class
+      self._pending = None
+      raise self._failed(step, error) from error
+    self._pending = None
+
+  def reload(self) -> None:
+    """Lists the directory again, after a step in it was renamed."""
+    if self._checkpointer is not None:
+      self._checkpointer.reload()
+
+  def close(self) -> None:
+    """Releases what the writer holds; `wait` first."""
+    if self._checkpointer is not None:
+      self._checkpointer.close()
+
+  def _open(self) -> v1.training.Checkpointer:
+    policy = v1.training.preservation_policies.LatestN(self._keep)
+    try:
+      return v1.training.Checkpointer(
+        self._directory,
+        context=_context(),
+        preservation_policy=policy,
+        cleanup_tmp_directories=True,
+      )
+    except OSError as error:
+      raise CheckpointError(
+        f"{self._directory}: cannot hold checkpoints: {reason(error)}"
+      ) from error
+
+  def _failed(self, step: int, error: Exception) -> CheckpointError:
+    """Drops the checkpointer, which would report the same failure for ever."""
+    stale, self._checkpointer = self._checkpointer, None
+    if stale is not None:
+      with contextlib.suppress(Exception):  # the failure that is reported here
+        stale.close()
+    return CheckpointError(
+      f"checkpoint step {step} was not saved: {reason(error)}"
+    )
+
+
+def load(
+  path: epath.Path, name: str, target: Any, *, partial: bool = False
+) -> Any:
+  """Reads one item of a step, onto the shardings of the target.
+
+  Raises:
+    DamagedError: the files are not as they were written.
+    CheckpointError: the machine failed: memory, permission or network.
+  """
+  placed = jax.tree.map(_placed, target)
+  context = _context()
+  context.pytree.loading.partial_load = partial
+  with _hushed():
+    try:
+      with context:
+        return v1.load_checkpointables(path, {name: placed})[name]
+    except Exception as error:  # noqa: BLE001  # storage errors share no class
+      why = reason(error)
+      if _is_not_damage(error):
+        raise CheckpointError(f"cannot be read: {why}") from error
+    gc.collect()
+  raise DamagedError(why)
+
+
+def steps(directory: epath.Path) -> list[int]:
+  """The finished steps, ascending.
+
+  Raises:
+    CheckpointError: the directory cannot be listed, or has damaged steps only.
+  """
+  try:
+    names = [p.name for p in directory.iterdir()] if directory.exists() else []
+  except OSError as error:
+    raise CheckpointError(
+      f"{directory}: cannot be listed: {reason(error)}"
+    ) from error
+  found = sorted(int(n) for n in names if re.fullmatch(r"0|[1-9]\d*", n))
+  damaged = [n for n in names if re.fullmatch(r"\d+\.corrupt(\.\d+)?", n)]
+  if damaged and not found:
+    raise CheckpointError(
+      f"{directory}: only damaged checkpoints: {', '.join(sorted(damaged))}"
+    )
+  return found
+
+
+def rename(path: epath.Path, target: epath.Path) -> None:
+  """Renames a step, once for all processes.
+
+  Raises:
+    CheckpointError: it cannot be renamed.
+  """
+  failure = None
+  all_processes(True)  # each has chosen `target` by what exists now
+  if jax.process_index() == 0:
+    try:
+      path.rename(target)
+    except OSError as error:
+      failure = f"{path}: cannot be renamed to {target.name}: {reason(error)}"
+  if not all_processes(failure is None):
+    raise CheckpointError(failure or f"{path}: cannot be renamed")
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+  sharding = getattr(leaf, "sharding", None)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _context() -> v1.Context:
+  registry = v1.handlers.local_registry(include_global_registry=True)
+  registry.add(v1.handlers.JsonHandler, checkpointable_name="record")
+  context = v1.Context()
+  context.checkpointables.registry = registry
+  return context
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+  chain = [error]
+  while (cause := chain[-1].__cause__) is not None:
+    chain.append(cause)
+  return chain
+
+
+def reason(error: BaseException) -> str:
+  """The first cause of an error, in one short line."""
+  root = _chain(error)[-1]
+  lines = str(root).split(" [tensorstore_spec", 1)[0].splitlines() or [""]
+  text = lines[0]
+  if len(text) > 240:
+    text = f"{text[:80]} ... {text[-150:]}"
+  return f"{type(root).__name__}: {text}"
+
+
+def _is_not_damage(error: BaseException) -> bool:
+  return any(
+    isinstance(cause, (MemoryError, PermissionError))
+    or any(code in str(cause) for code in _NOT_DAMAGE)
+    for cause in _chain(error)
+  )
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+  """Keeps the tasks that a failed read abandons from printing tracebacks."""
+  asyncio_log = logging.getLogger("asyncio")
+  hook = sys.unraisablehook
+  drop = lambda record: False
+  asyncio_log.addFilter(drop)
+  sys.unraisablehook = lambda unraisable: None
+  try:
+    with warnings.catch_warnings():
+      warnings.filterwarnings("ignore", "coroutine .*never awaited")
+      yield
+  finally:
+    sys.unraisablehook = hook
+    asyncio_log.removeFilter(drop)
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+  return "/orbax/checkpoint/" not in record.pathname
+
+
+# Every failure is raised to the caller; Orbax logs it with tracebacks as well.
+logging.getLogger("absl").addFilter(_is_not_orbax)

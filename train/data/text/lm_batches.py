@@ -1,0 +1,225 @@
+"""Batches of text for the language model, as pure functions of the step.
+
+    place p = step · rows + r           r, the row of the global batch
+    (set, q) = mix(p)                   where there are several data sets
+    (epoch, i) = divmod(q, rows of the set)
+    row = permute(i; seed, set, epoch)  of the set's plan, W = L + 1 tokens
+
+    tokens       int32    (B, T)   the first L tokens of the row
+    targets      int32    (B, T)   the last L
+    weights      float32  (B, T)   1 where the target is of the same document
+    segment_ids  int32    (B, T)   with packed documents: 1, 2, …; 0 is padding
+
+Rows of a stream have no segments, and every weight is 1. Held-out batches hold
+each row once, in an order that no seed changes; what the last batch lacks is
+filled with copies of a row at weight 0.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from train.data import order
+from train.data.batches import Batch, Batches, Fingerprint, require
+from train.data.text import packing as plans
+from train.data.text.packing_cache import CACHE_DIR
+from train.data.text.rows import Layout, fill_rows, make_plan, open_source
+from train.data.text.source import DataError, TokenSource
+
+_VERSION = 1
+_HELD_OUT = 1 << 63  # in place of a seed, which is below it
+
+
+class _Part(NamedTuple):
+  """One data set of a mixture."""
+
+  source: TokenSource
+  plan: plans.Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class LMBatches(Batches):
+  """Rows of one split of text data sets.
+
+  The files are opened at the first use. Pickles as its fields.
+
+  Attributes:
+    paths: prepared folders, and Megatron indices NAME.idx.
+    layout: the rows.
+    rows: the rows of one global batch.
+    seed: of the order, in [0, 2**63).
+    split: "train", "validation" or "test".
+    weights: of the data sets in the mixture; () is by their rows.
+    shuffle: False keeps the order of the plan, as preshuffled rows need.
+    once: each row once, the last batch padded; else epoch after epoch.
+    limit: with `once`, the most rows, shared out by the weights; None for all.
+    cache_dir: the folder of the plans.
+  """
+
+  paths: tuple[str, ...]
+  layout: Layout
+  rows: int
+  seed: int = 0
+  split: str = "train"
+  weights: tuple[float, ...] = ()
+  shuffle: bool = True
+  once: bool = False
+  limit: int | None = None
+  cache_dir: Path = CACHE_DIR
+
+  def __post_init__(self) -> None:
+    require(self.rows >= 1, "rows", self.rows, "1 or more")
+    require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2**63)")
+    known = self.split in plans.SPLITS
+    require(known, "split", self.split, f"one of {plans.SPLITS}")
+    some = self.limit is None or self.limit >= 1
+    require(some, "limit", self.limit, "1 or more, or None")
+    if self.weights:
+      sizes = len(self.weights) == len(self.paths)
+      expected = f"one for each of {len(self.paths)} paths"
+      require(sizes, "weights", self.weights, expected)
+      sound = all(0 < x < float("inf") for x in self.weights)
+      require(sound, "weights", self.weights, "numbers above 0")
+
+  def __getstate__(self) -> dict:
+    fields = dataclasses.fields(self)
+    return {field.name: getattr(self, field.name) for field in fields}
+
+  @property
+  def length(self) -> int:
+    return self.layout.length
+
+  @property
+  def num_batches(self) -> int | None:
+    return -(-int(self._ends[-1]) // self.rows) if self.once else None
+
+  @functools.cached_property
+  def fingerprint(self) -> Fingerprint:
+    """The order, the layout, and the files of each data set."""
+    result: Fingerprint = {
+      "data": "text",
+      "version": _VERSION,
+      **dataclasses.asdict(self.layout),
+      "rows": self.rows,
+      "seed": self.seed,
+      "split": self.split,
+      "weights": ", ".join(map(repr, self.weights)),
+      "shuffle": int(self.shuffle),
+      "once": int(self.once),
+      "limit": self.limit or 0,
+    }
+    for i, part in enumerate(self.parts):
+      start = f"path{i}." * (len(self.parts) > 1)
+      for field, value in part.source.fingerprint.items():
+        result[start + field] = value
+    return result
+
+  @functools.cached_property
+  def parts(self) -> tuple[_Part, ...]:
+    """The opened data sets, and their plans.
+
+    Raises:
+      DataError: one cannot be read, or has no row of this split.
+    """
+    given = len(self.paths) > 0
+    expected = "a prepared folder or a Megatron .idx (--data.path)"
+    require(given, "data.path", self.paths, expected)
+    return tuple(self._open(path) for path in self.paths)
+
+  def _open(self, path: str) -> _Part:
+    source = open_source(path, self.layout.packing)
+    plan = make_plan(source, self.layout, self.split, self.cache_dir)
+    if not len(plan):
+      few = self.layout.packing == "stream" and self.split != "train"
+      hint = "; held_out='end' holds out the end of the text" * few
+      raise DataError(
+        f"{path}: no {self.split} row of length + 1 = {self.length + 1} "
+        f"tokens: {len(source)} documents of {source.lengths.sum():,} tokens, "
+        f"validation={self.layout.validation}, test={self.layout.test}{hint}"
+      )
+    return _Part(source, plan)
+
+  @functools.cached_property
+  def _sizes(self) -> np.ndarray:
+    return np.array([len(part.plan) for part in self.parts])
+
+  @functools.cached_property
+  def _shares(self) -> np.ndarray:
+    """The places of each set in a block of a mixture."""
+    share_K = order.mix_counts(self.weights or tuple(self._sizes.tolist()))
+    least = "large enough for one place in 2**16"
+    require(share_K.min() > 0, "weights", self.weights, least)
+    return share_K
+
+  @functools.cached_property
+  def _ends(self) -> np.ndarray:
+    """With `once`: the place behind the last row of each set."""
+    size_K = self._sizes
+    if self.limit is not None:
+      weight_K = np.asarray(self.weights or size_K, np.float64)
+      share_K = np.ceil(self.limit * weight_K / weight_K.sum())
+      size_K = np.minimum(size_K, share_K.astype(np.int64))
+    return np.cumsum(size_K)
+
+  def locate(self, place_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(data set, row of its plan) at places of the epochless order."""
+    if self.once:
+      kept_B = np.minimum(place_B, self._ends[-1] - 1)
+      set_B = np.searchsorted(self._ends, kept_B, side="right")
+      first_K = self._ends - np.diff(self._ends, prepend=0)
+      place_B = kept_B - first_K[set_B]
+    elif len(self.parts) == 1:
+      set_B = np.zeros_like(place_B)
+    else:
+      set_B, place_B = order.mix(place_B, self._shares, self.seed)
+    seed = _HELD_OUT if self.once else self.seed
+    row_B = np.empty_like(place_B)
+    for k in np.unique(set_B).tolist():
+      size = int(self._sizes[k])
+      epoch_B, index_B = np.divmod(place_B, size)
+      for epoch in np.unique(epoch_B[set_B == k]).tolist():
+        here_B = (set_B == k) & (epoch_B == epoch)
+        index_b = index_B[here_B]
+        if self.shuffle or self.once:
+          index_b = order.permute(index_b, size, seed, k, epoch)
+        row_B[here_B] = index_b
+    return set_B, row_B
+
+  def _read(self, step: int, start: int, stop: int) -> Batch:
+    place_B = step * self.rows + np.arange(start, stop)
+    set_B, row_B = self.locate(place_B)
+    width = self.length + 1
+    tokens_BW = np.empty((len(place_B), width), np.int32)
+    segments_BW = None
+    if self.layout.packing == "documents":
+      segments_BW = np.empty((len(place_B), width), np.int32)
+    for k in np.unique(set_B).tolist():
+      here_B = np.flatnonzero(set_B == k)
+      part = self.parts[k]
+      filled = fill_rows(part.source, part.plan, row_B[here_B])
+      tokens_BW[here_B] = filled.tokens_RW
+      if segments_BW is not None:
+        segments_BW[here_B] = filled.segments_RW()
+    batch = _batch(tokens_BW, segments_BW)
+    if self.once:
+      batch["weights"][place_B >= self._ends[-1]] = 0
+    return batch
+
+
+def _batch(tokens_BW: np.ndarray, segments_BW: np.ndarray | None) -> Batch:
+  """Inputs, targets and weights of rows of W = L + 1 tokens."""
+  batch = {
+    "tokens": tokens_BW[:, :-1].copy(),
+    "targets": tokens_BW[:, 1:].copy(),
+  }
+  if segments_BW is None:
+    batch["weights"] = np.ones(batch["tokens"].shape, np.float32)
+    return batch
+  inner_BT, next_BT = segments_BW[:, :-1], segments_BW[:, 1:]
+  real_BT = (inner_BT == next_BT) & (inner_BT > 0)
+  batch["weights"] = real_BT.astype(np.float32)
+  batch["segment_ids"] = inner_BT.copy()
+  return batch

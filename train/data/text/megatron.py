@@ -1,0 +1,298 @@
+"""Megatron's `.idx` and `.bin`, as Pythia's tokens come, merged or not.
+
+The index is little-endian, without padding, so that its arrays are unaligned:
+
+    offset             bytes  what
+    0                  9      MMIDIDX\\0\\0
+    9                  8      version, 1
+    17                 1      dtype: 4 int32, 8 uint16
+    18                 8      S, the number of sequences
+    26                 8      D, the number of document starts, the end included
+    34                 4 S    lengths in tokens, int32
+    34 + 4 S           8 S    offsets in bytes into the data, int64
+    34 + 12 S          8 D    the first sequence of each document, int64, then S
+
+The data is NAME.bin, or the raw cuts NAME-00000-of-0000N.bin, where N is the
+*last* index; a sequence, even a token, may straddle two of them.
+
+Sources: Megatron-LM's indexed data set and EleutherAI/pythia (TRAINER 2.1).
+Other forks give the dtype codes 6 and 7 different meanings; tokens are stored
+under 4 and 8 alone, so every other code is refused.
+"""
+
+import functools
+from pathlib import Path
+import re
+from typing import Literal, NamedTuple, NoReturn
+
+import numpy as np
+
+from train.data.batches import Fingerprint
+from train.data.checks import file_hash
+from train.data.text.source import (
+  DataError,
+  Pieces,
+  TokenSource,
+  sampled_hash,
+  sizes_hash,
+)
+
+Unit = Literal["document", "sequence"]
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = 34
+_DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+_CHUNK = 1 << 20
+_SHARD = re.compile(r"-(\d+)-of-(\d+)\.bin")
+
+
+class Index(NamedTuple):
+  """The contents of a sound index; the arrays are mapped and unaligned."""
+
+  dtype: np.dtype
+  lengths_S: np.ndarray  # int32
+  offsets_S: np.ndarray  # int64, in bytes
+  documents_D: np.ndarray  # int64, sequence numbers
+  total_bytes: int  # of the data
+
+
+def read_index(path: Path) -> Index:
+  """Maps an index and checks all of it.
+
+  Raises:
+    DataError: it is no such index, is cut, or contradicts itself; the message
+      names the file and the offset.
+  """
+
+  def wrong(offset: int, text: str) -> NoReturn:
+    raise DataError(f"{path}, offset {offset}: {text}")
+
+  size = path.stat().st_size
+  if size < _HEADER:
+    wrong(size, f"the file ends inside the header of {_HEADER} bytes")
+  content = np.asarray(np.memmap(path, np.uint8, "r"))
+  number = lambda at: int.from_bytes(content[at : at + 8].tobytes(), "little")
+  if content[:9].tobytes() != _MAGIC:
+    wrong(0, f"{content[:9].tobytes()!r}: expected {_MAGIC!r}")
+  if number(9) != 1:
+    wrong(9, f"version {number(9)}: expected 1")
+  code = int(content[17])
+  if code not in _DTYPES:
+    ambiguous = " (float32 or float64, by the fork)" * (code in (6, 7))
+    wrong(17, f"dtype code {code}{ambiguous}: expected 4, int32, or 8, uint16")
+  S, D = number(18), number(26)
+  if S < 1:
+    wrong(18, "no sequences: expected one or more")
+  if D < 2:
+    wrong(26, f"{D} document starts: expected two or more")
+  pointers, starts = _HEADER + 4 * S, _HEADER + 12 * S
+  if size != starts + 8 * D:
+    wrong(
+      min(size, starts + 8 * D),
+      f"the file has {size} bytes: expected {starts + 8 * D} for {S} sequences "
+      f"and {D} document starts",
+    )
+  index = Index(
+    _DTYPES[code],
+    content[_HEADER:pointers].view("<i4"),
+    content[pointers:starts].view("<i8"),
+    content[starts:].view("<i8"),
+    0,
+  )
+  total = _check_sequences(index, pointers, wrong)
+  _check_documents(index, starts, wrong)
+  return index._replace(total_bytes=total)
+
+
+def _check_sequences(index: Index, pointers: int, wrong) -> int:
+  """The bytes of all sequences, which must lie one behind the other."""
+  expected, S = 0, len(index.lengths_S)
+  for first in range(0, S, _CHUNK):
+    length_C = index.lengths_S[first : first + _CHUNK].astype(np.int64)
+    offset_C = index.offsets_S[first : first + _CHUNK]
+    bad = np.flatnonzero(length_C < 0)
+    if bad.size:
+      i = first + int(bad[0])
+      wrong(
+        _HEADER + 4 * i,
+        f"sequence {i} has {index.lengths_S[i]} tokens: expected 0 or more",
+      )
+    end_C = expected + np.cumsum(length_C) * index.dtype.itemsize
+    begin_C = np.concatenate([[expected], end_C[:-1]])
+    bad = np.flatnonzero(begin_C != offset_C)
+    if bad.size:
+      i = first + int(bad[0])
+      wrong(
+        pointers + 8 * i,
+        f"sequence {i} begins at byte {index.offsets_S[i]}: expected "
+        f"{begin_C[bad[0]]}, from the lengths before it",
+      )
+    expected = int(end_C[-1])
+  return expected
+
+
+def _check_documents(index: Index, starts: int, wrong) -> None:
+  """Documents begin at 0, rise, and end behind the last sequence."""
+  S, D = len(index.lengths_S), len(index.documents_D)
+  if index.documents_D[0] != 0:
+    wrong(
+      starts,
+      f"document 0 begins at sequence {index.documents_D[0]}: expected 0",
+    )
+  for first in range(0, D - 1, _CHUNK):
+    start_C = index.documents_D[first : first + _CHUNK + 1]
+    bad = np.flatnonzero(start_C[1:] <= start_C[:-1])
+    if bad.size:
+      i = first + int(bad[0]) + 1
+      wrong(
+        starts + 8 * i,
+        f"document {i} begins at sequence {index.documents_D[i]}: expected "
+        f"more than {index.documents_D[i - 1]}, where the one before begins",
+      )
+  if index.documents_D[-1] != S:
+    wrong(
+      starts + 8 * (D - 1),
+      f"the documents end at sequence {index.documents_D[-1]}: expected {S}",
+    )
+
+
+def find_shards(index: Path) -> list[Path]:
+  """The data files of NAME.idx, in their order.
+
+  Raises:
+    DataError: there is none, one is missing, or there are two sets of them.
+  """
+  stem = index.with_suffix("")
+  merged = stem.with_name(stem.name + ".bin")
+  found: dict[int, dict[int, Path]] = {}
+  for path in index.parent.glob("*.bin"):
+    match = _SHARD.fullmatch(path.name[len(stem.name) :])
+    if match and path.name.startswith(stem.name):
+      shard, last = (int(x) for x in match.groups())
+      if shard in found.setdefault(last, {}):
+        raise DataError(f"{path} and {found[last][shard]}: expected one")
+      found[last][shard] = path
+  if len(found) + merged.exists() != 1:
+    sets = [f"{stem}-*-of-{last}.bin" for last in sorted(found)]
+    sets += [str(merged)] * merged.exists()
+    raise DataError(
+      f"{index}: expected {merged.name} or {stem.name}-00000-of-0000N.bin "
+      f"beside it, one of them; found {', '.join(sets) or 'neither'}"
+    )
+  if merged.exists():
+    return [merged]
+  ((last, shards),) = found.items()
+  absent = [i for i in range(last + 1) if i not in shards]
+  if absent or len(shards) != last + 1:
+    raise DataError(
+      f"{stem}-*-of-{last}.bin: expected the shards 0 to {last}, the last "
+      f"included; missing {absent[:5]}, found {len(shards)}"
+    )
+  return [shards[i] for i in range(last + 1)]
+
+
+class MegatronSource(TokenSource):
+  """Tokens under a Megatron index; pickles as its path.
+
+  Args:
+    path: NAME.idx.
+    unit: what a document is: the index's documents, or its sequences, which
+      in preshuffled data are ready rows.
+
+  Raises:
+    DataError: the index or the files are not sound.
+  """
+
+  def __init__(self, path: Path | str, unit: Unit = "document") -> None:
+    self.path, self.unit = Path(path), unit
+    self._index = read_index(self.path)
+    self.shards = find_shards(self.path)
+    sizes = [shard.stat().st_size for shard in self.shards]
+    if sum(sizes) != self._index.total_bytes:
+      raise DataError(
+        f"{self.shards[-1]}, offset {sizes[-1]}: the data of {self.path} ends "
+        f"after {sum(sizes)} bytes in {len(sizes)} files: expected "
+        f"{self._index.total_bytes}"
+      )
+    self._ends = np.cumsum(sizes)
+    self._data = [
+      np.asarray(np.memmap(shard, np.uint8, "r"))
+      if size
+      else np.empty(0, np.uint8)
+      for shard, size in zip(self.shards, sizes, strict=True)
+    ]
+
+  @property
+  def name(self) -> str:
+    return str(self.path)
+
+  @functools.cached_property
+  def starts(self) -> np.ndarray:
+    """The first byte of each document: int64 (n,)."""
+    offsets_S = self._index.offsets_S
+    if self.unit == "sequence":
+      return offsets_S
+    return offsets_S[self._index.documents_D[:-1]]
+
+  @functools.cached_property
+  def lengths(self) -> np.ndarray:
+    if self.unit == "sequence":
+      return self._index.lengths_S
+    ends = np.append(self.starts[1:], self._index.total_bytes)
+    return (ends - self.starts) // self._index.dtype.itemsize
+
+  @property
+  def sequences(self) -> int:
+    """The number of sequences, of which documents are made."""
+    return len(self._index.lengths_S)
+
+  @property
+  def dtype(self) -> np.dtype:
+    """The type of a stored token."""
+    return self._index.dtype
+
+  @property
+  def vocab_size(self) -> None:
+    return None
+
+  @functools.cached_property
+  def fingerprint(self) -> Fingerprint:
+    return {
+      "kind": "megatron",
+      "unit": self.unit,
+      "index": file_hash(self.path),
+      "files": sizes_hash(self.shards),
+      "blocks": sampled_hash(self.shards),
+    }
+
+  def __len__(self) -> int:
+    if self.unit == "sequence":
+      return self.sequences
+    return len(self._index.documents_D) - 1
+
+  def fill(self, pieces: Pieces, out_N: np.ndarray) -> None:
+    size = self._index.dtype.itemsize
+    first_P = self.starts[pieces.document_P] + size * pieces.start_P
+    shard_P = np.searchsorted(self._ends, first_P, side="right")
+    columns = (first_P, shard_P, pieces.length_P, pieces.place_P)
+    rows = zip(*(x.tolist() for x in columns), strict=True)
+    for first, shard, length, place in rows:
+      raw = self._bytes(first, first + size * length, shard)
+      out_N[place : place + length] = raw.view(self._index.dtype)
+
+  def _bytes(self, begin: int, end: int, shard: int) -> np.ndarray:
+    """The bytes begin..end-1 of the data, the first of them in `shard`."""
+    parts = []
+    while True:
+      data = self._data[shard]
+      base = int(self._ends[shard]) - len(data)
+      parts.append(data[max(begin - base, 0) : end - base])
+      if end - base <= len(data):
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+      shard += 1
+
+  def __repr__(self) -> str:
+    return f"MegatronSource({self.name!r}, {self.unit!r})"
+
+  def __reduce__(self) -> tuple:
+    return MegatronSource, (self.path, self.unit)

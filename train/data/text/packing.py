@@ -1,0 +1,300 @@
+"""Plans: which pieces of which documents make up row r.
+
+A row has W = L + 1 tokens, L inputs and L targets. Three ways to cut:
+
+    rows       a document of W tokens is a row
+    stream     row r holds the tokens [r L, r L + L] of all documents, one
+               behind the other; neighbours share a token, and nothing marks
+               where a document ends (GPT-NeoX, and the paper's Pile runs)
+    documents  whole documents, best fit first; those above W tokens are cut
+               into pieces that share a token, so that each is predicted once
+
+A plan is computed once, is a function of the lengths alone, and is read by
+row; `order.py` says which rows come when.
+
+Best fit: `Fewer Truncations Improve Language Modeling`, arXiv 2404.10830; here
+all pieces of one length are placed at once.
+"""
+
+import abc
+import dataclasses
+
+import numpy as np
+
+from train.data.batches import hash64
+from train.data.text.source import Pieces
+
+SPLITS = ("train", "validation", "test")
+
+_SPLIT_KEY = 0x5EED50F5711
+_CHUNK = 1 << 20
+_LEAST = 2  # tokens of a piece: below it there is nothing to predict
+
+
+class Plan(abc.ABC):
+  """Rows as pieces of documents.
+
+  Attributes:
+    width: W, the tokens of a row.
+  """
+
+  width: int
+
+  @abc.abstractmethod
+  def __len__(self) -> int:
+    """The number of rows."""
+
+  @abc.abstractmethod
+  def pieces(self, rows_R: np.ndarray) -> tuple[Pieces, np.ndarray]:
+    """The pieces of rows, and the number of each one's row, from 0 to R − 1.
+
+    Row i of the R rows has the places i W … i W + W − 1 of the buffer.
+    """
+
+  def arrays(self) -> dict[str, np.ndarray]:
+    """The plan's arrays by the names of its fields."""
+    values = vars(self).items()
+    return {name: x for name, x in values if isinstance(x, np.ndarray)}
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedRows(Plan):
+  """The documents 0..count-1, each a row."""
+
+  width: int
+  count: int
+
+  def __len__(self) -> int:
+    return self.count
+
+  def pieces(self, rows_R: np.ndarray) -> tuple[Pieces, np.ndarray]:
+    row_R = np.arange(len(rows_R))
+    width_R = np.full(len(rows_R), self.width)
+    pieces = Pieces(rows_R, np.zeros_like(row_R), width_R, row_R * self.width)
+    return pieces, row_R
+
+
+@dataclasses.dataclass(frozen=True)
+class RowRange(Plan):
+  """The rows first..first+count-1 of another plan."""
+
+  plan: Plan
+  first: int
+  count: int
+
+  @property
+  def width(self) -> int:
+    return self.plan.width
+
+  def __len__(self) -> int:
+    return self.count
+
+  def pieces(self, rows_R: np.ndarray) -> tuple[Pieces, np.ndarray]:
+    return self.plan.pieces(self.first + rows_R)
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamRows(Plan):
+  """Rows cut from concatenated documents; less than a row is left over.
+
+  Attributes:
+    document_n: the documents that are not empty, in their order.
+    start_n: the place of each in the stream, and the stream's end: (n + 1,).
+  """
+
+  width: int
+  document_n: np.ndarray
+  start_n: np.ndarray
+
+  def __len__(self) -> int:
+    return max(0, (int(self.start_n[-1]) - 1) // (self.width - 1))
+
+  def pieces(self, rows_R: np.ndarray) -> tuple[Pieces, np.ndarray]:
+    return self.pieces_at(rows_R * (self.width - 1))
+
+  def pieces_at(self, begin_R: np.ndarray) -> tuple[Pieces, np.ndarray]:
+    """`pieces` of rows that begin at any places of the stream."""
+    end_R = begin_R + self.width
+    first_R = np.searchsorted(self.start_n, begin_R, side="right") - 1
+    count_R = np.searchsorted(self.start_n, end_R, side="left") - first_R
+    row_P, within_P = _expand(count_R)
+    index_P = first_R[row_P] + within_P
+    origin_P = self.start_n[index_P]
+    start_P = np.maximum(begin_R[row_P] - origin_P, 0)
+    stop_P = np.minimum(end_R[row_P], self.start_n[index_P + 1]) - origin_P
+    place_P = origin_P + start_P - begin_R[row_P] + row_P * self.width
+    pieces = Pieces(
+      self.document_n[index_P].astype(np.int64),
+      start_P,
+      stop_P - start_P,
+      place_P,
+    )
+    return pieces, row_P
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedRows(Plan):
+  """Rows of whole documents; a row's tail may be empty.
+
+  Attributes:
+    first_R: the first piece of each row, and the number of pieces: (n + 1,).
+    document_P, start_P, length_P: the pieces, row by row.
+  """
+
+  width: int
+  first_R: np.ndarray
+  document_P: np.ndarray
+  start_P: np.ndarray
+  length_P: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.first_R) - 1
+
+  def pieces(self, rows_R: np.ndarray) -> tuple[Pieces, np.ndarray]:
+    first_R = self.first_R[rows_R]
+    row_P, within_P = _expand(self.first_R[rows_R + 1] - first_R)
+    index_P = first_R[row_P] + within_P
+    length_P = self.length_P[index_P].astype(np.int64)
+    before_P = np.cumsum(length_P) - length_P  # over all rows so far
+    row_first_P = np.flatnonzero(within_P == 0)[row_P]
+    place_P = before_P - before_P[row_first_P] + row_P * self.width
+    pieces = Pieces(
+      self.document_P[index_P].astype(np.int64),
+      self.start_P[index_P].astype(np.int64),
+      length_P,
+      place_P,
+    )
+    return pieces, row_P
+
+
+def split_documents(
+  count: int, split: str, validation: float, test: float
+) -> np.ndarray:
+  """The documents of a split, ascending: int64.
+
+  A hash of its number places a document, so that each shard gives its share
+  and the other splits stay what they are whatever the run's seed.
+  """
+  if validation == test == 0:
+    return np.arange(count if split == "train" else 0)
+  edges = np.array([validation, validation + test])
+  chosen = {"validation": 0, "test": 1, "train": 2}[split]
+  found = []
+  for first in range(0, count, _CHUNK):
+    number_C = np.arange(first, min(first + _CHUNK, count))
+    unit_C = (hash64(_SPLIT_KEY, number_C) >> np.uint64(11)) * 2.0**-53
+    kind_C = np.searchsorted(edges, unit_C, side="right")
+    found.append(number_C[kind_C == chosen])
+  return np.concatenate(found) if found else np.arange(0)
+
+
+def split_rows(
+  plan: Plan, split: str, validation: float, test: float
+) -> RowRange:
+  """The rows of a split: one or more where its fraction is above 0.
+
+  The held-out rows are the last ones, so that the others keep their order.
+  """
+  count = len(plan)
+  most = lambda part: min(count, max(int(count * part), part > 0))
+  sizes = {"validation": most(validation), "test": most(test)}
+  train = max(count - sum(sizes.values()), 0)
+  firsts = {"train": 0, "validation": train, "test": train}
+  firsts["test"] += sizes["validation"]
+  return RowRange(plan, firsts[split], {"train": train, **sizes}[split])
+
+
+def stream_plan(
+  width: int, lengths_n: np.ndarray, document_n: np.ndarray
+) -> StreamRows:
+  """The plan of rows cut from the chosen documents.
+
+  Args:
+    width: W, 2 or more.
+    lengths_n: of all documents.
+    document_n: the chosen ones, in the order of the stream.
+  """
+  length_n = lengths_n[document_n].astype(np.int64)
+  kept_n = length_n > 0
+  ends_n = np.cumsum(length_n[kept_n])
+  return StreamRows(
+    width, document_n[kept_n], np.concatenate([np.zeros(1, np.int64), ends_n])
+  )
+
+
+def packed_plan(
+  width: int, lengths_n: np.ndarray, document_n: np.ndarray
+) -> PackedRows:
+  """The plan of packed documents; those of less than 2 tokens have no place.
+
+  Args:
+    width: W, 2 or more.
+    lengths_n: of all documents.
+    document_n: the chosen ones.
+  """
+  length_n = lengths_n[document_n].astype(np.int64)
+  count_n = np.where(length_n < _LEAST, 0, -(-(length_n - 1) // (width - 1)))
+  index_P, within_P = _expand(count_n)
+  start_P = within_P * (width - 1)
+  length_P = np.minimum(length_n[index_P] - start_P, width)
+  short_P = (width - length_P).astype(np.min_scalar_type(width))
+  order_P = np.argsort(short_P, kind="stable")
+  bins_P, rows = best_fit(width, np.bincount(length_P, minlength=width + 1))
+  order_P = order_P[np.argsort(bins_P, kind="stable")]
+  per_row = np.bincount(bins_P, minlength=rows)
+  return PackedRows(
+    width,
+    np.concatenate([np.zeros(1, np.int64), np.cumsum(per_row)]),
+    document_n[index_P[order_P]],
+    start_P[order_P],
+    length_P[order_P].astype(np.int32),
+  )
+
+
+def best_fit(width: int, counts: np.ndarray) -> tuple[np.ndarray, int]:
+  """Places pieces in bins of `width`, each where the least room is left.
+
+  Args:
+    width: W.
+    counts: (W + 1,), the number of pieces of each length; none below 2.
+
+  Returns:
+    The bin of each piece, longest pieces first, int64, and the number of bins.
+  """
+  rooms: list[list[np.ndarray]] = [[] for _ in range(width + 1)]
+  open_ = np.zeros(width + 1, bool)
+  chosen, bins = [], 0
+
+  def leave(room: int, bins_m: np.ndarray) -> None:
+    if room >= _LEAST and bins_m.size:
+      rooms[room].append(bins_m)
+      open_[room] = True
+
+  for length in range(width, _LEAST - 1, -1):
+    missing = int(counts[length])
+    while missing:
+      room = length + int(np.argmax(open_[length:]))
+      if not open_[room]:
+        full, rest = divmod(missing, width // length)
+        new_m = np.arange(bins, bins + full + (rest > 0))
+        bins += len(new_m)
+        chosen.append(np.repeat(new_m, width // length)[:missing])
+        leave(width % length, new_m[:full])
+        leave(width - rest * length, new_m[full:])
+        break
+      bins_m = rooms[room].pop()
+      open_[room] = bool(rooms[room])
+      taken_m, kept_m = bins_m[:missing], bins_m[missing:]
+      chosen.append(taken_m)
+      missing -= len(taken_m)
+      leave(room, kept_m)
+      leave(room - length, taken_m)
+  empty = np.zeros(0, np.int64)
+  return np.concatenate([empty, *chosen]), bins
+
+
+def _expand(count_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """For counts (2, 1, 3): (0 0 1 2 2 2) and (0 1 0 0 1 2)."""
+  index_P = np.repeat(np.arange(len(count_n)), count_n)
+  first_n = np.cumsum(count_n) - count_n
+  return index_P, np.arange(len(index_P)) - first_n[index_P]

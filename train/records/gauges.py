@@ -1,0 +1,36 @@
+"""What a record says of the devices: MFU and memory, where they are known."""
+
+import math
+from typing import Any
+
+import jax
+
+from train.devices import peaks
+
+
+class Gauges:
+  """MFU and memory of a run on all devices.
+
+  Args:
+    params: arrays, or their shapes.
+  """
+
+  def __init__(self, params: Any):
+    shapes = [x.shape for x in jax.tree.leaves(params)]
+    self._parameters = sum(math.prod(shape) for shape in shapes)
+
+  def read(self, tokens_per_second: float) -> dict[str, float]:
+    """{mfu, hbm_peak_bytes}: what this kind of device lets one know."""
+    kind, devices = jax.devices()[0].device_kind, jax.device_count()
+    mfu = peaks.mfu(tokens_per_second, self._parameters, kind, devices)
+    found = dict(mfu=mfu, hbm_peak_bytes=peak_bytes())
+    return {name: x for name, x in found.items() if x is not None}
+
+
+def peak_bytes() -> int | None:
+  """The most that one of this process's devices has held, if they count it."""
+  peaks_found = [
+    (device.memory_stats() or {}).get("peak_bytes_in_use")
+    for device in jax.local_devices()
+  ]
+  return max((x for x in peaks_found if x is not None), default=None)
