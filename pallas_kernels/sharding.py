@@ -97,7 +97,7 @@ def axes_of(*trees: Any) -> frozenset[str]:
   return frozenset().union(*map(devices.varying_axes, leaves))
 
 
-def alike(*trees: Any) -> tuple[Any, ...]:
+def vary_alike(*trees: Any) -> tuple[Any, ...]:
   """The same values, each varying over all that any of them varies over."""
   names = axes_of(*trees)
 
@@ -108,13 +108,13 @@ def alike(*trees: Any) -> tuple[Any, ...]:
   return jax.tree.map(vary, trees)
 
 
-def on_devices(
+def map_over_mesh(
   run: Callable[..., Any], axes: ShardAxes | None, *, inputs: Any, outputs: Any
 ) -> Callable[..., Any]:
   """`run` of each device's part of arrays over the ambient mesh.
 
   Args:
-    run: works on the part of one device, and may use `over_tokens`.
+    run: works on the part of one device, and may use `sum_over_tokens`.
     axes: the mesh axes that split the arrays; None: `run` takes them whole.
     inputs: a letter for each array, "r": of tokens, (B, T, ·); "c": likewise,
       of channels that the axes of heads split; "p": the parameter (channels,)
@@ -144,11 +144,11 @@ def on_devices(
   return checked
 
 
-def rows(x_BTD: Array) -> Array:
+def flatten_tokens(x_BTD: Array) -> Array:
   """(R, D), R = B T."""
   return x_BTD.reshape(-1, x_BTD.shape[-1])
 
 
-def over_tokens(sums: Any, axes: ShardAxes | None) -> Any:
+def sum_over_tokens(sums: Any, axes: ShardAxes | None) -> Any:
   """In `run`: sums of a device's tokens, summed over all that split tokens."""
   return sums if axes is None else jax.lax.psum(sums, axes.bt_names())

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes, devices
 from pallas_kernels.layer_norm.xla import Stream
-from pallas_kernels.numerics import accumulator
+from pallas_kernels.numerics import sum_dtype
 from rebased_jax.layer_norm import LayerNorm
 from rebased_jax.mixers import base
 from rebased_jax.mlp import MLP
@@ -255,7 +255,7 @@ def logits(
     "...d,vd->...v",
     x_D,
     embedding_VD.astype(x_D.dtype),
-    preferred_element_type=accumulator(x_D.dtype) if dtype is None else dtype,
+    preferred_element_type=sum_dtype(x_D.dtype) if dtype is None else dtype,
   )
 
 

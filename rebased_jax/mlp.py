@@ -3,7 +3,7 @@
 from flax import nnx
 from jax import Array
 
-from pallas_kernels import ShardAxes, numerics as channels
+from pallas_kernels import ShardAxes, numerics
 from pallas_kernels.gelu.xla import gelu
 from rebased_jax.mixers import base
 
@@ -23,7 +23,7 @@ class MLP(nnx.Module):
 
   def __call__(self, x: Array) -> Array:
     y, bias = self.parts(x)
-    return channels.add(y, bias)
+    return numerics.add_bias(y, bias)
 
   def parts(
     self, x: Array, axes: ShardAxes | None = None

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import optax
 
 from pallas_kernels import ShardAxes, cross_entropy as kernel, devices
-from pallas_kernels.numerics import accumulator
-from pallas_kernels.sharding import alike
+from pallas_kernels.numerics import sum_dtype
+from pallas_kernels.sharding import vary_alike
 from rebased_jax import blocks
 
 
@@ -77,7 +77,7 @@ def cross_entropy(
     fixed = jax.tree.map(jax.lax.stop_gradient, tokens)
     return (weights_BM * tokens.nll_BM).sum(), fixed
   plan = _Plan(chunks, axes)
-  arrays = alike(x_BMD, embedding_VD, targets_BM, weights_BM)
+  arrays = vary_alike(x_BMD, embedding_VD, targets_BM, weights_BM)
   return _chunked(*arrays, plan)
 
 
@@ -192,14 +192,14 @@ def _forward(x_BMD, embedding_VD, targets_BM, weights_BM, *, chunks, split):
     return total + (weights_BC * tokens.nll_BM).sum(), tokens
 
   parts = _parts((x_BMD, targets_BM, weights_BM), chunks)
-  zero = jnp.zeros((), accumulator(x_BMD.dtype))
-  zero, _ = alike(zero, parts)
+  zero = jnp.zeros((), sum_dtype(x_BMD.dtype))
+  zero, _ = vary_alike(zero, parts)
   total, tokens = jax.lax.scan(part, zero, parts)
   return jax.lax.psum(total, split.names), _whole(tokens)
 
 
 def _both(x_BMD, embedding_VD, targets_BM, weights_BM, *, chunks, split):
-  dtype = accumulator(x_BMD.dtype)
+  dtype = sum_dtype(x_BMD.dtype)
 
   def part(carry, inputs):
     total, dembedding_VD = carry
@@ -224,7 +224,7 @@ def _both(x_BMD, embedding_VD, targets_BM, weights_BM, *, chunks, split):
 
   parts = _parts((x_BMD, targets_BM, weights_BM), chunks)
   zeros = jnp.zeros((), dtype), jnp.zeros(embedding_VD.shape, dtype)
-  zeros, _ = alike(zeros, parts)
+  zeros, _ = vary_alike(zeros, parts)
   sums, of_tokens = jax.lax.scan(part, zeros, parts)
   total, dembedding_VD = jax.lax.psum(sums, split.names)
   tokens, dx_BMD = _whole(of_tokens)

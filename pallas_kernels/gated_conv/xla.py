@@ -7,9 +7,9 @@ from jax import Array
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from pallas_kernels import numerics as channels
+from pallas_kernels import numerics
 from pallas_kernels.documents import document_runs
-from pallas_kernels.sharding import ShardAxes, on_devices, over_tokens
+from pallas_kernels.sharding import ShardAxes, map_over_mesh, sum_over_tokens
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -30,7 +30,7 @@ def _forward(u_BTD, z_BTD, kernel_KD, bias_D, of_z_D, axes):
   past = kernel_KD.shape[0] - 1
   none_BKD = jnp.zeros_like(u_BTD, shape=(u_BTD.shape[0], past, u_BTD.shape[2]))
   c_BTD, _ = depthwise(kernel_KD, bias_D, u_BTD, none_BKD, None)
-  y_BTD = c_BTD * channels.add(z_BTD, of_z_D) + u_BTD
+  y_BTD = c_BTD * numerics.add_bias(z_BTD, of_z_D) + u_BTD
   return y_BTD, (u_BTD, z_BTD, kernel_KD, bias_D, of_z_D)
 
 
@@ -39,11 +39,11 @@ def _backward(axes, kept, dy_BTD):
 
   def run(u_BTD, z_BTD, dy_BTD, *parameters):
     du_BTD, dz_BTD, sums = gpu.backward(u_BTD, z_BTD, dy_BTD, *parameters)
-    return du_BTD, dz_BTD, over_tokens(sums, axes)
+    return du_BTD, dz_BTD, sum_over_tokens(sums, axes)
 
   u_BTD, z_BTD, *parameters = kept
   inputs, outputs = ("r", "r", "r", "w", "w", "w"), ("r", "r", "w")
-  run = on_devices(run, axes, inputs=inputs, outputs=outputs)
+  run = map_over_mesh(run, axes, inputs=inputs, outputs=outputs)
   wide = [x.astype(jnp.float32) for x in parameters]
   du_BTD, dz_BTD, sums = run(u_BTD, z_BTD, dy_BTD, *wide)
   sums = sums[:-2], sums[-2], sums[-1]
@@ -137,8 +137,8 @@ def depthwise(
     )
     taps = [own(x, j, runs_BT) for j, x in enumerate(taps)]
     after_BKD = own(after_BKD, T, runs_BT[:, -1:].repeat(past, axis=1))
-  scaled = map(channels.scale, taps, kernel_KD)
-  c_BTD = channels.add(next(scaled), bias_D)
+  scaled = map(numerics.scale_channels, taps, kernel_KD)
+  c_BTD = numerics.add_bias(next(scaled), bias_D)
   for scaled_BTD in scaled:
     c_BTD += scaled_BTD
   return c_BTD, after_BKD

@@ -13,9 +13,14 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels import ShardAxes, gelu as kernel, numerics as channels
-from pallas_kernels.numerics import accumulator
-from pallas_kernels.sharding import alike, on_devices, over_tokens, rows
+from pallas_kernels import ShardAxes, gelu as kernel, numerics
+from pallas_kernels.numerics import sum_dtype
+from pallas_kernels.sharding import (
+  flatten_tokens,
+  map_over_mesh,
+  sum_over_tokens,
+  vary_alike,
+)
 
 
 def gelu(z_BTD: Array, b_D: Array, *, axes: ShardAxes | None = None) -> Array:
@@ -34,7 +39,7 @@ def gelu(z_BTD: Array, b_D: Array, *, axes: ShardAxes | None = None) -> Array:
   Raises:
     ValueError: the mesh does not fit the batch and the time.
   """
-  z_BTD, b_D = alike(z_BTD, b_D)
+  z_BTD, b_D = vary_alike(z_BTD, b_D)
   if axes is None:
     has_kernel = kernel.runs_on(z_BTD)
   else:
@@ -48,7 +53,7 @@ def gelu(z_BTD: Array, b_D: Array, *, axes: ShardAxes | None = None) -> Array:
 @jax.checkpoint  # the backward keeps the product alone, not its sum with b
 def _by_erf(z_D: Array, b_D: Array) -> Array:
   """Of fewer operations than by erfc."""
-  x_D = channels.add(z_D, b_D).astype(accumulator(z_D.dtype))
+  x_D = numerics.add_bias(z_D, b_D).astype(sum_dtype(z_D.dtype))
   return (0.5 * x_D * (1 + _erf(math.sqrt(0.5) * x_D))).astype(z_D.dtype)
 
 
@@ -72,9 +77,9 @@ def _forward(z_BTD, b_D, axes):
   from pallas_kernels.gelu import gpu  # takes long to import
 
   def run(z_BTD, b_D):
-    return gpu.forward(rows(z_BTD), b_D).reshape(z_BTD.shape)
+    return gpu.forward(flatten_tokens(z_BTD), b_D).reshape(z_BTD.shape)
 
-  run = on_devices(run, axes, inputs=("c", "p"), outputs="c")
+  run = map_over_mesh(run, axes, inputs=("c", "p"), outputs="c")
   return run(z_BTD, b_D.astype(jnp.float32)), (z_BTD, b_D)
 
 
@@ -82,11 +87,13 @@ def _backward(axes, kept, dy_BTD):
   from pallas_kernels.gelu import gpu
 
   def run(z_BTD, b_D, dy_BTD):
-    dz_RD, db_D = gpu.backward(rows(z_BTD), b_D, rows(dy_BTD))
-    return dz_RD.reshape(z_BTD.shape), over_tokens(db_D, axes)
+    dz_RD, db_D = gpu.backward(
+      flatten_tokens(z_BTD), b_D, flatten_tokens(dy_BTD)
+    )
+    return dz_RD.reshape(z_BTD.shape), sum_over_tokens(db_D, axes)
 
   z_BTD, b_D = kept
-  run = on_devices(run, axes, inputs=("c", "p", "c"), outputs=("c", "p"))
+  run = map_over_mesh(run, axes, inputs=("c", "p", "c"), outputs=("c", "p"))
   dz_BTD, db_D = run(z_BTD, b_D.astype(jnp.float32), dy_BTD)
   return dz_BTD, db_D.astype(b_D.dtype)
 

@@ -20,10 +20,15 @@ from pallas_kernels import (
   ShardAxes,
   devices,
   layer_norm as add_norm,
-  numerics as channels,
+  numerics,
 )
-from pallas_kernels.numerics import accumulator
-from pallas_kernels.sharding import alike, on_devices, over_tokens, rows
+from pallas_kernels.numerics import sum_dtype
+from pallas_kernels.sharding import (
+  flatten_tokens,
+  map_over_mesh,
+  sum_over_tokens,
+  vary_alike,
+)
 
 
 def layer_norm(
@@ -38,7 +43,7 @@ def layer_norm(
     eps: added to the variance.
     dtype: of y.
   """
-  return _layer_norm(*alike(x_D, scale_D, bias_D), eps, dtype)
+  return _layer_norm(*vary_alike(x_D, scale_D, bias_D), eps, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -47,11 +52,13 @@ def _layer_norm(x_D, scale_D, bias_D, eps, dtype):
 
 
 def _forward(x_D, scale_D, bias_D, eps, dtype):
-  wide = x_D.astype(accumulator(x_D.dtype))
+  wide = x_D.astype(sum_dtype(x_D.dtype))
   mean_1, variance_1 = _moments(wide)
   rate_1 = jax.lax.rsqrt(variance_1 + eps)
   hat_D = (wide - mean_1) * rate_1
-  y_D = channels.row(scale_D, hat_D) * hat_D + channels.row(bias_D, hat_D)
+  y_D = numerics.broadcast_parameter(
+    scale_D, hat_D
+  ) * hat_D + numerics.broadcast_parameter(bias_D, hat_D)
   return y_D.astype(dtype), (x_D, scale_D, bias_D, mean_1, rate_1)
 
 
@@ -62,7 +69,7 @@ def _backward(eps, dtype, kept, dy_D):
   x_D, mean_1, rate_1 = jax.lax.optimization_barrier((x_D, *moments))
   hat_D = (x_D.astype(mean_1.dtype) - mean_1) * rate_1
   dy_D = dy_D.astype(mean_1.dtype)
-  g_D = channels.row(scale_D, hat_D) * dy_D
+  g_D = numerics.broadcast_parameter(scale_D, hat_D) * dy_D
   shift_1, slope_1 = _means(g_D, g_D * hat_D)
   dx_D = rate_1 * (g_D - shift_1 - hat_D * slope_1)
   tokens = tuple(range(x_D.ndim - scale_D.ndim))
@@ -87,7 +94,9 @@ class Stream(NamedTuple):
     if y_BTD is None:
       return x_BTD
     y_BTD = y_BTD.astype(x_BTD.dtype)
-    return x_BTD + (y_BTD if bias_D is None else channels.add(y_BTD, bias_D))
+    return x_BTD + (
+      y_BTD if bias_D is None else numerics.add_bias(y_BTD, bias_D)
+    )
 
 
 def add_layer_norm(
@@ -109,7 +118,7 @@ def add_layer_norm(
     eps: added to the variance.
     axes: the mesh axes that split batch and time.
   """
-  stream, scale_D, bias_D = alike(stream, scale_D, bias_D)
+  stream, scale_D, bias_D = vary_alike(stream, scale_D, bias_D)
   x_BTD, y_BTD, _ = stream
   if not add_norm.runs_on(x_BTD, y_BTD):
     s_BTD = stream.whole()
@@ -128,14 +137,19 @@ def _kernel_forward(stream: Stream, scale_D, bias_D, eps, axes):
   def run(stream: Stream, scale_D, bias_D):
     x_BTD, y_BTD, of_y_D = stream
     found = gpu.forward(
-      rows(x_BTD), rows(y_BTD), of_y_D, scale_D, bias_D, eps=eps
+      flatten_tokens(x_BTD),
+      flatten_tokens(y_BTD),
+      of_y_D,
+      scale_D,
+      bias_D,
+      eps=eps,
     )
     return [x_RD.reshape(x_BTD.shape) for x_RD in found]
 
   of_y_D = stream.bias_D
   stream = stream._replace(bias_D=jax.tree.map(_wide, of_y_D))
   parts = Stream("r", "r", "w")
-  run = on_devices(run, axes, inputs=(parts, "w", "w"), outputs=["r", "r"])
+  run = map_over_mesh(run, axes, inputs=(parts, "w", "w"), outputs=["r", "r"])
   s_BTD, n_BTD = run(stream, _wide(scale_D), _wide(bias_D))
   return (s_BTD, n_BTD), (s_BTD, of_y_D, scale_D, bias_D)
 
@@ -145,15 +159,18 @@ def _kernel_backward(eps, axes, kept, cotangents):
 
   def run(s_BTD, ds_BTD, dn_BTD, scale_D):
     dx_RD, dy_RD, *sums = gpu.backward(
-      *map(rows, (s_BTD, ds_BTD, dn_BTD)), scale_D, eps=eps, has_bias=has_bias
+      *map(flatten_tokens, (s_BTD, ds_BTD, dn_BTD)),
+      scale_D,
+      eps=eps,
+      has_bias=has_bias,
     )
     whole = lambda x_RD: x_RD.reshape(s_BTD.shape)
-    return [whole(dx_RD), whole(dy_RD), *over_tokens(sums, axes)]
+    return [whole(dx_RD), whole(dy_RD), *sum_over_tokens(sums, axes)]
 
   s_BTD, of_y_D, scale_D, bias_D = kept
   has_bias = of_y_D is not None
   outputs = ["r", "r", "w", "w"] + ["w"] * has_bias
-  run = on_devices(run, axes, inputs=("r", "r", "r", "w"), outputs=outputs)
+  run = map_over_mesh(run, axes, inputs=("r", "r", "r", "w"), outputs=outputs)
   dx_BTD, dy_BTD, dscale_D, dbias_D, *dof_y = run(
     s_BTD, *cotangents, _wide(scale_D)
   )

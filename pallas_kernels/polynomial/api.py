@@ -17,7 +17,7 @@ from pallas_kernels.polynomial import (
   xla,
 )
 from pallas_kernels.polynomial.spec import REBASED, Coefficients, State
-from pallas_kernels.sharding import ShardAxes, alike
+from pallas_kernels.sharding import ShardAxes, vary_alike
 
 Implementation = Literal["gpu", "gpu_shared", "tpu", "xla", "reference"]
 IMPLEMENTATIONS: tuple[str, ...] = (
@@ -90,7 +90,7 @@ def polynomial_attention(
   if axes is not None:
     axes.check(B, H, T)
   states = initial_state is not None or return_state
-  arrays = alike(q, k, v, segment_ids, initial_state)
+  arrays = vary_alike(q, k, v, segment_ids, initial_state)
   q, k, v, segment_ids, initial_state = arrays
   name = _choose(implementation, q, v, kernel, segment_ids, states, axes)
   if name == "reference":
@@ -314,7 +314,7 @@ def _reference(q, k, v, kernel, segment_ids, initial_state, return_state):
   )
   if not return_state:
     return o
-  acc = numerics.accumulator(q.dtype)
+  acc = numerics.sum_dtype(q.dtype)
   k_BHTF, v_BHTP = (jnp.moveaxis(x.astype(acc), 2, 1) for x in (k, v))
   last_B1T = None if last_BT is None else last_BT[:, None]
   state = spec.key_state(k_BHTF, v_BHTP, kernel.coefficients, last_B1T)

@@ -27,7 +27,7 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.numerics import accumulator, precision
+from pallas_kernels.numerics import product_precision, sum_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def zero_state(
 ) -> State:
   """The state before the first token of a document."""
   E, G = sizes(features, coefficients)
-  acc = accumulator(dtype)
+  acc = sum_dtype(dtype)
   return State(
     jnp.zeros((batch, heads, E, value_features), acc),
     jnp.zeros((batch, heads, G, G), acc),
@@ -175,7 +175,7 @@ def weights_BHTS(
   coefficients: Coefficients,
 ) -> Array:
   """sim, in the accumulator's dtype; 0 where the mask is False."""
-  acc = accumulator(q_BTHF.dtype)
+  acc = sum_dtype(q_BTHF.dtype)
   s_BHTS = jnp.einsum(
     "bthf,bshf->bhts",
     q_BTHF.astype(acc),
@@ -196,8 +196,8 @@ def contract(w_ts: Array, x_s: Array, mask_ts: Array | None) -> Array:
     "...ts,...sp->...tp",
     a,
     b,
-    precision=precision(b.dtype),
-    preferred_element_type=accumulator(b.dtype),
+    precision=product_precision(b.dtype),
+    preferred_element_type=sum_dtype(b.dtype),
   )
   if mask_ts is None:
     return einsum(w_ts, x_s)
@@ -225,7 +225,7 @@ def reference(
   initial state belongs to (None: all). Plain jax, differentiable in forward
   and reverse mode, any number of times.
   """
-  acc = accumulator(q_BTHF.dtype)
+  acc = sum_dtype(q_BTHF.dtype)
   sim_BHTS = weights_BHTS(q_BTHF, k_BSHF, mask_BTS, coefficients)
   v_BHSP = jnp.moveaxis(v_BSHP, 2, 1).astype(acc)
   num_BHTP = contract(sim_BHTS, v_BHSP, mask_BTS[:, None])
@@ -276,7 +276,7 @@ def key_state(
   keep_B1T: Array | None = None,
 ) -> State:
   """The state of these tokens alone, or of those that `keep` marks."""
-  acc, exact = accumulator(k_BHTF.dtype), jax.lax.Precision.HIGHEST
+  acc, exact = sum_dtype(k_BHTF.dtype), jax.lax.Precision.HIGHEST
   phi_BHTE = features(k_BHTF.astype(acc), coefficients)
   k_BHTG = extend(k_BHTF.astype(acc), coefficients)
   if keep_B1T is not None:

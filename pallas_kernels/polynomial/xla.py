@@ -25,7 +25,7 @@ from pallas_kernels import numerics
 from pallas_kernels.polynomial import spec
 from pallas_kernels.polynomial.passes import Kernel, keep, kept
 from pallas_kernels.polynomial.spec import State
-from pallas_kernels.sharding import alike
+from pallas_kernels.sharding import vary_alike
 
 CHUNK = 64
 
@@ -262,7 +262,7 @@ def _scan(chunk, state, chunks, runs, *, reverse=False):
   if state is None:
     shapes, _ = jax.eval_shape(lambda x: step(None, x), first)
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  state, _ = alike(state, inputs)
+  state, _ = vary_alike(state, inputs)
   return jax.lax.scan(step, state, inputs, reverse=reverse)
 
 
@@ -290,8 +290,8 @@ def _inner(x_BHCF: Array, y_BHCF: Array) -> Array:
     "bhtf,bhsf->bhts",
     x_BHCF,
     y_BHCF,
-    precision=numerics.precision(x_BHCF.dtype),
-    preferred_element_type=numerics.accumulator(x_BHCF.dtype),
+    precision=numerics.product_precision(x_BHCF.dtype),
+    preferred_element_type=numerics.sum_dtype(x_BHCF.dtype),
   )
 
 
@@ -382,7 +382,7 @@ def _add_queries(dstate, q_BHCF, g_BHCP, dz_BHC, masks, kernel):
     dtype=dz_BHC.dtype,
   )
   # The cotangent of a state that is whole would be summed over devices.
-  zero, _ = alike(zero, g_BHCP)
+  zero, _ = vary_alike(zero, g_BHCP)
   through = lambda state: spec.query_state(q_BHCF, state, kernel.coefficients)
   (new,) = jax.vjp(through, zero)[1]((g_BHCP, dz_BHC))
   return _carry(dstate, new, masks)

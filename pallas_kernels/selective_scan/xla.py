@@ -16,7 +16,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import document_runs
-from pallas_kernels.sharding import alike
+from pallas_kernels.sharding import vary_alike
 
 # C, the tokens that are scanned at once. Larger ones take more levels of the
 # scan; with few rows they save steps that leave a device idle.
@@ -73,7 +73,7 @@ def selective_scan(
     h_CBIN = _states(decay_CBIN, drive_CBIN, h_BIN, starts_CB)
     return h_CBIN[-1], (h_CBIN * C_CBN[:, :, None]).sum(axis=-1)
 
-  A_IN, h_BIN, arrays = alike(A_IN, h_BIN, arrays)
+  A_IN, h_BIN, arrays = vary_alike(A_IN, h_BIN, arrays)
   h_BIN, y = jax.lax.scan(body, h_BIN, jax.tree.map(chunks, arrays))
   y_TBI = y.reshape(count * size, *y.shape[2:])[:T]
   return jnp.moveaxis(y_TBI, 0, 1), h_BIN

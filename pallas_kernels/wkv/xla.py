@@ -27,7 +27,7 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels.sharding import alike
+from pallas_kernels.sharding import vary_alike
 
 # The exponent of no token. Finite: −∞ − −∞ is NaN.
 EMPTY = -1e38
@@ -84,7 +84,7 @@ def wkv(
     sums: (B, D) of the first token's document.
     start_BT: True where another document starts than the token's before.
   """
-  return _wkv(*alike(k_BTD, v_BTD, w_D, u_D, sums, start_BT))
+  return _wkv(*vary_alike(k_BTD, v_BTD, w_D, u_D, sums, start_BT))
 
 
 @jax.custom_vjp
@@ -111,7 +111,7 @@ def _forward(k_BTD, v_BTD, w_D, u_D, sums, start_BT):
     return own(sums, inputs)[0], y.astype(v_BTD.dtype)
 
   inputs = (k_CBND, v_CBND, marks)
-  none, _ = alike(empty(k_CBND.shape[1:], w_D.dtype), inputs)
+  none, _ = vary_alike(empty(k_CBND.shape[1:], w_D.dtype), inputs)
   local, _ = jax.lax.scan(own, none, inputs)
   after, before = _chain(sums, local, chunk_marks, w_D)
   _, y_CBND = jax.lax.scan(output, before, inputs)
@@ -151,7 +151,7 @@ def _from_the_left(w_D, u_D, before, inputs):
   Slopes count the decays in their own chunk alone, and so does dw.
   """
   w_11D, u_11D = w_D[None, None], u_D[None, None]
-  zero, _ = alike(jnp.zeros_like(before.maximum), before)
+  zero, _ = vary_alike(jnp.zeros_like(before.maximum), before)
 
   def body(carry, inputs):
     sums, *slopes, dw, du = carry
@@ -193,7 +193,7 @@ def _from_the_right(w_D, u_D, end, chunk_marks, inputs):
     grads = dk.astype(k_CBND.dtype), dv.astype(v_CBND.dtype)
     return own(sums, inputs)[0], grads
 
-  none, _ = alike(empty(g_CBND.shape[1:], w_D.dtype), inputs)
+  none, _ = vary_alike(empty(g_CBND.shape[1:], w_D.dtype), inputs)
   local, _ = jax.lax.scan(own, none, inputs, reverse=True)
   first, behind = _chain(end, local, chunk_marks, w_D, reverse=True)
   _, grads = jax.lax.scan(output, behind, inputs, reverse=True)

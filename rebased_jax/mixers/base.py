@@ -19,7 +19,7 @@ from jax import Array
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from pallas_kernels import ShardAxes, numerics as channels
+from pallas_kernels import ShardAxes, numerics
 
 MixerState = Any
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # of a computation
@@ -112,7 +112,7 @@ class Linear(nnx.Linear):
 
   def __call__(self, x_D: Array) -> Array:
     y_D = self.product(x_D)
-    return channels.add(y_D, self.bias[...]) if self.use_bias else y_D
+    return numerics.add_bias(y_D, self.bias[...]) if self.use_bias else y_D
 
   def product(self, x_D: Array) -> Array:
     """Without the bias."""

@@ -22,7 +22,7 @@ from pallas_kernels import (
   gated_conv,
 )
 from pallas_kernels.gated_conv.xla import depthwise, gated, over_time
-from pallas_kernels.sharding import alike
+from pallas_kernels.sharding import vary_alike
 from rebased_jax.mixers import base
 
 
@@ -81,7 +81,7 @@ class BaseConv(base.Mixer):
   def _has_kernel(self, u_BTD, segment_ids, axes: ShardAxes | None) -> bool:
     whole = axes is None or axes.are_alone(axes.batch)
     parameters = self.kernel, self.bias, self.gate.kernel, self.gate.bias
-    u_BTD, *_ = alike(u_BTD, *(x[...] for x in parameters))
+    u_BTD, *_ = vary_alike(u_BTD, *(x[...] for x in parameters))
     has_kernel = gated_conv.runs_on(u_BTD, self.kernel.shape[-2])
     return whole and segment_ids is None and has_kernel
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import ShardAxes
-from pallas_kernels.numerics import accumulator
+from pallas_kernels.numerics import sum_dtype
 from rebased_jax.mixers import base, conv
 
 FAST, SLOW, TARGET = 0.3, 1.5, 1e-2  # at p = FAST·L a quick channel has TARGET
@@ -142,7 +142,7 @@ class Hyena(base.Mixer):
     )
     self.conv = conv.ShortConv(3 * width, config.taps, rngs=rngs)
     self.filter = Filter(
-      width, self.length, config.filter_width, accumulator(self.dtype), rngs
+      width, self.length, config.filter_width, sum_dtype(self.dtype), rngs
     )
     self.bias = nnx.Param(
       jax.random.normal(rngs.params(), (width,), jnp.float32)
@@ -173,7 +173,7 @@ class Hyena(base.Mixer):
     return self.out_proj(base.take_positions(o_BTD, query_positions))
 
   def init_state(self, batch: int) -> HyenaState:
-    acc = accumulator(self.dtype)
+    acc = sum_dtype(self.dtype)
     return HyenaState(
       jnp.zeros((batch, self.length - 1, self.width), acc),
       self._conv_past(batch),
@@ -222,7 +222,7 @@ class Hyena(base.Mixer):
       self.in_proj(x_BTD.astype(self.dtype)), past_BKD
     )
     inner_BTD, outer_BTD, v_BTD = jnp.split(c_BTD, 3, axis=-1)
-    acc = accumulator(self.dtype)
+    acc = sum_dtype(self.dtype)
     return outer_BTD, inner_BTD.astype(acc) * v_BTD.astype(acc), past_BKD
 
   def _close(self, outer_BTD, g_BTD, c_BTD) -> Array:

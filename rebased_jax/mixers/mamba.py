@@ -23,7 +23,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes
-from pallas_kernels.numerics import accumulator
+from pallas_kernels.numerics import sum_dtype
 from pallas_kernels.selective_scan import xla
 from rebased_jax.mixers import base, conv
 
@@ -87,7 +87,7 @@ class Mamba(base.Mixer):
     self.conv = conv.ShortConv(I, config.taps, rngs=rngs)
     self.x_proj = make(I, R + 2 * N)
     self.width, self.dtype = width, base.computation(dtype)
-    self.acc = accumulator(self.dtype)  # the scan's
+    self.acc = sum_dtype(self.dtype)  # the scan's
     self.dt_proj = _dt_proj(R, I, config.initialization, self.acc, rngs)
     states_N = jnp.arange(1, N + 1, dtype=jnp.float32)
     self.A_log = nnx.Param(jnp.tile(jnp.log(states_N), (I, 1)))

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import REBASED
 from pallas_kernels.layer_norm.xla import layer_norm
-from pallas_kernels.numerics import accumulator, row
+from pallas_kernels.numerics import broadcast_parameter, sum_dtype
 from rebased_jax.mixers import base, polynomial
 
 NORM_EPS = 1e-5
@@ -76,8 +76,10 @@ class KernelAffine(nnx.Module):
       split = lambda y: y.reshape(*y.shape[:-1], self.groups, -1)
       y = layer_norm(*map(split, (x, gamma, beta)), NORM_EPS, x.dtype)
       return y.reshape(x.shape)
-    wide = x.astype(accumulator(x.dtype))
-    return (wide * row(gamma, wide) + row(beta, wide)).astype(x.dtype)
+    wide = x.astype(sum_dtype(x.dtype))
+    return (
+      wide * broadcast_parameter(gamma, wide) + broadcast_parameter(beta, wide)
+    ).astype(x.dtype)
 
 
 class ReBased(polynomial.PolynomialMixer):

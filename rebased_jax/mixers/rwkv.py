@@ -21,8 +21,8 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels import ShardAxes, document_runs, numerics as channels
-from pallas_kernels.numerics import accumulator
+from pallas_kernels import ShardAxes, document_runs, numerics
+from pallas_kernels.numerics import sum_dtype
 from pallas_kernels.wkv import xla
 from rebased_jax.mixers import base
 
@@ -110,7 +110,7 @@ class RWKV(base.Mixer):
     self.r, self.o = make(others), make(others)
     self.rounded = config.wkv_dtype == "bfloat16"
     self.width, self.dtype = width, base.computation(dtype)
-    self.sums_dtype = accumulator(self.dtype)
+    self.sums_dtype = sum_dtype(self.dtype)
 
   def __call__(
     self,
@@ -178,8 +178,10 @@ class RWKV(base.Mixer):
     return y_BMD, RWKVState(x_BTD[:, -1], sums)
 
   def _mix(self, mix: nnx.Param, x: Array, before: Array) -> Array:
-    mix_D = mix[...].astype(accumulator(self.dtype))
-    return channels.scale(x, mix_D) + channels.scale(before, 1 - mix_D)
+    mix_D = mix[...].astype(sum_dtype(self.dtype))
+    return numerics.scale_channels(x, mix_D) + numerics.scale_channels(
+      before, 1 - mix_D
+    )
 
   def _keys_and_values(self, x: Array, before: Array) -> tuple[Array, Array]:
     k = self.k(self._mix(self.mix_k, x, before))

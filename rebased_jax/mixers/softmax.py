@@ -11,8 +11,8 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels import document_runs, document_starts, numerics as channels
-from pallas_kernels.numerics import accumulator, precision
+from pallas_kernels import document_runs, document_starts, numerics
+from pallas_kernels.numerics import product_precision, sum_dtype
 
 ROTARY_BASE = 10000.0
 
@@ -29,7 +29,7 @@ def thirds(linear: nnx.Linear, x_BTD: Array) -> list[Array]:
   if linear.bias is None:
     return parts
   biases = jnp.split(linear.bias[...], 3)
-  return [channels.add(*pair) for pair in zip(parts, biases, strict=True)]
+  return [numerics.add_bias(*pair) for pair in zip(parts, biases, strict=True)]
 
 
 def attend(
@@ -59,8 +59,8 @@ def attend(
     "bhts,bshf->bthf",
     a_BHTS,
     v_BSHF,
-    precision=precision(v_BSHF.dtype),
-    preferred_element_type=accumulator(v_BSHF.dtype),
+    precision=product_precision(v_BSHF.dtype),
+    preferred_element_type=sum_dtype(v_BSHF.dtype),
   ).astype(v_BSHF.dtype)
   if not documents:
     return o_BTHF
@@ -88,8 +88,8 @@ def weights(q_BTHF: Array, k_BSHF: Array, mask_BTS: Array) -> Array:
     "bthf,bshf->bhts",
     q_BTHF,
     k_BSHF,
-    precision=precision(q_BTHF.dtype),
-    preferred_element_type=accumulator(q_BTHF.dtype),
+    precision=product_precision(q_BTHF.dtype),
+    preferred_element_type=sum_dtype(q_BTHF.dtype),
   )
   s_BHTS = s_BHTS * q_BTHF.shape[-1] ** -0.5
   return jax.nn.softmax(jnp.where(mask_BTS[:, None], s_BHTS, -jnp.inf))
@@ -98,7 +98,7 @@ def weights(q_BTHF: Array, k_BSHF: Array, mask_BTS: Array) -> Array:
 def turn(x_BTHF: Array, steps_BT: Array) -> Array:
   """Rotary position embedding at these positions, angles in float32."""
   planes = x_BTHF.shape[-1] // 2
-  acc = accumulator(x_BTHF.dtype)
+  acc = sum_dtype(x_BTHF.dtype)
   rate_11K = (
     ROTARY_BASE ** (-jnp.arange(planes, dtype=acc) / planes)[None, None]
   )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import numerics as channels
+from pallas_kernels import numerics
 from rebased_jax import LM, presets
 
 
@@ -49,7 +49,7 @@ def test_no_gradient_is_summed_in_16_bits(name) -> None:
 
 def test_a_bias_in_bfloat16_is_summed_in_float32() -> None:
   x_TD, b_D = jnp.ones((6000, 8), jnp.bfloat16), jnp.ones(8, jnp.bfloat16)
-  run = jax.grad(lambda b_D: channels.add(x_TD, b_D).sum())
+  run = jax.grad(lambda b_D: numerics.add_bias(x_TD, b_D).sum())
   sums = [
     x.invars[0].aval.dtype
     for x in _equations(jax.make_jaxpr(run)(b_D).jaxpr)
@@ -68,8 +68,13 @@ def test_values_and_gradients(dtype) -> None:
   x64, dy64 = np.float64(x_BTD), np.float64(dy_BTD)
   tokens = (0, 1)
   for function, y64, dx64, dp64 in (
-    (channels.add, x64 + narrow, dy64, dy64.sum(tokens)),
-    (channels.scale, x64 * narrow, dy64 * narrow, (dy64 * x64).sum(tokens)),
+    (numerics.add_bias, x64 + narrow, dy64, dy64.sum(tokens)),
+    (
+      numerics.scale_channels,
+      x64 * narrow,
+      dy64 * narrow,
+      (dy64 * x64).sum(tokens),
+    ),
   ):
     y_BTD, pull = jax.vjp(jax.jit(function), x_BTD, p_D)
     dx_BTD, dp_D = pull(jnp.asarray(dy_BTD))
