@@ -13,7 +13,6 @@ from pallas_kernels.polynomial import (
   decode,
   operator as sharded,
   spec,
-  tuned,
   xla,
 )
 from pallas_kernels.polynomial.spec import REBASED, Coefficients, State
@@ -68,9 +67,7 @@ def polynomial_attention(
       slower, to tell a compiler's fault from ours), "tpu" (TPU kernels; the
       same), "xla" (chunked, linear; everywhere), "reference" (quadratic; also
       for forward mode and higher derivatives) or None: the device's kernels, or
-      "xla" with a warning where they cannot;
-      on a GPU and without `axes`, what the card's table of `tuned/` has as
-      faster.
+      "xla" with a warning where they cannot.
 
   Returns:
     o (B, T, H, P) in v's dtype, or (o, state).
@@ -222,10 +219,7 @@ def which_implementation(
       devices.check_gpu()
     except NotImplementedError as error:
       return "xla", str(error)
-    return "gpu", (
-      "a Hopper GPU; calls that its kernels cannot do run 'xla', and shapes "
-      "that its table has as faster elsewhere run there"
-    )
+    return "gpu", "a Hopper GPU; calls that its kernels cannot do run 'xla'"
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f"implementation={implementation!r}: expected None or one of "
@@ -272,12 +266,7 @@ def _choose(
       raise
     warnings.warn(f"polynomial_attention runs 'xla': {error}", stacklevel=3)
     return "xla"
-  if implementation is not None or axes is not None or name == "tpu":
-    return name
-  B, T, H, F = q.shape
-  square = not kernel.coefficients.affine
-  shape = tuned.Shape(B * H, T, F, v.shape[-1], square)
-  return tuned.here().implementation(shape)
+  return name
 
 
 def _passes(name: str):

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import devices, zero_state
-from pallas_kernels.polynomial import arg_specs, tuned
+from pallas_kernels.polynomial import arg_specs
 from pallas_kernels.polynomial.passes import Kernel
 
 if not devices.has_mosaic_gpu():
   pytest.skip("the GPU kernels need jax ≥ 0.11", allow_module_level=True)
 
-from pallas_kernels.polynomial.gpu import passes
+from pallas_kernels.polynomial.gpu import launch, passes
 
 _EACH = {spec.name: spec for spec in arg_specs.SPECS}
 
@@ -43,8 +43,7 @@ def test_every_spec_lowers(name):
   q, k, v = spec.arrays()
   passes.supports(q, v, None, kernel, states=False)
   run = _forward_and_backward(kernel, False)
-  with tuned.using(tuned.Table("any card")):  # the defaults
-    text = _lowered(run, q, k, v, v, None, None)
+  text = _lowered(run, q, k, v, v, None, None)
   prefixes = ("",) if spec.F <= 16 else ("part_", "pair_")
   for prefix in prefixes:
     for kernel_name in ("forward", "backward_queries", "backward_keys"):
@@ -52,7 +51,7 @@ def test_every_spec_lowers(name):
   for kernel_name in ("forward", "queries", "keys"):
     assert (f"polynomial_chunk_{kernel_name}" in text) == (spec.F > 16)
   # Long rows of few heads are cut, and then need their slices' states.
-  cut = tuned.DEFAULT.programs // 2 >= spec.B * spec.H * len(prefixes)
+  cut = launch.PROGRAMS // 2 >= spec.B * spec.H * len(prefixes)
   for prefix in prefixes:
     assert (f"polynomial_{prefix}key_state" in text) == cut
     assert (f"polynomial_{prefix}query_cotangent" in text) == cut

@@ -8,7 +8,7 @@ import polynomial_oracle as po
 import pytest
 
 from pallas_kernels import BASED, REBASED, devices, zero_state
-from pallas_kernels.polynomial import operator as sharded, spec, tuned
+from pallas_kernels.polynomial import operator as sharded, spec
 from pallas_kernels.polynomial.passes import Kernel
 
 if not devices.has_mosaic_gpu():
@@ -44,10 +44,7 @@ def _check(T, F, P, coefficients, dtype, borders="none", states=False, B=1):
     state = None if state is None else spec.State(*state)
     return sharded.attend(call, q, k, v, ids_BT, state)
 
-  with (
-    tuned.using(tuned.Table("any card")),
-    plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),
-  ):
+  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
     got = jax.block_until_ready(value_and_gradients(attention, x))
   found = errors(got, po.oracle(x, _COEFFICIENTS[coefficients]))
   assert {"o", "dq", "dk", "dv"} <= set(found)
@@ -97,8 +94,7 @@ def test_states_go_into_parts_and_back(F, P, coefficients, cotangent):
   q = jnp.zeros((2, 64, 3, F), jnp.bfloat16)
   v = jnp.zeros((2, 64, 3, P), jnp.bfloat16)
   kernel = Kernel(coefficients.scaled(0.25), 1e-6)
-  with tuned.using(tuned.Table("any card")):
-    _, kinds = wide_passes.calls(q, v, None, kernel)
+  _, kinds = wide_passes.calls(q, v, None, kernel)
   rng = np.random.default_rng(0)
   state = jax.tree.map(
     lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype),

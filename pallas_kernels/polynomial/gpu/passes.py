@@ -11,7 +11,6 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels.polynomial import tuned
 from pallas_kernels.polynomial.gpu import (
   backward as backward_kernels,
   documents as gpu_documents,
@@ -150,11 +149,8 @@ def query_cotangent(q, do, r, dz, runs_BT, kernel: Kernel) -> State:
 def _call(q, v, runs_BT, kernel: Kernel) -> Call:
   B, T, H, _ = q.shape
   P = _width(v)
-  square = not kernel.coefficients.affine
-  shape = tuned.Shape(B * H, T, tiles.F, P, square)
-  programs = shape.programs(tuned.here().sizes(shape))
   return launch.make_call(
-    B, T, H, P, kernel, q.dtype, programs, segments=runs_BT is not None
+    B, T, H, P, kernel, q.dtype, launch.PROGRAMS, segments=runs_BT is not None
   )
 
 

@@ -21,13 +21,11 @@ F = 32 and P = 64 take 1,040, 800 and 1,408 bytes; F = 64 and P = 48 take 3,136,
 3,712 and 4,864.
 """
 
-import dataclasses
 import functools
 
 from jax import Array, lax
 import jax.numpy as jnp
 
-from pallas_kernels.polynomial import tuned
 from pallas_kernels.polynomial.gpu import (
   documents as gpu_documents,
   feature_parts,
@@ -164,13 +162,10 @@ def calls(q, v, runs_BT, kernel: Kernel) -> tuple[Call, list[Call]]:
   call = launch.make_call(
     B, T, H, P, kernel, q.dtype, 1, segments=runs_BT is not None
   )
-  shape = tuned.Shape(B * H, T, m * F, P, not kernel.coefficients.affine)
-  sizes = tuned.here().sizes(shape)
   kinds = []
   for pairs in (False, True):
     kind = launch.of_parts(call, m, pairs=pairs)
-    walks = dataclasses.replace(shape, heads=B * H * kind.parts)
-    kinds.append(launch.cut(kind, walks.programs(sizes)))
+    kinds.append(launch.cut(kind, launch.PROGRAMS))
   return call, kinds
 
 
