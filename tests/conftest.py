@@ -1,22 +1,13 @@
-"""Strict promotion and eight CPU devices for every test."""
+"""Settings for every test: eight CPU devices, strict types, a program cache."""
 
 import gc
-import importlib.metadata
 import os
 
-# jax 0.10 can choose code that compiles in a third of the time, of which the
-# tests' many small programs take most; jax 0.12 would not know the option.
-_OLDER = tuple(importlib.metadata.version("jax").split(".")[:2]) == ("0", "10")
-os.environ["XLA_FLAGS"] = " ".join(
-  [
-    os.environ.get("XLA_FLAGS", ""),
-    "--xla_force_host_platform_device_count=8",
-    # Eight devices on two busy cores wait for each other longer than 40 s.
-    "--xla_cpu_collective_call_terminate_timeout_seconds=300",
-    "--xla_backend_optimization_level=0",
-    *["--xla_cpu_use_fusion_emitters=false"] * _OLDER,
-  ]
-)
+import jax_settings
+
+# Before jax starts its backend.
+os.environ["XLA_FLAGS"] = jax_settings.xla_flags()
+os.environ.update(jax_settings.cache_variables())
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import jax  # noqa: E402
@@ -28,9 +19,15 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+  """Limit the program cache once, before xdist starts its workers."""
+  if not hasattr(config, "workerinput"):
+    jax_settings.limit_cache(jax_settings.cache_folder())
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-  """A file's tests run in one process: they share what it has compiled."""
+  """Run the tests of a file in one process, which compiles for all of them."""
   from xdist.scheduler import LoadFileScheduling
 
   if config.getoption("dist") == "load":
@@ -39,8 +36,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 @pytest.fixture
-def hopper(monkeypatch) -> None:
-  """As if calls ran on a Hopper GPU, with a jax that has its kernels."""
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Choose implementations as on a Hopper GPU; skip if jax has no kernels."""
   from pallas_kernels import devices
 
   if not devices.has_mosaic_gpu():
@@ -50,7 +47,7 @@ def hopper(monkeypatch) -> None:
 
 @pytest.fixture
 def interpreted(hopper):
-  """A Hopper GPU's kernels, interpreted on this machine's CPU."""
+  """Run the Hopper kernels in Pallas's interpreter on this machine's CPU."""
   import jax.experimental.pallas.mosaic_gpu as plgpu
 
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
