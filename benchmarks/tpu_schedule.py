@@ -41,7 +41,7 @@ import numpy as np  # noqa: E402
 
 from pallas_kernels import REBASED, devices, polynomial_attention, zero_state  # noqa: E402
 from pallas_kernels.polynomial import xla as xla_chunked  # noqa: E402
-from pallas_kernels.polynomial.passes import Kernel  # noqa: E402
+from pallas_kernels.polynomial.operator import Kernel  # noqa: E402
 from pallas_kernels.polynomial.tpu import passes, sizes as tpu_sizes  # noqa: E402
 
 CAPTION = (

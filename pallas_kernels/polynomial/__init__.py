@@ -1,1 +1,24 @@
-"""Polynomial attention: sim = c0 + c1·s + c2·s² with s = scale·q·k."""
+"""Polynomial linear attention: sim = c0 + c1·s + c2·s² with s = scale·q·k.
+
+Read `spec.py` first: it has the equations, the quadratic reference and a worked
+example. `state.py` has the linear form, `operator.py` the derivative.
+"""
+
+from pallas_kernels.polynomial.api import (
+  IMPLEMENTATIONS as IMPLEMENTATIONS,
+  Implementation as Implementation,
+  polynomial_attention as polynomial_attention,
+  polynomial_attention_at as polynomial_attention_at,
+  polynomial_attention_step as polynomial_attention_step,
+  polynomial_attention_weights as polynomial_attention_weights,
+  which_implementation as which_implementation,
+)
+from pallas_kernels.polynomial.spec import (
+  BASED as BASED,
+  REBASED as REBASED,
+  Coefficients as Coefficients,
+)
+from pallas_kernels.polynomial.state import (
+  State as State,
+  zero_state as zero_state,
+)

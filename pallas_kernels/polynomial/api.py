@@ -1,7 +1,6 @@
-"""The public functions: check the arguments, choose an implementation."""
+"""The public functions: check the arguments and choose an implementation."""
 
-import dataclasses
-from typing import Literal
+from typing import Literal, overload
 import warnings
 
 from jax import Array
@@ -11,21 +10,74 @@ from pallas_kernels import devices, documents as documents_lib, numerics
 from pallas_kernels.polynomial import (
   checks,
   decode,
-  operator as sharded,
+  operator,
   spec,
+  state as state_lib,
   xla,
 )
-from pallas_kernels.polynomial.spec import REBASED, Coefficients, State
+from pallas_kernels.polynomial.operator import Kernel, Passes, StaticArguments
+from pallas_kernels.polynomial.spec import REBASED, Coefficients
+from pallas_kernels.polynomial.state import State
 from pallas_kernels.sharding import ShardAxes, vary_alike
 
-Implementation = Literal["gpu", "gpu_shared", "tpu", "xla", "reference"]
-IMPLEMENTATIONS: tuple[str, ...] = (
+Implementation = Literal["gpu", "tpu", "xla", "reference"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
   "gpu",
-  "gpu_shared",
   "tpu",
   "xla",
   "reference",
 )
+
+
+@overload
+def polynomial_attention(
+  q: Array,
+  k: Array,
+  v: Array,
+  *,
+  coefficients: Coefficients = ...,
+  scale: float | None = ...,
+  eps: float = ...,
+  segment_ids: Array | None = ...,
+  initial_state: State | None = ...,
+  return_state: Literal[False] = ...,
+  axes: ShardAxes | None = ...,
+  implementation: Implementation | None = ...,
+) -> Array: ...
+
+
+@overload
+def polynomial_attention(
+  q: Array,
+  k: Array,
+  v: Array,
+  *,
+  coefficients: Coefficients = ...,
+  scale: float | None = ...,
+  eps: float = ...,
+  segment_ids: Array | None = ...,
+  initial_state: State | None = ...,
+  return_state: Literal[True],
+  axes: ShardAxes | None = ...,
+  implementation: Implementation | None = ...,
+) -> tuple[Array, State]: ...
+
+
+@overload
+def polynomial_attention(
+  q: Array,
+  k: Array,
+  v: Array,
+  *,
+  coefficients: Coefficients = ...,
+  scale: float | None = ...,
+  eps: float = ...,
+  segment_ids: Array | None = ...,
+  initial_state: State | None = ...,
+  return_state: bool,
+  axes: ShardAxes | None = ...,
+  implementation: Implementation | None = ...,
+) -> Array | tuple[Array, State]: ...
 
 
 def polynomial_attention(
@@ -42,39 +94,70 @@ def polynomial_attention(
   axes: ShardAxes | None = None,
   implementation: Implementation | None = None,
 ) -> Array | tuple[Array, State]:
-  """Causal, normalised attention with sim = c0 + c1·s + c2·s², s = scale·q·k.
+  r"""Causal linear attention with a polynomial similarity.
 
-  Differentiable in q, k, v and the initial state; time and memory are linear
-  in T, and so are those of the gradient.
+  Computes, for each row of the batch and each head,
+
+  .. math::
+
+    o_t = \frac{\sum_s \mathrm{sim}_{ts} v_s}
+               {\sum_s \mathrm{sim}_{ts} + \mathrm{eps}},
+    \qquad
+    \mathrm{sim}_{ts} = c_0 + c_1 s_{ts} + c_2 s_{ts}^2,
+    \qquad
+    s_{ts} = \mathrm{scale} \cdot q_t^\top k_s
+
+  where the sums are over the tokens :math:`s \le t` of t's document. With the
+  default coefficients this is the attention of ReBased (arXiv 2402.10644); its
+  γ and β are applied to q and k before.
+
+  Time and memory are linear in T, and so are those of the gradient. The result
+  can be differentiated in reverse mode with respect to q, k, v and
+  `initial_state`. Forward mode and higher derivatives need
+  `implementation="reference"`.
+
+  Sums and the recurrent state are float32, or float64 for float64 inputs.
 
   Args:
-    q: (B, T, H, F), float32, bfloat16, float16 or float64.
-    k: (B, T, H, F), of q's dtype.
-    v: (B, T, H, P), of q's dtype.
-    coefficients: of sim; `REBASED` (the default) or `BASED`, or your own.
-    scale: of q·k; None is F^(−1/2).
-    eps: added to the denominator Σ sim; 0 leaves 0/0 where all scores are 0.
-    segment_ids: integers (B, T). A document is a run of one id; a token sees
-      its own document alone. An Inf or NaN in one stays in it; without ids it
-      may reach any token of its row.
-    initial_state: belongs to the document of token 0; a caller whose token 0
-      starts a document passes None or zeros.
-    return_state: return (o, state) with the state after the last token, of
-      the last token's document.
-    axes: the axes of the ambient mesh that split batch, heads and time.
-    implementation: "gpu" (Hopper kernels; operands of q's dtype, sums float32),
-      "gpu_shared" (the same, with no operand of the tensor core in registers:
-      slower, to tell a compiler's fault from ours), "tpu" (TPU kernels; the
-      same), "xla" (chunked, linear; everywhere), "reference" (quadratic; also
-      for forward mode and higher derivatives) or None: the device's kernels, or
-      "xla" with a warning where they cannot.
+    q: queries (B, T, H, F), of dtype float32, bfloat16, float16 or float64.
+    k: keys (B, T, H, F), of q's dtype.
+    v: values (B, T, H, P), of q's dtype.
+    coefficients: the coefficients of sim: `REBASED`, `BASED` or your own.
+    scale: the factor of q·k. If None, it is :math:`F^{-1/2}`.
+    eps: a number ≥ 0, added to the denominator. With 0, a token whose
+      similarities are all 0 gets NaN.
+    segment_ids: integers (B, T). A run of equal ids is a document, and a token
+      sees its own document alone. An Inf or NaN in one document does not reach
+      another. If None, each row is one document.
+    initial_state: the recurrent state of the tokens before q. It belongs to the
+      document of token 0. If None, there are none; pass None, or zeros in its
+      row, where token 0 starts a document.
+    return_state: whether to return the state after the last token. It belongs
+      to the document of that token.
+    axes: the axes of the ambient mesh (`jax.set_mesh`) that split batch, heads
+      and time. If None, the call is for one device, or each device calls it
+      inside a `jax.shard_map`.
+    implementation: what computes it.
+
+      * `None` (default): the kernels of the device that runs the call. If there
+        are none, or they cannot do the call, "xla". On a GPU or TPU, a warning
+        then says why.
+      * `"gpu"`: Pallas kernels for Hopper GPUs.
+      * `"tpu"`: Pallas kernels for TPUs v5e, v5p and v6e.
+      * `"xla"`: plain jax in chunks of 64 tokens, on every device.
+      * `"reference"`: the equations as they stand, quadratic in T.
+
+      The kernels multiply operands of q's dtype.
 
   Returns:
-    o (B, T, H, P) in v's dtype, or (o, state).
+    An array (B, T, H, P) of v's dtype. With `return_state=True`, the pair of
+    that array and the `State`.
 
   Raises:
-    ValueError: an argument does not fit; it names the argument.
-    NotImplementedError: the named implementation cannot do this call.
+    ValueError: an argument does not fit. The message names it, says what it is
+      and what was expected.
+    NotImplementedError: the named implementation cannot do this call. The
+      message says why, before anything is computed.
   """
   checks.sequences(q, k, v, segment_ids)
   kernel = checks.kernel(q, coefficients, scale, eps)
@@ -87,14 +170,17 @@ def polynomial_attention(
   if axes is not None:
     axes.check(B, H, T)
   states = initial_state is not None or return_state
-  arrays = vary_alike(q, k, v, segment_ids, initial_state)
-  q, k, v, segment_ids, initial_state = arrays
-  name = _choose(implementation, q, v, kernel, segment_ids, states, axes)
+  q, k, v, segment_ids, initial_state = vary_alike(
+    q, k, v, segment_ids, initial_state
+  )
+  name = _choose(implementation, q, v, kernel, states=states, axes=axes)
   if name == "reference":
-    return _reference(q, k, v, kernel, segment_ids, initial_state, return_state)
-  kernel = dataclasses.replace(kernel, by_shared=name == "gpu_shared")
-  call = sharded.Call(_passes(name), kernel, axes, return_state)
-  o, state = sharded.attend(call, *arrays)
+    o, state = _reference(
+      q, k, v, kernel, segment_ids, initial_state, return_state=return_state
+    )
+  else:
+    static = StaticArguments(_passes(name), kernel, axes, return_state)
+    o, state = operator.attend(static, q, k, v, segment_ids, initial_state)
   return (o, state) if return_state else o
 
 
@@ -108,19 +194,28 @@ def polynomial_attention_step(
   scale: float | None = None,
   eps: float = 1e-6,
 ) -> tuple[Array, State]:
-  """One token: `polynomial_attention` at T = 1 from a state, at any position.
+  """Advance `polynomial_attention` by one token, as generation does.
+
+  The cost does not depend on how many tokens came before. Steps after a prefill
+  give the outputs of one call over all tokens.
 
   Args:
-    state: of the tokens before, from `polynomial_attention(return_state=True)`,
-      from an earlier step, or `zero_state`.
-    q: (B, H, F); k: (B, H, F); v: (B, H, P).
-    coefficients: as in `polynomial_attention`; so are `scale` and `eps`.
+    state: the recurrent state of the tokens before, from
+      `polynomial_attention(..., return_state=True)`, from an earlier step or
+      from `zero_state`.
+    q: queries (B, H, F) of this token.
+    k: keys (B, H, F), of q's dtype.
+    v: values (B, H, P), of q's dtype.
+    coefficients: as in `polynomial_attention`.
+    scale: as in `polynomial_attention`.
+    eps: as in `polynomial_attention`.
 
   Returns:
-    (o, state): o is (B, H, P), in v's dtype.
+    (o, state): the output (B, H, P) of v's dtype, and the state after this
+    token.
 
   Raises:
-    ValueError: an argument does not fit; it names the argument.
+    ValueError: an argument does not fit. The message names it.
   """
   checks.arrays(q, k, v, "(B, H, F)", "(B, H, P)", 3)
   kernel = checks.kernel(q, coefficients, scale, eps)
@@ -140,34 +235,31 @@ def polynomial_attention_at(
   eps: float = 1e-6,
   segment_ids: Array | None = None,
 ) -> Array:
-  """`polynomial_attention` at chosen positions alone, for few of them.
+  """Compute `polynomial_attention` at M chosen positions of each row only.
 
-  Time and memory are of the order M·T; gradients are jax's own.
+  Time and memory are O(M·T), which is less than the linear operator takes for
+  small M. The function is plain jax, with derivatives of any kind.
 
   Args:
-    q: (B, M, H, F), the queries of these positions.
-    k: (B, T, H, F); v: (B, T, H, P).
-    positions: integers (B, M), each in [0, T), in any order; another has NaN.
-    coefficients: as in `polynomial_attention`; so are scale, eps, segment_ids.
+    q: queries (B, M, H, F) of the chosen positions.
+    k: keys (B, T, H, F) of all tokens, of q's dtype.
+    v: values (B, T, H, P) of all tokens, of q's dtype.
+    positions: integers (B, M), each in [0, T), in any order. The output at a
+      position outside that range is NaN.
+    coefficients: as in `polynomial_attention`.
+    scale: as in `polynomial_attention`.
+    eps: as in `polynomial_attention`.
+    segment_ids: as in `polynomial_attention`.
 
   Returns:
-    o (B, M, H, P), in v's dtype.
+    An array (B, M, H, P) of v's dtype.
 
   Raises:
-    ValueError: an argument does not fit; it names the argument.
+    ValueError: an argument does not fit. The message names it.
   """
   checks.sequences(k, k, v, segment_ids, names="kkv")
-  B, T, H, F = k.shape
-  if q.ndim != 4 or (q.shape[0], *q.shape[2:]) != (B, H, F):
-    raise ValueError(f"q has shape {q.shape}: expected {(B, 'M', H, F)}")
-  if q.dtype != k.dtype:
-    raise ValueError(f"q is {q.dtype}: expected k's dtype, {k.dtype}")
-  if positions.shape != q.shape[:2]:
-    raise ValueError(
-      f"positions has shape {positions.shape}: expected (B, M) = {q.shape[:2]}"
-    )
-  if not jnp.issubdtype(positions.dtype, jnp.integer):
-    raise ValueError(f"positions is {positions.dtype}: expected integers")
+  checks.query_positions(q, k, positions)
+  T = k.shape[1]
   kernel = checks.kernel(q, coefficients, scale, eps)
   inside_BM = (positions >= 0) & (positions < T)
   mask_BMT = positions[:, :, None] >= jnp.arange(T)[None, None]
@@ -189,43 +281,59 @@ def polynomial_attention_weights(
   scale: float | None = None,
   eps: float = 1e-6,
 ) -> Array:
-  """The matrix A (B, H, T, T) with o_t = Σ_s A_ts v_s, to look at.
+  """Compute the attention matrix of `polynomial_attention`, for inspection.
+
+  Time and memory are O(T²).
 
   Args:
-    q: (B, T, H, F); k: (B, T, H, F).
-    coefficients: as in `polynomial_attention`; so are scale and eps.
+    q: queries (B, T, H, F), of one document a row.
+    k: keys (B, T, H, F), of q's dtype.
+    coefficients: as in `polynomial_attention`.
+    scale: as in `polynomial_attention`.
+    eps: as in `polynomial_attention`.
+
+  Returns:
+    The matrix A (B, H, T, T) with o_t = Σ_s A_ts v_s. It is 0 for s > t, and a
+    row sums to 1 but for `eps`. The dtype is float32, or float64 for float64
+    inputs.
+
+  Raises:
+    ValueError: an argument does not fit. The message names it.
   """
   checks.arrays(q, k, k, "(B, T, H, F)", "(B, T, H, F)", 4)
   kernel = checks.kernel(q, coefficients, scale, eps)
   T = q.shape[1]
   mask_BTT = jnp.tril(jnp.ones((1, T, T), bool))
-  sim_BHTT = spec.weights_BHTS(q, k, mask_BTT, kernel.coefficients)
+  sim_BHTT = spec.similarities(q, k, mask_BTT, kernel.coefficients)
   return sim_BHTT / (sim_BHTT.sum(axis=-1, keepdims=True) + kernel.eps)
 
 
 def which_implementation(
   implementation: str | None = None, *, axes: ShardAxes | None = None
-) -> tuple[str, str]:
-  """(name, reason): what calls run on this device, unless a call is special.
+) -> tuple[Implementation, str]:
+  """Return the implementation that calls run on this device, and the reason.
+
+  A single call may still run "xla", if the kernels cannot do that call.
+
+  Args:
+    implementation: as in `polynomial_attention`.
+    axes: as in `polynomial_attention`.
+
+  Returns:
+    (name, reason), the reason in words.
 
   Raises:
     ValueError: there is no implementation of that name.
-    NotImplementedError: the named one cannot run here.
+    NotImplementedError: the named implementation cannot run on this device.
   """
   if implementation is None:
-    if devices.platform() == "tpu":
-      return _on_a_tpu()
-    try:
-      devices.check_gpu()
-    except NotImplementedError as error:
-      return "xla", str(error)
-    return "gpu", "a Hopper GPU; calls that its kernels cannot do run 'xla'"
+    return _of_device()
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f"implementation={implementation!r}: expected None or one of "
       f"{IMPLEMENTATIONS}"
     )
-  if implementation in ("gpu", "gpu_shared"):
+  if implementation == "gpu":
     devices.check_gpu()
   if implementation == "tpu":
     devices.tpu_generation()
@@ -237,30 +345,51 @@ def which_implementation(
   return implementation, "it was named"
 
 
-def _on_a_tpu() -> tuple[str, str]:
+def _of_device() -> tuple[Implementation, str]:
+  """Return the default implementation of this device, and the reason."""
   try:
-    generation = devices.tpu_generation()
+    if devices.platform() == "tpu":
+      return "tpu", (
+        f"a TPU {devices.tpu_generation()}; calls that its kernels cannot do "
+        "run 'xla'"
+      )
+    devices.check_gpu()
   except NotImplementedError as error:
     return "xla", str(error)
-  return (
-    "tpu",
-    f"a TPU {generation}; calls that its kernels cannot do run 'xla'",
-  )
+  return "gpu", "a Hopper GPU; calls that its kernels cannot do run 'xla'"
 
 
 def _choose(
-  implementation, q, v, kernel, segment_ids, states: bool, axes
-) -> str:
-  """The implementation of this call, which is known to be able to do it."""
+  implementation: Implementation | None,
+  q: Array,
+  v: Array,
+  kernel: Kernel,
+  *,
+  states: bool,
+  axes: ShardAxes | None,
+) -> Implementation:
+  """Choose the implementation of this call, which is then able to do it.
+
+  Args:
+    implementation: the name that the caller gave, or None.
+    q: queries.
+    v: values.
+    kernel: the static numbers.
+    states: whether the call takes or returns a state.
+    axes: the mesh axes.
+
+  Raises:
+    NotImplementedError: the named implementation cannot do the call.
+  """
   name, reason = which_implementation(implementation, axes=axes)
-  if name not in ("gpu", "gpu_shared", "tpu"):
+  if name not in ("gpu", "tpu"):
     if implementation is None and devices.platform() != "cpu":
       warnings.warn(f"polynomial_attention runs 'xla': {reason}", stacklevel=3)
     return name
   states = states or (axes is not None and axes.time is not None)
   try:
-    checks.unchecked(name, q)
-    _passes(name).supports(q, v, segment_ids, kernel, states=states)
+    checks.outside_checked_shard_map(name, q)
+    _kernels(name).supports(q, v, kernel, states=states)
   except NotImplementedError as error:
     if implementation is not None:
       raise
@@ -269,11 +398,15 @@ def _choose(
   return name
 
 
-def _passes(name: str):
-  if name == "xla":
-    return xla
-  # Not at the top: Pallas takes long to import, and older jax cannot import
-  # what the GPU kernels are written with.
+def _passes(name: Implementation) -> Passes:
+  """Return the module with the five passes of an implementation."""
+  return xla if name == "xla" else _kernels(name)
+
+
+def _kernels(name: Implementation):
+  """Import the passes of "gpu" or "tpu"."""
+  # Not at the top of this file: Pallas takes long to import, and older jax
+  # cannot import what the GPU kernels are written with.
   if name == "tpu":
     from pallas_kernels.polynomial.tpu import passes
 
@@ -283,32 +416,50 @@ def _passes(name: str):
   return passes
 
 
-def _reference(q, k, v, kernel, segment_ids, initial_state, return_state):
+def _reference(
+  q: Array,
+  k: Array,
+  v: Array,
+  kernel: Kernel,
+  segment_ids: Array | None,
+  initial_state: State | None,
+  *,
+  return_state: bool,
+) -> tuple[Array, State | None]:
+  """Compute a call by the quadratic equations; also the state, if asked for."""
   T = q.shape[1]
+  coefficients, acc = kernel.coefficients, numerics.sum_dtype(q.dtype)
+  q_BHTF, k_BHTF, v_BHTP = (
+    jnp.moveaxis(x.astype(acc), 2, 1) for x in (q, k, v)
+  )
   mask_BTS = jnp.tril(jnp.ones((1, T, T), bool))
-  first_BT = last_BT = None
+  first_BT = last_B1T = None
   if segment_ids is not None:
     runs_BT = documents_lib.document_runs(segment_ids)
     mask_BTS = mask_BTS & (runs_BT[:, :, None] == runs_BT[:, None])
-    first_BT, last_BT = runs_BT == 0, runs_BT == runs_BT[:, -1:]
+    first_BT = runs_BT == 0
+    last_B1T = (runs_BT == runs_BT[:, -1:])[:, None]
+  past = None
+  if initial_state is not None:
+    past = state_lib.query_state(q_BHTF, initial_state, coefficients)
+    if first_BT is not None:
+      num_BHTP, z_BHT = past
+      past = (
+        jnp.where(first_BT[:, None, :, None], num_BHTP, 0),
+        jnp.where(first_BT[:, None], z_BHT, 0),
+      )
   o = spec.reference(
-    q,
-    k,
-    v,
-    mask_BTS,
-    coefficients=kernel.coefficients,
-    eps=kernel.eps,
-    initial_state=initial_state,
-    first_BT=first_BT,
+    q, k, v, mask_BTS, coefficients=coefficients, eps=kernel.eps, past=past
   )
   if not return_state:
-    return o
-  acc = numerics.sum_dtype(q.dtype)
-  k_BHTF, v_BHTP = (jnp.moveaxis(x.astype(acc), 2, 1) for x in (k, v))
-  last_B1T = None if last_BT is None else last_BT[:, None]
-  state = spec.key_state(k_BHTF, v_BHTP, kernel.coefficients, last_B1T)
+    return o, None
+  state = state_lib.key_state(k_BHTF, v_BHTP, coefficients, last_B1T)
   if initial_state is not None:
-    only = jnp.ones((1,), bool) if first_BT is None else first_BT[:, -1]
-    keep = lambda new, old: new + jnp.where(only[:, None, None, None], old, 0)
-    state = State(*map(keep, state, initial_state))
+    # The initial state is in the last one where a row is a single document.
+    if first_BT is not None:
+      single_B111 = first_BT[:, -1][:, None, None, None]
+      initial_state = State(
+        *(jnp.where(single_B111, x, 0) for x in initial_state)
+      )
+    state = State(*map(jnp.add, state, initial_state))
   return o, state

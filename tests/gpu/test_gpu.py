@@ -69,7 +69,7 @@ def _before_cancellation(q, k, v, do, coefficients):
   mask_BTT = jnp.tril(jnp.ones((1, q.shape[1], q.shape[1]), bool))
 
   def call(q, k):
-    sim_BHTT = spec.weights_BHTS(
+    sim_BHTT = spec.similarities(
       q, k, mask_BTT, coefficients.scaled(q.shape[-1] ** -0.5)
     )
     z_BHT = jax.lax.stop_gradient(sim_BHTT.sum(axis=-1)) + 1e-6

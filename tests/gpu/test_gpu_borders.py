@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import BASED, REBASED, devices
-from pallas_kernels.polynomial.passes import Kernel
+from pallas_kernels.polynomial.operator import Kernel
 
 if not devices.has_mosaic_gpu():
   pytest.skip("the GPU kernels need jax ≥ 0.11", allow_module_level=True)

@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels import devices, zero_state
 from pallas_kernels.polynomial import arg_specs
-from pallas_kernels.polynomial.passes import Kernel
+from pallas_kernels.polynomial.operator import Kernel
 
 if not devices.has_mosaic_gpu():
   pytest.skip("the GPU kernels need jax ≥ 0.11", allow_module_level=True)
@@ -41,7 +41,7 @@ def test_every_spec_lowers(name):
   spec = _EACH[name]
   kernel = Kernel(spec.coefficients.scaled(spec.F**-0.5), 1e-6)
   q, k, v = spec.arrays()
-  passes.supports(q, v, None, kernel, states=False)
+  passes.supports(q, v, kernel, states=False)
   run = _forward_and_backward(kernel, False)
   text = _lowered(run, q, k, v, v, None, None)
   prefixes = ("",) if spec.F <= 16 else ("part_", "pair_")
@@ -99,4 +99,4 @@ def test_what_it_cannot_do_is_named(change, word):
   v = ShapeDtypeStruct((2, 64, 3, call["P"]), call["dtype"])
   kernel = Kernel(arg_specs.REBASED.scaled(0.25), call["eps"])
   with pytest.raises(NotImplementedError, match=f"{word}.*'xla' does"):
-    passes.supports(q, v, None, kernel, states=call["states"])
+    passes.supports(q, v, kernel, states=call["states"])

@@ -7,9 +7,9 @@ from polynomial_cases import errors, make_inputs, value_and_gradients
 import polynomial_oracle as po
 import pytest
 
-from pallas_kernels import BASED, REBASED, devices, zero_state
-from pallas_kernels.polynomial import operator as sharded, spec
-from pallas_kernels.polynomial.passes import Kernel
+from pallas_kernels import BASED, REBASED, State, devices, zero_state
+from pallas_kernels.polynomial import operator as sharded
+from pallas_kernels.polynomial.operator import Kernel
 
 if not devices.has_mosaic_gpu():
   pytest.skip("the GPU kernels need jax ≥ 0.11", allow_module_level=True)
@@ -38,10 +38,10 @@ def _check(T, F, P, coefficients, dtype, borders="none", states=False, B=1):
     dtype=dtype,
   )
   kernel = Kernel(coefficients.scaled(F**-0.5), 1e-6, by_shared=True)
-  call = sharded.Call(passes, kernel, None, states)
+  call = sharded.StaticArguments(passes, kernel, None, states)
 
   def attention(q, k, v, ids_BT, state):
-    state = None if state is None else spec.State(*state)
+    state = None if state is None else State(*state)
     return sharded.attend(call, q, k, v, ids_BT, state)
 
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):

@@ -28,8 +28,8 @@ KV, KK = r"initial_state\.kv_BHEP", r"initial_state\.kk_BHGG"
 
 WHOLE = [
   ("q", "shape", dict(q=array(T, H, F))),
-  ("q", "none 0", dict(q=array(B, 0, H, F), k=array(B, 0, H, F))),
-  ("q", "none 0", dict(q=array(B, T, H, 0), k=array(B, T, H, 0))),
+  ("q", "length 0", dict(q=array(B, 0, H, F), k=array(B, 0, H, F))),
+  ("q", "length 0", dict(q=array(B, T, H, 0), k=array(B, T, H, 0))),
   ("q", "int32", dict(q=INTEGERS, k=INTEGERS)),
   ("k", "float16", dict(k=HALF)),
   ("k", "shape", dict(k=array(B, T, H, F + 1))),
@@ -37,7 +37,7 @@ WHOLE = [
   ("k", "shape", dict(k=array(B, T, F))),
   ("v", "shape", dict(v=array(B, T, H + 1, P))),
   ("v", "shape", dict(v=array(B, T, H))),
-  ("v", "none 0", dict(v=array(B, T, H, 0))),
+  ("v", "length 0", dict(v=array(B, T, H, 0))),
   ("v", "bfloat16", dict(v=array(B, T, H, P, dtype="bfloat16"))),
   ("segment_ids", "shape", dict(segment_ids=array(B, T + 1, dtype="int32"))),
   ("segment_ids", "shape", dict(segment_ids=array(T, dtype="int32"))),

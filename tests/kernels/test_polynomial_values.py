@@ -12,7 +12,7 @@ import polynomial_oracle as po
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels.polynomial import spec
+from pallas_kernels.polynomial import state
 
 COEFFICIENTS = {"rebased": pk.REBASED, "based": pk.BASED}
 FACTORS = {
@@ -205,22 +205,22 @@ def test_cyclic_features_are_the_polynomial(F, name):
   coefficients = COEFFICIENTS[name].scaled(0.7)
   q_TF, k_TF = np.random.default_rng(F).normal(size=(2, 20, F)).astype("f4")
   phi_q, phi_k = (
-    spec.features(jnp.asarray(x), coefficients) for x in (q_TF, k_TF)
+    state.features(jnp.asarray(x), coefficients) for x in (q_TF, k_TF)
   )
-  w_E = spec.weights_E(F, coefficients)
-  E, G = spec.sizes(F, coefficients)
+  w_E = state.feature_weights(F, coefficients)
+  E, G = state.state_widths(F, coefficients)
   assert phi_q.shape == (20, E)
   assert w_E.size == E
-  assert spec.extend(jnp.asarray(q_TF), coefficients).shape == (20, G)
+  assert state.extend(jnp.asarray(q_TF), coefficients).shape == (20, G)
   c0, c1, c2 = getattr(po, name.upper())
   s_T = 0.7 * np.sum(q_TF * k_TF, axis=-1, dtype=np.float64)
   sim_T = c0 + c1 * s_T + c2 * s_T**2
   got_T = np.sum(np.asarray(phi_q) * w_E * np.asarray(phi_k), axis=-1)
   # Products of float32 features, which cancel where s is small.
   np.testing.assert_allclose(got_T, sim_T, rtol=1e-5, atol=2e-5)
-  W_GG = spec.weights_GG(F, coefficients)
+  W_GG = state.denominator_weights(F, coefficients)
   q1, k1 = (
-    np.asarray(spec.extend(jnp.asarray(x), coefficients)) for x in (q_TF, k_TF)
+    np.asarray(state.extend(jnp.asarray(x), coefficients)) for x in (q_TF, k_TF)
   )
   z_T = np.einsum("tg,tj,gj,tg,tj->t", q1, q1, W_GG, k1, k1)
   np.testing.assert_allclose(z_T, sim_T, rtol=1e-5, atol=2e-5)

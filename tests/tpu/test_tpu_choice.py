@@ -13,7 +13,7 @@ import pytest
 import pallas_kernels as pk
 from pallas_kernels import devices
 from pallas_kernels.polynomial import arg_specs
-from pallas_kernels.polynomial.passes import Kernel
+from pallas_kernels.polynomial.operator import Kernel
 from pallas_kernels.polynomial.tpu import passes, sizes
 
 _UNPATCHED = devices.tpu_generation

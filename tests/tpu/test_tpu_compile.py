@@ -18,7 +18,7 @@ import pytest
 
 from pallas_kernels import BASED, ShardAxes, devices as _compat, zero_state
 from pallas_kernels.polynomial import arg_specs
-from pallas_kernels.polynomial.passes import Kernel
+from pallas_kernels.polynomial.operator import Kernel
 from pallas_kernels.polynomial.tpu import passes as tpu
 from rebased_jax import Based, BasedConfig, ReBased, ReBasedConfig
 

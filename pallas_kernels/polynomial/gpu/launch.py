@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels.polynomial.passes import Kernel
+from pallas_kernels.polynomial.operator import Kernel
 
 C = 64  # tokens of a chunk
 F = 16  # query and key features

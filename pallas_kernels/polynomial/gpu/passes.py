@@ -23,17 +23,16 @@ from pallas_kernels.polynomial.gpu import (
 )
 from pallas_kernels.polynomial.gpu.documents import Documents
 from pallas_kernels.polynomial.gpu.tiles import Call
-from pallas_kernels.polynomial.passes import Kernel, refuse
-from pallas_kernels.polynomial.spec import State, with_skew
+from pallas_kernels.polynomial.operator import Kernel, raise_if_unsupported
+from pallas_kernels.polynomial.state import State, restore_antisymmetric_part
 
 P_MAX = 128
 
 
 def supports(
-  q: Array, v: Array, segment_ids: Array | None, kernel: Kernel, *, states: bool
+  q: Array, v: Array, kernel: Kernel, *, states: bool
 ) -> None:
   """Raises NotImplementedError with the reason where "xla" must do the call."""
-  del segment_ids
   F, P = q.shape[-1], v.shape[-1]
   reasons = [
     (
@@ -47,7 +46,7 @@ def supports(
     (kernel.eps <= 0, "eps = 0"),
     (jax.config.jax_enable_x64, "jax_enable_x64"),
   ]
-  refuse("gpu", reasons)
+  raise_if_unsupported("gpu", reasons)
 
 
 def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
@@ -73,7 +72,7 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
   count_BH = gpu_documents.count(runs_BT, call)
   count_BH = time_slices.corner(count_BH, state, documents, call)
   found = gpu_states.from_kernel(*after, count_BH, P, call)
-  return o, with_skew(found, state, documents.all_B), before
+  return o, restore_antisymmetric_part(found, state, documents.all_B), before
 
 
 def key_state(k, v, runs_BT, kernel: Kernel) -> State:
@@ -196,4 +195,4 @@ def _cotangent(kv, kk, dz, dstate, documents: Documents, P: int, call: Call):
   corner_BH = call.c0 * dz[:, :: call.tiles].sum(axis=-1)
   corner_BH = time_slices.corner(corner_BH, dstate, documents, call)
   found = gpu_states.from_kernel(kv, kk, corner_BH, P, call, cotangent=True)
-  return with_skew(found, dstate, documents.all_B)
+  return restore_antisymmetric_part(found, dstate, documents.all_B)

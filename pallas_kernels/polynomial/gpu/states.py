@@ -9,7 +9,7 @@ of a weight; a cotangent once, and its KK in the first tile of a head alone.
 import jax.numpy as jnp
 
 from pallas_kernels.polynomial.gpu.tiles import CYCLIC, Call, F, V, times
-from pallas_kernels.polynomial.spec import State
+from pallas_kernels.polynomial.state import State
 
 
 def to_kernel(state: State, call: Call, *, cotangent: bool = False):

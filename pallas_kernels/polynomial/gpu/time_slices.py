@@ -16,7 +16,7 @@ from pallas_kernels.polynomial.gpu import (
 )
 from pallas_kernels.polynomial.gpu.documents import Documents
 from pallas_kernels.polynomial.gpu.tiles import C, Call
-from pallas_kernels.polynomial.spec import State
+from pallas_kernels.polynomial.state import State
 
 
 def prefix(

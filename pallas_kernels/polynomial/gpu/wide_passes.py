@@ -38,8 +38,8 @@ from pallas_kernels.polynomial.gpu import (
 )
 from pallas_kernels.polynomial.gpu.documents import Documents
 from pallas_kernels.polynomial.gpu.tiles import Call, F
-from pallas_kernels.polynomial.passes import Kernel
-from pallas_kernels.polynomial.spec import State
+from pallas_kernels.polynomial.operator import Kernel
+from pallas_kernels.polynomial.state import State
 
 F_MAX = 64
 

@@ -17,7 +17,7 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.polynomial import spec
+from pallas_kernels.polynomial import state as state_lib
 from pallas_kernels.polynomial.gpu.launch import (
   CYCLIC,
   PAIR,
@@ -27,7 +27,7 @@ from pallas_kernels.polynomial.gpu.launch import (
   pairs_of,
 )
 from pallas_kernels.polynomial.gpu.tiles import times
-from pallas_kernels.polynomial.spec import State
+from pallas_kernels.polynomial.state import State
 
 
 def to_parts(
@@ -162,10 +162,10 @@ def _kk(kks: list, own: Call, width: int, count_BH, cotangent: bool) -> Array:
 def with_skew(
   state: State, outer: State | None, joined_B: Array | None, width: int
 ) -> State:
-  """`spec.with_skew`, also of the two features that are one in the parts."""
+  """`restore_antisymmetric_part`, also of the features that are one in parts."""
   if outer is None:
     return state
-  state = spec.with_skew(state, outer, joined_B)
+  state = state_lib.restore_antisymmetric_part(state, outer, joined_B)
   if width % 2:
     return state
   block = slice(width // 2 * width, (width // 2 + 1) * width)

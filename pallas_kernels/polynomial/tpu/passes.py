@@ -11,8 +11,13 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels.documents import document_starts
-from pallas_kernels.polynomial.passes import Kernel, keep, kept, refuse
-from pallas_kernels.polynomial.spec import State, with_skew
+from pallas_kernels.polynomial.operator import (
+  Kernel,
+  add_slice_axis,
+  drop_slice_axis,
+  raise_if_unsupported,
+)
+from pallas_kernels.polynomial.state import State, restore_antisymmetric_part
 from pallas_kernels.polynomial.tpu import (
   backward as backward_kernels,
   chunks,
@@ -27,10 +32,10 @@ _VMEM = 12 << 20  # of the 16 MiB that a kernel gets; spills take some, too
 
 
 def supports(
-  q: Array, v: Array, segment_ids: Array | None, kernel: Kernel, *, states: bool
+  q: Array, v: Array, kernel: Kernel, *, states: bool
 ) -> None:
   """Raises NotImplementedError with the reason where "xla" must do the call."""
-  del segment_ids, states
+  del states
   F, P = q.shape[-1], v.shape[-1]
   reasons = [
     (
@@ -41,7 +46,7 @@ def supports(
     (P > VALUES, f"P={P}: 1 to {VALUES}"),
     (kernel.coefficients.c2 <= 0, "c2 ≤ 0"),
   ]
-  refuse("tpu", reasons)
+  raise_if_unsupported("tpu", reasons)
 
 
 def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
@@ -57,10 +62,10 @@ def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
     return_state=return_state,
   )
   if not return_state:
-    return _back(o, v), None, keep(state)
+    return _back(o, v), None, add_slice_axis(state)
   after = _from_kernel(after, v, kernel, call, by_feature=False)
-  after = with_skew(after, state, _joined(runs_BT))
-  return _back(o, v), after, keep(state)
+  after = restore_antisymmetric_part(after, state, _joined(runs_BT))
+  return _back(o, v), after, add_slice_axis(state)
 
 
 def key_state(k, v, runs_BT, kernel: Kernel) -> State:
@@ -87,7 +92,7 @@ def backward_queries(q, k, v, do, runs_BT, before, kernel: Kernel):
     _turn(v, call.P),
     _turn(do, call.P),
     _starts(runs_BT, call),
-    _to_kernel(kept(before), kernel, call, by_feature=True),
+    _to_kernel(drop_slice_axis(before), kernel, call, by_feature=True),
     call,
   )
   return _back(dq, q), r, dz
@@ -113,7 +118,7 @@ def backward_keys(
   if not return_state:
     return _back(dk, k), _back(dv, v), None
   before = _from_kernel(before, v, kernel, call, by_feature=True)
-  return _back(dk, k), _back(dv, v), with_skew(before, dstate, _joined(runs_BT))
+  return _back(dk, k), _back(dv, v), restore_antisymmetric_part(before, dstate, _joined(runs_BT))
 
 
 def query_cotangent(q, do, r, dz, runs_BT, kernel: Kernel) -> State:
