@@ -45,7 +45,7 @@ class Case(NamedTuple):
 
 CASES = {
   "mqar": Case("mqar", _MQAR, 4),
-  "mqar-5": Case("mqar", _MQAR | {"model.mixer.heads": 12}, 4),  # P = 5
+  "mqar-5": Case("mqar", _MQAR | {"model.second.heads": 12}, 4),  # P = 5
   "lm": Case(
     "pile-145m-rebased",
     {
@@ -108,7 +108,7 @@ def run_case(name: str, work: Path, jobs: int) -> dict[str, Any]:
     options |= {"data.path": work / "tokens" / "train"}
 
   def run(implementation: str, seed: int) -> list[dict]:
-    chosen = {"model.mixer.implementation": implementation, "seed": seed}
+    chosen = {"model.second.implementation": implementation, "seed": seed}
     folder = work / f"{name}-{implementation}-{seed}"
     return train(preset, options | chosen, folder)
 

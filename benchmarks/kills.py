@@ -29,7 +29,7 @@ import environment
 
 STEPS = 120
 MOMENTS = ("start", "step", "save")
-_MODEL = ("--model.width", "32", "--model.mixer.heads", "2")
+_MODEL = ("--model.width", "32", "--model.second.heads", "2")
 _RUN = (
   *("--steps", str(STEPS), "--batch", "8", "--log-every", "1"),
   *("--eval-every", "20", "--save-every", "2", "--keep", "2"),

@@ -172,12 +172,12 @@ def train_options(name: str, settings: Settings, work: Path) -> dict[str, Any]:
       "model.width": 64,
       "model.pairs": 1,
       "model.mlp-width": 128,
-      "model.mixer.heads": 4,
+      "model.second.heads": 4,
       "model.dtype": "float32",
       "loss-chunks": 1,
     }
     if name == "attention":
-      options["model.conv.heads"] = 4
+      options["model.first.heads"] = 4
   return options
 
 

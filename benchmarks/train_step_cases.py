@@ -74,12 +74,12 @@ def make_cases(args: argparse.Namespace) -> list[Case]:
 
 def _tiny(model: ModelConfig) -> ModelConfig:
   """Two pairs, 32 wide, with a 64th of the positions if there are some."""
-  mixer = dataclasses.replace(model.mixer, heads=4)
-  conv = mixer if type(model.conv) is type(mixer) else model.conv
+  mixer = dataclasses.replace(model.second, heads=4)
+  first = mixer if type(model.first) is type(mixer) else model.first
   return dataclasses.replace(
     model,
-    conv=conv,
-    mixer=mixer,
+    first=first,
+    second=mixer,
     vocab_size=512,
     width=32,
     pairs=2,

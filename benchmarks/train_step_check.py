@@ -31,9 +31,9 @@ def lower(model: ModelConfig, length: int) -> dict[str, Any]:
   """The gradient of one row, as trained and in float32."""
   model = dataclasses.replace(model, scan_layers=True)  # compiled sooner
   plain = dataclasses.replace(model, dtype="float32", remat="none")
-  mixer = dataclasses.replace(plain.mixer, implementation="xla")
-  conv = mixer if type(plain.conv) is type(mixer) else plain.conv
-  plain = dataclasses.replace(plain, mixer=mixer, conv=conv)
+  mixer = dataclasses.replace(plain.second, implementation="xla")
+  first = mixer if type(plain.first) is type(mixer) else plain.first
+  plain = dataclasses.replace(plain, second=mixer, first=first)
   params = jax.eval_shape(
     lambda: nnx.to_pure_dict(nnx.state(make_model(model), nnx.Param))
   )
@@ -45,7 +45,7 @@ def lower(model: ModelConfig, length: int) -> dict[str, Any]:
     batch["weights"] = jnp.ones(batch["tokens"].shape)
     program = step.Program(graph, None, 1, None, loss_chunks=chunks)
     loss = lambda params: step.loss_sums(params, batch, program)[0]
-    return jax.grad(loss)(params)["pairs"]["mixer"]["mixer"]
+    return jax.grad(loss)(params)["pairs"]["second"]["mixer"]
 
   lowered = {}
   for name, config, chunks in (("trained", model, 2), ("plain", plain, 1)):

@@ -18,7 +18,7 @@ NAME = "torch.compile"
 
 def request(cases: Sequence[Case], args, warm: int) -> dict[str, Any] | None:
   """What `train_step_torch.py` is to measure; None of no attention model."""
-  chosen = [x for x in cases if isinstance(x.model.mixer, AttentionConfig)]
+  chosen = [x for x in cases if isinstance(x.model.second, AttentionConfig)]
   if not chosen:
     return None
   model, optimizer = chosen[0].model, train_step_cases.OPTIMIZER
@@ -26,7 +26,7 @@ def request(cases: Sequence[Case], args, warm: int) -> dict[str, Any] | None:
   return {
     "width": model.width,
     "layers": model.layers,
-    "heads": model.mixer.heads,
+    "heads": model.second.heads,
     "hidden": model.mlp_width,
     "vocab_size": model.vocab_size,
     "dropout": model.dropout,

@@ -32,8 +32,8 @@ same: Place = lambda x: x
 class ModelConfig:
   """What an `LM` is."""
 
-  conv: base.MixerConfig  # of the first block of each pair
-  mixer: base.MixerConfig  # of the second
+  first: base.MixerConfig  # of the first block of each pair
+  second: base.MixerConfig  # of the second
   vocab_size: int  # V
   width: int  # D
   pairs: int = 1  # half the number of layers
@@ -87,7 +87,7 @@ class Block(nnx.Module):
   mixer: base.Mixer
 
   @abc.abstractmethod
-  def first(self, stream: Stream, axes=None) -> tuple[Array, Array]:
+  def normed(self, stream: Stream, axes=None) -> tuple[Array, Array]:
     """The stream whole, and its norm1."""
 
   @abc.abstractmethod
@@ -105,7 +105,7 @@ class Block(nnx.Module):
     axes: ShardAxes | None = None,
     query_positions: Array | None = None,
   ) -> Stream:
-    x_BTD, n_BTD = self.first(stream, axes)
+    x_BTD, n_BTD = self.normed(stream, axes)
     y_BTD = self.mixer(
       base.place(n_BTD, axes),
       segment_ids=segment_ids,
@@ -119,12 +119,12 @@ class Block(nnx.Module):
     return self._rest(x_BTD, place(y_BTD), axes, place)
 
   def prefill(self, stream, state, *, segment_ids=None, axes=None):
-    x, n = self.first(stream, axes)
+    x, n = self.normed(stream, axes)
     y, state = self.mixer.prefill(n, state, segment_ids=segment_ids, axes=axes)
     return self._rest(x, y, axes), state
 
   def step(self, stream, state):
-    x, n = self.first(stream)
+    x, n = self.normed(stream)
     y, state = self.mixer.step(n, state)
     return self._rest(x, y), state
 
@@ -145,7 +145,7 @@ class PreNormBlock(Block):
     self.norm2 = layer_norm(config, rngs)
     self.mlp = _mlp(config, rngs) if config.mlp_width else None
 
-  def first(self, stream: Stream, axes=None) -> tuple[Array, Array]:
+  def normed(self, stream: Stream, axes=None) -> tuple[Array, Array]:
     return self.norm1.of_sum(stream, axes)
 
   def _rest(self, x: Array, y: Array, axes=None, place: Place = same) -> Stream:
@@ -172,7 +172,7 @@ class MambaBlock(Block):
     )
     self.mixer = mixer.make(_site(config, layer), rngs=rngs)
 
-  def first(self, stream: Stream, axes=None) -> tuple[Array, Array]:
+  def normed(self, stream: Stream, axes=None) -> tuple[Array, Array]:
     x = stream.whole()
     return x, self.norm1(x)
 
@@ -185,8 +185,8 @@ class Pair(nnx.Module):
 
   def __init__(self, config: ModelConfig, index: int, *, rngs: nnx.Rngs):
     block = MambaBlock if config.block == "mamba" else PreNormBlock
-    self.conv = block(config, config.conv, 2 * index, rngs=rngs)
-    self.mixer = block(config, config.mixer, 2 * index + 1, rngs=rngs)
+    self.first = block(config, config.first, 2 * index, rngs=rngs)
+    self.second = block(config, config.second, 2 * index + 1, rngs=rngs)
 
   def __call__(
     self,
@@ -196,8 +196,8 @@ class Pair(nnx.Module):
     axes: ShardAxes | None = None,
     query_positions: Array | None = None,
   ) -> Stream:
-    stream = self.conv(stream, segment_ids=segment_ids, axes=axes)
-    return self.mixer(
+    stream = self.first(stream, segment_ids=segment_ids, axes=axes)
+    return self.second(
       stream,
       segment_ids=segment_ids,
       axes=axes,
@@ -206,22 +206,22 @@ class Pair(nnx.Module):
 
   def init_state(self, batch: int):
     return (
-      self.conv.mixer.init_state(batch),
-      self.mixer.mixer.init_state(batch),
+      self.first.mixer.init_state(batch),
+      self.second.mixer.init_state(batch),
     )
 
   def prefill(self, x_BTD: Array, states, *, segment_ids=None, axes=None):
-    stream, first = self.conv.prefill(
+    stream, first = self.first.prefill(
       Stream(x_BTD), states[0], segment_ids=segment_ids, axes=axes
     )
-    stream, second = self.mixer.prefill(
+    stream, second = self.second.prefill(
       stream, states[1], segment_ids=segment_ids, axes=axes
     )
     return stream.whole(), (first, second)
 
   def step(self, x_BD: Array, states):
-    stream, first = self.conv.step(Stream(x_BD), states[0])
-    stream, second = self.mixer.step(stream, states[1])
+    stream, first = self.first.step(Stream(x_BD), states[0])
+    stream, second = self.second.step(stream, states[1])
     return stream.whole(), (first, second)
 
 

@@ -34,7 +34,7 @@ class LM(nnx.Module):
   """The language model.
 
   Parameters: token_embedding (V, D), position_embedding (P, D), norm/…, and
-  pairs/{conv,mixer}/{norm1,mixer,norm2,mlp}/…, stacked over the pairs.
+  pairs/{first,second}/{norm1,mixer,norm2,mlp}/…, stacked over the pairs.
   """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -173,13 +173,13 @@ class LM(nnx.Module):
   def state_size(self, length: int) -> int:
     """Bytes of state that a sequence of `length` tokens holds."""
     pair = nnx.eval_shape(lambda: Pair(self.config, 0, rngs=nnx.Rngs(0)))
-    mixers = (pair.conv.mixer, pair.mixer.mixer)
+    mixers = (pair.first.mixer, pair.second.mixer)
     return 4 + self.config.pairs * sum(m.state_size(length) for m in mixers)
 
   @property
   def has_attention_matrix(self) -> bool:
     """Whether the last pair's mixer has weights between tokens to look at."""
-    return hasattr(self.pairs.mixer.mixer, "attention_matrix")
+    return hasattr(self.pairs.second.mixer, "attention_matrix")
 
   def attention_matrix(self, tokens: Array) -> Array:
     """A_BHTT of the last pair's mixer; quadratic.
@@ -188,14 +188,14 @@ class LM(nnx.Module):
       NotImplementedError: the mixer has no such matrix.
     """
     if not self.has_attention_matrix:
-      name = type(self.pairs.mixer.mixer).__name__
+      name = type(self.pairs.second.mixer).__name__
       raise NotImplementedError(f"{name} has no attention matrix")
     stream = Stream(self._embed(tokens, jnp.arange(tokens.shape[1])[None]))
     for index in range(self.config.pairs - 1):
       stream = nnx.merge(*self._pair(index))(stream)
     pair = nnx.merge(*self._pair(self.config.pairs - 1))
-    _, n_BTD = pair.mixer.first(pair.conv(stream))
-    return pair.mixer.mixer.attention_matrix(n_BTD)
+    _, n_BTD = pair.second.normed(pair.first(stream))
+    return pair.second.mixer.attention_matrix(n_BTD)
 
   def _pair(self, index: int):
     graph, stacked = nnx.split(self.pairs)

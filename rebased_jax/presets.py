@@ -89,8 +89,8 @@ def mqar(
     vocab_size: V.
   """
   return ModelConfig(
-    conv=system.first,
-    mixer=system.second,
+    first=system.first,
+    second=system.second,
     vocab_size=vocab_size,
     width=width,
     positions=length,
@@ -157,8 +157,8 @@ def _pile_hybrid(
 
 def _pile(system: System, *, width: int, pairs: int) -> ModelConfig:
   return ModelConfig(
-    conv=system.first,
-    mixer=system.second,
+    first=system.first,
+    second=system.second,
     vocab_size=50304,
     width=width,
     pairs=pairs,

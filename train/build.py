@@ -65,7 +65,7 @@ def steps(config: RunConfig, mesh: Mesh) -> Steps:
   graph, _ = nnx.split(abstract_model(config))
   shapes = jax.eval_shape(lambda: _init(config, tx))
   placed = sharding.of_tree(shapes, mesh)
-  axes = mesh_lib.shard_axes(mesh, getattr(config.model.mixer, "heads", None))
+  axes = mesh_lib.shard_axes(mesh, getattr(config.model.second, "heads", None))
   program = step.Program(
     graph,
     tx,

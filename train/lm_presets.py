@@ -32,8 +32,8 @@ def lm_tiny() -> RunConfig:
   """
   return RunConfig(
     model=ModelConfig(
-      conv=BaseConvConfig(),
-      mixer=ReBasedConfig(heads=4),
+      first=BaseConvConfig(),
+      second=ReBasedConfig(heads=4),
       vocab_size=257,
       width=128,
       pairs=2,

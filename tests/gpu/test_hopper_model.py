@@ -21,8 +21,8 @@ _MIXER = BasedConfig(heads=HEADS, features=4, implementation="xla")
 
 def _config(first=_MIXER) -> ModelConfig:
   return ModelConfig(
-    conv=first,
-    mixer=_MIXER,
+    first=first,
+    second=_MIXER,
     vocab_size=64,
     width=D,
     mlp_width=HIDDEN,

@@ -20,23 +20,23 @@ TABLE = {
   "embeddings.position_embeddings.weight": ("position_embedding", _SAME),
   "ln_f.weight": ("norm/scale", _SAME),
   "ln_f.bias": ("norm/bias", _SAME),
-  _CONV + "projection.weight": ("pairs/conv/mixer/gate/kernel", _LINEAR),
-  _CONV + "projection.bias": ("pairs/conv/mixer/gate/bias", _STACKED),
-  _CONV + "conv.conv.weight": ("pairs/conv/mixer/kernel", _TAPS),
-  _CONV + "conv.conv.bias": ("pairs/conv/mixer/bias", _STACKED),
+  _CONV + "projection.weight": ("pairs/first/mixer/gate/kernel", _LINEAR),
+  _CONV + "projection.bias": ("pairs/first/mixer/gate/bias", _STACKED),
+  _CONV + "conv.conv.weight": ("pairs/first/mixer/kernel", _TAPS),
+  _CONV + "conv.conv.bias": ("pairs/first/mixer/bias", _STACKED),
 }
-for _layer, _block in ((0, "conv"), (1, "mixer")):
+for _layer, _block in ((0, "first"), (1, "second")):
   for _norm in ("norm1", "norm2"):
     _names = f"layers.{_layer}.{_norm}.", f"pairs/{_block}/{_norm}/"
     TABLE[_names[0] + "weight"] = (_names[1] + "scale", _STACKED)
     TABLE[_names[0] + "bias"] = (_names[1] + "bias", _STACKED)
 for _x in "qkvo":
   TABLE[_MIXER + f"proj_{_x}.weight"] = (
-    f"pairs/mixer/mixer/project/{_x}/kernel",
+    f"pairs/second/mixer/project/{_x}/kernel",
     _LINEAR,
   )
 for _x, _side in (("q", "query"), ("k", "key")):
-  _path = f"pairs/mixer/mixer/{_side}_affine/"
+  _path = f"pairs/second/mixer/{_side}_affine/"
   # With a norm it is PyTorch's LayerNorm, without one a module of their own.
   TABLE[_MIXER + f"ln_{_x}.weight"] = (_path + "gamma", _STACKED)
   TABLE[_MIXER + f"ln_{_x}.bias"] = (_path + "beta", _STACKED)
@@ -44,9 +44,9 @@ for _x, _side in (("q", "query"), ("k", "key")):
   TABLE[_MIXER + f"ln_{_x}.beta"] = (_path + "beta", _STACKED)
 # Where both layers have the same mixer, its names have no ".mixer".
 for _prefix, _block in (
-  ("layers.0.sequence_mixer.", "conv"),
-  ("layers.1.sequence_mixer.", "mixer"),
-  (_MIXER, "mixer"),
+  ("layers.0.sequence_mixer.", "first"),
+  ("layers.1.sequence_mixer.", "second"),
+  (_MIXER, "second"),
 ):
   for _name, _path in (("Wqkv.", "qkv/"), ("out_proj.", "out_proj/")):
     _path = f"pairs/{_block}/mixer/{_path}"

@@ -70,7 +70,7 @@ def make_options(config: RunConfig) -> list[str]:
     "model.width": model.width,
     "model.pairs": 1,
     "model.mlp-width": None,
-    "model.mixer.heads": 2,
+    "model.second.heads": 2,
     "optimizer.warmup-steps": 2,
   }
   for name in ("steps", "batch", "eval-every", "save-every", "log-every"):

@@ -75,8 +75,8 @@ def tiny(*, model=None, data=None, optimizer=None, **changes) -> RunConfig:
     }
   )
   model_config = ModelConfig(
-    conv=BaseConvConfig(),
-    mixer=ReBasedConfig(heads=2, features=4),
+    first=BaseConvConfig(),
+    second=ReBasedConfig(heads=2, features=4),
     **{**dict(vocab_size=32, width=16, positions=16), **(model or {})},
   )
   optimizer_config = OptimizerConfig(
@@ -224,7 +224,7 @@ class Spoiled(Batches):
   def fingerprint(self) -> dict:
     return self.source.fingerprint
 
-  def _read(self, step: int, start: int, stop: int) -> dict:
+  def read_rows(self, step: int, start: int, stop: int) -> dict:
     batch = self.source.read(step, slice(start, stop))
     if step == self.bad_step:
       batch["weights"][0, 0] = np.nan

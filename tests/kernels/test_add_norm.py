@@ -161,8 +161,8 @@ def test_parameters_in_bfloat16(equations_for_kernels):
 
 def test_a_model_without_mlps(interpreted, monkeypatch) -> None:
   config = ModelConfig(
-    conv=AttentionConfig(),
-    mixer=ReBasedConfig(heads=2, features=8),
+    first=AttentionConfig(),
+    second=ReBasedConfig(heads=2, features=8),
     vocab_size=11,
     width=128,
     pairs=2,

@@ -27,8 +27,8 @@ from rebased_jax import (
 
 B, T, D = 4, 70, 128  # two chunks of the operator
 CONFIG = ModelConfig(
-  conv=BaseConvConfig(),
-  mixer=BasedConfig(heads=2, features=8, implementation="xla"),
+  first=BaseConvConfig(),
+  second=BasedConfig(heads=2, features=8, implementation="xla"),
   vocab_size=32,
   width=D,
   mlp_width=D,
@@ -108,7 +108,7 @@ def test_gradients_of_a_model(mesh, monkeypatch, dtype, limit, has_hopper):
 )
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_jax_checks_every_system(mesh, mixer, remat) -> None:
-  config = dataclasses.replace(CONFIG, mixer=mixer, remat=remat)
+  config = dataclasses.replace(CONFIG, second=mixer, remat=remat)
   loss, *inputs = _of_model(config)
   # jax raises where something varies otherwise than is said.
   run = jax.grad(_split(loss, checks=True, whole=1))

@@ -19,8 +19,8 @@ from rebased_jax import (
 V, POSITIONS, STEPS = 11, 8, 5
 ROWS = 4096  # of samples
 CONFIG = ModelConfig(
-  conv=BaseConvConfig(),
-  mixer=ReBasedConfig(heads=2, features=4),
+  first=BaseConvConfig(),
+  second=ReBasedConfig(heads=2, features=4),
   vocab_size=V,
   width=8,
   pairs=2,

@@ -33,7 +33,7 @@ _SOFTMAX = {"attention": AttentionConfig(), "conv_attention": BaseConvConfig()}
 # The official code allocates and never uses these, with a gradient of zero.
 _UNUSED = {
   "rebased_gx": {
-    f"pairs/mixer/mixer/{side}_affine/beta" for side in ("query", "key")
+    f"pairs/second/mixer/{side}_affine/beta" for side in ("query", "key")
   }
 }
 # Of ‖ours − theirs‖ / ‖theirs‖, the Frobenius norm over each whole array.
@@ -132,7 +132,7 @@ def test_logits_loss_and_every_gradient(name, dtype, implementation) -> None:
 def test_softmax_attention_likewise(name, dtype) -> None:
   """The official mask adds −10,000, and e^−10,000 is 0 in every dtype."""
   config = _mqar(AttentionConfig(), dtype)
-  _check(name, dataclasses.replace(config, conv=_SOFTMAX[name]))
+  _check(name, dataclasses.replace(config, first=_SOFTMAX[name]))
 
 
 def test_the_table_covers_every_official_name() -> None:

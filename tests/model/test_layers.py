@@ -14,8 +14,8 @@ from rebased_jax import LM, BaseConvConfig, ModelConfig, ReBasedConfig
 
 B, T, V = 2, 16, 11
 CONFIG = ModelConfig(
-  conv=BaseConvConfig(),
-  mixer=ReBasedConfig(heads=2, features=4),
+  first=BaseConvConfig(),
+  second=ReBasedConfig(heads=2, features=4),
   vocab_size=V,
   width=8,
   pairs=2,
@@ -102,8 +102,8 @@ def test_a_scanned_program_does_not_grow_with_depth() -> None:
 def test_a_gpu_takes_layers_one_by_one(monkeypatch) -> None:
   assert CONFIG.scans and "call @run" not in _lowered(CONFIG).as_text()
   monkeypatch.setattr(devices, "platform", lambda: "gpu")
-  mixer = dataclasses.replace(CONFIG.mixer, implementation="xla")
-  chosen = dataclasses.replace(CONFIG, mixer=mixer)
+  mixer = dataclasses.replace(CONFIG.second, implementation="xla")
+  chosen = dataclasses.replace(CONFIG, second=mixer)
   assert not chosen.scans
   assert dataclasses.replace(chosen, scan_layers=True).scans
   text = _lowered(chosen).as_text()

@@ -27,8 +27,8 @@ from rebased_jax.mixers import base
 B, T, D = 2, 6, 8
 SIZES = dict(heads=2, features=4)
 CONFIG = ModelConfig(
-  conv=BaseConvConfig(),
-  mixer=ReBasedConfig(**SIZES),
+  first=BaseConvConfig(),
+  second=ReBasedConfig(**SIZES),
   vocab_size=11,
   width=D,
   positions=T,
@@ -62,7 +62,7 @@ def test_the_model() -> None:
   fresh = jax.jit(bridged.init)(jax.random.key(0), TOKENS_BT)["params"]
   params = nnx.to_pure_dict(state)
   assert shapes(fresh) == shapes(params)
-  assert "pairs/mixer/mixer/project/q/kernel" in shapes(fresh)
+  assert "pairs/second/mixer/project/q/kernel" in shapes(fresh)
   apply = jax.jit(lambda p, **kwargs: bridged.apply({"params": p}, **kwargs))
   logits_BTV = apply(params, tokens=TOKENS_BT)
   assert_close(logits_BTV, model(state))

@@ -51,7 +51,7 @@ def test_parameter_counts(name: str) -> None:
 def test_any_heads_times_features_of_1024_are_table_9s(heads: int) -> None:
   for name in ("based", "rebased"):
     config = presets.pile(presets.VARIANTS[name], heads=heads)
-    assert config.mixer.heads * config.mixer.features == 1024
+    assert config.second.heads * config.second.features == 1024
     model = build.abstract_lm(config)
     assert parameter_count(model) == _COUNTS[f"pile-157m-{name}"]
 
@@ -86,7 +86,7 @@ def test_the_papers_numbers(name: str) -> None:
   assert (model.positions, model.dtype) == (4096, "bfloat16")
   assert model.layers == (12 if "attention" in name else 18)
   wanted = 12 if "attention" in name else 64
-  assert model.mixer.heads == wanted
+  assert model.second.heads == wanted
 
 
 def test_long_rows_have_no_positions_and_as_many_tokens_a_step() -> None:
@@ -99,7 +99,7 @@ def test_long_rows_have_no_positions_and_as_many_tokens_a_step() -> None:
 def test_inspect_prints_the_counts(call) -> None:
   code, out, _ = call("inspect", "pile-157m-rebased")
   assert code == 0 and re.search(r"│ all +│ +│ +156,992,256 │", out)
-  assert re.search(r"│ model.mixer.features +│ +16 │", out)
+  assert re.search(r"│ model.second.features +│ +16 │", out)
 
 
 def test_a_tiny_run_of_one(call, folder: Path, tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ def test_a_tiny_run_of_one(call, folder: Path, tmp_path: Path) -> None:
     "model.width": 16,
     "model.mlp-width": 32,
     "model.pairs": 2,
-    "model.mixer.heads": 4,
-    "model.mixer.features": 4,
+    "model.second.heads": 4,
+    "model.second.features": 4,
     "steps": 4,
     "batch": 16,
     "accumulate": 2,

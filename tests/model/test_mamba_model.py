@@ -23,8 +23,8 @@ from rebased_jax import (
 B, T, V, D = 2, 10, 11, 8
 MAMBA = MambaConfig(state=3)
 CONFIG = ModelConfig(
-  conv=MAMBA,
-  mixer=MAMBA,
+  first=MAMBA,
+  second=MAMBA,
   vocab_size=V,
   width=D,
   pairs=2,
@@ -68,7 +68,7 @@ def test_the_names_of_the_parameters() -> None:
     "norm/bias": (D,),
     **{
       f"pairs/{place}/{name}": (2, *shape)
-      for place in ("conv", "mixer")
+      for place in ("first", "second")
       for name, shape in block.items()
     },
   }
@@ -81,7 +81,7 @@ def layer_by_layer(params):
   graph, stacked = nnx.split(model.pairs)
   for i in range(CONFIG.pairs):
     pair = nnx.merge(graph, jax.tree.map(lambda p, i=i: p[i], stacked))
-    for block in (pair.conv, pair.mixer):
+    for block in (pair.first, pair.second):
       square_BT1 = jnp.square(x_BTD).mean(axis=-1, keepdims=True)
       normed_BTD = x_BTD / jnp.sqrt(square_BT1 + 1e-5)
       weight_D = block.norm1.scale[...]
@@ -110,7 +110,7 @@ def test_the_residual_is_float32() -> None:
   @jax.jit
   def block(params):
     pair = nnx.merge(*nnx.merge(graph, params)._pair(0))
-    return pair.conv(Stream(large_BTD)).whole()
+    return pair.first(Stream(large_BTD)).whole()
 
   with jax.numpy_dtype_promotion("standard"):  # which Flax's norms need
     y_BTD = jax.device_get(block(params))
@@ -178,11 +178,11 @@ def test_a_wrong_field_is_named(field, value) -> None:
 
 
 def test_other_mixers_fit_in_the_block() -> None:
-  config = dataclasses.replace(CONFIG, conv=BaseConvConfig())
+  config = dataclasses.replace(CONFIG, first=BaseConvConfig())
   names = {
-    name.removeprefix("pairs/conv/")
+    name.removeprefix("pairs/first/")
     for name in shapes(config)
-    if name.startswith("pairs/conv/")
+    if name.startswith("pairs/first/")
   }
   assert names == {
     "norm1/scale",

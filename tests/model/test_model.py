@@ -19,8 +19,8 @@ from rebased_jax import (
 
 B, T, V, D = 2, 16, 11, 8
 CONFIG = ModelConfig(
-  conv=BaseConvConfig(),
-  mixer=ReBasedConfig(heads=2, features=4),
+  first=BaseConvConfig(),
+  second=ReBasedConfig(heads=2, features=4),
   vocab_size=V,
   width=D,
   pairs=3,
@@ -85,7 +85,7 @@ def layer_by_layer(params):
   stack = nnx.split(model.pairs)
   for i in range(CONFIG.pairs):
     pair = nnx.merge(stack[0], jax.tree.map(lambda p, i=i: p[i], stack[1]))
-    for block in (pair.conv, pair.mixer):
+    for block in (pair.first, pair.second):
       x_BTD = x_BTD + block.mixer(block.norm1(x_BTD))
       h_BTM = block.mlp.up(block.norm2(x_BTD))
       h_BTM = h_BTM * (1 + jax.lax.erf(h_BTM / 2**0.5)) / 2

@@ -99,10 +99,10 @@ def test_what_the_systems_are() -> None:
 
 def test_what_a_count_does_not_see() -> None:
   for name, config in _MODELS.items():
-    mamba = isinstance(config.mixer, MambaConfig)
+    mamba = isinstance(config.second, MambaConfig)
     assert config.dropout == (0.0 if mamba else 0.1), name
     assert config.vocab_size == (50304 if "-9-" in name else 8192)
     if "attention" in name:
-      assert config.mixer.heads == (12 if "-9-" in name else 1)
+      assert config.second.heads == (12 if "-9-" in name else 1)
     if name in ("table-9-based", "table-9-rebased"):
-      assert (config.mixer.heads, config.mixer.features) == (64, 16)
+      assert (config.second.heads, config.second.features) == (64, 16)

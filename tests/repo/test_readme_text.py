@@ -12,7 +12,7 @@ _LINE = "The quick brown fox jumps over the lazy dog. "
 _SMALL = (
   *("--steps", "120", "--eval-every", "60", "--save-every", "120"),
   *("--data.length", "64", "--model.width", "64", "--model.pairs", "1"),
-  *("--model.mlp-width", "128", "--model.mixer.heads", "2"),
+  *("--model.mlp-width", "128", "--model.second.heads", "2"),
   *("--optimizer.warmup-steps", "10", "--data.cache-dir", "plans"),
 )
 

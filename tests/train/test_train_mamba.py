@@ -21,7 +21,7 @@ _MATRICES = ("in_proj", "gate_proj", "x_proj", "dt_proj", "out_proj")
 def mamba_run(**model) -> RunConfig:
   mixer = MambaConfig(state=2)
   config = tiny()
-  fields = {**dict(conv=mixer, mixer=mixer, block="mamba"), **model}
+  fields = {**dict(first=mixer, second=mixer, block="mamba"), **model}
   return dataclasses.replace(
     config, model=dataclasses.replace(config.model, **fields)
   )
@@ -43,7 +43,7 @@ def _decayed(config: RunConfig, which: str) -> set[str]:
 
 def test_the_papers_decay_takes_a_log_and_d() -> None:
   found = _decayed(mamba_run(), "all")
-  for place in ("conv", "mixer"):
+  for place in ("first", "second"):
     for name in ("A_log", "D", "conv/kernel", "dt_proj/bias"):
       assert f"pairs/{place}/mixer/{name}" in found
 
@@ -51,15 +51,15 @@ def test_the_papers_decay_takes_a_log_and_d() -> None:
 def test_matrices_are_mambas_projections() -> None:
   assert _decayed(mamba_run(), "matrices") == {
     f"pairs/{place}/mixer/{name}/kernel"
-    for place in ("conv", "mixer")
+    for place in ("first", "second")
     for name in _MATRICES
   }
 
 
 def test_taps_are_no_matrix_in_either_place() -> None:
-  config = mamba_run(mixer=BaseConvConfig(), conv=BaseConvConfig())
+  config = mamba_run(second=BaseConvConfig(), first=BaseConvConfig())
   assert _decayed(config, "matrices") == {
-    f"pairs/{place}/mixer/gate/kernel" for place in ("conv", "mixer")
+    f"pairs/{place}/mixer/gate/kernel" for place in ("first", "second")
   }
 
 
@@ -69,8 +69,8 @@ def test_inspect_lists_the_parameters() -> None:
   inspect_run.show_config(config, "mine", Console(file=text, width=200))
   lines = [line.split() for line in text.getvalue().splitlines()]
   cells = {line[1]: line[-2] for line in lines if len(line) > 3}
-  assert cells["pairs/mixer/mixer/A_log"] == "64"  # 32 channels, 2 states
-  assert cells["pairs/mixer/mixer/D"] == "32"
+  assert cells["pairs/second/mixer/A_log"] == "64"  # 32 channels, 2 states
+  assert cells["pairs/second/mixer/D"] == "32"
   # Two mixers of 3 past inputs and 2 states of 32 channels; the position.
   assert f"{4 + 2 * 4 * 32 * (3 + 2):,} bytes" in text.getvalue()
 

@@ -18,11 +18,11 @@ _SHAPES = {
   "token_embedding": (5, 3),
   "norm": {"scale": (3,), "bias": (3,)},
   "pairs": {
-    "conv": {"mixer": {"kernel": (3, 2), "gate": {"kernel": (3, 3)}}},
-    "mixer": {"mixer": {"query_affine": {"gamma": (4,), "beta": (4,)}}},
+    "first": {"mixer": {"kernel": (3, 2), "gate": {"kernel": (3, 3)}}},
+    "second": {"mixer": {"query_affine": {"gamma": (4,), "beta": (4,)}}},
   },
 }
-_MATRICES = {"pairs/conv/mixer/gate/kernel"}  # of the shapes above
+_MATRICES = {"pairs/first/mixer/gate/kernel"}  # of the shapes above
 
 
 def _tree(seed: int, scale: float = 1.0):
@@ -152,10 +152,10 @@ def test_what_decays() -> None:
   model = build.abstract_model(tiny(model=dict(mlp_width=8)))
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   decayed = _true(optimizer.decayed(params, "matrices"))
-  blocks = ("pairs/conv", "pairs/mixer")
+  blocks = ("pairs/first", "pairs/second")
   mlps = {f"{b}/mlp/{x}/kernel" for b in blocks for x in ("up", "down")}
-  heads = {f"pairs/mixer/mixer/project/{x}/kernel" for x in "qkvo"}
-  assert decayed == mlps | heads | {"pairs/conv/mixer/gate/kernel"}
+  heads = {f"pairs/second/mixer/project/{x}/kernel" for x in "qkvo"}
+  assert decayed == mlps | heads | {"pairs/first/mixer/gate/kernel"}
   leaves = jax.tree_util.tree_leaves_with_path(params)
   assert _true(optimizer.decayed(params, "all")) == {
     jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves

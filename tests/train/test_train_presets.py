@@ -75,14 +75,14 @@ def test_the_small_runs_are_that_of_rebased(name: str) -> None:
   """But for the mixers, Mamba's block and the learning rate."""
   config, mqar = _PRESETS[f"mqar-{name}"], _PRESETS["mqar"]
   system = presets.SYSTEMS[name]
-  assert type(config.model.conv) is type(system.first)
-  assert type(config.model.mixer) is type(system.second)
-  assert getattr(config.model.mixer, "heads", 1) in (1, 4)
+  assert type(config.model.first) is type(system.first)
+  assert type(config.model.second) is type(system.second)
+  assert getattr(config.model.second, "heads", 1) in (1, 4)
   assert config.model.block == system.block
   model = dataclasses.replace(
     config.model,
-    conv=mqar.model.conv,
-    mixer=mqar.model.mixer,
+    first=mqar.model.first,
+    second=mqar.model.second,
     block="pre-norm",
   )
   optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-2)
@@ -118,15 +118,15 @@ def test_paper_numbers(system: str, length: int) -> None:
     decay="all",
     clip_norm=None,
   )
-  model, mixer = config.model, config.model.mixer
+  model, mixer = config.model, config.model.second
   assert (model.width, model.layers, model.positions) == (64, 2, length)
   dropout = 0.0 if system == "mamba" else 0.1
   assert (model.dropout, model.mlp_width) == (dropout, None)
   wanted = presets.SYSTEMS[system]
-  assert (model.conv, mixer, model.block) == wanted
+  assert (model.first, mixer, model.block) == wanted
   if system in ("based", "rebased"):
     assert (mixer.heads, mixer.features, mixer.eps) == (12, 16, 1e-12)
-    assert model.conv == BaseConvConfig(taps=3)
+    assert model.first == BaseConvConfig(taps=3)
 
 
 def test_ablations() -> None:
@@ -142,7 +142,7 @@ def test_ablations() -> None:
       config = _PRESETS[f"mqar-paper-ablation-{variant}-{length}"]
       assert (config.model.width, config.data.pairs) == (48, 32)
       assert config.data.length == length
-      mixer = config.model.mixer
+      mixer = config.model.second
       assert (mixer.heads, mixer.features, mixer.eps) == (12, 16, 1e-12)
       if variant != "based":
         found = mixer.normalize, mixer.use_gamma, mixer.use_beta

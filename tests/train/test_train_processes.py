@@ -59,7 +59,7 @@ def undisturbed(tmp_path_factory, trainer: Path) -> Path:
   _, out = run(_on(MeshConfig(data=2, fsdp=2, tensor=2)), folder)
   assert "mesh: data 2 × fsdp 2 × tensor 2" in out
   text = (folder / "sharding.txt").read_text()
-  assert "pairs/mixer/mlp/up/kernel" in text and "–, fsdp, tensor" in text
+  assert "pairs/second/mlp/up/kernel" in text and "–, fsdp, tensor" in text
   return folder
 
 

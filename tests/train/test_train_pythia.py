@@ -8,13 +8,13 @@ import pytest
 from train_cases import call as call, trainer as trainer
 
 from train.config import RunConfig
-from train.data.text.megatron import MegatronSource
+from train.data.text.megatron_source import MegatronSource
 from train.records.run_folder import RunFolder
 
 _SMALL = (
   *("--steps", "4", "--eval-every", "4", "--optimizer.warmup-steps", "2"),
   *("--model.width", "16", "--model.pairs", "1", "--model.mlp-width", "16"),
-  *("--model.mixer.heads", "2", "--data.cache-dir", "plans", "--batch", "8"),
+  *("--model.second.heads", "2", "--data.cache-dir", "plans", "--batch", "8"),
   *("--model.vocab-size", "512"),
 )
 _VOCABULARY = 500  # in place of GPT-NeoX's 50,277; token 0 ends a document

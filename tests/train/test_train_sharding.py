@@ -54,8 +54,8 @@ def _config(
 ) -> RunConfig:
   return RunConfig(
     model=ModelConfig(
-      conv=BaseConvConfig(),
-      mixer=mixer,
+      first=BaseConvConfig(),
+      second=mixer,
       vocab_size=_V,
       width=16,
       pairs=pairs,
@@ -211,7 +211,7 @@ def test_what_does_not_divide_is_left_whole_and_named() -> None:
   assert place.spec == jax.P(None, "fsdp")
   assert place.dropped == ("tensor: 257 is no multiple of 2",)
   assert place.share(sizes) == 257 * 16
-  place = sharding.place("params/pairs/mixer/mlp/up/kernel", (3, 6, 9), sizes)
+  place = sharding.place("params/pairs/second/mlp/up/kernel", (3, 6, 9), sizes)
   assert place.spec == jax.P()
   assert place.dropped == (
     "fsdp: 6 is no multiple of 4",

@@ -200,7 +200,7 @@ def test_every_parameter_moves(eight: Run) -> None:
   assert {path for path in before if before[path] == after[path]} == set()
   affine = {x for x in before if x.endswith(("gamma", "beta"))}
   assert affine == {
-    f"pairs/mixer/mixer/{side}_affine/{name}"
+    f"pairs/second/mixer/{side}_affine/{name}"
     for side in ("query", "key")
     for name in ("gamma", "beta")
   }

@@ -48,7 +48,7 @@ def test_a_short_run_of_each_system_learns(call, name: str, tmp_path) -> None:
   code, _, err = call("train", f"mqar-{name}", *_SIZES, f"--run-dir={path}")
   assert code == 0, err
   model = RunFolder(path).read_config().model
-  found = type(model.conv), type(model.mixer), model.block
+  found = type(model.first), type(model.second), model.block
   system = presets.SYSTEMS[name]
   assert found == (type(system.first), type(system.second), system.block)
   first, *_, last = (loss for _, loss in metrics(path))
@@ -64,7 +64,7 @@ def test_inspect_counts_the_models_of_the_tables(call, name: str) -> None:
   *groups, (last, total) = [(x, int(n.replace(",", ""))) for x, n in counts]
   assert last == "all" and sum(n for _, n in groups) == total
   assert total == WANTED[name]
-  assert {"token_embedding", "pairs/mixer/norm1/scale"} <= dict(groups).keys()
+  assert {"token_embedding", "pairs/second/norm1/scale"} <= dict(groups).keys()
   assert re.search(r"state of a sequence: [\d,]+ bytes", out)
 
 
@@ -85,7 +85,7 @@ def test_what_a_step_refuses_leaves_no_folder(
   call, system, option, value, words
 ) -> None:
   code, _, err = call(
-    "train", f"mqar-{system}", "--batch", "8", f"--model.mixer.{option}", value
+    "train", f"mqar-{system}", "--batch", "8", f"--model.second.{option}", value
   )
   assert code == 2 and words in err
   assert list(Path.cwd().iterdir()) == []

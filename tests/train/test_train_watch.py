@@ -23,7 +23,7 @@ from train_cases import (
 from train import affine, faults
 from train.checkpoint.checkpoints import read_meta
 from train.config import MQARStreamData, ProfileConfig
-from train.data.timeout import DataTimeout, within
+from train.data.prefetch import DataTimeout, within
 from train.devices import peaks, sharding
 from train.loop import TrainingFailed
 from train.records import gauges
@@ -110,7 +110,7 @@ def test_affine_statistics_by_layer() -> None:
   side = dict(query_affine=dict(gamma=gamma_NE, beta=beta_NE))
   block = dict(mixer=side)
   found = affine.by_layer(
-    affine.statistics(dict(pairs=dict(conv=block, mixer=block)))
+    affine.statistics(dict(pairs=dict(first=block, second=block)))
     | dict(loss=np.float32(2))
   )
   assert found.pop("loss") == 2 and len(found) == 2 * 3 * 4
@@ -197,12 +197,12 @@ def test_hung_data_ends_the_run_and_loses_nothing(
   before = "\n".join(
     [
       "import time",
-      "from train.data import lm",
-      "read = lm.LMBatches._read",
+      "from train.data.text import lm_batches as lm",
+      "read = lm.LMBatches.read_rows",
       "def hang(self, step, *rows):",
       "  if step >= 3: time.sleep(1000)",
       "  return read(self, step, *rows)",
-      "lm.LMBatches._read = hang",
+      "lm.LMBatches.read_rows = hang",
     ]
   )
   words = ("train", "lm-tiny", *make_options(config), "--data.timeout", "2")

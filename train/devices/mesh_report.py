@@ -33,10 +33,10 @@ def describe(
     for x in places
     for reason in x.dropped
   ]
-  heads = getattr(config.model.mixer, "heads", None)
+  heads = getattr(config.model.second, "heads", None)
   if heads is not None and heads % sizes["tensor"]:
     lines.append(
-      f"warning: model.mixer.heads={heads} is no multiple of mesh.tensor="
+      f"warning: model.second.heads={heads} is no multiple of mesh.tensor="
       f"{sizes['tensor']}: every device computes all heads"
     )
   table = Table(title="parameters on the mesh", title_justify="left")
