@@ -1,0 +1,85 @@
+"""Sphinx settings of the documentation site.
+
+Build it with `sphinx-build -W --keep-going -b html docs docs/_build`.
+"""
+
+from importlib import metadata
+import os
+import re
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # notebooks are executed on a CPU
+
+project = "ReBased for JAX"
+author = "The ReBased for JAX authors"
+copyright = "2026, The ReBased for JAX authors"  # noqa: A001
+release = metadata.version("rebased-jax")
+
+extensions = [
+  "myst_nb",
+  "sphinx.ext.autodoc",
+  "sphinx.ext.napoleon",
+  "sphinx.ext.mathjax",
+  "sphinx_copybutton",
+]
+exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
+
+html_theme = "sphinx_book_theme"
+html_title = "ReBased for JAX"
+html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
+html_static_path: list[str] = []
+
+myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
+myst_heading_anchors = 3
+
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_output_stderr = "remove"
+
+# Docstrings are written in plain text with `code` in single backticks.
+default_role = "code"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+_SECTIONS = re.compile(
+  r"^(Args|Attributes|Example|Examples|Note|Raises|Returns|Yields):$"
+)
+
+
+def _plain_text_to_rst(app, what, name, obj, options, lines):
+  """Make a plain-text docstring valid reStructuredText, in place.
+
+  Equations and listings stand in blocks that are indented by four spaces after
+  an empty line; they become literal blocks. Outside of them `|` and `*` are
+  characters, not markup.
+  """
+  del app, what, name, obj, options
+  result, literal, in_section = [], False, False
+  for line in lines:
+    indent = len(line) - len(line.lstrip())
+    if line.strip() and _SECTIONS.match(line):
+      in_section = True
+    after_empty = bool(result) and not result[-1].strip()
+    starts = line.strip() and indent >= 4 and after_empty and not literal
+    if starts and not in_section:
+      result += ["::", ""]
+      literal = True
+    elif line.strip() and indent < 4:
+      literal = False
+    if not literal:
+      parts = line.split("`")  # every second part is code
+      parts[::2] = [re.sub(r"([|*])", r"\\\1", part) for part in parts[::2]]
+      line = "`".join(parts)
+    result.append(line)
+  lines[:] = result
+
+
+def setup(app):
+  # Before napoleon, which listens with the default priority of 500.
+  app.connect("autodoc-process-docstring", _plain_text_to_rst, priority=400)
