@@ -1,4 +1,4 @@
-"""The README is true: its script runs, its commands and presets exist."""
+"""The README and the documentation are true: what they name exists."""
 
 import itertools
 from pathlib import Path
@@ -10,6 +10,15 @@ from train import cli, presets
 
 _ROOT = Path(__file__).parents[2]
 _README = (_ROOT / "README.md").read_text()
+_TRAINING = (_ROOT / "docs" / "training.md").read_text()
+_PAGES = sorted((_ROOT / "docs").rglob("*.md"))
+_PAGES = [page for page in _PAGES if "_build" not in page.parts]
+_PAGES += [_ROOT / "README.md", _ROOT / "CONTRIBUTING.md"]
+
+
+def test_the_readme_is_short():
+  assert len(_README.splitlines()) <= 100
+  assert len(_README.split()) <= 800
 
 
 def test_the_script_is_the_example():
@@ -41,25 +50,46 @@ def test_the_script_runs_beside_the_users_own_train_py(tmp_path):
 def test_the_presets_are_named():
   names = presets.make_presets() | presets.presets.make_models()
   listed = set()
-  for pattern in re.findall(r"`((?:mqar|pile-|table)[\w.{},-]*)`", _README):
+  for pattern in re.findall(r"`((?:mqar|pile-|table)[\w.{},-]*)`", _TRAINING):
     parts = re.split(r"\{([^}]*)\}", pattern)
     choices = [x.split(",") if i % 2 else [x] for i, x in enumerate(parts)]
     listed |= {"".join(words) for words in itertools.product(*choices)}
   assert listed <= names.keys()
-  unlisted = names.keys() - listed - presets.ALIASES.keys()
-  assert {name for name in unlisted if "table-4" not in name} == {"lm-tiny"}
+  assert names.keys() - listed - presets.ALIASES.keys() == {"lm-tiny"}
   lengths = ",".join(map(str, presets.ABLATION_LENGTHS))
   variants = ",".join(presets.presets.VARIANTS)
-  assert f"mqar-paper-ablation-{{{variants}}}-{{{lengths}}}" in _README
+  assert f"mqar-paper-ablation-{{{variants}}}-{{{lengths}}}" in _TRAINING
 
 
 def test_the_commands_are_those_of_the_help():
-  for name in re.findall(r"^    rebased (\w+)", cli.__doc__, re.MULTILINE):
-    assert f"`rebased {name}" in _README, name
+  verbs = re.findall(r"^    rebased (\w+)", cli.__doc__, re.MULTILINE)
+  assert len(verbs) >= 10
+  for name in verbs:
+    assert f"`rebased {name}" in _TRAINING, name
 
 
-def test_the_files_that_it_names_are_there():
-  for name in re.findall(r"\]\((?!http)([^)]+)\)", _README):
-    assert (_ROOT / name).exists(), name
-  for name in re.findall(r"`([a-z_/]+\.py)`", _README):
-    assert (_ROOT / name).exists(), name
+def test_the_files_that_pages_name_are_there():
+  """Links to files, and paths such as `train/step.py`, from the root."""
+  for page in _PAGES:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for name in re.findall(r"\]\((?!http|#)([^)#]+)[^)]*\)", text):
+      assert (page.parent / name).exists(), f"{page.name}: {name}"
+    path = r"`((?:pallas_kernels|rebased_jax|train|tests|benchmarks)/[\w/.]+)`"
+    for name in re.findall(path, text):
+      assert (_ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_the_reference_lists_every_public_name():
+  """Each name of a package's `__all__` is on its reference page."""
+  import pallas_kernels
+  import rebased_jax
+  import train
+
+  for package in (pallas_kernels, rebased_jax, train):
+    name = package.__name__
+    page = (_ROOT / "docs" / "api" / f"{name}.md").read_text()
+    for public in package.__all__:
+      if public.startswith("__"):
+        continue
+      listed = rf"^\.\. auto\w+:: {name}\.{public}$"
+      assert re.search(listed, page, re.MULTILINE), f"{name}.{public}"
