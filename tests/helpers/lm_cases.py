@@ -7,7 +7,7 @@ from data_cases import documents, write_megatron, write_prepared
 import numpy as np
 import pytest
 
-from train.data.batches import iterate
+from train.data.prefetch import iterate
 from train.data.text.lm_batches import LMBatches
 from train.data.text.rows import Layout
 

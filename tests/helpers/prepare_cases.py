@@ -12,14 +12,14 @@ from pyarrow import parquet
 from rich.console import Console
 import zstandard
 
-from train.data.checks import file_hash
+from train.data.file_hashes import file_hash
 from train.data.prepare import (
   input_files,
+  prepare_dataset,
   read_documents,
-  run as prepare_run,
   tokenizer as tokenize,
 )
-from train.data.prepare.run import PrepareConfig
+from train.data.prepare.prepare_dataset import PrepareConfig
 
 DOMAINS = ("Wikipedia (en)", "ArXiv", "Github")
 
@@ -75,7 +75,7 @@ def quiet() -> Console:
 
 def run(inputs: list, out: Path, **options) -> dict | None:
   config = PrepareConfig(str(out), workers=1, **options)
-  return prepare_run.prepare(config, [str(x) for x in inputs], quiet())
+  return prepare_dataset.prepare(config, [str(x) for x in inputs], quiet())
 
 
 def tree(folder: Path) -> dict[str, bytes]:

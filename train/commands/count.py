@@ -7,7 +7,7 @@ from rich.console import Console
 import tyro
 
 from train.console import say
-from train.data.text import bigrams
+from train.data.text import bigram_counts as bigrams
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,11 @@ from rebased_jax import LM, generate
 from train import restore
 from train.checkpoint.checkpoints import NoCheckpointError, read_meta
 from train.config import RunConfig, TextData
-from train.data.batches import Fingerprint, require
+from train.data.batches import Fingerprint
+from train.data.checks import require
 from train.data.prepare import tokenizer as tokenize
 from train.data.prepare.tokenizer import ByteTokenizer, Tokenizer
-from train.data.text.arrayrecord import read_sidecar
+from train.data.text.prepared_source import read_sidecar
 from train.records.run_folder import RunFolder, RunFolderError
 
 

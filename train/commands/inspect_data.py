@@ -10,11 +10,11 @@ from rich.text import Text
 
 from train.console import rows
 from train.data.prepare.tokenizer import load_recorded
-from train.data.text.arrayrecord import PreparedSource
-from train.data.text.megatron import MegatronSource
+from train.data.text.prepared_source import PreparedSource
+from train.data.text.megatron_source import MegatronSource
 from train.data.text.packing import stream_plan
 from train.data.text.rows import fill_pieces, open_source
-from train.data.text.source import TokenSource
+from train.data.text.token_source import TokenSource
 
 _BORDER = "▌"  # stands between the documents of a sample
 _QUANTILES = {

@@ -13,8 +13,8 @@ from train.console import say
 from train.data.prepare import tokenizer
 from train.data.prepare.input_files import TEXT_SUFFIXES, Source, find_sources
 from train.data.prepare.read_documents import Changed, Fields, Problem, read
-from train.data.prepare.run import PrepareConfig, prepare
-from train.data.prepare.shard import DataError
+from train.data.prepare.prepare_dataset import PrepareConfig, prepare
+from train.data.prepare.shard import PrepareError
 
 _Inputs = Annotated[
   tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")
@@ -51,7 +51,7 @@ def run_prepare(args: list[str]) -> int:
   parsed = tyro.cli(PrepareArgs, prog="rebased prepare", args=args)
   try:
     prepare(parsed.config, parsed.inputs, Console())
-  except DataError as error:
+  except PrepareError as error:
     return _failed(error)
   return 0
 
@@ -68,7 +68,7 @@ def run_tokenizer(args: list[str]) -> int:
   )
   try:
     return _train_tokenizer(parsed, Console())
-  except (DataError, Changed) as error:
+  except (PrepareError, Changed) as error:
     return _failed(error)
 
 
@@ -94,7 +94,7 @@ class _Sample:
       for found in read(source, fields, nothing, nothing):
         if isinstance(found, Problem):
           if self._args.on_error == "fail":
-            raise DataError(f"{found}; --on-error skip goes on")
+            raise PrepareError(f"{found}; --on-error skip goes on")
           self.skipped += found.lost
           continue
         size = len(found.text.encode())
@@ -119,7 +119,7 @@ def _train_tokenizer(args: TokenizerArgs, console: Console) -> int:
   with console.status("reading, then merging"):
     text = tokenizer.train_bpe(sample, args.vocab_size)
   if not sample.documents:
-    raise DataError("no document was found")
+    raise PrepareError("no document was found")
   out.parent.mkdir(parents=True, exist_ok=True)
   temporary = out.with_name(f"{out.name}.tmp")
   temporary.write_text(text)

@@ -1,16 +1,17 @@
-"""What all of the data code checks alike: a field's value, a file's bytes."""
-
-import hashlib
-from pathlib import Path
+"""Checks of config values: a wrong one is named with what was expected."""
 
 
 def require(ok: bool, field: str, value: object, expected: str) -> None:
-  """Raises a ValueError that names the field and its value unless `ok`."""
+  """Raise a ValueError that names the field and its value unless `ok`.
+
+  Args:
+    ok: whether the value is acceptable.
+    field: the name of the field, as a user writes it.
+    value: the value of the field.
+    expected: what the value should have been, as the end of a sentence.
+
+  Raises:
+    ValueError: `ok` is false.
+  """
   if not ok:
     raise ValueError(f"{field}={value!r}: expected {expected}")
-
-
-def file_hash(path: Path | str) -> str:
-  """The SHA-256 of a file."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()

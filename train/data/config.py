@@ -8,10 +8,10 @@ from typing import ClassVar, NamedTuple
 
 from train.data import batches, mqar, mqar_paper
 from train.data.recall import RECALLS, Recall
-from train.data.text import bigrams, lm_batches
+from train.data.text import bigram_counts as bigrams, lm_batches
 from train.data.text.packing_cache import CACHE_DIR
 from train.data.text.rows import HeldOut, Layout, Packing, open_source
-from train.data.text.source import DataError, TokenSource
+from train.data.text.token_source import DataError, TokenSource
 
 
 class Field(NamedTuple):

@@ -20,14 +20,9 @@ import dataclasses
 
 import numpy as np
 
-from train.data.batches import (
-  Batch,
-  Batches,
-  Fingerprint,
-  hash64,
-  hash64_slots,
-  require,
-)
+from train.data.batches import Batch, Batches, Fingerprint
+from train.data.checks import require
+from train.data.splitmix64 import hash64, hash64_slots
 
 SPLITS = ("train", "test")
 
@@ -174,7 +169,7 @@ class MQARStream(Batches):
       "examples": self.examples or 0,
     }
 
-  def _read(self, step: int, start: int, stop: int) -> Batch:
+  def read_rows(self, step: int, start: int, stop: int) -> Batch:
     index_B = step * self.rows + np.arange(start, stop)
     if self.examples is None:
       parts = stream_examples(self.config, self.seed, self.split, index_B)

@@ -14,8 +14,10 @@ import uuid
 
 import numpy as np
 
-from train.data.batches import Batch, Batches, Fingerprint, hash64, require
+from train.data.batches import Batch, Batches, Fingerprint
+from train.data.checks import require
 from train.data.mqar import MQARConfig, mqar_rows
+from train.data.splitmix64 import hash64
 
 CACHE_DIR = Path.home() / ".cache" / "rebased_jax" / "mqar"
 TRAIN_SEED, TRAIN_EXAMPLES = 42, 100_000
@@ -101,7 +103,7 @@ class MQARPaper(Batches):
       self.config, self.examples, self.data_seed, self.cache_dir
     )
 
-  def _read(self, step: int, start: int, stop: int) -> Batch:
+  def read_rows(self, step: int, start: int, stop: int) -> Batch:
     epoch, step = divmod(step, self.steps_per_epoch)
     place_B = step * self.rows + np.arange(start, stop)
     index_B = np.minimum(place_B, self.examples - 1)

@@ -13,7 +13,7 @@ of a known set.
 
 import numpy as np
 
-from train.data.batches import hash64
+from train.data.splitmix64 import hash64
 
 _ROUNDS = 4
 _BLOCK = 1 << 16

@@ -48,7 +48,7 @@ def recalled(batch: dict[str, Array], recall: Recall) -> Array:
 
 
 def _later(x_BW: Array, steps: int) -> Array:
-  """x some steps later, with -1 before the row's first."""
+  """X some steps later, with -1 before the row's first."""
   width = x_BW.shape[1]
   return jnp.pad(x_BW, ((0, 0), (steps, 0)), constant_values=-1)[:, :width]
 

@@ -1,33 +1,37 @@
-"""The shards of `rebased prepare` on a cluster, by Apache Beam.
+"""Make shards on a cluster with Apache Beam.
 
     Create(jobs) → Reshuffle → write_shard
 
-Each job is retried by the runner as it likes: a shard appears whole, and the
-same however often it is made. Inputs, tokenizer and OUT have to be the same
-paths on every worker, as on a shared file system; locks are held by the one
-process that submits.
+The runner may retry a job as often as it likes: a shard file appears only when
+it is complete, and each attempt makes the same bytes. The inputs, the tokenizer
+and the output folder must have the same paths on every worker, as on a shared
+file system. Only the submitting process holds the locks.
 """
 
 from collections.abc import Sequence
 import functools
 import re
 
-from train.data.prepare.planned_tokenizer import Planned
-from train.data.prepare.shard import DataError, Job, write_shard
+from train.data.prepare.shard import (
+  Job,
+  PlannedTokenizer,
+  PrepareError,
+  write_shard,
+)
 
 
 def run_jobs(
-  jobs: Sequence[Job], planned: Planned, options: Sequence[str]
+  jobs: Sequence[Job], planned: PlannedTokenizer, options: Sequence[str]
 ) -> None:
-  """Makes every shard.
+  """Make every shard.
 
   Args:
-    jobs: which.
-    planned: the tokenizer, which each worker loads.
-    options: Beam's own, as "--runner=FlinkRunner".
+    jobs: the shards to make.
+    planned: the tokenizer that each worker loads.
+    options: Beam's pipeline options, such as "--runner=FlinkRunner".
 
   Raises:
-    DataError: malformed text, or the pipeline failed.
+    PrepareError: the text is malformed, or the pipeline failed.
     ValueError: apache-beam is not installed.
   """
   try:
@@ -46,18 +50,19 @@ def run_jobs(
         | beam.Reshuffle()
         | "write_shard" >> beam.Map(make)
       )
-  except (DataError, RuntimeError) as error:
-    raise DataError(message(error)) from error
+  except (PrepareError, RuntimeError) as error:
+    raise PrepareError(message(error)) from error
 
 
 def message(error: Exception) -> str:
-  """What a worker said, without what runners put around it."""
-  found = re.search(r"DataError: (.*)", str(error))
+  """Return a worker's own message, without the text that runners add to it."""
+  found = re.search(r"PrepareError: (.*)", str(error))
   return (found[1] if found else str(error)).partition(" [while running")[0]
 
 
-def _make(job: Job, *, planned: Planned) -> None:
+def _make(job: Job, *, planned: PlannedTokenizer) -> None:
   write_shard(job, _load(planned), lambda _: None, stop=lambda: False)
 
 
-_load = functools.cache(Planned.load)  # once in a worker
+# A worker makes many shards, and loads the tokenizer once.
+_load = functools.cache(PlannedTokenizer.load)

@@ -1,8 +1,9 @@
-"""Which files hold the text: found, named, ordered and grouped.
+"""Find the files that hold text, and group them into sources.
 
-A source is what becomes one shard: one file of JSON lines or Parquet, or a
-group of plain text files, each of them one document. Names are relative to
-the folder that all inputs share, so they are the same on every machine.
+A source becomes one shard. It is one file of JSON lines or Parquet, or a group
+of plain text files, each of which is one document. The names of files are
+relative to the folder that all inputs share, so that they are the same on every
+machine.
 """
 
 from collections import Counter
@@ -17,9 +18,10 @@ import sysconfig
 _JSON = (".jsonl", ".json", ".ndjson")
 _COMPRESSED = (".gz", ".zst")
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
-# No plain text, whatever the user says. All are found in any case (.TXT).
+# Never read as plain text. Suffixes are compared in lower case.
 _BINARY = (".gz", ".zst", ".arrayrecord", ".bin", ".idx", ".npy", ".zip")
-_LEAST_GROUP, _LARGEST_GROUP, _GROUPS = 4 << 20, 256 << 20, 64
+_SMALLEST_GROUP, _LARGEST_GROUP = 4 << 20, 256 << 20  # bytes
+_GROUPS = 64  # groups of plain text, unless their sizes forbid it
 _CORPORA = ("stdlib",)
 _NOT_STDLIB = (
   *("site-packages", "dist-packages", "__pycache__"),
@@ -29,7 +31,13 @@ _NOT_STDLIB = (
 
 @dataclasses.dataclass(frozen=True)
 class TextFile:
-  """A file: its name in messages, its path, its size in bytes."""
+  """A file of text.
+
+  Attributes:
+    name: what the plan and messages call it.
+    path: where it is.
+    bytes: its size.
+  """
 
   name: str
   path: str
@@ -38,12 +46,13 @@ class TextFile:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """What becomes one shard.
+  """The text of one shard.
 
   Attributes:
-    name: of the file, or of the first of a group and how many follow.
+    name: the name of the file; of a group, the name of its first file and the
+      number of the others.
     kind: "jsonl", "parquet", "text" or "python".
-    files: one, or a group of plain text.
+    files: one file, or a group of plain text files.
   """
 
   name: str
@@ -52,12 +61,18 @@ class Source:
 
   @property
   def bytes(self) -> int:
+    """The size of all files together."""
     return sum(file.bytes for file in self.files)
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """The sources in order, and how many files were left out, by suffix."""
+  """What `find_sources` found.
+
+  Attributes:
+    sources: the sources, in their order.
+    left_out: suffixes, and the number of files with each that were left out.
+  """
 
   sources: tuple[Source, ...]
   left_out: tuple[tuple[str, int], ...] = ()
@@ -68,17 +83,19 @@ def find_sources(
   corpus: str | None = None,
   text_suffixes: Sequence[str] = TEXT_SUFFIXES,
 ) -> Found:
-  """The sources of files and folders, or of a corpus.
+  """Find the sources in files and folders, or in a corpus.
 
   Args:
-    inputs: files, taken by their suffix and else as plain text; folders,
-      searched for JSON lines, Parquet and text. Links to folders are not
-      followed, and what is hidden (.name) is left out.
-    corpus: "stdlib", Python's own standard library, in place of inputs.
-    text_suffixes: what is plain text in a folder.
+    inputs: files and folders. A file's format follows from its suffix; any
+      other suffix means plain text. Folders are searched for JSON lines,
+      Parquet and plain text. Links to folders are not followed, and hidden
+      files (.name) are left out.
+    corpus: "stdlib", the source code of Python's standard library, instead of
+      inputs.
+    text_suffixes: the suffixes of plain text files in a folder.
 
   Raises:
-    ValueError: nothing there, an input that does not exist, or no text.
+    ValueError: an input does not exist or is not text, or there is no text.
   """
   if corpus is not None:
     if inputs:
@@ -99,8 +116,8 @@ def find_sources(
       roots.append(path)
       for file in _walk(path):
         if not file.is_file():
-          left_out["a broken link or no plain file"] += 1
-        elif _is_text_of_a_folder(file.name, text_suffixes):
+          left_out["a broken link or not a regular file"] += 1
+        elif _is_taken_from_folder(file.name, text_suffixes):
           paths.add(file)
         else:
           left_out[file.suffix.lower() or "no suffix"] += 1
@@ -117,9 +134,9 @@ def find_sources(
   if not paths:
     seen = ", ".join(f"{n} with {x}" for x, n in left_out.most_common(5))
     raise ValueError(
-      f"inputs={tuple(inputs)}: no .jsonl, .parquet or "
-      f"{', '.join(text_suffixes)} file is in there, but {seen or 'nothing'}; "
-      "--text-suffixes says what else is plain text"
+      f"inputs={tuple(inputs)}: expected .jsonl, .parquet or "
+      f"{', '.join(text_suffixes)} files, found {seen or 'none'}; name other "
+      "suffixes of plain text by --text-suffixes"
     )
   return Found(
     _sources(sorted(paths), Path(os.path.commonpath(roots))),
@@ -128,13 +145,19 @@ def find_sources(
 
 
 def compression(name: str) -> str:
-  """ "gz", "zst" or "", by the suffix."""
+  """Return the compression that a file's suffix means: "gz", "zst" or ""."""
   name = name.lower()
   return name.rpartition(".")[2] if name.endswith(_COMPRESSED) else ""
 
 
 def source_sha256(source: Source, hashes: list[str]) -> str:
-  """Of one file its SHA-256, of a group that of its names and SHA-256s."""
+  """Return the SHA-256 of a source.
+
+  Args:
+    source: the source.
+    hashes: the SHA-256 of each of its files. The result is the hash of the only
+      file, or a hash of the names and hashes of a group.
+  """
   if len(hashes) == 1:
     return hashes[0]
   lines = [
@@ -144,12 +167,13 @@ def source_sha256(source: Source, hashes: list[str]) -> str:
   return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def times(source: Source) -> list[int]:
-  """When each file was last changed, in nanoseconds."""
+def modification_times(source: Source) -> list[int]:
+  """Return when each file was last modified, in nanoseconds."""
   return [os.stat(file.path).st_mtime_ns for file in source.files]
 
 
 def _kind(name: str) -> str:
+  """Return the format that a file's name means."""
   name = name.lower()
   if name.endswith(".parquet"):
     return "parquet"
@@ -159,14 +183,17 @@ def _kind(name: str) -> str:
   return "jsonl" if stem.endswith(_JSON) else "text"
 
 
-def _is_text_of_a_folder(name: str, text_suffixes: Sequence[str]) -> bool:
+def _is_taken_from_folder(name: str, text_suffixes: Sequence[str]) -> bool:
+  """Return whether a file found in a folder is read."""
   name = name.lower()
   if _kind(name) == "text":
     return name.endswith(tuple(x.lower() for x in text_suffixes))
-  return not name.endswith(".json")  # most often no lines but a config
+  # A .json file in a folder is usually a config, not JSON lines.
+  return not name.endswith(".json")
 
 
 def _walk(folder: Path) -> Iterable[Path]:
+  """Yield all files under a folder that are not hidden."""
   for parent, folders, files in os.walk(folder, onerror=_fail):
     folders[:] = sorted(x for x in folders if not x.startswith("."))
     for name in files:
@@ -180,6 +207,7 @@ def _fail(error: OSError) -> None:
 
 
 def _sources(paths: Sequence[Path], root: Path) -> tuple[Source, ...]:
+  """Group files into sources; their names are relative to `root`."""
   records, texts = [], []
   for path in paths:
     name = path.relative_to(root).as_posix()
@@ -195,8 +223,9 @@ def _sources(paths: Sequence[Path], root: Path) -> tuple[Source, ...]:
 
 
 def _groups(files: Sequence[TextFile], kind: str) -> tuple[Source, ...]:
+  """Group plain text files, in their order, into sources of similar size."""
   total = sum(file.bytes for file in files)
-  most = min(max(total // _GROUPS, _LEAST_GROUP), _LARGEST_GROUP)
+  most = min(max(total // _GROUPS, _SMALLEST_GROUP), _LARGEST_GROUP)
   groups: list[list[TextFile]] = []
   size = 0
   for file in files:
@@ -218,6 +247,7 @@ def _groups(files: Sequence[TextFile], kind: str) -> tuple[Source, ...]:
 
 
 def _stdlib() -> tuple[Source, ...]:
+  """Return the sources of Python's standard library, without its tests."""
   root = Path(sysconfig.get_paths()["stdlib"])
   files = []
   for parent, folders, names in os.walk(root):

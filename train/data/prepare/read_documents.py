@@ -1,25 +1,32 @@
-"""Documents out of raw files: JSON lines, Parquet, plain text.
+"""Read documents from raw files: JSON lines, Parquet and plain text.
 
-A reader gives, in the order of the file, `Document`s and `Problem`s: nothing
-that is in the file is passed over without one or the other, except blank
-lines. What is read is UTF-8, and strictly so.
+A reader yields `Document`s and `Problem`s in the order of the file. Every part
+of the file becomes one or the other, except blank lines. Text must be valid
+UTF-8.
 """
 
 import ast
 from collections.abc import Callable, Iterator
 import dataclasses
 import json
+from typing import Any
 
 from train.data.prepare.input_files import Source, TextFile, compression
-from train.data.prepare.read_bytes import HashedFile, chunks, lines
+from train.data.prepare.read_lines import HashedFile, decompressed, lines
 
-_ROWS = 256  # of Parquet at a time
+_ROWS = 256  # rows of Parquet that are decoded at a time
 _TOPICS = "pydoc_data/topics.py"
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """A text, where it stands, and the data set that it says it comes from."""
+  """A text.
+
+  Attributes:
+    text: the text.
+    where: the file, and the line or row, for messages.
+    domain: the data set that the text comes from; None if it names none.
+  """
 
   text: str
   where: str
@@ -28,12 +35,12 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """What could not be read.
+  """A part of a file that cannot be read.
 
   Attributes:
     where: the file, and the line, row or byte in it.
     reason: what is wrong.
-    lost: how many records; 1 for a tail of unknown length.
+    lost: the number of records that are lost; 1 if it is unknown.
   """
 
   where: str
@@ -46,12 +53,12 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-  """What of a record is read; a dot goes into a nested record.
+  """Which fields of a record are read; a dot enters a nested record.
 
   Attributes:
-    text: the field of the text.
-    domain: the field of the data set's name; a record may lack it.
-    most_bytes: of a document; a longer one is a problem.
+    text: the field that holds the text.
+    domain: the field that holds the name of its data set. It may be absent.
+    most_bytes: the longest document in bytes; a longer one is a problem.
   """
 
   text: str = "text"
@@ -67,7 +74,7 @@ _Read = Iterator[Document | Problem]
 
 
 class _Malformed(ValueError):
-  pass
+  """A record cannot be read; the message is the reason."""
 
 
 def read(
@@ -76,36 +83,38 @@ def read(
   on_bytes: Callable[[int], None],
   on_hash: Callable[[str], None],
 ) -> _Read:
-  """The documents of a source.
+  """Read the documents of a source.
 
   Args:
-    source: of `find_sources`.
-    fields: what of a record is read.
-    on_bytes: is told how many bytes of the files were read since last time.
-    on_hash: is told each file's SHA-256, when all of it was read.
+    source: from `find_sources`.
+    fields: which fields of a record are read.
+    on_bytes: called with the number of bytes of the files that were read since
+      the last call.
+    on_hash: called with the SHA-256 of each file that was read completely.
+
+  Yields:
+    Documents and problems, in the order of the files.
 
   Raises:
-    Changed: a file has not the size that the source says.
+    Changed: a file does not have the size that the source says.
     OSError: a file cannot be read.
   """
-  readers = dict(
-    jsonl=_jsonl, parquet=_parquet, text=_plain_text, python=_python
-  )
-  reader = readers[source.kind]
+  readers = {"jsonl": _jsonl, "text": _plain_text, "python": _python}
   for file in source.files:
-    # Parquet is read out of order, so its bytes are counted by its rows.
-    silent = source.kind == "parquet"
-    with HashedFile(file.path, _nothing if silent else on_bytes) as raw:
-      if silent:
+    # pyarrow opens a Parquet file itself and reads it out of order. The file
+    # is hashed first, and progress is counted by its rows.
+    parquet = source.kind == "parquet"
+    with HashedFile(file.path, _nothing if parquet else on_bytes) as raw:
+      if parquet:
         on_hash(raw.sha256())
-        yield from reader(file, fields, on_bytes)
+        yield from _parquet(file, fields, on_bytes)
       else:
-        yield from reader(file, fields, raw)
+        yield from readers[source.kind](file, fields, raw)
         on_hash(raw.sha256())
       if raw.bytes != file.bytes:
         raise Changed(
           f"{file.name}: it has {raw.bytes:,} bytes: expected {file.bytes:,}, "
-          "as when it was found"
+          "its size when the run began"
         )
 
 
@@ -114,12 +123,14 @@ def _nothing(_: int) -> None:
 
 
 def _jsonl(file: TextFile, fields: Fields, raw: HashedFile) -> _Read:
+  """Read the records of a file of JSON lines."""
   found = False
-  for line in lines(chunks(raw, compression(file.name)), fields.most_bytes):
+  stream = decompressed(raw, compression(file.name))
+  for line in lines(stream, fields.most_bytes):
     where = f"{file.name}, line {line.number}"
     if line.data is None:
       found = True
-      yield Problem(f"{where} (byte {line.offset})", line.reason)
+      yield Problem(f"{where} (byte {line.offset})", line.reason or "")
     elif line.data.strip():
       found = True
       try:
@@ -131,6 +142,7 @@ def _jsonl(file: TextFile, fields: Fields, raw: HashedFile) -> _Read:
 
 
 def _record(data: bytes) -> object:
+  """Parse one line of JSON; _Malformed if it is not valid."""
   try:
     return json.loads(data.decode())
   except UnicodeDecodeError as error:
@@ -138,12 +150,13 @@ def _record(data: bytes) -> object:
       f"broken UTF-8 at byte {error.start} of the line: {error.reason}"
     ) from error
   except RecursionError as error:
-    raise _Malformed("no JSON: too deeply nested") from error
+    raise _Malformed("not JSON: too deeply nested") from error
   except ValueError as error:
-    raise _Malformed(f"no JSON: {error}") from error
+    raise _Malformed(f"not JSON: {error}") from error
 
 
 def _document(record: object, fields: Fields, where: str) -> Document:
+  """Take the text and the domain from a record; _Malformed if it cannot."""
   if not isinstance(record, dict):
     raise _Malformed(f"expected an object, not {_type(record)}")
   found, text = _get(record, fields.text)
@@ -172,6 +185,7 @@ def _document(record: object, fields: Fields, where: str) -> Document:
 
 
 def _get(record: dict, field: str) -> tuple[bool, object]:
+  """Look up a dotted field; return whether it exists, and its value."""
   value: object = record
   for key in field.split("."):
     if not isinstance(value, dict) or key not in value:
@@ -181,12 +195,14 @@ def _get(record: dict, field: str) -> tuple[bool, object]:
 
 
 def _type(value: object) -> str:
+  """Return how a message describes the type of a value."""
   return "null" if value is None else f"of type {type(value).__name__}"
 
 
 def _parquet(
   file: TextFile, fields: Fields, on_bytes: Callable[[int], None]
 ) -> _Read:
+  """Read the rows of a Parquet file."""
   import pyarrow as pa
   from pyarrow import parquet
 
@@ -195,7 +211,7 @@ def _parquet(
     table = parquet.ParquetFile(file.path, page_checksum_verification=True)
     names = set(table.schema_arrow.names)
   except broken as error:
-    yield Problem(file.name, f"no readable Parquet: {_short(error)}")
+    yield Problem(file.name, f"not readable as Parquet: {_short(error)}")
     on_bytes(file.bytes)
     return
   with table:
@@ -234,7 +250,10 @@ def _parquet(
     on_bytes(file.bytes - told)
 
 
-def _row(batch, index: int, fields: Fields, where: str) -> Document | Problem:
+def _row(
+  batch: Any, index: int, fields: Fields, where: str
+) -> Document | Problem:
+  """Read one row of a pyarrow record batch."""
   try:
     record = {
       name: batch.column(name)[index].as_py() for name in batch.schema.names
@@ -247,20 +266,22 @@ def _row(batch, index: int, fields: Fields, where: str) -> Document | Problem:
 
 
 def _short(error: BaseException) -> str:
+  """Return the first line of an error's message."""
   return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _plain_text(file: TextFile, fields: Fields, raw: HashedFile) -> _Read:
+  """Read a plain text file as one document."""
   if file.bytes > fields.most_bytes:
     yield Problem(
       file.name,
       f"{file.bytes:,} bytes: expected at most {fields.most_bytes:,}",
     )
     return
-  data = b"".join(chunks(raw, ""))
+  data = b"".join(decompressed(raw, ""))
   try:
     if (at := data.find(b"\0")) >= 0:
-      raise _Malformed(f"a NUL at byte {at}: this is no text")
+      raise _Malformed(f"a NUL at byte {at}: expected text")
     text = data.decode("utf-8-sig")
   except UnicodeDecodeError as error:
     yield Problem(file.name, f"broken UTF-8 at byte {error.start}")
@@ -271,11 +292,12 @@ def _plain_text(file: TextFile, fields: Fields, raw: HashedFile) -> _Read:
 
 
 def _python(file: TextFile, fields: Fields, raw: HashedFile) -> _Read:
+  """Read a Python source file; each topic of pydoc is a document."""
   for found in _plain_text(file, fields, raw):
     if isinstance(found, Problem):
       yield found
     elif file.name.endswith(_TOPICS):
-      # The chapters of the language reference that `help()` shows.
+      # A dict of chapters of the language reference, which `help()` shows.
       tree = ast.parse(found.text)
       (topics,) = (
         node.value for node in tree.body if isinstance(node, ast.Assign)

@@ -1,13 +1,24 @@
-"""One source becomes one shard: a pure function of its bytes and tokenizer.
+"""Make one shard of a data set from one source of text.
 
-Each file appears under its name when all of it is written, the record of the
-shard last, so a shard is there as a whole or is made again:
+A shard depends only on the bytes of its source, the tokenizer and the fields
+that are read. Each file appears under its name when it is complete, and the
+shard's JSON record appears last. A killed process therefore leaves a whole
+shard, or one that is made again:
 
-    OUT/shard-00000.arrayrecord      one record a document, tokens and its end,
-                                     or a row (`prepare_rows.py`)
+    OUT/shard-00000.arrayrecord      one record for each document, its tokens
+                                     and the end of text; or for each row
     OUT/shard-00000.lengths.npy      int64, tokens of each record
-    OUT/prepare/shard-00000.json     the record: what is in it, out of what
-    OUT/prepare/shard-00000.domains.npy   int16, into the record's own names
+    OUT/prepare/shard-00000.json     what the shard holds, and its source
+    OUT/prepare/shard-00000.domains.npy   int16, domain of each document, an
+                                     index into the JSON record's domain_names
+
+With a row length L the documents of a shard are concatenated, and cut into
+rows of L + 1 tokens that share a token with their neighbours:
+
+    stream = the tokens of all documents of the shard
+    row r  = stream[r L : r L + L + 1]
+
+Training cuts a stream in the same way (`train/data/text/packing.py`).
 """
 
 import array
@@ -19,26 +30,30 @@ from typing import Any
 
 import numpy as np
 
-from train.atomic import WORK, sync, temporary, write_array, write_json
-from train.data.checks import file_hash
-from train.data.prepare import read_documents
-from train.data.prepare.input_files import Source, source_sha256, times
+from train.atomic import sync, temporary
+from train.data.file_hashes import file_hash
+from train.data.prepare import read_documents, tokenizer as tokenizer_lib
+from train.data.prepare.input_files import (
+  Source,
+  modification_times,
+  source_sha256,
+)
+from train.data.prepare.output_folder import WORK, write_array, write_json
 from train.data.prepare.read_documents import Document, Fields, Problem
-from train.data.prepare.row_cutter import RowCutter
-from train.data.prepare.tokenizer import Tokenizer
+from train.data.prepare.tokenizer import Tokenizer, TokenizerSpec
 
-NO_DOMAIN = "unknown"  # of a document that names none
+NO_DOMAIN = "unknown"  # the domain of a document that names none
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 20, 256
-_MOST_DOMAINS = 1 << 15  # int16
-_PROBLEMS_KEPT = 20
+_MOST_DOMAINS = 1 << 15  # domains are stored as int16
+_PROBLEMS_KEPT = 20  # messages kept in the record of a shard
 
 
-class DataError(Exception):
-  """The text is not what it has to be; names the file and the place."""
+class PrepareError(Exception):
+  """Text cannot be prepared; the message names the file and the place."""
 
 
 class Stopped(Exception):
-  """Another shard failed."""
+  """The shard was given up because another one failed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +61,12 @@ class Job:
   """A shard to make.
 
   Attributes:
-    index: of the shard.
-    source: its read_documents.
-    out: the folder of the data set, which has a folder `prepare`.
-    fields: what of a record is read.
-    skip: whether a problem is counted and passed over, or a DataError.
-    row_length: cut into rows of so many inputs; None keeps documents whole.
+    index: the number of the shard.
+    source: the text of the shard.
+    out: the folder of the data set; it has a folder `prepare`.
+    fields: which fields of a record are read.
+    skip: count a problem in the text and continue; otherwise it is an error.
+    row_length: the inputs of a row; None to keep documents whole.
   """
 
   index: int
@@ -63,23 +78,98 @@ class Job:
 
   @property
   def name(self) -> str:
+    """The name of the shard's files, without a suffix."""
     return f"shard-{self.index:05d}"
 
   @property
   def record_file(self) -> Path:
+    """The path of the shard's JSON record."""
     return Path(self.out, WORK, f"{self.name}.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedTokenizer:
+  """The tokenizer that every worker has to load.
+
+  Attributes:
+    name: for `tokenizer.load`.
+    eos: for `tokenizer.load`.
+    spec: identifies the tokenizer that the plan names.
+  """
+
+  name: str
+  eos: str
+  spec: TokenizerSpec
+
+  def load(self) -> Tokenizer:
+    """Load the tokenizer on this worker.
+
+    Raises:
+      PrepareError: it does not exist here, or it is not the planned one.
+    """
+    try:
+      found = tokenizer_lib.load(self.name, self.eos)
+    except ValueError as error:
+      raise PrepareError(str(error)) from error
+    if found.spec != self.spec:
+      raise PrepareError(
+        f"{self.name}: the tokenizer changed while it was used, or this worker "
+        "has another one under that name"
+      )
+    return found
+
+
+@dataclasses.dataclass
+class RowCutter:
+  """Cut a stream of documents into rows of `length` + 1 tokens.
+
+  Attributes:
+    length: L, the inputs of a row, 1 or more.
+    rows: how many rows were returned so far.
+  """
+
+  length: int
+  rows: int = 0
+  _held: np.ndarray | None = None  # tokens from the last row's end on
+
+  def cut(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """Add the tokens of one document, and yield the rows that it completes.
+
+    Args:
+      tokens: the document, (length,).
+
+    Yields:
+      Rows (L + 1,) of the document's dtype.
+    """
+    L = self.length
+    if self._held is not None:
+      tokens = np.concatenate([self._held, tokens])
+    count = max(tokens.size - 1, 0) // L
+    self._held = tokens[count * L :].copy()
+    for row in range(count):
+      yield tokens[row * L : row * L + L + 1]
+    self.rows += count
+
+  @property
+  def left_over(self) -> int:
+    """The tokens after the last row, which are in no row: 0 to L."""
+    held = 0 if self._held is None else self._held.size
+    return held - (self.rows > 0)  # the last row shares its last token
 
 
 @dataclasses.dataclass
 class _Counts:
+  """What is counted while a shard is written."""
+
   skipped: int = 0
   empty: int = 0
   text_bytes: int = 0
   problems: list[str] = dataclasses.field(default_factory=list)
-  lengths: array.array = dataclasses.field(  # of documents
+  # Tokens of each document, and of each record written.
+  lengths: array.array = dataclasses.field(
     default_factory=lambda: array.array("q")
   )
-  records: array.array = dataclasses.field(  # their lengths
+  records: array.array = dataclasses.field(
     default_factory=lambda: array.array("q")
   )
   domains: array.array = dataclasses.field(
@@ -94,24 +184,29 @@ def write_shard(
   on_bytes: Callable[[int], None],
   stop: Callable[[], bool],
 ) -> dict[str, Any]:
-  """Makes the shard and returns its record.
+  """Make a shard.
 
   Args:
-    job: which one.
-    tokenizer: of its tokens.
-    on_bytes: is told how many bytes of the source were read since last time.
-    stop: whether to give up, asked once a batch.
+    job: the shard.
+    tokenizer: turns its text into tokens.
+    on_bytes: called with the number of bytes of the source that were read
+      since the last call.
+    stop: called before each batch of documents; true gives the shard up.
+
+  Returns:
+    The content of the shard's JSON record.
 
   Raises:
-    DataError: a problem in the text, unless `job.skip`; or a source changed.
-    Stopped: `stop()`.
+    PrepareError: a problem in the text, unless `job.skip`; or the source
+      changed while it was read.
+    Stopped: `stop()` returned true.
     OSError: a file cannot be read or written.
   """
   hashes: list[str] = []
   counts = _Counts()
   cutter = None if job.row_length is None else RowCutter(job.row_length)
   out = Path(job.out)
-  before = times(job.source)
+  before = modification_times(job.source)
   with temporary(out / WORK, f"{job.name}.arrayrecord") as records:
     try:
       with _writer(records) as write:
@@ -121,18 +216,18 @@ def write_shard(
         for documents in _batches(_good(found, job, counts)):
           if stop():
             raise Stopped
-          for tokens in _added(documents, tokenizer, counts, job):
+          for tokens in _tokens(documents, tokenizer, counts, job):
             for record in [tokens] if cutter is None else cutter.cut(tokens):
               write(record.tobytes())
               counts.records.append(record.size)
     except read_documents.Changed as error:
-      raise DataError(str(error)) from error
-    if times(job.source) != before:
-      raise DataError(f"{job.source.name}: it changed while it was read")
-    _check(records, len(counts.records))
+      raise PrepareError(str(error)) from error
+    if modification_times(job.source) != before:
+      raise PrepareError(f"{job.source.name}: it changed while it was read")
+    _check_count(records, len(counts.records))
     record = _record(job, counts, hashes, records, before)
     if cutter is not None:
-      record["shard"] |= dict(rows=cutter.rows, left_over=cutter.left_over)
+      record["shard"] |= {"rows": cutter.rows, "left_over": cutter.left_over}
     sync(records)
     records.replace(out / f"{job.name}.arrayrecord")
   write_array(out / f"{job.name}.lengths.npy", counts.records, np.int64)
@@ -143,11 +238,16 @@ def write_shard(
 
 
 def changed_files(source: Source, record: dict[str, Any]) -> list[str]:
-  """The names of the files that are not what the record was made of.
+  """Return the names of files that changed since a shard was made from them.
 
-  Files of another time but the same size are read again and compared.
+  A file whose modification time differs is read again and compared by its
+  SHA-256.
+
+  Args:
+    source: the files of the shard as they are now.
+    record: the shard's JSON record.
   """
-  if times(source) == record["times"]:
+  if modification_times(source) == record["times"]:
     return []
   return [
     file.name
@@ -159,6 +259,7 @@ def changed_files(source: Source, record: dict[str, Any]) -> list[str]:
 def _good(
   found: Iterator[Document | Problem], job: Job, counts: _Counts
 ) -> Iterator[Document]:
+  """Yield the documents that have text; count the others and the problems."""
   for item in found:
     if isinstance(item, Document):
       if item.text:
@@ -166,18 +267,20 @@ def _good(
       else:
         counts.empty += 1
     else:
-      _problem(item, job, counts)
+      _count_problem(item, job, counts)
 
 
-def _problem(problem: Problem, job: Job, counts: _Counts) -> None:
+def _count_problem(problem: Problem, job: Job, counts: _Counts) -> None:
+  """Count a problem if the job skips them, else raise PrepareError."""
   if not job.skip:
-    raise DataError(f"{problem}; --on-error skip counts it and goes on")
+    raise PrepareError(f"{problem}; --on-error skip counts it and continues")
   counts.skipped += problem.lost
   if len(counts.problems) < _PROBLEMS_KEPT:
     counts.problems.append(str(problem))
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+  """Group documents, because a tokenizer encodes many at once faster."""
   batch, size = [], 0
   for document in documents:
     batch.append(document)
@@ -189,10 +292,10 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
     yield batch
 
 
-def _added(
+def _tokens(
   documents: list[Document], tokenizer: Tokenizer, counts: _Counts, job: Job
 ) -> Iterator[np.ndarray]:
-  """The tokens and the end of each document that has some; counts it."""
+  """Yield the tokens and the end of text of each document that has tokens."""
   spec = tokenizer.spec
   end = np.array([] if spec.eos is None else [spec.eos], spec.dtype)
   for document, tokens in _encoded(documents, tokenizer, counts, job):
@@ -208,7 +311,7 @@ def _added(
     name = NO_DOMAIN if document.domain is None else document.domain
     number = counts.domain_names.setdefault(name, len(counts.domain_names))
     if number == _MOST_DOMAINS:
-      raise DataError(
+      raise PrepareError(
         f"{document.where}: {job.fields.domain} has more than "
         f"{_MOST_DOMAINS:,} values: expected the name of a data set"
       )
@@ -219,19 +322,22 @@ def _added(
 def _encoded(
   documents: list[Document], tokenizer: Tokenizer, counts: _Counts, job: Job
 ) -> Iterator[tuple[Document, np.ndarray]]:
+  """Yield each document with its tokens; a failing one is a problem."""
   try:
     tokens = tokenizer.encode([document.text for document in documents])
     yield from zip(documents, tokens, strict=True)
   except ValueError as error:
-    if len(documents) > 1:  # one by one, to know which
+    # The tokenizer does not say which document failed: try them one by one.
+    if len(documents) > 1:
       for document in documents:
         yield from _encoded([document], tokenizer, counts, job)
     else:
-      _problem(Problem(documents[0].where, str(error)), job, counts)
+      _count_problem(Problem(documents[0].where, str(error)), job, counts)
 
 
 @contextlib.contextmanager
 def _writer(path: Path) -> Iterator[Callable[[bytes], None]]:
+  """Open an ArrayRecord file, and yield the function that adds a record."""
   from array_record.python.array_record_module import ArrayRecordWriter
 
   writer = None
@@ -241,23 +347,30 @@ def _writer(path: Path) -> Iterator[Callable[[bytes], None]]:
     yield writer.write
     writer.close()
   except BaseException as error:
-    with contextlib.suppress(RuntimeError):  # it says no more than the first
+    # An error of `close` would only repeat the first one.
+    with contextlib.suppress(RuntimeError):
       if writer is not None:
         writer.close()
-    if isinstance(error, RuntimeError):  # its only error: a full disk, say
+    # The library raises RuntimeError for all failures, such as a full disk.
+    if isinstance(error, RuntimeError):
       raise OSError(str(error)) from error
     raise
 
 
-def _check(records: Path, documents: int) -> None:
+def _check_count(records: Path, expected: int) -> None:
+  """Check that the file holds all records that were written.
+
+  Raises:
+    OSError: it does not, for example because the disk was full.
+  """
   from array_record.python.array_record_module import ArrayRecordReader
 
   reader = ArrayRecordReader(str(records))
   found = reader.num_records()
   reader.close()
-  if found != documents:  # a full disk, for example
+  if found != expected:
     raise OSError(
-      f"{records}: it holds {found:,} records: {documents:,} were written"
+      f"{records}: it holds {found:,} records: {expected:,} were written"
     )
 
 
@@ -268,35 +381,45 @@ def _record(
   records: Path,
   before: list[int],
 ) -> dict[str, Any]:
+  """Return the shard's JSON record.
+
+  Args:
+    job: the shard.
+    counts: what was counted.
+    hashes: the SHA-256 of each file of the source.
+    records: the finished ArrayRecord file.
+    before: the modification time of each file of the source.
+  """
   lengths = np.array(counts.lengths, np.int64)
   domains = np.array(counts.domains, np.int16)
   names = counts.domain_names
   documents = np.bincount(domains, minlength=len(names))
-  tokens = np.bincount(domains, lengths, len(names))  # exact below 2**53
-  shard = dict(
-    name=f"{job.name}.arrayrecord",
-    input=dict(
-      name=job.source.name,
-      bytes=job.source.bytes,
-      files=len(job.source.files),
-      sha256=source_sha256(job.source, hashes),
-    ),
-    documents=len(lengths),
-    tokens=int(lengths.sum()),
-    skipped=counts.skipped,
-    empty=counts.empty,
-    text_bytes=counts.text_bytes,
-    bytes=records.stat().st_size,
-    sha256=file_hash(records),
-    domains={
-      name: dict(documents=int(documents[i]), tokens=int(tokens[i]))
+  # bincount sums in float64, which is exact below 2**53 tokens.
+  tokens = np.bincount(domains, lengths, len(names))
+  shard = {
+    "name": f"{job.name}.arrayrecord",
+    "input": {
+      "name": job.source.name,
+      "bytes": job.source.bytes,
+      "files": len(job.source.files),
+      "sha256": source_sha256(job.source, hashes),
+    },
+    "documents": len(lengths),
+    "tokens": int(lengths.sum()),
+    "skipped": counts.skipped,
+    "empty": counts.empty,
+    "text_bytes": counts.text_bytes,
+    "bytes": records.stat().st_size,
+    "sha256": file_hash(records),
+    "domains": {
+      name: {"documents": int(documents[i]), "tokens": int(tokens[i])}
       for name, i in sorted(names.items())
     },
-  )
-  return dict(
-    shard=shard,
-    domain_names=list(names),
-    hashes=hashes,
-    problems=counts.problems,
-    times=before,
-  )
+  }
+  return {
+    "shard": shard,
+    "domain_names": list(names),
+    "hashes": hashes,
+    "problems": counts.problems,
+    "times": before,
+  }

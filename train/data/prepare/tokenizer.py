@@ -1,11 +1,13 @@
-"""Text to tokens and back: bytes, or any Hugging Face `tokenizer.json`.
+"""Tokenizers: raw bytes, or any Hugging Face `tokenizer.json`.
 
     bytes            token = byte, 0 … 255; end of text 256; vocabulary 257
-    tokenizer.json   as its file says, but for three things: text that spells a
-                     special token stays text; nothing is added around a
-                     document; nothing is cut or padded
+    tokenizer.json   as the file says, with three exceptions: special tokens in
+                     the text are not parsed, but tokenised as ordinary
+                     characters; no tokens are added around a document; and
+                     nothing is truncated or padded
 
-A document becomes its tokens and, where there is one, the end of text.
+A document becomes its tokens, followed by the end-of-text token if the
+tokenizer has one.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,27 +15,28 @@ import dataclasses
 import functools
 import hashlib
 from pathlib import Path
+import types
 import typing
 
 import numpy as np
 
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
-# The names that published tokenizers give to it; "auto" takes the one found.
+# Names of this token in published tokenizers; "auto" takes the one it finds.
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 _LEAST_VOCABULARY = 257
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerSpec:
-  """What has to be the same for tokens to mean the same.
+  """What identifies a tokenizer: with equal specs, tokens mean the same.
 
   Attributes:
     type: "bytes" or "file".
     name: "bytes", or the name of the file.
-    sha256: of the file.
+    sha256: the SHA-256 of the file, in hexadecimal.
     vocab_size: one more than the largest token.
-    eos: the token that ends a document, or None.
+    eos: the token that ends a document; None if no token does.
   """
 
   type: str
@@ -44,28 +47,40 @@ class TokenizerSpec:
 
   @property
   def dtype(self) -> np.dtype:
-    """Little-endian uint16 if every token fits, else uint32."""
+    """The dtype of stored tokens: "<u2" if every token fits, else "<u4"."""
     return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
 
 
 class Tokenizer(typing.Protocol):
-  """What `load` gives."""
+  """Abstract: turns text into tokens and back."""
 
   spec: TokenizerSpec
 
   def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """The tokens of each text, of `spec.dtype`, without an end of text.
+    """Return the tokens of each text, without an end of text.
+
+    Args:
+      texts: the texts.
+
+    Returns:
+      One array of `spec.dtype` for each text.
 
     Raises:
       ValueError: a text cannot be encoded.
     """
+    ...
 
   def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-    """The text; an end of text shows as its name."""
+    """Return the text of tokens; an end of text is shown by its name.
+
+    Args:
+      tokens: token numbers (length,).
+    """
+    ...
 
 
 class ByteTokenizer:
-  """UTF-8 bytes as tokens; nothing to install or to learn."""
+  """Use UTF-8 bytes as tokens; nothing has to be installed or trained."""
 
   def __init__(self, eos: str = "auto"):
     end = None if eos == "none" else 256
@@ -77,11 +92,13 @@ class ByteTokenizer:
     self.spec = TokenizerSpec(BYTES, BYTES, sha256, 257, end)
 
   def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Return the UTF-8 bytes of each text, as little-endian uint16."""
     return [
       np.frombuffer(text.encode(), np.uint8).astype("<u2") for text in texts
     ]
 
   def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+    """Return the text of tokens; invalid UTF-8 becomes U+FFFD."""
     tokens = np.asarray(tokens)
     pieces = np.split(tokens, np.flatnonzero(tokens == 256))
     text = [
@@ -92,7 +109,16 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-  """A `tokenizer.json`, GPT-NeoX's or `train_bpe`'s for example."""
+  """Use a `tokenizer.json`, such as GPT-NeoX's or one from `train_bpe`.
+
+  Args:
+    path: the file.
+    eos: the text of the token that ends a document; "none" for none; "auto"
+      for the one under a usual name.
+
+  Raises:
+    ValueError: the file is no tokenizer, or lacks the token.
+  """
 
   def __init__(self, path: str | Path, eos: str = "auto"):
     tokenizers = _library()
@@ -106,7 +132,7 @@ class FileTokenizer:
     self._tokenizer.encode_special_tokens = True
     tokens = self._tokenizer.get_vocab(with_added_tokens=True)
     if not tokens:
-      raise ValueError(f"{path}: expected a vocabulary, it has no token")
+      raise ValueError(f"{path}: its vocabulary is empty: expected tokens")
     self.spec = TokenizerSpec(
       type="file",
       name=Path(path).name,
@@ -116,6 +142,7 @@ class FileTokenizer:
     )
 
   def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Return the tokens of each text; ValueError if one cannot be encoded."""
     try:
       found = self._tokenizer.encode_batch_fast(
         list(texts), add_special_tokens=False
@@ -125,21 +152,22 @@ class FileTokenizer:
     return [np.array(x.ids, self.spec.dtype) for x in found]
 
   def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+    """Return the text of tokens, special tokens by their names."""
     ids = np.asarray(tokens).tolist()
     return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def load(name: str, eos: str = "auto") -> Tokenizer:
-  """The tokenizer of a name.
+  """Load a tokenizer.
 
   Args:
     name: "bytes", a `tokenizer.json`, or a folder that holds one.
-    eos: the token that ends a document; "none" for none; "auto" for the one of
-      the usual names.
+    eos: the text of the token that ends a document; "none" for none; "auto"
+      for the one under a usual name.
 
   Raises:
     ValueError: there is no such file, it is no tokenizer, it lacks the token,
-      or `tokenizers` is not installed.
+      or the package `tokenizers` is not installed.
   """
   if name == BYTES:
     return ByteTokenizer(eos)
@@ -147,21 +175,21 @@ def load(name: str, eos: str = "auto") -> Tokenizer:
 
 
 def file_of(name: str) -> Path:
-  """The file of a name: itself, or the tokenizer.json of a folder."""
+  """Return the path of a tokenizer.json, given the file or its folder."""
   path = Path(name)
   return path / "tokenizer.json" if path.is_dir() else path
 
 
 def load_recorded(folder: Path, recorded: Mapping[str, str]) -> Tokenizer:
-  """The tokenizer that made a data set; it marks no end of a document.
+  """Load the tokenizer that made a data set; it marks no end of a document.
 
   Args:
     folder: the data set.
-    recorded: the "tokenizer" of its dataset.json.
+    recorded: the entry "tokenizer" of its dataset.json.
 
   Raises:
-    ValueError: its tokenizer.json is missing or another one, or `tokenizers`
-      is not installed.
+    ValueError: the data set's tokenizer.json is missing or was replaced, or
+      the package `tokenizers` is not installed.
   """
   if recorded.get("type", recorded["name"]) == BYTES:
     return ByteTokenizer("none")
@@ -172,20 +200,29 @@ def load_recorded(folder: Path, recorded: Mapping[str, str]) -> Tokenizer:
 
 
 def check_same(tokenizer: Tokenizer, sha256: str, name: str) -> None:
-  """Raises ValueError where a tokenizer is not the one of this SHA-256."""
+  """Check that a tokenizer has this SHA-256.
+
+  Args:
+    tokenizer: the tokenizer to check.
+    sha256: the expected hash, in hexadecimal.
+    name: what the message calls the tokenizer.
+
+  Raises:
+    ValueError: it has another hash.
+  """
   found = tokenizer.spec.sha256
   if found != sha256:
     raise ValueError(
       f"tokenizer={name!r}: its SHA-256 is {found[:16]}…: expected "
-      f"{sha256[:16]}…, of the tokenizer that made the tokens"
+      f"{sha256[:16]}…, the hash of the tokenizer that made the tokens"
     )
 
 
 def read_tokenizer_file(path: str | Path) -> bytes:
-  """The bytes of a `tokenizer.json`.
+  """Return the bytes of a `tokenizer.json`.
 
   Raises:
-    ValueError: there is none.
+    ValueError: it cannot be read.
   """
   try:
     return Path(path).read_bytes()
@@ -197,19 +234,20 @@ def read_tokenizer_file(path: str | Path) -> bytes:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
-  """Learns a byte-level BPE; the same texts give the same one.
+  """Train a byte-level BPE tokenizer; the same texts give the same result.
 
   Args:
-    texts: in any number; read once.
-    vocab_size: at most this many tokens: the end of text, which is token 0,
-      256 bytes, and the rest learnt. Fewer if the texts hold too few pairs.
+    texts: the training texts, read once.
+    vocab_size: the largest number of tokens. Token 0 is the end of text, 256
+      tokens are the bytes, and the others are learnt. The result has fewer
+      tokens if the texts hold too few pairs.
 
   Returns:
-    The content of a `tokenizer.json`. It loses nothing: any text decodes to
+    The content of a `tokenizer.json`. It is lossless: every text decodes to
     itself.
 
   Raises:
-    ValueError: vocab_size < 257.
+    ValueError: vocab_size < 257, or the package `tokenizers` is not installed.
   """
   if vocab_size < _LEAST_VOCABULARY:
     raise ValueError(
@@ -236,6 +274,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
 
 
 def _end(tokens: dict[str, int], eos: str, path: str | Path) -> int | None:
+  """Return the token that ends a document, as `load` describes `eos`."""
   if eos == "none":
     return None
   if eos != "auto":
@@ -245,14 +284,15 @@ def _end(tokens: dict[str, int], eos: str, path: str | Path) -> int | None:
   found = [name for name in _ENDS if name in tokens]
   if len(found) != 1:
     raise ValueError(
-      f"eos='auto': {path} has {found or 'none'} of {_ENDS}: name the token "
-      "that ends a document, or 'none'"
+      f"eos='auto': {path} has {found or 'none'} of {_ENDS}: expected exactly "
+      "one; name the token that ends a document, or 'none'"
     )
   return tokens[found[0]]
 
 
 @functools.cache
-def _library():
+def _library() -> types.ModuleType:
+  """Import the package `tokenizers`, which is optional."""
   try:
     import tokenizers
   except ImportError as error:

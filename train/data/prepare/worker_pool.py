@@ -1,9 +1,10 @@
-"""A pool of processes that make shards, and its progress."""
+"""Make shards with a pool of processes, and show the progress."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import concurrent.futures
 from concurrent.futures.process import BrokenProcessPool
 import contextlib
+import functools
 import multiprocessing
 from multiprocessing.connection import wait
 import os
@@ -11,37 +12,57 @@ from pathlib import Path
 import signal
 import threading
 import time
+from types import FrameType
+from typing import Any, NamedTuple
 
 from rich import progress
 from rich.console import Console
 
-from train.atomic import WORK
-from train.data.prepare.planned_tokenizer import Planned
-from train.data.prepare.shard import DataError, Job, Stopped, write_shard
+from train.data.prepare.output_folder import WORK
+from train.data.prepare.shard import (
+  Job,
+  PlannedTokenizer,
+  PrepareError,
+  Stopped,
+  write_shard,
+)
 from train.data.prepare.tokenizer import Tokenizer
 
-_LOOK = 0.1  # seconds between two looks at the workers
-_LINE = 10.0  # seconds between two lines where there is no terminal
+_POLL = 0.1  # seconds between two checks of the workers
+_LINE = 10.0  # seconds between two lines of progress without a terminal
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_worker: dict[str, object] = {}  # what `_start` gave to this process
+
+
+class _Worker(NamedTuple):
+  """What a worker process was given when it started."""
+
+  planned: PlannedTokenizer
+  read: Any  # shared counter of the bytes that all workers have read
+  stop: Any  # shared flag: true tells the workers to give up
+
+
+_worker: _Worker | None = None  # of this process; set by `_start`
 
 
 def run_jobs(
-  jobs: Sequence[Job], planned: Planned, workers: int, console: Console
+  jobs: Sequence[Job],
+  planned: PlannedTokenizer,
+  workers: int,
+  console: Console,
 ) -> None:
-  """Makes every shard; after the first failure the others stop.
+  """Make every shard; the first failure stops the others.
 
   Args:
-    jobs: which.
-    planned: the tokenizer, which each process loads.
-    workers: processes; 0 is one a core.
-    console: where the progress goes.
+    jobs: the shards to make.
+    planned: the tokenizer that each process loads.
+    workers: the number of processes; 0 for one on each core.
+    console: shows the progress.
 
   Raises:
-    DataError: malformed text, or a worker died.
+    PrepareError: the text is malformed, or a worker process died.
     OSError: a file cannot be read or written.
   """
-  # Not fork: the parent may have threads. No worker may outlive it.
+  # Spawn, because forking a process that has threads can deadlock.
   context = multiprocessing.get_context("spawn")
   read, stop = context.Value("q", 0), context.Value("b", 0)
   largest = sorted(jobs, key=lambda job: -job.source.bytes)
@@ -52,28 +73,34 @@ def run_jobs(
     initargs=(planned, read, stop),
   ) as pool:
     try:
-      with _undisturbed():  # a submission starts a worker
+      # Submitting a job may start a worker process.
+      with _signals_delayed():
         futures = {pool.submit(_work, job): job for job in largest}
       _watch(futures, read, console)
     except BaseException:
       stop.value = 1
-      # With a wait: a worker that still starts needs `read` and `stop`.
+      # Wait: a worker that is still starting needs `read` and `stop`.
       pool.shutdown(cancel_futures=True)
       raise
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-  """SIGINT and SIGTERM wait; a process that starts meanwhile gets no SIGINT.
+def _signals_delayed() -> Iterator[None]:
+  """Delay SIGINT and SIGTERM until the block ends.
 
-  The mask is for that process. It does not help this one, where another thread
-  may take a signal, and half a start would be a traceback of the process.
+  A child process that starts inside the block inherits a mask that blocks
+  SIGINT. The mask alone does not protect this process, because another thread
+  may take the signal, and an interrupted start prints the child's traceback.
+  Handlers therefore note the signals, and they are raised again at the end.
   """
   if threading.current_thread() is not threading.main_thread():
-    yield  # signals are the main thread's
+    yield  # only the main thread receives signals
     return
   came: list[int] = []
-  note = lambda number, frame: came.append(number)
+
+  def note(number: int, frame: FrameType | None) -> None:
+    came.append(number)
+
   handlers = {x: signal.signal(x, note) for x in _SIGNALS}
   mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   try:
@@ -86,26 +113,40 @@ def _undisturbed() -> Iterator[None]:
       signal.raise_signal(number)
 
 
-def _watch(futures: dict, read, console: Console) -> None:
+def _watch(
+  futures: dict[concurrent.futures.Future, Job], read: Any, console: Console
+) -> None:
+  """Show the progress until all shards are made, or raise the first failure.
+
+  Args:
+    futures: the running jobs.
+    read: shared counter of the bytes that all workers have read.
+    console: shows the progress.
+  """
   total = sum(job.source.bytes for job in futures.values())
   left = set(futures)
   with _display(total, len(futures), console) as show:
     while left:
       done, left = concurrent.futures.wait(
-        left, _LOOK, concurrent.futures.FIRST_COMPLETED
+        left, _POLL, concurrent.futures.FIRST_COMPLETED
       )
       failed = [x for x in done if x.exception() is not None]
-      # The first by its shard, and not one that stopped for another.
-      for future in sorted(failed, key=lambda x: futures[x].index):
-        error = future.exception()
+      # Report the failure with the lowest shard number, for a stable message.
+      if failed:
+        error = min(failed, key=lambda x: futures[x].index).exception()
         if isinstance(error, BrokenProcessPool):
-          raise DataError(_died(list(futures.values()))) from error
+          raise PrepareError(_died(list(futures.values()))) from error
+        assert error is not None
         raise error
       show(read.value, len(futures) - len(left))
 
 
 def _died(jobs: Sequence[Job]) -> str:
-  """The pool does not say which worker it was: those that left something."""
+  """Return a message about a worker that died.
+
+  The pool does not say which worker it was. The message names the shards that
+  left temporary files.
+  """
   names = {
     path.name.partition(".")[0]
     for path in Path(jobs[0].out, WORK).glob("*.tmp-*")
@@ -113,13 +154,25 @@ def _died(jobs: Sequence[Job]) -> str:
   found = sorted((x.name, x.source.name) for x in jobs if x.name in names)
   at_work = ", ".join(f"{name} of {source}" for name, source in found)
   return (
-    f"a worker died; at work on {at_work or 'nothing yet'}: out of memory? "
-    "Take fewer --workers"
+    f"a worker process died, perhaps for lack of memory, while it made "
+    f"{at_work or 'nothing yet'}; use fewer --workers"
   )
 
 
 @contextlib.contextmanager
-def _display(total: int, files: int, console: Console) -> Iterator:
+def _display(
+  total: int, shards: int, console: Console
+) -> Iterator[Callable[[int, int], None]]:
+  """Show a progress bar on a terminal, else a line every ten seconds.
+
+  Args:
+    total: bytes of all sources.
+    shards: the number of shards.
+    console: shows the progress.
+
+  Yields:
+    A function to call with the bytes read and the shards made so far.
+  """
   if console.is_terminal:
     with progress.Progress(
       progress.BarColumn(bar_width=16),
@@ -130,9 +183,11 @@ def _display(total: int, files: int, console: Console) -> Iterator:
       console=console,
     ) as bar:
       task = bar.add_task("prepare", total=total, text="")
-      yield lambda read, done: bar.update(
-        task, completed=read, text=f"{done}/{files} shards"
-      )
+
+      def update(read: int, done: int) -> None:
+        bar.update(task, completed=read, text=f"{done}/{shards} shards")
+
+      yield update
     return
   begin = last = time.monotonic()
 
@@ -146,7 +201,7 @@ def _display(total: int, files: int, console: Console) -> Iterator:
     console.print(
       f"{read / 1e6:,.1f}/{total / 1e6:,.1f} MB  {rate / 1e6:.2f} MB/s  left "
       f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}  "
-      f"{done}/{files} shards",
+      f"{done}/{shards} shards",
       highlight=False,
       soft_wrap=True,
     )
@@ -154,31 +209,39 @@ def _display(total: int, files: int, console: Console) -> Iterator:
   yield line
 
 
-def _start(planned: Planned, read, stop) -> None:
-  """Runs once in each worker."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-  os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one core
+def _start(planned: PlannedTokenizer, read: Any, stop: Any) -> None:
+  """Set up a worker process; runs once in each."""
+  global _worker
+  # Ctrl-C reaches the whole process group; the parent stops its workers.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  # A worker uses one core, so the tokenizer must not start threads.
+  os.environ["TOKENIZERS_PARALLELISM"] = "false"
   threading.Thread(target=_die_with_parent, daemon=True).start()
-  _worker.update(planned=planned, read=read, stop=stop)
+  _worker = _Worker(planned, read, stop)
 
 
 def _die_with_parent() -> None:
-  wait([multiprocessing.parent_process().sentinel])
+  """End this worker when its parent ends, even if the parent was killed."""
+  parent = multiprocessing.parent_process()
+  assert parent is not None, "this runs in a child process"
+  wait([parent.sentinel])
   os._exit(1)
 
 
-def _tokenizer() -> Tokenizer:
-  if "tokenizer" not in _worker:
-    _worker["tokenizer"] = _worker["planned"].load()
-  return _worker["tokenizer"]
+@functools.cache
+def _tokenizer(planned: PlannedTokenizer) -> Tokenizer:
+  """Load the tokenizer once in each worker."""
+  return planned.load()
 
 
 def _work(job: Job) -> None:
-  read, stop = _worker["read"], _worker["stop"]
+  """Make one shard in a worker process."""
+  assert _worker is not None, "`_start` ran before"
+  planned, read, stop = _worker
 
   def on_bytes(count: int) -> None:
     with read.get_lock():
       read.value += count
 
   with contextlib.suppress(Stopped):
-    write_shard(job, _tokenizer(), on_bytes, lambda: bool(stop.value))
+    write_shard(job, _tokenizer(planned), on_bytes, lambda: bool(stop.value))

@@ -23,11 +23,12 @@ from typing import NamedTuple
 import numpy as np
 
 from train.data import order
-from train.data.batches import Batch, Batches, Fingerprint, require
+from train.data.batches import Batch, Batches, Fingerprint
+from train.data.checks import require
 from train.data.text import packing as plans
 from train.data.text.packing_cache import CACHE_DIR
 from train.data.text.rows import Layout, fill_rows, make_plan, open_source
-from train.data.text.source import DataError, TokenSource
+from train.data.text.token_source import DataError, TokenSource
 
 _VERSION = 1
 _HELD_OUT = 1 << 63  # in place of a seed, which is below it
@@ -188,7 +189,7 @@ class LMBatches(Batches):
         row_B[here_B] = index_b
     return set_B, row_B
 
-  def _read(self, step: int, start: int, stop: int) -> Batch:
+  def read_rows(self, step: int, start: int, stop: int) -> Batch:
     place_B = step * self.rows + np.arange(start, stop)
     set_B, row_B = self.locate(place_B)
     width = self.length + 1

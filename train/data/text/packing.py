@@ -21,8 +21,8 @@ import dataclasses
 
 import numpy as np
 
-from train.data.batches import hash64
-from train.data.text.source import Pieces
+from train.data.splitmix64 import hash64
+from train.data.text.token_source import Pieces
 
 SPLITS = ("train", "validation", "test")
 

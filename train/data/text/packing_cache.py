@@ -16,7 +16,7 @@ import uuid
 
 import numpy as np
 
-from train.data.checks import file_hash
+from train.data.file_hashes import file_hash
 
 CACHE_DIR = Path.home() / ".cache" / "rebased_jax" / "plans"
 

@@ -8,12 +8,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from train.data.batches import require
+from train.data.checks import require
 from train.data.text import packing as plans
-from train.data.text.arrayrecord import PreparedSource
-from train.data.text.megatron import MegatronSource, Unit
+from train.data.text.prepared_source import PreparedSource
+from train.data.text.megatron_source import MegatronSource, Unit
 from train.data.text.packing_cache import Arrays, cached
-from train.data.text.source import DataError, Pieces, TokenSource
+from train.data.text.token_source import DataError, Pieces, TokenSource
 
 Packing = Literal["stream", "documents", "rows"]
 PACKINGS = ("stream", "documents", "rows")

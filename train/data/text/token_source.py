@@ -9,16 +9,11 @@ filled from pieces of documents, so a source reads no more than it must:
 
 import abc
 from collections.abc import Sequence
-import hashlib
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from train.data.batches import Fingerprint
-
-_BLOCKS = 64
-_BLOCK_BYTES = 4096
 
 
 class DataError(ValueError):
@@ -90,42 +85,3 @@ class TokenSource(abc.ABC):
       words = (np.array([x]) for x in (index, 0, length, 0))
       self.fill(Pieces(*words), out_N)
     return out_N
-
-
-def array_hash(*arrays: np.ndarray) -> str:
-  """The SHA-256 of the bytes of arrays, one after the other."""
-  digest = hashlib.sha256()
-  for array in arrays:
-    digest.update(np.ascontiguousarray(array).view(np.uint8))
-  return digest.hexdigest()
-
-
-def sampled_hash(paths: Sequence[Path]) -> str:
-  """The SHA-256 of 64 blocks of 4 KiB, spread evenly over all the files.
-
-  The first and the last block are among them; files of up to 256 KiB together
-  are hashed whole. A change between the blocks is not seen.
-  """
-  sizes = [path.stat().st_size for path in paths]
-  total = sum(sizes)
-  if total <= _BLOCKS * _BLOCK_BYTES:
-    places = list(range(0, total, _BLOCK_BYTES))
-  else:
-    last = total - _BLOCK_BYTES
-    places = [last * i // (_BLOCKS - 1) for i in range(_BLOCKS)]
-  digest, first = hashlib.sha256(), 0
-  for path, size in zip(paths, sizes, strict=True):
-    with path.open("rb") as file:
-      for place in places:
-        begin, end = max(place, first), min(place + _BLOCK_BYTES, first + size)
-        if begin < end:
-          file.seek(begin - first)
-          digest.update(file.read(end - begin))
-    first += size
-  return digest.hexdigest()
-
-
-def sizes_hash(paths: Sequence[Path]) -> str:
-  """The SHA-256 of the names and sizes of files, in their order."""
-  text = "\n".join(f"{path.name} {path.stat().st_size}" for path in paths)
-  return hashlib.sha256(text.encode()).hexdigest()

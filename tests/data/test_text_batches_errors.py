@@ -12,7 +12,7 @@ import pytest
 from train.data.batches import check_fingerprint
 from train.data.text.lm_batches import LMBatches
 from train.data.text.rows import Layout
-from train.data.text.source import DataError
+from train.data.text.token_source import DataError
 
 _CHANGES = {
   "seed": dict(seed=4),

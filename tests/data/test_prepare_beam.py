@@ -6,7 +6,7 @@ from prepare_cases import jsonl, records, run, tree, write_formats
 import pytest
 
 from train.data.prepare import beam
-from train.data.prepare.shard import DataError
+from train.data.prepare.shard import PrepareError
 
 _BEAM = dict(runner="beam", beam_options=("runner=DirectRunner",))
 
@@ -31,7 +31,7 @@ def test_beam_makes_the_same_bytes(tmp_path):
   run([tmp_path / "in"], tmp_path / "out", **_BEAM)
   assert tree(tmp_path / "out") == tree(tmp_path / "whole")
   with pytest.raises(
-    DataError,
+    PrepareError,
     match=r"^x.jsonl, line 3 .* type int: [a-z ]*; --on-error skip [a-z ]*$",
   ):
     run([bad], tmp_path / "none", **_BEAM)
@@ -40,7 +40,7 @@ def test_beam_makes_the_same_bytes(tmp_path):
 def test_the_message_is_the_workers_own():
   said = "x.jsonl, line 3: text is null"
   inner = f"{said} [while running 'write_shard']"
-  assert beam.message(DataError(inner)) == said
-  trace = f"Traceback\n  File x\ntrain.DataError: {inner}\n\nmore"
+  assert beam.message(PrepareError(inner)) == said
+  trace = f"Traceback\n  File x\ntrain.PrepareError: {inner}\n\nmore"
   assert beam.message(RuntimeError(trace)) == said
   assert beam.message(RuntimeError("no worker came")) == "no worker came"

@@ -9,12 +9,12 @@ from prepare_cases import DOMAINS, records, run, shard_texts, write_formats
 import pytest
 from train_cases import call as call
 
-from train.data.prepare.row_cutter import RowCutter
-from train.data.text.arrayrecord import PreparedSource
+from train.data.prepare.shard import RowCutter
+from train.data.text.prepared_source import PreparedSource
 from train.data.text.lm_batches import LMBatches
 from train.data.text.packing import stream_plan
 from train.data.text.rows import Layout
-from train.data.text.source import DataError
+from train.data.text.token_source import DataError
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 40, 5000])

@@ -53,7 +53,7 @@ def test_workers_do_not_change_the_batches(paths, tmp_path) -> None:
   """In a process that is no test's, as grain starts others from it."""
   code = """
 import pickle, sys
-from train.data.batches import iterate
+from train.data.prefetch import iterate
 if __name__ == "__main__":
   batches = pickle.loads(open(sys.argv[1], "rb").read())
   result = []

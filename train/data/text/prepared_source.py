@@ -20,15 +20,13 @@ from array_record.python.array_record_module import ArrayRecordReader
 import numpy as np
 
 from train.data.batches import Fingerprint
-from train.data.checks import file_hash
-from train.data.text.source import (
-  DataError,
-  Pieces,
-  TokenSource,
+from train.data.file_hashes import (
   array_hash,
+  file_hash,
   sampled_hash,
   sizes_hash,
 )
+from train.data.text.token_source import DataError, Pieces, TokenSource
 
 FORMAT, VERSION = "rebased-tokens", 1
 _DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}

@@ -11,8 +11,9 @@ import grain
 import numpy as np
 import pytest
 
-from train.data.text.arrayrecord import PreparedSource
-from train.data.text.source import DataError, Pieces, sampled_hash
+from train.data.text.prepared_source import PreparedSource
+from train.data.file_hashes import sampled_hash
+from train.data.text.token_source import DataError, Pieces
 
 _TEXTS = documents(30, seed=3)
 _SHARDS = (_TEXTS[:11], _TEXTS[11:11], _TEXTS[11:])  # the second is empty

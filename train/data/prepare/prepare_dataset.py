@@ -1,16 +1,19 @@
-"""`rebased prepare`: raw text to token files, one source to one shard.
+"""Make a data set of tokens from text: one shard for each source.
 
-    OUT/dataset.json                what is in it; written last
+    OUT/dataset.json                what the data set holds; written last
     OUT/tokenizer.json              a copy of the tokenizer, unless it is bytes
-    OUT/shard-00000.arrayrecord     one record a document, or a row
+    OUT/shard-00000.arrayrecord     one record for each document, or each row
     OUT/shard-00000.lengths.npy     int64, tokens of each record, in order
-    OUT/shard-00000.domains.npy     int16, into dataset.json's domain_names;
-                                    where records are documents with domains
-    OUT/prepare/                    plan and records; not needed to read
+    OUT/shard-00000.domains.npy     int16, domain of each record, an index into
+                                    dataset.json's domain_names; only where
+                                    records are documents that name a domain
+    OUT/prepare/                    the plan and the shards' JSON records;
+                                    training does not read them
 
-Killed at any moment, the same command goes on with the shards that are
-missing, and the folder ends up the same to the byte. Machines that share the
-folder take `--shard i/n`; whoever is last writes dataset.json.
+A run that was killed at any moment continues with the missing shards when the
+same command is repeated. The folder ends up byte for byte as if nothing had
+happened. Machines that share the folder each take `--shard i/n`; the last one
+to finish writes dataset.json.
 """
 
 from collections.abc import Sequence
@@ -24,40 +27,58 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from train.atomic import WORK, write_bytes
 from train.console import say
 from train.data.checks import require
-from train.data.prepare import claim, tokenizer as tokenize
-from train.data.prepare.claim import DATASET
-from train.data.prepare.dataset import Ends, finish, totals
+from train.data.prepare import tokenizer as tokenizer_lib
+from train.data.prepare.dataset_json import Description, finish, totals
 from train.data.prepare.input_files import TEXT_SUFFIXES, find_sources
-from train.data.prepare.planned_tokenizer import Planned
+from train.data.prepare.output_folder import DATASET, WORK, write_bytes
+from train.data.prepare.plan_and_locks import claimed, lock, make_plan
 from train.data.prepare.read_documents import Fields
-from train.data.prepare.shard import Job, changed_files
+from train.data.prepare.shard import Job, PlannedTokenizer, changed_files
 from train.data.prepare.tokenizer import TokenizerSpec
 from train.data.prepare.worker_pool import run_jobs
 
-_SHOWN = 5  # names of files
+_SHOWN = 5  # file names that a message lists
 
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
-  """Tokenises text into a folder that training reads."""
+  """How text is turned into a data set of tokens."""
 
-  out: str  # the folder of the data set: new, or one to go on with
-  corpus: Literal["stdlib"] | None = None  # in place of inputs
-  tokenizer: str = tokenize.BYTES  # or a tokenizer.json
-  eos: str = "auto"  # the token that ends a document; none for none
-  text_field: str = "text"  # of a record; a dot goes into a nested one
-  domain_field: str = "meta.pile_set_name"  # where a record has it
-  text_suffixes: tuple[str, ...] = TEXT_SUFFIXES  # plain text in a folder
-  on_error: Literal["fail", "skip"] = "fail"  # skipped ones are counted
-  row_length: int | None = None  # cut to rows of so many inputs, one token more
-  max_document_mb: int = 64  # a longer document is an error
-  workers: int = 0  # processes; 0 is one a core
-  shard: str = "0/1"  # i/n: every n-th source, from i = 0
-  runner: Literal["pool", "beam"] = "pool"  # processes, or Apache Beam
-  beam_options: tuple[str, ...] = ()  # Beam's own, without the dashes: runner=…
+  #: The folder of the data set: a new one, or one to continue.
+  out: str
+  #: Prepare a corpus that is on this machine instead of inputs: "stdlib" is
+  #: the source code of Python's standard library.
+  corpus: Literal["stdlib"] | None = None
+  #: "bytes", a tokenizer.json, or a folder that holds one.
+  tokenizer: str = tokenizer_lib.BYTES
+  #: The token that ends a document, by its text. "auto" finds it under its
+  #: usual names; "none" marks no end.
+  eos: str = "auto"
+  #: The field of a record that holds the text. A dot enters a nested record.
+  text_field: str = "text"
+  #: The field of a record that names its domain. Records may lack it.
+  domain_field: str = "meta.pile_set_name"
+  #: The suffixes of plain text files in a folder.
+  text_suffixes: tuple[str, ...] = TEXT_SUFFIXES
+  #: What to do with malformed text: "fail" stops with an error, "skip" counts
+  #: it and continues.
+  on_error: Literal["fail", "skip"] = "fail"
+  #: Concatenate the documents and cut them into rows of this many inputs, plus
+  #: one token. None keeps documents whole.
+  row_length: int | None = None
+  #: The longest document in MiB. A longer one is malformed.
+  max_document_mb: int = 64
+  #: The number of worker processes; 0 for one on each core.
+  workers: int = 0
+  #: The part of the shards to make here, "i/n": every n-th, starting at i.
+  shard: str = "0/1"
+  #: What runs the workers: "pool" for processes of this machine, "beam" for
+  #: Apache Beam.
+  runner: Literal["pool", "beam"] = "pool"
+  #: Options for Beam without their dashes, such as runner=FlinkRunner.
+  beam_options: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
     require(bool(self.out), "out", self.out, "a folder")
@@ -73,7 +94,7 @@ class PrepareConfig:
     )
     for name in ("text_field", "domain_field"):
       value = getattr(self, name)
-      require(all(value.split(".")), name, value, "a name, or names and dots")
+      require(all(value.split(".")), name, value, "names joined by dots")
     require(
       self.on_error in ("fail", "skip"), "on_error", self.on_error, "fail, skip"
     )
@@ -86,18 +107,20 @@ class PrepareConfig:
       self.beam_options,
       "none without runner='beam'",
     )
-    part = self.part
-    require(part[0] < part[1], "shard", self.shard, "i/n with i < n")
+    index, count = self.part
+    require(index < count, "shard", self.shard, "i/n with i < n")
 
   @property
   def part(self) -> tuple[int, int]:
-    """i and n of the shard."""
+    """The numbers i and n of `shard`."""
     found = re.fullmatch(r"(\d+)/(\d+)", self.shard)
-    require(bool(found), "shard", self.shard, "i/n, as 0/4")
+    if found is None:
+      raise ValueError(f"shard={self.shard!r}: expected i/n, such as 0/4")
     return int(found[1]), int(found[2])
 
   @property
   def fields(self) -> Fields:
+    """Which fields of a record are read."""
     return Fields(
       self.text_field, self.domain_field, self.max_document_mb << 20
     )
@@ -106,48 +129,51 @@ class PrepareConfig:
 def prepare(
   config: PrepareConfig, inputs: Sequence[str], console: Console
 ) -> dict[str, Any] | None:
-  """Makes the data set, or this machine's shards of it.
+  """Make a data set, or the shards of it that this machine has to make.
 
   Args:
     config: how.
-    inputs: files and folders; none with `config.corpus`.
-    console: shows progress, with MB of the files a second and the time left.
+    inputs: files and folders of text; none with `config.corpus`.
+    console: shows the progress, in MB of the input files a second, and the
+      time left.
 
   Returns:
-    What dataset.json holds; None while other machines have shards to make.
+    The content of dataset.json; None if other machines still make shards.
 
   Raises:
     ValueError: an argument is wrong, or the folder holds another data set, or
       an input changed since its shard was made. Nothing was changed.
-    DataError: the text is malformed; what was made so far stays.
+    PrepareError: the text is malformed; finished shards stay.
     OSError: a file cannot be read or written.
   """
   out = Path(config.out)
-  _not_inside(out, inputs)
+  _check_outside(out, inputs)
   found = find_sources(inputs, config.corpus, config.text_suffixes)
   for suffix, count in found.left_out:
     say(console, f"left out: {count} files with {suffix}")
-  spec = tokenize.load(config.tokenizer, config.eos).spec
-  plan = claim.make_plan(found.sources, spec, config.fields, config.row_length)
+  spec = tokenizer_lib.load(config.tokenizer, config.eos).spec
+  plan = make_plan(found.sources, spec, config.fields, config.row_length)
   skip = config.on_error == "skip"
   jobs = [
     Job(i, source, str(out), config.fields, skip, config.row_length)
     for i, source in enumerate(found.sources)
   ]
-  with claim.claimed(out, plan) as file:
+  with claimed(out, plan) as plan_file:
     index, count = config.part
     mine = jobs[index::count]
-    claim.lock(file, [job.index for job in mine])
+    lock(plan_file, [job.index for job in mine])
     if not (out / DATASET).exists():
-      _clean(out, {job.name for job in mine})
+      _remove_temporary(out, {job.name for job in mine})
     todo = [job for job in mine if not _is_made(job)]
     _copy_tokenizer(out, spec, config)
     if todo:
       begin = time.perf_counter()
       _run(todo, spec, config, console)
       _report(todo, time.perf_counter() - begin, console)
-    ends = Ends(spec, config.row_length, config.text_field, config.domain_field)
-    return finish(file, out, jobs, ends, console)
+    description = Description(
+      spec, config.row_length, config.text_field, config.domain_field
+    )
+    return finish(plan_file, out, jobs, description, console)
 
 
 def _run(
@@ -156,7 +182,8 @@ def _run(
   config: PrepareConfig,
   console: Console,
 ) -> None:
-  planned = Planned(config.tokenizer, config.eos, spec)
+  """Make shards with the configured runner."""
+  planned = PlannedTokenizer(config.tokenizer, config.eos, spec)
   if config.runner == "beam":
     from train.data.prepare import beam
 
@@ -166,7 +193,8 @@ def _run(
     run_jobs(jobs, planned, config.workers, console)
 
 
-def _not_inside(out: Path, inputs: Sequence[str]) -> None:
+def _check_outside(out: Path, inputs: Sequence[str]) -> None:
+  """Raise ValueError if the output folder lies inside an input folder."""
   for name in inputs:
     folder = Path(name)
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
@@ -179,23 +207,29 @@ def _not_inside(out: Path, inputs: Sequence[str]) -> None:
 def _copy_tokenizer(
   out: Path, spec: TokenizerSpec, config: PrepareConfig
 ) -> None:
+  """Copy the tokenizer.json into the data set, unless it is there."""
   copy = out / "tokenizer.json"
   if spec.type == "file" and not copy.exists():
-    path = tokenize.file_of(config.tokenizer)
-    data = tokenize.read_tokenizer_file(path)
+    path = tokenizer_lib.file_of(config.tokenizer)
+    data = tokenizer_lib.read_tokenizer_file(path)
     if hashlib.sha256(data).hexdigest() != spec.sha256:
       raise ValueError(f"{path}: it changed while it was read")
     write_bytes(copy, data)
 
 
-def _clean(out: Path, names: set[str]) -> None:
-  """Removes what a killed process left of these shards."""
+def _remove_temporary(out: Path, names: set[str]) -> None:
+  """Remove the temporary files that a killed process left of these shards."""
   for path in (out / WORK).iterdir():
     if ".tmp-" in path.name and path.name.partition(".")[0] in names:
       path.unlink(missing_ok=True)
 
 
 def _is_made(job: Job) -> bool:
+  """Return whether a shard is complete.
+
+  Raises:
+    ValueError: a file of its source changed since the shard was made.
+  """
   out = Path(job.out)
   records = out / f"{job.name}.arrayrecord"
   others = (
@@ -207,10 +241,11 @@ def _is_made(job: Job) -> bool:
   record = json.loads(job.record_file.read_text())
   changed = changed_files(job.source, record)
   if changed:
-    more = f" and {len(changed) - _SHOWN} more" * (len(changed) > _SHOWN)
+    more = len(changed) - _SHOWN
+    tail = f" and {more} more" if more > 0 else ""
     raise ValueError(
-      f"{', '.join(changed[:_SHOWN])}{more} changed since {job.name} was made "
-      "of it; choose another --out"
+      f"{', '.join(changed[:_SHOWN])}{tail} changed since {job.name} was made "
+      "from it; choose another --out"
     )
   return (
     all(path.exists() for path in (records, *others))
@@ -219,6 +254,7 @@ def _is_made(job: Job) -> bool:
 
 
 def _report(jobs: Sequence[Job], seconds: float, console: Console) -> None:
+  """Print the problems that were skipped, and what was made how fast."""
   records = [json.loads(job.record_file.read_text()) for job in jobs]
   for record in records:
     for problem in record["problems"]:

@@ -9,8 +9,8 @@ from prepare_cases import jsonl, records, run, tree, write_formats
 import pytest
 
 from train.data.prepare import input_files
-from train.data.prepare.run import PrepareConfig
-from train.data.prepare.shard import DataError
+from train.data.prepare.prepare_dataset import PrepareConfig
+from train.data.prepare.shard import PrepareError
 
 
 def test_another_data_set_is_refused_by_what_differs(tmp_path):
@@ -95,11 +95,12 @@ def test_no_file_is_passed_over_in_silence(tmp_path):
 def test_two_processes_do_not_make_the_same_shard(tmp_path):
   write_formats(tmp_path / "in")
   hold = (
-    "import sys; from train.data import prepare_plan as p\n"
-    "from train.data import text, input_files, tokenize\n"
+    "import sys; from train.data.prepare import plan_and_locks as p\n"
+    "from train.data.prepare import read_documents, input_files, tokenizer\n"
     "from pathlib import Path\n"
     "found = input_files.find_sources([sys.argv[1]]).sources\n"
-    "plan = p.make_plan(found, tokenize.load('bytes').spec, text.Fields())\n"
+    "spec = tokenizer.load('bytes').spec\n"
+    "plan = p.make_plan(found, spec, read_documents.Fields())\n"
     "with p.claimed(Path(sys.argv[2]), plan) as file:\n"
     "  p.lock(file, [2]); print('held', flush=True); sys.stdin.read()\n"
   )
@@ -121,7 +122,9 @@ def test_two_processes_do_not_make_the_same_shard(tmp_path):
 def test_a_first_try_that_failed_is_told_from_work(tmp_path):
   (tmp_path / "x.jsonl").write_bytes(jsonl([dict(content="a")]))
   out = tmp_path / "out"
-  with pytest.raises(DataError, match=r"\['content'\] \(--text-field\); --on"):
+  with pytest.raises(
+    PrepareError, match=r"\['content'\] \(--text-field\); --on"
+  ):
     run([tmp_path / "x.jsonl"], out)
   hint = "is 'content'; choose another --out, or delete the folder: no shard"
   with pytest.raises(ValueError, match=hint):

@@ -5,15 +5,11 @@ import threading
 import numpy as np
 import pytest
 
-from train.data.batches import (
-  Batches,
-  check_fingerprint,
-  hash64,
-  hash64_slots,
-  iterate,
-)
+from train.data.batches import Batches, check_fingerprint
 from train.data.mqar import MQARConfig, MQARStream, stream_test_batches
 from train.data.mqar_paper import MQARPaper
+from train.data.prefetch import iterate
+from train.data.splitmix64 import hash64, hash64_slots
 
 SMALL = MQARConfig(vocab_size=256, length=32, pairs=4)
 
@@ -37,7 +33,7 @@ class Counting(Batches):
   def fingerprint(self):
     return {"data": "counting", "rows": self.rows}
 
-  def _read(self, step, start, stop):
+  def read_rows(self, step, start, stop):
     if step == self.bad_step:
       raise self.error(f"step {step} is broken")
     row_B = step * self.rows + np.arange(start, stop)

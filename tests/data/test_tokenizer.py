@@ -11,7 +11,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from train import cli
 from train.data.prepare import tokenizer as tokenize
-from train.data.prepare.shard import DataError
+from train.data.prepare.shard import PrepareError
 
 _TEXTS = [f"the cat {i} sat on the mat; déjà vu 日本\n\t{i}" for i in range(99)]
 
@@ -92,7 +92,9 @@ def test_a_text_that_a_tokenizer_refuses_is_named(tmp_path):
   texts = [dict(text=x) for x in ("a b", "a c", "b")]
   (tmp_path / "x.jsonl").write_bytes(jsonl(texts))
   options = dict(tokenizer=str(tmp_path / "t.json"))
-  with pytest.raises(DataError, match="x.jsonl, line 2: the tokenizer failed"):
+  with pytest.raises(
+    PrepareError, match="x.jsonl, line 2: the tokenizer failed"
+  ):
     run([tmp_path / "x.jsonl"], tmp_path / "out", **options)
   options |= dict(on_error="skip")
   dataset = run([tmp_path / "x.jsonl"], tmp_path / "out", **options)

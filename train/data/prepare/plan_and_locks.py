@@ -1,9 +1,12 @@
-"""What a data set is going to be, claimed in its folder before any of it is.
+"""The plan of a data set, and the locks on its shards.
 
     OUT/prepare/plan.json   tokenizer, fields, rows; every source with its size
 
-A folder goes on with the plan that it has, or refuses and says what differs.
-The plan's file also carries the locks: byte i is held by who makes shard i.
+The plan is written before any shard. A later run with the same plan continues
+the data set. A run with another plan is refused, and is told what differs.
+
+The file also carries the locks: byte i is locked by the process that makes
+shard i.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,15 +18,15 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from train.atomic import WORK, temporary
+from train.atomic import temporary
 from train.data.prepare.input_files import Source
+from train.data.prepare.output_folder import WORK
 from train.data.prepare.read_documents import Fields
 from train.data.prepare.tokenizer import TokenizerSpec
 
-DATASET = "dataset.json"
 _PLAN = "plan.json"
-_FINISH = 1 << 40  # the byte that is locked to finish a data set
-_SHOWN = 5
+_FINISH = 1 << 40  # the byte that is locked while dataset.json is written
+_SHOWN = 5  # differences that a message names
 
 
 def make_plan(
@@ -32,37 +35,55 @@ def make_plan(
   fields: Fields,
   row_length: int | None = None,
 ) -> dict[str, Any]:
-  """All that the output depends on, but for the bytes of the sources."""
-  return dict(
-    format="rebased-tokens plan",
-    version=1,
-    tokenizer=dataclasses.asdict(spec),
-    fields=dataclasses.asdict(fields),
-    rows=dict(length=row_length),
-    sources=[
-      dict(
-        name=source.name,
-        kind=source.kind,
-        files=[[file.name, file.bytes] for file in source.files],
-      )
+  """Return the plan of a data set, as JSON data.
+
+  It holds everything that the output depends on, except the bytes of the
+  sources.
+
+  Args:
+    sources: one for each shard, in their order.
+    spec: identifies the tokenizer.
+    fields: which fields of a record are read.
+    row_length: the inputs of a row, if records are rows; None if they are
+      documents.
+  """
+  return {
+    "format": "rebased-tokens plan",
+    "version": 1,
+    "tokenizer": dataclasses.asdict(spec),
+    "fields": dataclasses.asdict(fields),
+    "rows": {"length": row_length},
+    "sources": [
+      {
+        "name": source.name,
+        "kind": source.kind,
+        "files": [[file.name, file.bytes] for file in source.files],
+      }
       for source in sources
     ],
-  )
+  }
 
 
 @contextlib.contextmanager
 def claimed(out: Path, plan: dict[str, Any]) -> Iterator[BinaryIO]:
-  """The plan's file, open for `lock`, when the folder is the plan's.
+  """Reserve a folder for a plan, and open the plan's file for `lock`.
+
+  Args:
+    out: the folder of the data set; it is created if it does not exist.
+    plan: from `make_plan`.
+
+  Yields:
+    The open plan file. Closing it releases the locks.
 
   Raises:
-    ValueError: the folder holds other files, or another plan; it names what
-      differs, and nothing was changed.
+    ValueError: the folder holds other files, or a data set of another plan.
+      The message names what differs, and nothing was changed.
   """
   if out.exists() and not out.is_dir():
     raise ValueError(f"{out} is a file: expected a folder")
   file = out / WORK / _PLAN
   if not file.exists():
-    _claim(out, file, plan)
+    _write_plan(out, file, plan)
   with file.open("r+b") as opened:
     try:
       held = json.loads(opened.read())
@@ -79,41 +100,54 @@ def claimed(out: Path, plan: dict[str, Any]) -> Iterator[BinaryIO]:
     yield opened
 
 
-def lock(plan: BinaryIO, shards: Sequence[int]) -> None:
-  """Holds these shards until the file is closed or the process ends.
+def lock(plan_file: BinaryIO, shards: Sequence[int]) -> None:
+  """Lock shards until the file is closed or the process ends.
+
+  Args:
+    plan_file: the open plan file.
+    shards: the numbers of the shards.
 
   Raises:
-    ValueError: another process makes one of them.
+    ValueError: another process has locked one of them.
   """
   for shard in shards:
     try:
-      fcntl.lockf(plan, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, shard)
+      fcntl.lockf(plan_file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, shard)
     except (BlockingIOError, PermissionError) as error:
       raise ValueError(
-        f"{Path(plan.name).parents[1]}: another process is making "
-        f"shard-{shard:05d}; give each its own --shard i/n"
+        f"{Path(plan_file.name).parents[1]}: another process is making "
+        f"shard-{shard:05d}; give each process its own --shard i/n"
       ) from error
 
 
 @contextlib.contextmanager
-def finishing(plan: BinaryIO) -> Iterator[None]:
-  """One process at a time."""
-  fcntl.lockf(plan, fcntl.LOCK_EX, 1, _FINISH)
+def finishing(plan_file: BinaryIO) -> Iterator[None]:
+  """Hold the lock for writing dataset.json; wait while another process has it.
+
+  Args:
+    plan_file: the open plan file.
+  """
+  fcntl.lockf(plan_file, fcntl.LOCK_EX, 1, _FINISH)
   try:
     yield
   finally:
-    fcntl.lockf(plan, fcntl.LOCK_UN, 1, _FINISH)
+    fcntl.lockf(plan_file, fcntl.LOCK_UN, 1, _FINISH)
 
 
 def differences(held: dict[str, Any], plan: dict[str, Any]) -> list[str]:
-  """What differs between two plans, field by field and file by file."""
+  """Return what differs between two plans, one message for each difference.
+
+  Args:
+    held: the plan that the folder has.
+    plan: the plan of this run.
+  """
   found = []
   for part in ("tokenizer", "fields", "rows"):
     for name, value in plan[part].items():
       was = held.get(part, {}).get(name)
       if was != value:
         found.append(f"{part}.{name} was {was!r}, is {value!r}")
-  was, now = _files(held), _files(plan)
+  was, now = _file_sizes(held), _file_sizes(plan)
   found += [f"input {name} is gone" for name in was if name not in now]
   found += [f"input {name} is new" for name in now if name not in was]
   found += [
@@ -126,7 +160,8 @@ def differences(held: dict[str, Any], plan: dict[str, Any]) -> list[str]:
   return found
 
 
-def _files(plan: dict[str, Any]) -> dict[str, int]:
+def _file_sizes(plan: dict[str, Any]) -> dict[str, int]:
+  """Return the size in bytes of each input file of a plan, by its name."""
   return {
     name: size
     for source in plan.get("sources", ())
@@ -135,13 +170,18 @@ def _files(plan: dict[str, Any]) -> dict[str, int]:
 
 
 def _or_delete(out: Path) -> str:
-  """A hint where deleting the folder loses no shard."""
+  """Return a hint to delete the folder if that loses no finished shard."""
   if any((out / WORK).glob("shard-*.json")):
     return ""
   return ", or delete the folder: no shard of it is finished"
 
 
-def _claim(out: Path, file: Path, plan: dict[str, Any]) -> None:
+def _write_plan(out: Path, file: Path, plan: dict[str, Any]) -> None:
+  """Write the plan into a folder that is new or empty.
+
+  Raises:
+    ValueError: the folder holds other files.
+  """
   if out.exists():
     found = {path.name for path in out.iterdir()} - {WORK}
     work = out / WORK
@@ -157,6 +197,6 @@ def _claim(out: Path, file: Path, plan: dict[str, Any]) -> None:
   file.parent.mkdir(parents=True, exist_ok=True)
   with temporary(file.parent, file.name) as temp:
     temp.write_text(json.dumps(plan, indent=1) + "\n")
-    # Unlike a rename it fails where another process was first.
+    # Unlike a rename, a link fails if another process has written the plan.
     with contextlib.suppress(FileExistsError):
       os.link(temp, file)

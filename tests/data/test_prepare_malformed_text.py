@@ -22,12 +22,12 @@ import pytest
 
 from train.data.prepare import (
   input_files,
-  read_bytes,
   read_documents,
+  read_lines,
   shard as prepare_shard,
   tokenizer,
 )
-from train.data.prepare.shard import DataError, Job
+from train.data.prepare.shard import Job, PrepareError
 
 _GOOD = jsonl(records(6))
 _LINES = _GOOD.splitlines(keepends=True)
@@ -48,13 +48,13 @@ def _with(line: bytes, at: int = 2) -> bytes:
     (b'{"txt": "a"}', "no field 'text'; there are ['txt']"),
     (b"null", "expected an object, not null"),
     (b'["text"]', "expected an object, not of type list"),
-    (b'{"text": "a"', "no JSON"),
-    (b'{"text": "a\0"}', "no JSON"),
-    (b"\0\0\0", "no JSON"),
+    (b'{"text": "a"', "not JSON"),
+    (b'{"text": "a\0"}', "not JSON"),
+    (b"\0\0\0", "not JSON"),
     (b'{"text": "\\ud800"}', "half a surrogate pair at character 0"),
     (b'{"text": "a", "meta": {"pile_set_name": 3}}', "of type int"),
     (b"[" * 100_000, "too deeply nested"),
-    (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "no JSON"),
+    (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "not JSON"),
     (b'{"text": "a"}\r\xff', "broken UTF-8"),
   ],
 )
@@ -62,7 +62,7 @@ def test_a_bad_line_is_named_and_the_others_are_read(tmp_path, line, reason):
   path = tmp_path / "x.jsonl"
   path.write_bytes(_with(line))
   offset = sum(map(len, _LINES[:2]))
-  with pytest.raises(DataError) as error:
+  with pytest.raises(PrepareError) as error:
     run([path], tmp_path / "out")
   assert str(error.value).startswith(f"x.jsonl, line 3 (byte {offset}): ")
   assert reason in str(error.value)
@@ -108,7 +108,9 @@ def test_a_stream_cut_short_gives_what_came_before(
   assert texts == _TEXTS[: len(texts)]
   # gzip says what it has; a zstd frame is all there but for its last bytes.
   assert name in problem.where and f"line {len(texts) + 1} " in problem.where
-  assert "zstd stream is cut" in problem.reason or "gzip" in problem.reason
+  assert (
+    "zstd stream is truncated" in problem.reason or "gzip" in problem.reason
+  )
 
 
 def test_whole_frames_before_a_cut_are_kept(tmp_path):
@@ -132,9 +134,9 @@ def test_whole_frames_before_a_cut_are_kept(tmp_path):
     ("x.jsonl.gz", b"", "empty", 0),
     ("x.jsonl", b"", "empty", 0),
     ("x.jsonl", b"\n\n", "empty", 0),
-    ("x.parquet", b"", "no readable Parquet", 0),
-    ("x.parquet", parquet_bytes(records(6))[:-9], "no readable Parquet", 0),
-    ("x.parquet", _GOOD, "no readable Parquet", 0),
+    ("x.parquet", b"", "not readable as Parquet", 0),
+    ("x.parquet", parquet_bytes(records(6))[:-9], "not readable as Parquet", 0),
+    ("x.parquet", _GOOD, "not readable as Parquet", 0),
     ("x.parquet", parquet_bytes([dict(b="a")] * 3), "no column 'text'", 0),
     ("x.txt", b"ab\xff", "broken UTF-8 at byte 2", 0),
     ("x.txt", b"ab\0", "a NUL at byte 2", 0),
@@ -143,7 +145,7 @@ def test_whole_frames_before_a_cut_are_kept(tmp_path):
 def test_a_bad_file_is_named(tmp_path, name, data, reason, documents):
   path, out = tmp_path / name, tmp_path / "out"
   path.write_bytes(data)
-  with pytest.raises(DataError) as error:
+  with pytest.raises(PrepareError) as error:
     run([path], out)
   assert str(error.value).startswith(name)
   assert reason in str(error.value)
@@ -151,7 +153,7 @@ def test_a_bad_file_is_named(tmp_path, name, data, reason, documents):
     dataset = run([path], out, on_error="skip")
     assert (dataset["documents"], dataset["skipped"]) == (documents, 1)
   else:
-    with pytest.raises(DataError, match="no document was found in 1 inputs"):
+    with pytest.raises(PrepareError, match="no document was found in 1 inputs"):
       run([path], out, on_error="skip")
     assert not (out / "dataset.json").exists()
 
@@ -189,7 +191,7 @@ def test_rows_of_parquet_are_named_and_lost_groups_counted(tmp_path):
 
 def test_long_lines_need_no_memory_and_the_next_is_read():
   chunks = [b"ab\n", *[b"x" * 1000] * 50, b"\ncd\n", b"y" * 2000]
-  found = list(read_bytes.lines(iter(chunks), 100))
+  found = list(read_lines.lines(iter(chunks), 100))
   assert [x.number for x in found] == [1, 2, 3, 4]
   assert [x.data for x in found] == [b"ab", None, b"cd", None]
   assert [x.offset for x in found] == [0, 3, 50_004, 50_007]
@@ -200,7 +202,7 @@ def test_a_line_may_lie_across_chunks():
   data = b"one\n\ntwo three\nfour"
   for size in range(1, len(data)):
     chunks = [data[i : i + size] for i in range(0, len(data), size)]
-    found = list(read_bytes.lines(iter(chunks), 100))
+    found = list(read_lines.lines(iter(chunks), 100))
     assert [x.data for x in found] == data.split(b"\n")
     assert all(data[x.offset :].startswith(x.data) for x in found)
 
@@ -214,7 +216,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
   job = Job(
     0, source, str(tmp_path / "out"), read_documents.Fields(), skip=True
   )
-  with pytest.raises(DataError, match=r"x.jsonl: it has .* expected"):
+  with pytest.raises(PrepareError, match=r"x.jsonl: it has .* expected"):
     prepare_shard.write_shard(job, _BYTES, lambda _: None, lambda: False)
   assert not [x for x in (tmp_path / "out").rglob("*") if x.is_file()]
 
@@ -269,7 +271,7 @@ def test_fuzzed_files_are_read_named_or_counted(tmp_path, name):
     error = None
     try:
       strict = make(False)["shard"]
-    except DataError as caught:
+    except PrepareError as caught:
       error = caught
     shard = make(True)["shard"]
     if error is None:

@@ -17,9 +17,9 @@ from text_cases import (
 from train_cases import call as call, trainer as trainer
 
 from train.data import recall
-from train.data.text import bigrams
+from train.data.text import bigram_counts as bigrams
 from train.data.text.rows import open_source
-from train.data.text.source import DataError
+from train.data.text.token_source import DataError
 
 
 def _slowly(texts) -> dict[tuple[int, int], int]:

@@ -1,10 +1,11 @@
-"""Bytes of a compressed text file: in order, hashed, and cut into lines.
+"""Read a text file, hash and decompress its bytes, and cut them into lines.
 
-    file → HashedFile → chunks (none, gzip, zstd; any number of frames) → lines
+    file → HashedFile → decompressed (none, gzip, zstd; any number of frames)
+         → lines
 
-A stream that is cut short or damaged gives the lines before the damage and
-then one `Line` that holds the reason in place of its bytes. Memory is bounded
-by the longest line allowed.
+A truncated or damaged stream gives the lines before the damage, and then one
+`Line` that holds the reason instead of bytes. Memory is bounded by the longest
+line allowed.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,31 +16,35 @@ from typing import Self
 import zlib
 
 READ_BYTES = 1 << 20
-# One call may grow its input ten thousand times: zstd gets little at a time.
+# zstd may expand its input ten thousand times in one call, so it gets little.
 _ZSTD_READ_BYTES = 1 << 14
-_ZSTD_WINDOW = 1 << 31  # as `zstd --ultra --long=31` writes
+_ZSTD_WINDOW = 1 << 31  # the largest window, from `zstd --ultra --long=31`
 _BOM = b"\xef\xbb\xbf"
 
 
 class StreamError(ValueError):
-  """A compressed stream is damaged or ends too early; says why."""
+  """A compressed stream is damaged or ends too early."""
 
 
 class HashedFile:
-  """Reads a file once from begin to end; a context manager.
+  """Read a file once from beginning to end, and hash it; a context manager.
+
+  Args:
+    path: the file.
+    on_bytes: called with the number of bytes of each read.
 
   Attributes:
-    bytes: how many were read.
+    bytes: the number of bytes read so far.
   """
 
-  def __init__(self, path: str, on_bytes: Callable[[int], None]):
+  def __init__(self, path: str, on_bytes: Callable[[int], None]) -> None:
     self._file = open(path, "rb", buffering=0)  # noqa: SIM115
     self._on_bytes = on_bytes
     self._hash = hashlib.sha256()
     self.bytes = 0
 
   def read(self, size: int = READ_BYTES) -> bytes:
-    """At most `size` bytes; none at the end."""
+    """Return the next bytes, at most `size`; b"" at the end."""
     data = self._file.read(size)
     self._hash.update(data)
     self.bytes += len(data)
@@ -47,7 +52,7 @@ class HashedFile:
     return data
 
   def sha256(self) -> str:
-    """Of the whole file: reads what is left."""
+    """Read the rest of the file and return the SHA-256 of all of it."""
     while self.read():
       pass
     return self._hash.hexdigest()
@@ -61,13 +66,13 @@ class HashedFile:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-  """A line without its end, or the reason why it could not be had.
+  """A line without its line break, or the reason why it cannot be read.
 
   Attributes:
-    number: from 1.
-    offset: of its first byte in the uncompressed file.
+    number: the number of the line, from 1.
+    offset: the place of its first byte in the uncompressed file.
     data: the bytes; None if there is a reason.
-    reason: what is wrong with it, or with the stream from here on.
+    reason: what is wrong with the line, or with the stream from here on.
   """
 
   number: int
@@ -76,11 +81,11 @@ class Line:
   reason: str | None = None
 
 
-def chunks(file: HashedFile, compression: str) -> Iterator[bytes]:
-  """The uncompressed bytes.
+def decompressed(file: HashedFile, compression: str) -> Iterator[bytes]:
+  """Yield the uncompressed bytes of a file, piece by piece.
 
   Args:
-    file: at its begin.
+    file: a file of which nothing was read yet.
     compression: "", "gz" or "zst".
 
   Raises:
@@ -99,18 +104,21 @@ def chunks(file: HashedFile, compression: str) -> Iterator[bytes]:
 
 
 def lines(stream: Iterator[bytes], limit: int) -> Iterator[Line]:
-  """Cuts at b"\\n"; the last line need not end in one.
+  """Cut bytes into lines at each line feed; the last line need not end in one.
 
   Args:
-    stream: `chunks`.
-    limit: bytes; of a longer line only the reason is given, and the next line
-      follows it.
+    stream: from `decompressed`.
+    limit: the longest line in bytes. A longer one is yielded as a reason, and
+      the lines after it follow.
+
+  Yields:
+    The lines in their order.
   """
   number, offset, size = 1, 0, 0
   held: list[bytes] = []
   try:
-    for chunk in stream:
-      *whole, rest = chunk.split(b"\n")
+    for data in stream:
+      *whole, rest = data.split(b"\n")
       for piece in whole:
         size += len(piece)
         held.append(piece)
@@ -131,6 +139,7 @@ def lines(stream: Iterator[bytes], limit: int) -> Iterator[Line]:
 def _line(
   number: int, offset: int, size: int, held: list[bytes], limit: int
 ) -> Line:
+  """Join the pieces of a line of `size` bytes, unless it is too long."""
   if size > limit:
     reason = f"the line has {size:,} bytes: expected at most {limit:,}"
     return Line(number, offset, None, reason)
@@ -139,9 +148,10 @@ def _line(
 
 
 def _gzip(file: HashedFile) -> Iterator[bytes]:
+  """Yield the uncompressed bytes of a gzip file."""
   try:
-    with gzip.GzipFile(fileobj=file, mode="rb") as stream:
-      # In pieces: what comes before the damage is not lost with it.
+    with gzip.GzipFile(fileobj=file, mode="rb") as stream:  # pyrefly: ignore[no-matching-overload]  # only `read` is called
+      # Piece by piece, so that the bytes before a damage are not lost.
       while data := stream.read1(READ_BYTES):
         yield data
   except (EOFError, OSError, zlib.error) as error:
@@ -153,6 +163,7 @@ def _gzip(file: HashedFile) -> Iterator[bytes]:
 
 
 def _zstd(file: HashedFile) -> Iterator[bytes]:
+  """Yield the uncompressed bytes of a zstd file of any number of frames."""
   import zstandard
 
   decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
@@ -175,6 +186,6 @@ def _zstd(file: HashedFile) -> Iterator[bytes]:
     raise StreamError("the file is empty: expected a zstd stream")
   if begun:
     raise StreamError(
-      f"the zstd stream is cut short: it ends inside a frame at byte "
+      f"the zstd stream is truncated: it ends inside a frame at byte "
       f"{file.bytes:,} of the file"
     )

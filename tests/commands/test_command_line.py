@@ -174,8 +174,8 @@ _CORRUPT = {
   "version": (_changed(lambda x: x.update(version=2)), "version=2: expected 1"),
   "no run": (_changed(lambda x: x.update(run=3)), "run: expected a RunConfig"),
   "type": (
-    _changed(lambda x: x["run"]["model"]["mixer"].update(type="Mamba")),
-    "run.model.mixer.type='Mamba'",
+    _changed(lambda x: x["run"]["model"]["second"].update(type="Mamba")),
+    "run.model.second.type='Mamba'",
   ),
   "field": (
     _changed(lambda x: x["run"]["optimizer"].update(momentum=1)),
@@ -237,7 +237,7 @@ def test_inspect(call, finished: Path) -> None:
     ("steps", "12480"),
     ("accumulate", "8"),
     ("data.length", "2048"),
-    ("model.mixer.eps", "1e-12"),
+    ("model.second.eps", "1e-12"),
   ):
     assert re.search(rf"│ {name} +│ +{value} │", out), name
   code, out, _ = call("inspect", str(finished))

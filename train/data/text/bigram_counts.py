@@ -31,10 +31,10 @@ from train.data.batches import (
   Batches,
   Fingerprint,
   check_fingerprint,
-  require,
 )
+from train.data.checks import require
 from train.data.text.rows import fill_pieces, open_source
-from train.data.text.source import DataError, Pieces, TokenSource
+from train.data.text.token_source import DataError, Pieces, TokenSource
 
 _VERSION = 1
 _CHUNK = 1 << 22  # pairs at a time
@@ -233,7 +233,7 @@ class RareBatches(Batches):
   def _frequent_N(self) -> np.ndarray:
     return frequent(self.paths, self.limit)
 
-  def _read(self, step: int, start: int, stop: int) -> Batch:
+  def read_rows(self, step: int, start: int, stop: int) -> Batch:
     batch = self.inner.read(step, slice(start, stop))
     pair_BT = pairs_of(batch["tokens"], batch["targets"])
     place_BT = np.searchsorted(self._frequent_N, pair_BT)

@@ -9,8 +9,12 @@ import grain
 import numpy as np
 import pytest
 
-from train.data.text.megatron import MegatronSource, find_shards, read_index
-from train.data.text.source import DataError, Pieces
+from train.data.text.megatron_source import (
+  MegatronSource,
+  find_shards,
+  read_index,
+)
+from train.data.text.token_source import DataError, Pieces
 
 # Two sequences of 3 and 1 tokens, one document each: the bytes of the format.
 _BYTES = bytes.fromhex(

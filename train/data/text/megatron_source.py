@@ -28,14 +28,8 @@ from typing import Literal, NamedTuple, NoReturn
 import numpy as np
 
 from train.data.batches import Fingerprint
-from train.data.checks import file_hash
-from train.data.text.source import (
-  DataError,
-  Pieces,
-  TokenSource,
-  sampled_hash,
-  sizes_hash,
-)
+from train.data.file_hashes import file_hash, sampled_hash, sizes_hash
+from train.data.text.token_source import DataError, Pieces, TokenSource
 
 Unit = Literal["document", "sequence"]
 

@@ -34,8 +34,8 @@ def _code(*words: str) -> int:
     ("stop-accuracy", "nan", "stop_accuracy=nan"),
     ("stop-accuracy", "2", "stop_accuracy=2"),
     ("optimizer.weight-decay", "inf", "weight_decay=inf"),
-    ("model.mixer.eps", "inf", "eps=inf"),
-    ("model.mixer.implementation", "foo", "implementation='foo'"),
+    ("model.second.eps", "inf", "eps=inf"),
+    ("model.second.implementation", "foo", "implementation='foo'"),
   ],
 )
 def test_a_value_is_refused(

@@ -21,7 +21,7 @@ import pytest
 
 from train import cli
 from train.data.prepare import input_files, tokenizer as tokenize
-from train.data.prepare.shard import DataError
+from train.data.prepare.shard import PrepareError
 
 
 def test_every_format_gives_its_documents_in_order(tmp_path):
@@ -131,12 +131,14 @@ def test_no_end_of_text_on_request(tmp_path):
 def test_a_document_of_50_mb_stays_whole_or_is_refused(tmp_path):
   path = tmp_path / "x.jsonl"
   path.write_bytes(jsonl([dict(text="a"), dict(text="b" * 50_000_000), {}]))
-  with pytest.raises(DataError, match=r"x.jsonl, line 3 .*no field 'text'"):
+  with pytest.raises(PrepareError, match=r"x.jsonl, line 3 .*no field 'text'"):
     run([path], tmp_path / "out")
   path.write_bytes(jsonl([dict(text="a"), dict(text="b" * 50_000_000)]))
   assert run([path], tmp_path / "whole")["tokens"] == 2 + 50_000_001
   small = dict(max_document_mb=16)
-  with pytest.raises(DataError, match=r"x.jsonl, line 2 .*at most 16,777,216"):
+  with pytest.raises(
+    PrepareError, match=r"x.jsonl, line 2 .*at most 16,777,216"
+  ):
     run([path], tmp_path / "small", **small)
   dataset = run([path], tmp_path / "small", on_error="skip", **small)
   assert (dataset["documents"], dataset["skipped"]) == (1, 1)
@@ -181,7 +183,7 @@ def test_a_failed_run_goes_on_when_the_text_is_mended(tmp_path):
   bad = tmp_path / "in" / "e.jsonl"
   good = jsonl(records(3))
   bad.write_bytes(good[:-1] + b"#")
-  with pytest.raises(DataError, match=r"e.jsonl, line 3 .*no JSON"):
+  with pytest.raises(PrepareError, match=r"e.jsonl, line 3 .*not JSON"):
     run([tmp_path / "in"], tmp_path / "out")
   assert not (tmp_path / "out" / "dataset.json").exists()
   bad.write_bytes(good)  # of the same size

@@ -1,0 +1,196 @@
+"""Read batches ahead of training, by a thread or by processes, with a timeout.
+
+grain does the reading ahead. `iterate` gives the batches of a range of steps in
+their order, however many workers there are.
+"""
+
+from collections.abc import Callable, Iterator
+import threading
+import types
+from typing import Self, TypeVar
+
+from absl import flags
+import grain
+
+from train.data.batches import Batch, Batches, row_bounds
+from train.data.checks import require
+
+_T = TypeVar("_T")
+
+
+class DataTimeout(TimeoutError):
+  """A batch did not come in time; its thread still waits for it."""
+
+
+class _Span:
+  """Random access to the batches of the steps start..stop-1, for grain."""
+
+  def __init__(
+    self, batches: Batches, start: int, stop: int, rows: slice
+  ) -> None:
+    self._batches = batches
+    self._start = start
+    self._stop = stop
+    self._rows = rows
+
+  def __len__(self) -> int:
+    return self._stop - self._start
+
+  def __getitem__(self, index: int) -> Batch:
+    return self._batches.read(self._start + int(index), self._rows)
+
+
+class BatchIterator(Iterator[Batch]):
+  """Iterate over batches in the order of their steps, reading ahead.
+
+  Close the iterator, or use it as a context manager, to stop the reading. If
+  the data source fails, `next` raises its error and closes the iterator, so
+  that no batch is ever skipped.
+
+  Attributes:
+    step: the global step of the batch that `next` returns next.
+  """
+
+  def __init__(
+    self,
+    span: _Span,
+    start: int,
+    workers: int = 0,
+    timeout: float | None = None,
+  ) -> None:
+    self.step = start
+    self._timeout = timeout
+    self._closed = False
+    self._source = None
+    if len(span):
+      options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+      data = grain.MapDataset.source(span).to_iter_dataset(options)
+      if workers:
+        # grain's worker processes read absl flags, which must be parsed.
+        if not flags.FLAGS.is_parsed():
+          flags.FLAGS.mark_as_parsed()
+        # Send batches through pipes. Shared memory would stay allocated after
+        # a run that is stopped early.
+        pipes = grain.experimental.DatasetOptions(min_shm_size=1 << 62)
+        data = grain.experimental.WithOptionsIterDataset(data, pipes)
+        data = data.mp_prefetch(grain.MultiprocessingOptions(workers, 2))
+      self._source = iter(data)
+
+  def __next__(self) -> Batch:
+    """Return the next batch; ValueError if the iterator is closed."""
+    if self._closed:
+      raise ValueError(f"the batch iterator was closed at step {self.step}")
+    if self._source is None:
+      raise StopIteration
+    source, what = self._source, f"the batch of step {self.step}"
+    try:
+      batch = within(self._timeout, what, lambda: next(source))
+    except StopIteration:
+      raise
+    except DataTimeout:
+      # Closing the source would wait for the read that hangs.
+      self._closed, self._source = True, None
+      raise
+    except BaseException:
+      self.close()
+      raise
+    self.step += 1
+    return batch
+
+  def close(self) -> None:
+    """Stop reading ahead; a second call does nothing."""
+    if not self._closed and self._source is not None:
+      self._source.close()
+    self._closed, self._source = True, None
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: types.TracebackType | None,
+  ) -> None:
+    self.close()
+
+
+def iterate(
+  batches: Batches,
+  *,
+  start: int,
+  stop: int,
+  rows: slice | None = None,
+  workers: int = 0,
+  timeout: float | None = None,
+) -> BatchIterator:
+  """Iterate over the batches of the global steps start..stop-1.
+
+  Args:
+    batches: the data source.
+    start: the first step; a resumed run passes the step it continues from.
+    stop: the step after the last; `stop == start` gives an empty iterator.
+    rows: the rows of each batch that this process reads; None for all.
+    workers: the number of processes that read ahead; 0 for one thread. The
+      batches and their order do not depend on it. With worker processes,
+      `batches` must pickle.
+    timeout: seconds that `next` waits for a batch before it raises
+      DataTimeout; None to wait without a limit.
+
+  Returns:
+    An iterator to be closed, also a context manager.
+
+  Raises:
+    ValueError: `start`, `stop`, `rows` or `workers` is outside its range.
+  """
+  limit = batches.num_batches
+  require(start >= 0, "start", start, "a step, 0 or more")
+  require(stop >= start, "stop", stop, f"start={start} or more")
+  require(workers >= 0, "workers", workers, "0 or more")
+  if limit is not None:
+    require(start <= limit, "start", start, f"at most the {limit} batches")
+    require(stop <= limit, "stop", stop, f"at most the {limit} batches")
+  bounds = slice(*row_bounds(rows, batches.rows))
+  span = _Span(batches, start, stop, bounds)
+  return BatchIterator(span, start, workers, timeout)
+
+
+def within(seconds: float | None, what: str, function: Callable[[], _T]) -> _T:
+  """Call a function, and wait for it for a limited time.
+
+  The function runs in a thread, which Python cannot stop. After a DataTimeout
+  the process should save what it has and end by `os._exit`.
+
+  Args:
+    seconds: how long to wait; None calls the function in this thread.
+    what: names what is waited for, for the message.
+    function: takes no arguments.
+
+  Returns:
+    What the function returns. An error that it raises is raised here.
+
+  Raises:
+    DataTimeout: the function has not returned in time.
+  """
+  if seconds is None:
+    return function()
+  result: list[tuple[_T | None, BaseException | None]] = []
+
+  def run() -> None:
+    try:
+      result.append((function(), None))
+    except BaseException as error:  # noqa: BLE001
+      result.append((None, error))
+
+  thread = threading.Thread(target=run, name="read", daemon=True)
+  thread.start()
+  thread.join(seconds)
+  if not result:
+    raise DataTimeout(
+      f"{what} has not come within {seconds:g} s (data.timeout): the data "
+      "source hangs"
+    )
+  value, error = result[0]
+  if error is not None:
+    raise error
+  return value  # pyrefly: ignore[bad-return]  # a _T wherever error is None
