@@ -91,5 +91,5 @@ def test_the_reference_lists_every_public_name():
     for public in package.__all__:
       if public.startswith("__"):
         continue
-      listed = rf"^\.\. auto\w+:: {name}\.{public}$"
+      listed = rf"^\.\. (auto\w+|py:data):: {name}\.{public}$"
       assert re.search(listed, page, re.MULTILINE), f"{name}.{public}"
