@@ -1,4 +1,4 @@
-"""Where and with what a benchmark ran."""
+"""What a result file says about the machine, the versions and the commit."""
 
 import datetime
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 import platform
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,20 +16,28 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def moment(*sources: str) -> dict:
-  """Date and commit; changes of the sources and benchmarks are noted."""
-  git = lambda *words: subprocess.run(
-    ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
-  ).stdout.strip()
-  dirty = git("status", "--porcelain", "--", *sources, "benchmarks/*.py")
+def moment(*sources: str) -> dict[str, str]:
+  """Return the date and the commit, marked if there are uncommitted changes.
+
+  Args:
+    *sources: folders whose changes matter, beside benchmarks/ and tools/.
+  """
+
+  def git(*words: str) -> str:
+    return subprocess.run(
+      ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+
+  scripts = ("benchmarks/*.py", "tools/*.py")
+  dirty = git("status", "--porcelain", "--", *sources, *scripts)
   return {
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "commit": git("rev-parse", "HEAD") + (" + changes" if dirty else ""),
   }
 
 
-def describe(*sources: str) -> dict:
-  """`moment`, the device and versions, and what XLA was told."""
+def describe(*sources: str) -> dict[str, Any]:
+  """Return `moment`, the device, the versions and the XLA flags."""
   return moment(*sources) | {
     "device": jax.devices()[0].device_kind,
     "machine": platform.machine(),
@@ -42,14 +51,15 @@ def describe(*sources: str) -> dict:
   }
 
 
-def describe_apart(*sources: str) -> dict:
-  """`describe` by a process of its own, so that the device stays free."""
+def describe_in_child(*sources: str) -> dict[str, Any]:
+  """Return `describe` from a child process, which frees the device again."""
   code = (
-    f"import json, environment as e; print(json.dumps(e.describe{sources}))"
+    "import json; from benchmarks import environment; "
+    f"print(json.dumps(environment.describe(*{sources!r})))"
   )
   done = subprocess.run(
     [sys.executable, "-c", code],
-    cwd=ROOT / "benchmarks",
+    cwd=ROOT,
     check=True,
     stdout=subprocess.PIPE,
     text=True,
@@ -57,6 +67,13 @@ def describe_apart(*sources: str) -> dict:
   return json.loads(done.stdout.splitlines()[-1])
 
 
+def python_path() -> str:
+  """Return a PYTHONPATH for children: this checkout, then the given one."""
+  return os.pathsep.join(
+    filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+  )
+
+
 def peak_bytes() -> int | None:
-  """The most bytes that the device has held, where it counts them."""
+  """Return the device's peak of memory in use; None if it keeps no count."""
   return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

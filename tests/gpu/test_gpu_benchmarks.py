@@ -1,19 +1,10 @@
 """What the GPU benchmarks read and write, where no GPU is needed."""
 
-from pathlib import Path
-import sys
-
 import pytest
 
+from benchmarks.kernels import floors, kernel_times, peers, report
 from pallas_kernels.polynomial import arg_specs
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import kernels_floor
-import kernels_peers
-import kernels_profile
-import kernels_report
-import sanitize
+from tools import sanitize
 
 _SPECS = {spec.name: spec for spec in arg_specs.SPECS}
 _PTXAS = """
@@ -30,7 +21,7 @@ ptxas info    : Used 40 registers, used 0 barriers
 def test_registers_and_spills_are_read(tmp_path):
   for name in ("a", "b"):  # the same kernel, compiled for two calls
     (tmp_path / f"{name}.ptxas").write_text(_PTXAS)
-  values = [tuple(row.values()) for row in kernels_profile.registers(tmp_path)]
+  values = [tuple(row.values()) for row in kernel_times.registers(tmp_path)]
   assert values == [("plain", 40, 0, 0), ("polynomial_forward", 255, 96, 100)]
 
 
@@ -38,29 +29,29 @@ def test_floors():
   # 65,536 tokens of 12 heads, F = 16, P = 64: 320 bytes and 47,104 operations
   # a token and head forward, 640 bytes with the backward.
   tokens = 65536 * 12
-  work = kernels_floor.least(_SPECS["lm-1k"])
+  work = floors.least(_SPECS["lm-1k"])
   assert work["forward"] == (320 * tokens, 47104 * tokens)
   assert work["both"] == (640 * tokens, (47104 + 49152 + 75776) * tokens)
   h100 = "NVIDIA H100 80GB HBM3"
-  share = kernels_floor.shares(work["forward"], 0.1502, h100)
+  share = floors.shares(work["forward"], 0.1502, h100)
   assert share["floor_ms"] == pytest.approx(0.0751, abs=1e-4)
   assert share["of_dram"] == pytest.approx(0.5, abs=1e-3)
   assert share["of_tensor"] == pytest.approx(0.249, abs=1e-3)
-  unknown = kernels_floor.shares(work["forward"], 0.1502, "a card")
+  unknown = floors.shares(work["forward"], 0.1502, "a card")
   assert "of_dram" not in unknown and "not known" in unknown["shares"]
 
 
 def test_peers_that_do_not_fit_say_why():
-  quadratic = lambda name: kernels_peers.peer("quadratic", _SPECS[name])
+  quadratic = lambda name: peers.peer("quadratic", _SPECS[name])
   assert quadratic("lm-32k") == "T > 4096"
   assert quadratic("lm-4k").note == "5 of 16 rows"
   assert quadratic("lm-4k").qk == (5, 4096, 12, 16)
   assert quadratic("lm-1k").note == ""
   assert quadratic("pile-157m").note == "1 of 8 rows"
   wide = arg_specs.ArgSpec("wide", 8, 4096, 128, 16, 12)
-  reason = kernels_peers.peer("quadratic", wide)
+  reason = peers.peer("quadratic", wide)
   assert reason == "a row alone needs 48 GiB"
-  softmax = kernels_peers.peer("cudnn", _SPECS["pile-157m"])
+  softmax = peers.peer("cudnn", _SPECS["pile-157m"])
   assert softmax.qk == (8, 4096, 12, 64) and not softmax.checked
 
 
@@ -69,7 +60,7 @@ def test_the_table_shows_only_what_was_timed():
   row = {"name": "a", "B": 4, "T": 8, "H": 2, "P": 3, "gpu": times}
   row |= {"xla": {"skipped": "wrong values"}}
   row |= {"quadratic": times | {"note": "2 of 4 rows"}}
-  lines = kernels_report.table({"rows": [row]}).splitlines()
+  lines = report.table({"rows": [row]}).splitlines()
   assert "xla" not in lines[0]
   cells = "| 0.25 / 1.5 | ~0.5 / ~3 | – / – | – / – |"
   assert lines[2] == f"| a (B=4, T=8, H=2, P=3) {cells}"

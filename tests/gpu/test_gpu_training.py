@@ -1,19 +1,14 @@
 """How the benchmark of training through the kernels judges curves."""
 
-from pathlib import Path
-import sys
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import gpu_training
+from tools import compare_training
 
 
 def test_a_distance_is_of_runs_of_one_length() -> None:
-  assert gpu_training.distance([3.0, 1.0], [2.0, 3.0]) == 1.5
+  assert compare_training.distance([3.0, 1.0], [2.0, 3.0]) == 1.5
   with pytest.raises(ValueError, match="zip"):
-    gpu_training.distance([3.0, 1.0], [2.0])
+    compare_training.distance([3.0, 1.0], [2.0])
 
 
 @pytest.mark.parametrize(
@@ -26,5 +21,5 @@ def test_a_distance_is_of_runs_of_one_length() -> None:
 )
 def test_runs_are_compared_with_what_seeds_do(gpu, passes, learned) -> None:
   xla = [[4.0, 1.0], [4.0, 1.3]]
-  found = gpu_training.judge({"gpu": gpu, "xla": xla})
+  found = compare_training.judge({"gpu": gpu, "xla": xla})
   assert (found["within_noise"], found["learned"]) == (passes, learned)

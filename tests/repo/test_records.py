@@ -2,11 +2,8 @@
 
 import json
 from pathlib import Path
-import sys
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import scaling
+from benchmarks.scaling import run as scaling
 
 _DOC = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
 

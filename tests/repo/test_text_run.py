@@ -10,13 +10,9 @@ import time
 import pytest
 import tyro
 
+from benchmarks.text import corpus as text_corpus, run as text_run
 from train.commands.arguments import TrainArgs
 from train.presets import make_presets
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import text_corpus
-import text_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,7 +122,7 @@ def test_a_system_that_has_no_more_time(
 @pytest.mark.slow
 def test_end_to_end(tmp_path) -> None:
   def run(*words: str, tokens: int = 10_240) -> subprocess.CompletedProcess:
-    command = [sys.executable, "benchmarks/text_run.py", "--model", "tiny"]
+    command = [sys.executable, "benchmarks/text/run.py", "--model", "tiny"]
     command += ["--work", str(tmp_path / "work"), "--tokens", str(tokens)]
     command += ["--out", str(tmp_path / "text.json"), *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,18 +1,16 @@
 """What the step's benchmark asks of a peer, and its ratio of devices."""
 
 import argparse
-from pathlib import Path
-import sys
 
 import pytest
 from train_cases import trainer as trainer
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import train_step_cases
-import train_step_devices
-import train_step_peer
-import train_step_run
+from benchmarks.train_step import (
+  cases as cases_lib,
+  devices,
+  runner,
+  torch_peer,
+)
 
 
 def make_args(**changes) -> argparse.Namespace:
@@ -33,7 +31,7 @@ def make_args(**changes) -> argparse.Namespace:
 
 def test_lengths_choose_rows() -> None:
   args = make_args(cases=["rebased-145m-long"], lengths=[131072], tiny=False)
-  (case,) = train_step_cases.make_cases(args)
+  (case,) = cases_lib.make_cases(args)
   assert (case.rows, case.length) == (1, 131072)
 
 
@@ -47,21 +45,21 @@ def test_idle_time_is_between_the_first_kernel_and_the_last() -> None:
     (170.0, 180.0, False),  # the last results
   ]
   # 65 to 70 and 75 to 90, of 50 to 100.
-  assert train_step_run.idle_between_kernels(spans) == 0.4
-  assert train_step_run.idle_between_kernels(spans[2:5]) is None
+  assert runner.idle_between_kernels(spans) == 0.4
+  assert runner.idle_between_kernels(spans[2:5]) is None
 
 
 def test_the_peer_is_asked_for_our_attention_model(monkeypatch) -> None:
-  args = make_args(cases=list(train_step_cases.make_models()), tiny=False)
-  wanted = train_step_peer.request(train_step_cases.make_cases(args), args, 3)
+  args = make_args(cases=list(cases_lib.make_models()), tiny=False)
+  wanted = torch_peer.request(cases_lib.make_cases(args), args, 3)
   sizes = ("width", "layers", "heads", "hidden", "vocab_size")
   assert [wanted[x] for x in sizes] == [768, 12, 12, 3072, 50304]
   places = [(x["length"], x["positions"]) for x in wanted["cases"]]
   assert places == [(4096, 4096), (16384, 16384)]
   assert wanted["compile"] and wanted["warmup_steps"] == 200
   args = make_args(cases=["rebased-145m"])
-  cases = train_step_cases.make_cases(args)
-  assert train_step_peer.request(cases, args, 3) is None
+  cases = cases_lib.make_cases(args)
+  assert torch_peer.request(cases, args, 3) is None
 
 
 @pytest.mark.parametrize(
@@ -73,29 +71,29 @@ def test_the_peer_is_asked_for_our_attention_model(monkeypatch) -> None:
 )
 def test_a_peer_that_fails_says_so(monkeypatch, command, failed) -> None:
   args = make_args()
-  wanted = train_step_peer.request(train_step_cases.make_cases(args), args, 3)
-  popen = train_step_peer.subprocess.Popen
+  wanted = torch_peer.request(cases_lib.make_cases(args), args, 3)
+  popen = torch_peer.subprocess.Popen
   other = lambda words, **how: popen([words[0], "-c", command], **how)
-  monkeypatch.setattr(train_step_peer.subprocess, "Popen", other)
-  (row,) = train_step_peer.measure(wanted, "cpu", 1)
+  monkeypatch.setattr(torch_peer.subprocess, "Popen", other)
+  (row,) = torch_peer.measure(wanted, "cpu", 1)
   assert row["failed"] == failed and row["case"] == "attention-127m"
 
 
 def test_a_peer_of_another_size_is_refused() -> None:
   place = {"case": "a", "length": 4}
   ours = [place | {"parameters": 5}]
-  train_step_peer.check([place | {"parameters": 5}], ours)
-  train_step_peer.check([place | {"failed": "no torch"}], ours)
+  torch_peer.check([place | {"parameters": 5}], ours)
+  torch_peer.check([place | {"failed": "no torch"}], ours)
   with pytest.raises(SystemExit, match="another model"):
-    train_step_peer.check([place | {"parameters": 6}], ours)
+    torch_peer.check([place | {"parameters": 6}], ours)
 
 
 def test_one_device_against_two() -> None:
   args = make_args(cases=["rebased-145m"])
-  cases = train_step_cases.make_cases(args)
-  (row,) = train_step_devices.measure(cases, args, 1)
+  cases = cases_lib.make_cases(args)
+  (row,) = devices.measure(cases, args, 1)
   assert row["one"]["parameters"] == row["all"]["parameters"] > 50_000
   rates = [row[x]["tokens_per_second"] for x in ("all", "one")]
   assert row["ratio"] == pytest.approx(rates[0] / rates[1], abs=1e-3)
   with pytest.raises(SystemExit, match="--devices 99: expected at most"):
-    train_step_devices.require(99)
+    devices.require(99)

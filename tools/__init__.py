@@ -1,0 +1,1 @@
+"""Scripts for maintainers that measure no time; tools/README.md lists them."""
