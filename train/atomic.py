@@ -1,58 +1,86 @@
-"""Files of a data set that are there whole, or not at all.
+"""Write files so that each is there whole, or not at all.
 
-What is being written stands in OUT/prepare under a name of its process alone:
+The content is written under a temporary name in the same folder, which then
+gets the final name in one step. A killed process leaves the temporary file:
 
-    OUT/prepare/NAME.tmp-HOST-PID   →   OUT/NAME or OUT/prepare/NAME
+    FOLDER/NAME.tmp-HOST-PID-THREAD   →   FOLDER/NAME
+
+The functions take `pathlib.Path`, and `epath.Path` for folders in a bucket.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 import contextlib
-import io
 import json
 import os
 from pathlib import Path
 import socket
+import threading
+from typing import Any, TypeVar
 
-import numpy as np
-
-WORK = "prepare"  # the folder of what only `prepare` reads
+_Path = TypeVar("_Path", bound=Any)  # pathlib's or etils' Path
 
 
 @contextlib.contextmanager
-def temporary(folder: Path, name: str) -> Iterator[Path]:
-  """A path of this process alone, gone afterwards unless it was renamed."""
-  path = folder / f"{name}.tmp-{socket.gethostname()}-{os.getpid()}"
+def temporary(folder: _Path, name: str) -> Iterator[_Path]:
+  """Yield a path that no other process or thread uses; remove it afterwards.
+
+  Args:
+    folder: where the path is.
+    name: the name that the file will get. The caller renames the file when it
+      is complete; a renamed file stays.
+  """
+  owner = f"{socket.gethostname()}-{os.getpid()}-{threading.get_native_id()}"
+  path = folder / f"{name}.tmp-{owner}"
   try:
     yield path
   finally:
     path.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: object) -> None:
-  """Writes a file of OUT or OUT/prepare whole, or not at all."""
-  write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+@contextlib.contextmanager
+def replacing(path: _Path, folder: _Path | None = None) -> Iterator[_Path]:
+  """Yield a temporary path that becomes `path` if the context succeeds.
 
-
-def write_bytes(path: Path, data: bytes) -> None:
-  """Writes a file of OUT or OUT/prepare whole, or not at all."""
-  folder = path.parent
-  if folder.name != WORK:
-    folder = folder / WORK
-  with temporary(folder, path.name) as temp:
-    temp.write_bytes(data)
-    sync(temp)
+  Args:
+    path: the final path; what it held before is replaced.
+    folder: where the temporary file is. None: beside `path`. It must be on the
+      same file system.
+  """
+  with temporary(path.parent if folder is None else folder, path.name) as temp:
+    yield temp
     temp.replace(path)
 
 
-def write_array(path: Path, values: Iterable[int], dtype: type) -> None:
-  """Writes an .npy file of OUT or OUT/prepare whole, or not at all."""
-  data = io.BytesIO()
-  np.save(data, np.array(values, dtype))
-  write_bytes(path, data.getvalue())
+def write_bytes(
+  path: Any, data: bytes, *, folder: Any = None, durable: bool = False
+) -> None:
+  """Write a file whole, or not at all.
+
+  Args:
+    path: the file.
+    data: its content.
+    folder: see `replacing`.
+    durable: wait until the content is on the disk, so that it outlives a crash
+      of the machine. For local files.
+  """
+  with replacing(path, folder) as temp:
+    temp.write_bytes(data)
+    if durable:
+      sync(temp)
+
+
+def write_text(path: Any, text: str) -> None:
+  """Write a text file whole, or not at all."""
+  write_bytes(path, text.encode())
+
+
+def write_json(path: Any, value: object, **options: Any) -> None:
+  """Write JSON whole, or not at all; `options` are those of `write_bytes`."""
+  write_bytes(path, (json.dumps(value, indent=1) + "\n").encode(), **options)
 
 
 def sync(path: Path) -> None:
-  """Waits until a file or a folder is on the disk."""
+  """Wait until a file or a folder is on the disk."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)

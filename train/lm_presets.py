@@ -1,9 +1,10 @@
 """The language-model runs of `rebased train`.
 
-The paper's hyper-parameters, its Tables 6 to 8: rows of 4096 tokens, 1024 a
-step, 20,000 steps, rate 1e-3 after 200 steps of warm-up, weight decay 0.1, clip
-1. What it leaves out is that of Based's published code, whose other numbers it
-shares: β₂ 0.95, a cosine to a tenth, no decay of biases, norms and embeddings.
+Hyper-parameters are the paper's, Tables 6 to 8: rows of 4096 tokens, 1024 rows
+a step, 20,000 steps, learning rate 1e-3 after 200 steps of warm-up, weight
+decay 0.1, gradient norms clipped at 1. The paper leaves some open. These are
+from the published code of Based, which has the same numbers otherwise: β₂ 0.95,
+a cosine to a tenth, and no decay of biases, norms and embeddings.
 """
 
 import dataclasses
@@ -11,9 +12,9 @@ import dataclasses
 from rebased_jax import BaseConvConfig, ModelConfig, ReBasedConfig, presets
 from train.config import OptimizerConfig, RunConfig, TextData
 
-ROWS = 1024  # of a step
-MICRO = 8  # rows of 4096 tokens at a time
-LONG = 131_072  # tokens of a row without positions
+ROWS = 1024  # of a global batch
+MICRO = 8  # rows of 4096 tokens in a micro-batch
+LONG = 131_072  # tokens of a row, in models without positions
 _OPTIMIZER = OptimizerConfig(
   learning_rate=1e-3,
   warmup_steps=200,
@@ -25,7 +26,7 @@ _OPTIMIZER = OptimizerConfig(
 
 
 def lm_tiny() -> RunConfig:
-  """A small ReBased language model on `--data.path`, for a CPU.
+  """Return a small ReBased language model on `--data.path`, for a CPU.
 
   The end of the text is held out, so that a single file is enough. The
   vocabulary is the byte tokenizer's; another needs --model.vocab-size.
@@ -53,7 +54,13 @@ def lm_tiny() -> RunConfig:
 def pile(
   model: ModelConfig, *, learning_rate: float = 1e-3, micro: int = MICRO
 ) -> RunConfig:
-  """The paper's run of a model, in bfloat16 over float32 parameters."""
+  """Return the paper's run of a model: bfloat16 with float32 parameters.
+
+  Args:
+    model: the model; its dtype is replaced.
+    learning_rate: the highest learning rate.
+    micro: rows of a micro-batch.
+  """
   return RunConfig(
     model=dataclasses.replace(model, dtype="bfloat16"),
     data=TextData(length=4096),
@@ -68,7 +75,10 @@ def pile(
 
 
 def long(run: RunConfig) -> RunConfig:
-  """The run over rows of 131,072 tokens, as many a step, and no positions."""
+  """Return a run over rows of 131,072 tokens, without positions.
+
+  A step has as many tokens as that of the given run.
+  """
   rows = ROWS * run.data.length // LONG
   return dataclasses.replace(
     run,
@@ -81,7 +91,10 @@ def long(run: RunConfig) -> RunConfig:
 
 
 def large(model: ModelConfig) -> RunConfig:
-  """A run of a model beyond the paper, at the rate of Based's larger ones."""
+  """Return a run of a larger model than the paper's, which recomputes layers.
+
+  The learning rate is that of Based's larger models.
+  """
   run = pile(model, learning_rate=8e-4, micro=MICRO // 2)
   return dataclasses.replace(
     run, model=dataclasses.replace(run.model, remat="dots")
@@ -89,7 +102,7 @@ def large(model: ModelConfig) -> RunConfig:
 
 
 def make_presets() -> dict[str, RunConfig]:
-  """Every language-model preset, by name."""
+  """Return every language-model preset by name."""
   runs = {
     "lm-tiny": lm_tiny(),
     "pile-127m-attention": pile(presets.pile_attention()),

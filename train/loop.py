@@ -1,49 +1,82 @@
-"""The training loop: data, steps, evaluation, checkpoints; no mathematics.
+"""The training loop: data, steps, evaluation and checkpoints, in their order.
 
-Metrics of a step are read after the next one is dispatched, so the device does
-not wait for the host. The state is saved only when its metrics are known to be
-finite.
+    each step               next batch → train_step → metrics of the last step
+    every eval_every steps  metrics on held-out rows
+    every save_every steps  a checkpoint
+
+The metrics of a step are read after the next step is dispatched, so that the
+device never waits for the host. The state is saved only after its metrics are
+known to be finite.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from rich.console import Console
 
-from train import affine, build as build_lib, evaluate, start as start_lib
-from train.build import Built
+from train import compiled_steps, evaluate, metrics
 from train.checkpoint.checkpoints import Checkpoints
-from train.config import RunConfig, fingerprint, to_dict
-from train.console import Display
-from train.data import batches as batches_lib
-from train.data.timeout import DataTimeout
-from train.devices import mesh as mesh_lib, mesh_report, processes, sharding
-from train.faults import Faults, TrainingFailed as TrainingFailed
-from train.preempt import Preemption
-from train.records import metrics as metrics_lib, wandb
-from train.records.gauges import Gauges
+from train.compiled_steps import Built
+from train.config import RunConfig
+from train.data import prefetch
+from train.data.prefetch import DataTimeout
+from train.devices import batch_sharding, processes
+from train.nonfinite_steps import NonfiniteSteps
+from train.progress import Display
+from train.records.device_usage import DeviceUsage
+from train.records.metrics_writer import MetricsWriter, Window
 from train.records.profile import Profile
 from train.records.run_folder import RunFolder
+from train.stop_signals import StopSignals
+from train.stored_config import fingerprint, to_dict
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """How a call of `train` ended."""
+  """How a call of `train.run` ended."""
 
+  #: Updates of the parameters that are done.
   step: int
-  reason: str  # "finished", "accuracy" or "signal"
+  #: "finished", "accuracy" (the run's `stop_accuracy` is reached) or "signal".
+  reason: str
+  #: 0, or 128 + the signal's number.
   exit_code: int
+  #: The last held-out metrics, by name.
   held_out: dict[str, float]
-  seconds: float  # of training in this process
+  #: Seconds of training in this process.
+  seconds: float
+  #: step, ok, params and opt_state, on the devices.
   state: Any
 
 
+class _Pending(NamedTuple):
+  """A step that is dispatched, and whose metrics are not read yet."""
+
+  step: int
+  metrics: dict[str, jax.Array]
+  wait: float  # seconds that the host waited for the batch
+  vote: jax.Array | None  # a signal, which all processes are told of
+
+
 class Loop:
-  """One process's part of a run, between its parts' contexts."""
+  """One process's part of a run.
+
+  Args:
+    config: the run.
+    folder: its folder.
+    built: the run on its devices.
+    checkpoints: where the state is saved.
+    writer: where metrics are written.
+    meta: what the restored checkpoint says of itself; {} for a new run.
+
+  Attributes:
+    held_out: the last held-out metrics, by name.
+    signal: the number of the signal that stops the run, the same in all
+      processes; 0 without one.
+  """
 
   def __init__(
     self,
@@ -51,225 +84,193 @@ class Loop:
     folder: RunFolder,
     built: Built,
     checkpoints: Checkpoints,
-    writer: metrics_lib.Writer,
+    writer: MetricsWriter,
     meta: dict[str, Any],
   ):
-    self.config, self.folder, self.built = config, folder, built
-    self.checkpoints, self.writer = checkpoints, writer
-    self.train_data = config.data.train_batches(config.batch, config.seed)
-    self.eval_data = config.data.eval_batches(config.micro_batch, config.seed)
-    self.window = metrics_lib.Window()
-    self.display: Display | None = None
-    self.pending: tuple[int, Any, float, jax.Array | None] | None = None
-    several = jax.process_count() > 1
-    self.vote = processes.Vote(built.mesh) if several else None
-    self.signal = 0  # that a process was sent, known to all
     self.held_out: dict[str, float] = meta.get("held_out", {})
-    self.faults = Faults(
+    self.signal = 0
+    self._config, self._built = config, built
+    self._checkpoints, self._writer = checkpoints, writer
+    self._train_data = config.data.train_batches(config.batch, config.seed)
+    self._eval_data = config.data.eval_batches(config.micro_batch, config.seed)
+    self._window = Window()
+    self._display: Display | None = None
+    self._pending: _Pending | None = None
+    several = jax.process_count() > 1
+    self._vote = processes.Vote(built.mesh) if several else None
+    self._nonfinite = NonfiniteSteps(
       skip=config.nan == "skip",
       folder=folder,
-      data=self.train_data,
+      data=self._train_data,
       skipped=meta.get("skipped", 0),
     )
-    self.gauges = Gauges(built.abstract["params"])
-    self.profile = Profile(config.profile, folder.path)
+    self._usage = DeviceUsage(built.abstract["params"])
+    self._profile = Profile(config.profile, folder.path)
 
-  def meta(self, finished: str | None) -> dict[str, Any]:
-    return dict(
-      config=to_dict(self.config),
-      config_hash=fingerprint(self.config),
-      data=self.train_data.fingerprint,
-      jax=jax.__version__,
-      finished=finished,
-      held_out=self.held_out,
-      skipped=self.faults.skipped,
-    )
+  def run(
+    self, state: Any, start: int, display: Display, stop: StopSignals
+  ) -> tuple[Any, int, str]:
+    """Train from step `start`, and return (state, step, reason).
 
-  def run(self, state: Any, start: int, display: Display, stop: Preemption):
-    """Trains from step `start`; (state, step, reason)."""
-    config, self.display = self.config, display
-    rows = sharding.local_rows(config.batch, self.built.mesh)
-    data = batches_lib.iterate(
-      self.train_data,
+    Args:
+      state: the state before step `start`. Its arrays are donated.
+      start: the first step.
+      display: shows the progress.
+      stop: knows whether a signal came.
+    """
+    config, self._display = self._config, display
+    data = prefetch.iterate(
+      self._train_data,
       start=start,
       stop=config.steps,
-      rows=rows,
+      rows=batch_sharding.local_rows(config.batch, self._built.mesh),
       workers=config.data.workers,
       timeout=config.data.timeout,
     )
-    put = lambda x: sharding.put_batch(x, self.built.mesh, config.batch)
-    ahead = sharding.put_ahead(data, put)
-    step, reason = start, None if start < config.steps else "finished"
-    with self.saved_if_data_hangs(lambda: (state, step)), data, self.profile:
+    batches = batch_sharding.put_ahead(data, self._put)
+    step = start
+    reason = None if start < config.steps else "finished"
+    with (
+      self._saved_if_data_hangs(lambda: (state, step)),
+      data,
+      self._profile,
+    ):
       while reason is None:
-        self.profile.before(step, state)
+        self._profile.before(step, state)
         before = time.perf_counter()
-        batch = next(ahead)
+        batch = next(batches)
         wait = time.perf_counter() - before
-        state, metrics = self.built.train_step(state, batch, self.built.key)
-        self.settle(state)
-        vote = self.heed(stop.signal_number)
-        self.pending, step = (step, metrics, wait, vote), step + 1
-        reason = self.after(state, step)
-    self.settle(state)
-    self.record(step)  # of a window that a stop cut short
+        state, found = self._built.train_step(state, batch, self._built.key)
+        self._settle(state)
+        vote = self._cast_vote(stop.signal_number)
+        self._pending = _Pending(step, found, wait, vote)
+        step += 1
+        reason = self._evaluate_and_save_if_due(state, step)
+    self._settle(state)
+    self._record(step)  # a signal may come before the next record is due
     return state, step, reason
 
-  def heed(self, signal: int) -> jax.Array | None:
-    """Takes a signal of this process; of several, tells the others of it.
+  def _put(self, batch: Any) -> Any:
+    return batch_sharding.put_batch(batch, self._built.mesh, self._config.batch)
 
-    They all hear of it when they read the metrics of this step.
+  def _cast_vote(self, signal: int) -> jax.Array | None:
+    """Note this process's signal, or start to tell all processes of it.
+
+    The others learn of it when they read the metrics of this step, so that all
+    processes stop after the same one.
     """
-    if self.vote is None:
+    if self._vote is None:
       self.signal = signal
       return None
-    return self.vote.cast(signal)
+    return self._vote.cast(signal)
 
   @contextlib.contextmanager
-  def saved_if_data_hangs(self, where: Callable[[], tuple[Any, int]]):
-    """Saves (state, step) where a batch has not come in time."""
+  def _saved_if_data_hangs(
+    self, where: Callable[[], tuple[Any, int]]
+  ) -> Iterator[None]:
+    """Save (state, step), which `where` returns, if a batch is not in time."""
     try:
       yield
     except DataTimeout:
       state, step = where()
-      if jax.process_count() == 1:  # else the others do not know of it
-        self.settle(state)
-        self.save(state, step, None)
+      if jax.process_count() == 1:  # the other processes do not know of it
+        self._settle(state)
+        self._save(state, step, None)
       raise
 
-  def after(self, state: Any, step: int) -> str | None:
-    """Evaluates and saves where it is due; a reason ends the loop."""
-    config = self.config
+  def _evaluate_and_save_if_due(self, state: Any, step: int) -> str | None:
+    """Return the reason to stop after `step` updates, or None to continue."""
+    config = self._config
     last = step == config.steps
     reason = "finished" if last else None
     if step % config.eval_every == 0 or last:
-      accuracy = self.evaluate(state, step)["accuracy"]
+      accuracy = self._evaluate(state, step)["accuracy"]
       if config.stop_accuracy is not None and accuracy > config.stop_accuracy:
         reason = "accuracy"
     if reason is None and self.signal:
       reason = "signal"
     if reason is not None or step % config.save_every == 0:
-      self.settle(state)
-      finished = None if reason == "signal" else reason
-      self.save(state, step, finished)
+      self._settle(state)
+      self._save(state, step, None if reason == "signal" else reason)
     return reason
 
-  def save(self, state: Any, step: int, finished: str | None) -> None:
+  def _save(self, state: Any, step: int, finished: str | None) -> None:
     before = time.perf_counter()
-    self.checkpoints.save(step, build_lib.to_dicts(state), self.meta(finished))
-    self.window.pause(time.perf_counter() - before)
-
-  def evaluate(self, state: Any, step: int) -> dict[str, float]:
-    """Held-out results, recorded."""
-    self.settle(state)
-    before = time.perf_counter()
-    self.held_out = self.describe(
-      evaluate.evaluate(
-        self.built,
-        state["params"],
-        self.eval_data,
-        timeout=self.config.data.timeout,
-      )
+    self._checkpoints.save(
+      step, compiled_steps.to_dicts(state), self._meta(finished)
     )
-    self.writer.write("eval", step, **self.held_out)
-    self.display.evaluated(step, self.held_out)
-    self.window.pause(time.perf_counter() - before)
+    self._window.pause(time.perf_counter() - before)
+
+  def _meta(self, finished: str | None) -> dict[str, Any]:
+    """Return what a checkpoint says of itself; `finished` is a reason."""
+    return dict(
+      config=to_dict(self._config),
+      config_hash=fingerprint(self._config),
+      data=self._train_data.fingerprint,
+      jax=jax.__version__,
+      finished=finished,
+      held_out=self.held_out,
+      skipped=self._nonfinite.skipped,
+    )
+
+  def _evaluate(self, state: Any, step: int) -> dict[str, float]:
+    """Return the held-out metrics, and record them."""
+    self._settle(state)
+    before = time.perf_counter()
+    found = evaluate.evaluate(
+      self._built,
+      state["params"],
+      self._eval_data,
+      timeout=self._config.data.timeout,
+    )
+    self.held_out = self._with_derived(found)
+    self._writer.write("eval", step, **self.held_out)
+    if self._display is not None:
+      self._display.evaluated(step, self.held_out)
+    self._window.pause(time.perf_counter() - before)
     return self.held_out
 
-  def settle(self, state: Any) -> None:
-    """Reads the metrics of the step before; fails where they are not finite."""
-    if self.pending is None:
-      return
-    (step, metrics, wait, vote), self.pending = self.pending, None
-    if vote is not None:
-      self.signal = int(vote)
-    values = affine.by_layer(jax.device_get(metrics))
-    if metrics_lib.finite(values):
-      tokens = self.config.batch * self.train_data.length
-      self.window.add(values, tokens, wait)
-    else:
-      meta = self.meta(None)
-      self.display.line(self.faults.handle(step, values, state, meta))
-    done, due = step + 1, (step + 1) % self.config.log_every == 0
-    self.display.step(done, self.record(done) if due else None)
+  def _settle(self, state: Any) -> None:
+    """Read the metrics of the step before.
 
-  def record(self, step: int) -> dict[str, float] | None:
-    """Writes the means since the last record, if there are any."""
-    means = self.window.flush()
-    if means is not None:
-      means = self.describe(means)
-      means |= self.gauges.read(means["tokens_per_second"])
-      if self.config.nan == "skip":
-        means["skipped_steps"] = self.faults.skipped
-      self.writer.write("train", step, **means)
+    Args:
+      state: the state after that step, which is the state before it if the step
+        was not finite.
+
+    Raises:
+      TrainingFailed: the step was not finite, and the run does not skip it.
+    """
+    if self._pending is None:
+      return
+    pending, self._pending = self._pending, None
+    if pending.vote is not None:
+      self.signal = int(pending.vote)
+    values = metrics.by_layer(jax.device_get(pending.metrics))
+    if metrics.are_finite(values):
+      tokens = self._config.batch * self._train_data.length
+      self._window.add(values, tokens, pending.wait)
+    else:
+      warning = self._nonfinite.handle(
+        pending.step, values, state, self._meta(None)
+      )
+      if self._display is not None:
+        self._display.line(warning)
+    done = pending.step + 1
+    record = self._record(done) if done % self._config.log_every == 0 else None
+    if self._display is not None:
+      self._display.step(done, record)
+
+  def _record(self, step: int) -> dict[str, float] | None:
+    """Write the means since the last record; return None if there are none."""
+    means = self._window.flush()
+    if means is None:
+      return None
+    means = self._with_derived(means)
+    means |= self._usage.read(means["tokens_per_second"])
+    if self._config.nan == "skip":
+      means["skipped_steps"] = self._nonfinite.skipped
+    self._writer.write("train", step, **means)
     return means
 
-  def describe(self, values: dict[str, float]) -> dict[str, float]:
-    """The values, with the perplexity where the data is text."""
-    if not self.config.data.perplexity:
-      return values
-    return metrics_lib.with_perplexity(values)
-
-
-def train(
-  config: RunConfig,
-  folder: RunFolder,
-  console: Console,
-  *,
-  allow_data_change: bool = False,
-) -> Outcome:
-  """Runs, or goes on with, the run of this folder.
-
-  With `allow_data_change` it goes on although the data, its batch or its seed
-  are not those of the folder: at the step where it was, which then is another
-  place of other data.
-
-  Raises:
-    RunFolderError, ValueError: the run cannot start; nothing was changed.
-    CheckpointError, TrainingFailed: it cannot go on.
-  """
-  mesh = mesh_lib.make_mesh(config.mesh)
-  first = jax.process_index() == 0
-  with jax.set_mesh(mesh):
-    built = build_lib.build(config, mesh)
-    weights = None
-    if config.init_from is not None and not folder.config_file.exists():
-      weights = start_lib.source_weights(config, built)
-    wandb.check(config)
-    start_lib.try_data(config)
-    # What a step refuses, it refuses before there is a folder.
-    built.train_step.eval_shape(*build_lib.inputs(config, built))
-    placed = mesh_report.describe(
-      config, build_lib.to_dicts(built.abstract)["params"], mesh.shape
-    )
-    with (
-      start_lib.claimed(folder, config, allow_data_change=allow_data_change),
-      Checkpoints(folder.checkpoints, keep=config.keep) as checkpoints,
-      Preemption() as stop,
-    ):
-      state, start, meta, notes = start_lib.initial(
-        config,
-        built,
-        checkpoints,
-        folder,
-        weights,
-        allow_data_change=allow_data_change,
-      )
-      if first:
-        folder.update(config)
-        folder.cut_metrics(start)
-        folder.write("sharding.txt", mesh_report.as_text(*placed))
-      display = Display(console, start=start, steps=config.steps, active=first)
-      writer = metrics_lib.Writer(config, folder, active=first)
-      begin = time.perf_counter()
-      with writer, display:
-        for note in (f"run folder: {folder.path}", *placed[0], *notes):
-          display.line(note)
-        loop = Loop(config, folder, built, checkpoints, writer, meta)
-        reason, step = meta.get("finished"), start
-        if reason is None:
-          state, step, reason = loop.run(state, start, display, stop)
-        checkpoints.wait()
-      seconds = time.perf_counter() - begin
-      code = 128 + loop.signal if reason == "signal" else 0
-      return Outcome(step, reason, code, loop.held_out, seconds, state)
+  def _with_derived(self, values: dict[str, float]) -> dict[str, float]:
+    return metrics.with_derived(values, text=self._config.data.perplexity)

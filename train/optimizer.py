@@ -1,4 +1,4 @@
-"""AdamW with the run's schedule, decay mask and clipping, from optax."""
+"""AdamW from optax, with learning-rate schedule, decay mask and clipping."""
 
 import dataclasses
 import math
@@ -14,35 +14,42 @@ from train.data.checks import require
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW; the defaults are the paper's for MQAR.
+  """AdamW. The defaults are those of the paper's MQAR experiments.
 
-  The learning rate rises linearly over `warmup_steps`, then falls as a half
-  cosine from `learning_rate` at `warmup_steps` to `final_fraction` of it at
-  the run's last step. With `epoch_steps` it is held for that many steps at a
-  time, as in a schedule that is stepped once an epoch.
+  The learning rate rises linearly over `warmup_steps`. Then it falls as a half
+  cosine from `learning_rate` to `final_fraction` of it at the run's last step.
   """
 
+  #: The highest learning rate.
   learning_rate: float = 1e-3
+  #: Steps over which the learning rate rises from 0.
   warmup_steps: int = 0
+  #: The learning rate at the last step, as a fraction of the highest.
   final_fraction: float = 0.0
+  #: Hold the learning rate for that many steps, as a schedule that changes once
+  #: an epoch. None: it changes every step.
   epoch_steps: int | None = None
+  #: Decay of the average gradient.
   beta1: float = 0.9
+  #: Decay of the average squared gradient.
   beta2: float = 0.999
+  #: Added to the root of the average squared gradient.
   eps: float = 1e-8
+  #: Weight decay, times the learning rate.
   weight_decay: float = 0.1
-  decay: Literal["all", "matrices"] = "all"  # which parameters decay
-  clip_norm: float | None = None  # of the gradient over all parameters
+  #: Which parameters decay: all, or only the kernels of projections.
+  decay: Literal["all", "matrices"] = "all"
+  #: Largest norm of the gradient over all parameters. None: no clipping.
+  clip_norm: float | None = None
 
   def __post_init__(self):
-    check = lambda ok, name, expected: require(
-      ok, f"optimizer.{name}", getattr(self, name), expected
-    )
-    positive = ("learning_rate", "eps") + ("clip_norm",) * (
-      self.clip_norm is not None
-    )
-    for name in positive:
+    def check(ok: bool, name: str, expected: str) -> None:
+      require(ok, f"optimizer.{name}", getattr(self, name), expected)
+
+    for name in ("learning_rate", "eps", "clip_norm"):
       value = getattr(self, name)
-      check(0 < value < math.inf, name, "a number above 0")
+      unset = name == "clip_norm" and value is None
+      check(unset or 0 < value < math.inf, name, "a number above 0")
     for name in ("beta1", "beta2"):
       check(0 <= getattr(self, name) < 1, name, "a number in [0, 1)")
     check(0 <= self.weight_decay < math.inf, "weight_decay", "finite, ≥ 0")
@@ -57,10 +64,14 @@ class OptimizerConfig:
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """The learning rate at a step; `steps` is where the cosine ends.
+  """Return the learning rate as a function of the step.
 
-  With `epoch_steps` the cosine is taken at the first step of the epoch and
-  ends after the last: lr · (1 + cos(π e / E)) / 2 in epoch e of E.
+  With `epoch_steps` the cosine is evaluated at the first step of each epoch:
+  learning_rate · (1 + cos(π e / E)) / 2 in epoch e of E.
+
+  Args:
+    config: the optimiser.
+    steps: the steps of the run, where the cosine ends.
   """
   warmup, epoch = config.warmup_steps, config.epoch_steps
   last = float(steps if epoch is None else epoch * math.ceil(steps / epoch))
@@ -79,15 +90,17 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decayed(params: Any, which: str) -> Any:
-  """True where weight decay acts: everywhere, or on weight matrices alone.
+  """Return a tree with True at the parameters that weight decay acts on.
 
-  "matrices" are the projections' kernels: no bias, norm, γ, β, embedding or
-  convolution, and nothing of Mamba's A_log and D.
+  Args:
+    params: nested dicts of arrays.
+    which: "all", or "matrices" for the projections' kernels alone: no bias,
+      norm, γ, β, embedding or convolution, and not Mamba's A_log and D.
   """
 
   def matrix(path, _) -> bool:
     names = [str(key.key) for key in path]
-    # A convolution's taps lie in the mixer itself, or under conv.
+    # The taps of a convolution are in the mixer itself, or under conv.
     return names[-1] == "kernel" and names[-2] not in ("mixer", "conv")
 
   if which == "all":
@@ -96,7 +109,12 @@ def decayed(params: Any, which: str) -> Any:
 
 
 def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """The whole update rule."""
+  """Return the update rule of a run.
+
+  Args:
+    config: the optimiser.
+    steps: the steps of the run.
+  """
   adamw = optax.adamw(
     schedule(config, steps),
     b1=config.beta1,

@@ -1,15 +1,16 @@
-"""One step of training, and of evaluation: pure functions of arrays.
+"""One step of training and one of evaluation: pure functions of arrays.
 
-    loss = Σ w_t · (−log softmax(logits_t)[target_t]) / Σ w_t
+    nll_t  = −log softmax(logits_t)[target_t]
+    loss   = Σ w_t · nll_t / Σ w_t           w_t is 1 at a target, 0 at padding
+    params ← params + AdamW(∂loss/∂params)
 
-over the positions of the whole batch that carry a target, however many
-micro-batches it is cut into.
+The sums go over the targets of the whole batch, however many micro-batches it
+is cut into: each is a part of the sum, so that its size does not matter.
 """
 
 import dataclasses
 import functools
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import nnx
 import jax
@@ -17,9 +18,8 @@ from jax import Array
 import jax.numpy as jnp
 import optax
 
-from pallas_kernels.cross_entropy.xla import cross_entropy
-from rebased_jax import ShardAxes
-from train import affine
+from pallas_kernels import ShardAxes, cross_entropy
+from train import metrics
 from train.data import recall
 from train.data.recall import Recall
 
@@ -27,21 +27,30 @@ Batch = dict[str, Array]
 State = dict[str, Any]  # step, ok, params, opt_state
 
 
-class Program(NamedTuple):
-  """The static part of a step."""
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """The static part of a step: what is compiled into it."""
 
-  graph: nnx.GraphDef  # of the model
+  #: The model without its parameters.
+  graph: nnx.GraphDef
+  #: The update rule.
   tx: optax.GradientTransformation
+  #: Micro-batches of a batch.
   accumulate: int
+  #: Mesh axes that split batch, heads and time. None: there is no mesh.
   axes: ShardAxes | None
-  placed: Any = None  # shardings of the parameters, and so of their gradient
+  #: Shardings of the parameters, and so of their gradient. None: no mesh.
+  placed: Any = None
+  #: Parts of a row whose logits exist at a time.
   loss_chunks: int = 1
-  skip: bool = False  # a step that is not finite stops no later one
-  recall: Recall | None = None  # what of text is told apart in evaluation
+  #: Whether training continues after a step that is not finite.
+  skip: bool = False
+  #: Which targets of text evaluation tells apart. None: none.
+  recall: Recall | None = None
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> State:
-  """The state before step 0."""
+  """Return the state before step 0: step int32, ok bool, params, opt_state."""
   return dict(
     step=jnp.zeros((), jnp.int32),
     ok=jnp.ones((), bool),
@@ -50,21 +59,84 @@ def init_state(params: Any, tx: optax.GradientTransformation) -> State:
   )
 
 
+def train_step(
+  state: State, batch: Batch, key: Array, program: Program
+) -> tuple[State, dict[str, Array]]:
+  """Return the state after one update, and the step's metrics.
+
+  A step whose loss, gradient or update is not finite changes only `ok`, which
+  becomes False and stops every later update. With `program.skip` such a step
+  changes the step number alone.
+
+  Args:
+    state: as `init_state` returns it.
+    batch: tokens (B, T), targets and weights (B, M), and where the targets are
+      not all tokens, positions (B, M); segment_ids (B, T) of packed rows.
+    key: the run's PRNG key for dropout.
+    program: the model, the update rule and the layout.
+  """
+  params = state["params"]
+  dropout_key = jax.random.fold_in(key, state["step"])
+  loss, grads, sums = _mean_gradient(params, batch, dropout_key, program)
+  updates, opt_state = program.tx.update(grads, state["opt_state"], params)
+  found = metrics.target_means(sums) | {"loss": loss}
+  found |= metrics.update_metrics(metrics.Update(params, grads, updates))
+
+  norms = found["grad_norm"] + found["update_norm"]
+  finite = jnp.isfinite(loss) & jnp.isfinite(norms)
+  ok = finite if program.skip else state["ok"] & finite
+  new = dict(
+    step=state["step"] + 1,
+    params=optax.apply_updates(params, updates),
+    opt_state=opt_state,
+  )
+  old = {name: state[name] for name in new}
+  if program.skip:
+    old["step"] = new["step"]
+  kept = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
+  return dict(kept, ok=ok | program.skip), found
+
+
+def eval_step(params: Any, batch: Batch, program: Program) -> dict[str, Array]:
+  """Return `metrics.target_sums` of a batch, without dropout.
+
+  Args:
+    params: the parameters.
+    batch: as in `train_step`. `rare` (B, T) too where `recall` has a limit.
+    program: the model and its layout.
+  """
+  loss, targets = _loss_sum(params, batch, program)
+  if program.recall is not None:
+    recalled_BT = recall.recalled(batch, program.recall)
+    targets = targets._replace(recalled_BM=recalled_BT.astype(jnp.float32))
+  return metrics.target_sums(loss, batch["weights"], targets)
+
+
 def loss_sums(
   params: Any,
   batch: Batch,
   program: Program,
   dropout_key: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-  """Σ of the loss over the targets, and {tokens, correct} summed likewise."""
-  loss, tokens = _losses(params, batch, program, dropout_key)
-  weights_BM = batch["weights"]
-  right = (weights_BM * tokens.right_BM).sum()
-  return loss, dict(tokens=weights_BM.sum(), correct=right)
+  """Return Σ w · nll over the batch, and `metrics.target_sums` of it.
+
+  Args:
+    params: the parameters.
+    batch: as in `train_step`.
+    program: the model and its layout.
+    dropout_key: a PRNG key. None: no dropout.
+  """
+  loss, targets = _loss_sum(params, batch, program, dropout_key)
+  return loss, metrics.target_sums(loss, batch["weights"], targets)
 
 
-def _losses(params, batch: Batch, program: Program, dropout_key=None):
-  """Σ w nll, and what is known of each target."""
+def _loss_sum(
+  params: Any,
+  batch: Batch,
+  program: Program,
+  dropout_key: Array | None = None,
+) -> tuple[Array, metrics.Targets]:
+  """Return Σ w · nll, and what is known of each target."""
   model, axes = nnx.merge(program.graph, params), program.axes
   positions_BM = batch.get("positions")
   x_BMD = model.features(
@@ -75,106 +147,56 @@ def _losses(params, batch: Batch, program: Program, dropout_key=None):
     dropout_key=dropout_key,
   )
   if axes is not None and positions_BM is not None:
-    axes = dataclasses.replace(axes, time=None)  # of positions, not of tokens
-  return cross_entropy(
+    # Positions are not split over the devices that split the tokens of a row.
+    axes = dataclasses.replace(axes, time=None)
+  loss, tokens = cross_entropy(
     x_BMD,
     model.token_embedding[...],
     batch["targets"],
     batch["weights"],
-    chunks=program.loss_chunks,
+    parts=program.loss_chunks,
     axes=axes,
   )
+  return loss, metrics.Targets(tokens.nll_BM, tokens.correct_BM)
 
 
-def train_step(
-  state: State, batch: Batch, key: Array, program: Program
-) -> tuple[State, dict[str, Array]]:
-  """The state after one update, and the step's metrics.
-
-  A step whose loss, gradient or update is not finite changes only `ok`, which
-  becomes False and stops every later update; with `program.skip` it changes
-  the step number alone.
-
-  Args:
-    state: of `init_state`.
-    batch: tokens (B, T), targets and weights (B, M), positions (B, M).
-    key: the run's PRNG key.
-    program: model, optimiser and layout.
-  """
-  dropout_key = jax.random.fold_in(key, state["step"])
-  loss, grads, sums = _gradient(state["params"], batch, dropout_key, program)
-  grad_norm = optax.tree.norm(grads)
-  updates, opt_state = program.tx.update(
-    grads, state["opt_state"], state["params"]
-  )
-  new = dict(
-    step=state["step"] + 1,
-    params=optax.apply_updates(state["params"], updates),
-    opt_state=opt_state,
-  )
-  update_norm = optax.tree.norm(updates)
-  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm + update_norm)
-  ok = finite if program.skip else state["ok"] & finite
-  old = {name: state[name] for name in new}
-  if program.skip:
-    old["step"] = new["step"]
-  kept = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
-  metrics = dict(
-    loss=loss,
-    accuracy=sums["correct"] / sums["tokens"],
-    grad_norm=grad_norm,
-    update_norm=update_norm,
-    param_norm=optax.tree.norm(state["params"]),
-    **affine.statistics(state["params"]),
-  )
-  return dict(kept, ok=ok | program.skip), metrics
-
-
-def eval_step(params: Any, batch: Batch, program: Program) -> dict[str, Array]:
-  """{loss, tokens, correct}, each summed over the targets of the batch.
-
-  With `program.recall`, ar_loss and ar_tokens too: those of AR targets.
-  """
-  loss, tokens = _losses(params, batch, program)
-  weights_BM = batch["weights"]
-  total = lambda *x_BM: math.prod(x_BM, start=weights_BM).sum()
-  sums = dict(loss=loss, tokens=total(), correct=total(tokens.right_BM))
-  if program.recall is not None:
-    ar_BM = recall.recalled(batch, program.recall).astype(jnp.float32)
-    sums |= dict(ar_loss=total(ar_BM, tokens.nll_BM), ar_tokens=total(ar_BM))
-  return sums
-
-
-def _gradient(params, batch, dropout_key, program):
-  """The mean loss, its gradient and the sums, over all micro-batches."""
+def _mean_gradient(
+  params: Any, batch: Batch, dropout_key: Array, program: Program
+) -> tuple[Array, Any, dict[str, Array]]:
+  """Return the mean loss, its gradient, and the sums over all micro-batches."""
   value_and_grad = jax.value_and_grad(
     functools.partial(loss_sums, program=program), has_aux=True
   )
+
+  def gradient(batch: Batch, key: Array):
+    result, grads = value_and_grad(params, batch, dropout_key=key)
+    return result, _place(grads, program)
+
   if program.accumulate == 1:
-    (loss, sums), grads = value_and_grad(params, batch, dropout_key=dropout_key)
-    grads = _place(grads, program)
+    (loss, sums), grads = gradient(batch, dropout_key)
   else:
     A = program.accumulate
     # Row b is in micro-batch b mod A, so that each device keeps its rows.
-    split = lambda x_B: jnp.moveaxis(x_B.reshape(-1, A, *x_B.shape[1:]), 1, 0)
-    micro = jax.tree.map(split, batch)
-    keys = jax.random.split(dropout_key, A)
-
-    def run(x):
-      result, grads = value_and_grad(params, x[0], dropout_key=x[1])
-      return result, _place(grads, program)
-
-    first = jax.tree.map(lambda x: x[0], (micro, keys))
-    shapes = jax.eval_shape(run, first)
+    micro = jax.tree.map(
+      lambda x_B: jnp.moveaxis(x_B.reshape(-1, A, *x_B.shape[1:]), 1, 0), batch
+    )
+    inputs = (micro, jax.random.split(dropout_key, A))
+    shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], inputs))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    add = lambda total, x: (jax.tree.map(jnp.add, total, run(x)), None)
-    ((loss, sums), grads), _ = jax.lax.scan(add, zero, (micro, keys))
+
+    def add(total, x):
+      return jax.tree.map(jnp.add, total, gradient(*x)), None
+
+    ((loss, sums), grads), _ = jax.lax.scan(add, zero, inputs)
   scale = 1 / sums["tokens"]
   return loss * scale, jax.tree.map(lambda g: g * scale, grads), sums
 
 
 def _place(grads: Any, program: Program) -> Any:
-  """The gradient where its parameters are, before anything is made of it."""
+  """Put the gradient where its parameters are, before anything uses it.
+
+  XLA would otherwise gather whole gradients and only then split them.
+  """
   if program.placed is None:
     return grads
   return jax.lax.with_sharding_constraint(grads, program.placed)

@@ -9,10 +9,10 @@ import pytest
 from text_cases import evaluated, folder as folder, make_config
 from train_cases import tiny, trainer as trainer
 
-from train.commands.arguments import with_recall
+from train import metrics
+from train.commands.evaluate import with_recall
 from train.data import recall
 from train.data.recall import RECALLS
-from train.records import metrics
 
 
 def _by_definition(words_W, segments_W, order: int) -> list[bool]:
@@ -80,7 +80,7 @@ def test_held_out_perplexities(folder, packing: str) -> None:
     tokens += batch["weights"].sum()
   assert found["tokens"] == tokens and 0.02 < ar / tokens < 0.9
   np.testing.assert_allclose(found["ar_share"], ar / tokens)
-  shown = metrics.with_perplexity(found)
+  shown = metrics.with_derived(found, text=True)
   share = found["ar_share"]
   np.testing.assert_allclose(
     math.log(shown["perplexity"]),

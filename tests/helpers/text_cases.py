@@ -15,7 +15,7 @@ from train_cases import (
   trainer as trainer,
 )
 
-from train import build, evaluate
+from train import compiled_steps, evaluate
 from train.config import RunConfig, TextData
 from train.devices import mesh as mesh_lib
 
@@ -52,8 +52,8 @@ def evaluated(config: RunConfig) -> dict[str, float]:
   """Held-out results of a fresh model."""
   mesh = mesh_lib.make_mesh()
   with jax.set_mesh(mesh):
-    built = build.build(config, mesh)
-    params = build.fresh_state(config, built)["params"]
+    built = compiled_steps.build(config, mesh)
+    params = compiled_steps.fresh_state(config, built)["params"]
     data = config.data.eval_batches(config.batch, 0)
     return evaluate.evaluate(built, params, data)
 

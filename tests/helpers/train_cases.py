@@ -16,27 +16,28 @@ import pytest
 from rich.console import Console
 
 from rebased_jax import BaseConvConfig, ModelConfig, ReBasedConfig
-from train import cli, loop
+from train import cli, training
 from train.config import MQARStreamData, OptimizerConfig, RunConfig
 from train.data.batches import Batches
+from train.loop import Outcome
 from train.presets import make_presets
 from train.records.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 
-# Sends a signal from inside a step, so that the run stops behind a known one:
-# with the batch of the next, which is put ahead.
+# Sends a signal from inside a step, so that the run stops after a known one:
+# the batch of the next step is put ahead.
 _SIGNAL = """
 import os, signal
-from train import sharding
-put, count = sharding.put_batch, 0
+from train.devices import batch_sharding
+put, count = batch_sharding.put_batch, 0
 def put_batch(*args):
   global count
   count += "evaluate" not in sys._getframe(1).f_code.co_name
   if count == {at} + 1:
     os.kill(os.getpid(), signal.{name})
   return put(*args)
-sharding.put_batch = put_batch
+batch_sharding.put_batch = put_batch
 """
 
 
@@ -107,10 +108,12 @@ def flags(config: RunConfig, preset: str = "mqar") -> list[str]:
   return walk(make_presets()[preset], config, "")
 
 
-def run(config: RunConfig, path: Path) -> tuple[loop.Outcome, str]:
+def run(config: RunConfig, path: Path) -> tuple[Outcome, str]:
   """Trains in this process: the outcome, and what it printed."""
   text = io.StringIO()
-  outcome = loop.train(config, RunFolder(path), Console(file=text, width=200))
+  outcome = training.train(
+    config, RunFolder(path), Console(file=text, width=200)
+  )
   return outcome, text.getvalue()
 
 
@@ -177,13 +180,15 @@ def bits(tree: Any) -> dict[str, tuple]:
 
 def saved_bits(path: Path, config: RunConfig) -> tuple[int, dict[str, tuple]]:
   """(step, bytes of every array) of the newest checkpoint of a run."""
-  from train import build
+  from train import compiled_steps
   from train.checkpoint.checkpoints import Checkpoints
   from train.devices import mesh as mesh_lib
 
   mesh = mesh_lib.make_mesh()
   with jax.set_mesh(mesh):
-    abstract = build.to_dicts(build.build(config, mesh).abstract)
+    abstract = compiled_steps.to_dicts(
+      compiled_steps.build(config, mesh).abstract
+    )
     with Checkpoints(path / "checkpoints", keep=config.keep) as checkpoints:
       found = checkpoints.restore(abstract)
   assert not found.broken

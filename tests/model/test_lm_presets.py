@@ -8,7 +8,7 @@ from text_cases import folder as folder
 from train_cases import call as call, trainer as trainer
 
 from rebased_jax import parameter_count, presets
-from train import build, lm_presets
+from train import compiled_steps, lm_presets
 from train.config import OptimizerConfig
 from train.records.run_folder import RunFolder
 
@@ -43,7 +43,7 @@ def test_attention_has_the_widths_of_its_presets() -> None:
 
 @pytest.mark.parametrize("name", _COUNTS)
 def test_parameter_counts(name: str) -> None:
-  model = build.abstract_model(_PRESETS[name])
+  model = compiled_steps.abstract_model(_PRESETS[name])
   assert parameter_count(model) == _COUNTS[name]
 
 
@@ -52,7 +52,7 @@ def test_any_heads_times_features_of_1024_are_table_9s(heads: int) -> None:
   for name in ("based", "rebased"):
     config = presets.pile(presets.VARIANTS[name], heads=heads)
     assert config.second.heads * config.second.features == 1024
-    model = build.abstract_lm(config)
+    model = compiled_steps.abstract_lm(config)
     assert parameter_count(model) == _COUNTS[f"pile-157m-{name}"]
 
 

@@ -149,7 +149,7 @@ def test_trouble_of_the_machine_is_not_damage(
 ) -> None:
   fill(tmp_path)
   with Checkpoints(tmp_path) as checkpoints:
-    from train.checkpoint import storage
+    from train.checkpoint import orbax_storage as storage
 
     def fail(*args):
       raise error

@@ -9,12 +9,12 @@ import threading
 
 import pytest
 
-from train.preempt import Preemption
+from train.stop_signals import StopSignals
 
 _ROOT = Path(__file__).parents[2]
 _HEAD = """
 import os, signal, sys, threading, time
-from train.preempt import Preemption
+from train.stop_signals import StopSignals
 
 def say(text):
   print(text, flush=True)
@@ -41,7 +41,7 @@ def _finish(process: subprocess.Popen) -> tuple[int, str, str]:
 
 
 _LOOP = """
-with Preemption() as stop:
+with StopSignals() as stop:
   say("ready")
   while not stop.requested:
     time.sleep(0.01)
@@ -65,7 +65,7 @@ _JAX = """
 import jax, jax.numpy as jnp
 def spin(x):
   return jax.lax.fori_loop(0, 10**9, lambda i, a: a @ a * 0.5, x)
-with Preemption() as stop:
+with StopSignals() as stop:
   def report():
     while not stop.requested:
       time.sleep(0.01)
@@ -100,7 +100,7 @@ def test_handlers_are_restored() -> None:
   old = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
   wakeup = signal.set_wakeup_fd(-1)
   signal.set_wakeup_fd(wakeup)
-  with Preemption() as stop:
+  with StopSignals() as stop:
     assert signal.getsignal(signal.SIGTERM) not in old
     assert not stop.requested and stop.exit_code == 0
     assert stop.signal_name is None
@@ -111,14 +111,14 @@ def test_handlers_are_restored() -> None:
 
 def test_handlers_are_restored_after_an_error() -> None:
   old = signal.getsignal(signal.SIGTERM)
-  with pytest.raises(KeyError), Preemption():
+  with pytest.raises(KeyError), StopSignals():
     raise KeyError
   assert signal.getsignal(signal.SIGTERM) == old
 
 
 def test_default_behaviour_returns() -> None:
   process = _start("""
-  with Preemption():
+  with StopSignals():
     pass
   say("ready")
   time.sleep(60)
@@ -132,7 +132,7 @@ def test_other_signals_do_not_count() -> None:
   process = _start("""
   seen = []
   signal.signal(signal.SIGUSR1, lambda *a: seen.append(1))
-  with Preemption() as stop:
+  with StopSignals() as stop:
     for _ in range(3):
       os.kill(os.getpid(), signal.SIGUSR1)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -150,7 +150,7 @@ def test_only_the_main_thread_may_enter() -> None:
 
   def enter() -> None:
     try:
-      with Preemption():
+      with StopSignals():
         pass
     except RuntimeError as error:
       errors.append(str(error))
@@ -158,4 +158,6 @@ def test_only_the_main_thread_may_enter() -> None:
   thread = threading.Thread(target=enter)
   thread.start()
   thread.join()
-  assert errors == ["Preemption works in the main thread only"]
+  assert errors == [
+    "training handles SIGTERM and SIGINT, which Python allows in the main thread only: call train.run there"
+  ]

@@ -9,8 +9,8 @@ from rich.console import Console
 from train_cases import tiny, trainer as trainer
 
 from rebased_jax import BaseConvConfig, MambaConfig
-from train import build, config as config_lib, loop, optimizer
-from train.commands import inspect_run
+from train import compiled_steps, optimizer, stored_config, training
+from train.commands import inspect
 from train.config import RunConfig
 from train.records import report
 from train.records.run_folder import RunFolder
@@ -34,7 +34,7 @@ def _names(tree) -> dict:
 
 
 def _decayed(config: RunConfig, which: str) -> set[str]:
-  model = build.abstract_model(config)
+  model = compiled_steps.abstract_model(config)
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   mask = _names(optimizer.decayed(params, which))
   assert mask.keys() == _names(params).keys()
@@ -66,7 +66,7 @@ def test_taps_are_no_matrix_in_either_place() -> None:
 def test_inspect_lists_the_parameters() -> None:
   text = io.StringIO()
   config = mamba_run()
-  inspect_run.show_config(config, "mine", Console(file=text, width=200))
+  inspect.show_config(config, "mine", Console(file=text, width=200))
   lines = [line.split() for line in text.getvalue().splitlines()]
   cells = {line[1]: line[-2] for line in lines if len(line) > 3}
   assert cells["pairs/second/mixer/A_log"] == "64"  # 32 channels, 2 states
@@ -88,6 +88,6 @@ def test_a_run_without_an_attention_picture(tmp_path) -> None:
 
 
 def test_a_stored_config_without_a_block_is_pre_norm() -> None:
-  old = config_lib.to_dict(tiny())
+  old = stored_config.to_dict(tiny())
   del old["model"]["block"]
-  assert config_lib.from_dict(old) == tiny()
+  assert stored_config.from_dict(old) == tiny()

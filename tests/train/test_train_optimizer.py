@@ -10,7 +10,7 @@ import optax
 import pytest
 from train_cases import tiny, trainer as trainer
 
-from train import build, optimizer
+from train import compiled_steps, optimizer
 from train.config import OptimizerConfig
 from train.presets import make_presets
 
@@ -149,7 +149,7 @@ def test_updates_are_adamw(decay, clip_norm) -> None:
 
 
 def test_what_decays() -> None:
-  model = build.abstract_model(tiny(model=dict(mlp_width=8)))
+  model = compiled_steps.abstract_model(tiny(model=dict(mlp_width=8)))
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   decayed = _true(optimizer.decayed(params, "matrices"))
   blocks = ("pairs/first", "pairs/second")

@@ -9,8 +9,8 @@ import pytest
 from train_cases import tiny
 
 from rebased_jax import BaseConvConfig, presets
-from train import build, config as config_lib, lm_presets
-from train.config import MQARPaperData
+from train import compiled_steps, lm_presets, stored_config
+from train.config import MQARPaperData, OptimizerConfig
 from train.presets import make_presets
 
 _PRESETS = make_presets()
@@ -49,12 +49,12 @@ def test_names() -> None:
 @pytest.mark.parametrize("name", _PRESETS)
 def test_every_preset_builds_and_survives_json(name: str) -> None:
   config = _PRESETS[name]
-  text = config_lib.to_json(config)
-  again = config_lib.from_json(text)
+  text = stored_config.to_json(config)
+  again = stored_config.from_json(text)
   assert again == config and hash(again) == hash(config)
-  assert config_lib.to_json(again) == text
-  assert config_lib.fingerprint(again) == config_lib.fingerprint(config)
-  state = nnx.state(build.abstract_model(config), nnx.Param)
+  assert stored_config.to_json(again) == text
+  assert stored_config.fingerprint(again) == stored_config.fingerprint(config)
+  state = nnx.state(compiled_steps.abstract_model(config), nnx.Param)
   embedding = nnx.to_pure_dict(state)["token_embedding"]
   # Text's vocabulary is its data set's, the model's that of bytes.
   vocab_size = config.data.vocab_size or config.model.vocab_size
@@ -66,7 +66,7 @@ def test_fingerprints_differ() -> None:
   """But where two names mean one run."""
   for alias, name in _ALIASES.items():
     assert _PRESETS[alias] == _PRESETS[name]
-  prints = {config_lib.fingerprint(config) for config in _PRESETS.values()}
+  prints = {stored_config.fingerprint(config) for config in _PRESETS.values()}
   assert len(prints) == len(_PRESETS) - len(_ALIASES)
 
 
@@ -106,7 +106,7 @@ def test_paper_numbers(system: str, length: int) -> None:
   assert config.data.train_batches(512, 42).num_batches == config.steps
   assert (config.batch, config.accumulate) == (512, _ACCUMULATE[length])
   assert (config.seed, config.stop_accuracy) == (42, 0.99)
-  assert config.optimizer == config_lib.OptimizerConfig(
+  assert config.optimizer == OptimizerConfig(
     learning_rate=1e-3,
     warmup_steps=0,
     final_fraction=0,
@@ -154,20 +154,20 @@ def test_differences_name_every_field() -> None:
   new = dataclasses.replace(
     tiny(model=dict(width=32), optimizer=dict(clip_norm=None)), keep=2
   )
-  assert config_lib.differences(old, old) == []
-  assert config_lib.differences(old, new) == [
+  assert stored_config.differences(old, old) == []
+  assert stored_config.differences(old, new) == [
     "model.width: 16 → 32",
     "optimizer.clip_norm: 1.0 → None",
     "keep: 3 → 2",
   ]
   other = dataclasses.replace(old, data=MQARPaperData(32, 16, 2))
-  changed = " ".join(config_lib.differences(old, other))
-  assert "data.type: 'MQARStreamData' → 'MQARPaperData'" in changed
+  changed = " ".join(stored_config.differences(old, other))
+  assert "data.class: 'train:MQARStreamData' → 'train:MQARPaperData'" in changed
   assert "data.epochs: None → 64" in changed
 
 
 def test_from_json_refuses_a_field_of_the_wrong_kind() -> None:
-  data = json.loads(config_lib.to_json(tiny()))
+  data = json.loads(stored_config.to_json(tiny()))
   data["run"]["batch"] = "8"
-  with pytest.raises(config_lib.ConfigError, match="batch='8'"):
-    config_lib.from_json(json.dumps(data))
+  with pytest.raises(stored_config.ConfigError, match="batch='8'"):
+    stored_config.from_json(json.dumps(data))

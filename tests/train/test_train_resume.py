@@ -26,8 +26,8 @@ from train_cases import (
   trainer as trainer,
 )
 
-from train import build, config as config_lib, loop, start
-from train.checkpoint.checkpoints import read_meta
+from train import compiled_steps, initial_state, loop, stored_config
+from train.checkpoint.checkpoints import Checkpoints, read_meta
 from train.devices import mesh as mesh_lib
 from train.records.run_folder import RunFolder, RunFolderError
 
@@ -35,9 +35,9 @@ _CONFIG = tiny(model=dict(dropout=0.1))
 
 _SLOW = """
 import time
-from train import sharding
-put = sharding.put_batch
-sharding.put_batch = lambda *args: (time.sleep(0.1), put(*args))[1]
+from train.devices import batch_sharding
+put = batch_sharding.put_batch
+batch_sharding.put_batch = lambda *args: (time.sleep(0.1), put(*args))[1]
 """
 
 
@@ -76,7 +76,7 @@ def test_two_processes_are_one(
   folder = tmp_path / "a run"
   code, out, err = finish(_train(folder, trainer, signal_at(3, "SIGTERM")))
   assert (code, err) == (143, "")
-  assert "stopped at step 3, saved; go on with" in out
+  assert "stopped at step 3 and saved; resume with" in out
   line = out.splitlines()[-1].strip()
   assert shlex.split(line) == ["rebased", "resume", str(folder)]
   assert [step for step, _ in metrics(folder)] == [1, 2, 3]
@@ -100,7 +100,7 @@ def test_sigint_and_kill(
   assert (code, err) == (130, "")
   start = int(out.split("resuming at step ")[1].split()[0])
   assert start in (2, 4)  # the save of step 4 may not have been done
-  assert f"stopped at step {start + 1}, saved" in out
+  assert f"stopped at step {start + 1} and saved" in out
   assert [step for step, _ in metrics(folder)] == [*range(1, start + 2)]
   code, out, err = finish(_resume(folder, trainer))
   assert code == 0, err
@@ -181,13 +181,13 @@ def test_warm_start(finished: Path, tmp_path: Path) -> None:
   )
   mesh = mesh_lib.make_mesh()
   with jax.set_mesh(mesh):
-    built = build.build(config, mesh)
-    with loop.Checkpoints(tmp_path / "none") as none:
-      state, step, meta, notes = start.initial(
+    built = compiled_steps.build(config, mesh)
+    with Checkpoints(tmp_path / "none") as none:
+      state, step, meta, notes = initial_state.restore_or_create(
         config, built, none, RunFolder(tmp_path), None
       )
   assert (step, meta) == (0, {}) and "step 6; fresh optimiser" in notes[0]
-  found = bits(build.to_dicts(state))
+  found = bits(compiled_steps.to_dicts(state))
   params = {path for path in source if path.startswith("params/")}
   assert len(params) > 20
   assert {p: found[p] for p in params} == {p: source[p] for p in params}
@@ -214,6 +214,6 @@ def test_other_data_are_refused(
 def test_the_checkpoint_tells_its_run(finished: Path) -> None:
   step, meta = read_meta(finished / "checkpoints")
   assert (step, meta["finished"]) == (6, "finished")
-  assert meta["config"] == json.loads(config_lib.to_json(_CONFIG))["run"]
-  assert meta["config_hash"] == config_lib.fingerprint(_CONFIG)
+  assert meta["config"] == json.loads(stored_config.to_json(_CONFIG))["run"]
+  assert meta["config_hash"] == stored_config.fingerprint(_CONFIG)
   assert read_meta(finished / "checkpoints", 4)[1]["finished"] is None

@@ -17,11 +17,11 @@ from train_cases import (
 )
 
 import train
-from train import build, cli, restore, start
+from train import cli, compiled_steps, initial_state, trained_model
 from train.checkpoint.checkpoints import Checkpoints, read_meta
 from train.config import MQARStreamData
 from train.devices import mesh as mesh_lib
-from train.loop import TrainingFailed
+from train.nonfinite_steps import TrainingFailed
 from train.records import plots
 from train.records.run_folder import RunFolder
 
@@ -144,7 +144,7 @@ def test_the_model_comes_back(learned: Path) -> None:
   assert (tokens, right / tokens) == (100, record["accuracy"])
   np.testing.assert_allclose(nll / tokens, record["loss"], rtol=1e-4)
   first = min(int(x.name) for x in (learned / "checkpoints").iterdir())
-  older = restore.params(str(learned), first)[2]["norm"]["scale"]
+  older = trained_model.load_params(str(learned), first)[2]["norm"]["scale"]
   assert not np.array_equal(older, model.norm.scale[...])
 
 
@@ -168,7 +168,7 @@ def test_data_are_tried_in_the_batches_of_the_run(monkeypatch) -> None:
       return make(data, rows, seed)
 
     monkeypatch.setattr(MQARStreamData, kind, note)
-  start.try_data(tiny(accumulate=4))
+  initial_state.try_data(tiny(accumulate=4))
   assert asked == dict(train_batches=8, eval_batches=2)
 
 
@@ -234,13 +234,15 @@ def _checkpoint_steps(folder: Path) -> set[int]:
 def _restored(folder: Path, config) -> dict:
   mesh = mesh_lib.make_mesh()
   with jax.set_mesh(mesh):
-    abstract = build.to_dicts(build.build(config, mesh).abstract)
+    abstract = compiled_steps.to_dicts(
+      compiled_steps.build(config, mesh).abstract
+    )
     with Checkpoints(folder / "checkpoints") as checkpoints:
       return jax.device_get(checkpoints.restore(abstract).state)
 
 
 def test_a_full_disk_ends_the_run(tmp_path: Path, monkeypatch, capsys) -> None:
-  from train.checkpoint import storage
+  from train.checkpoint import orbax_storage as storage
 
   class Response:
     def result(self):

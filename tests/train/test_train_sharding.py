@@ -15,9 +15,9 @@ from rebased_jax import (
   ModelConfig,
   ReBasedConfig,
 )
-from train import build
+from train import compiled_steps
 from train.config import OptimizerConfig, RunConfig, TextData
-from train.devices import mesh as mesh_lib, sharding
+from train.devices import batch_sharding, mesh as mesh_lib, parameter_sharding
 from train.devices.mesh import MeshConfig
 
 _B, _T, _V, _STEPS = 8, 16, 24, 20
@@ -98,11 +98,11 @@ def _train(mixer: str, mesh: MeshConfig, devices: int = 8, **changes):
   config = _config(_MIXERS[mixer], mesh, **changes)
   on = mesh_lib.make_mesh(mesh, jax.devices()[:devices])
   with jax.set_mesh(on):
-    built = build.build(config, on)
-    state = build.fresh_state(config, built)
+    built = compiled_steps.build(config, on)
+    state = compiled_steps.fresh_state(config, built)
     losses = []
     for step in range(_STEPS):
-      batch = sharding.put_batch(_batch(step), on)
+      batch = batch_sharding.put_batch(_batch(step), on)
       state, metrics = built.train_step(state, batch, built.key)
       losses.append(float(metrics["loss"]))
       if step == 0:
@@ -185,7 +185,7 @@ def test_parameters_and_moments_are_split() -> None:
   mesh = _FAST[2]
   _, _, state = _train("rebased", mesh)
   sizes, whole, split = mesh.sizes(8), 0, 0
-  places = {x.path: x for x in sharding.places(state, sizes)}
+  places = {x.path: x for x in parameter_sharding.place_all(state, sizes)}
   for path, place in places.items():
     leaf = functools.reduce(_child, path.split("/"), state)
     for shard in leaf.addressable_shards:
@@ -207,15 +207,17 @@ def _child(node, name: str):
 
 def test_what_does_not_divide_is_left_whole_and_named() -> None:
   sizes = MeshConfig(data=1, fsdp=4, tensor=2).sizes(8)
-  place = sharding.place("params/token_embedding", (257, 64), sizes)
+  place = parameter_sharding.place("params/token_embedding", (257, 64), sizes)
   assert place.spec == jax.P(None, "fsdp")
-  assert place.dropped == ("tensor: 257 is no multiple of 2",)
+  assert place.dropped == ("tensor: 257 is not a multiple of 2",)
   assert place.share(sizes) == 257 * 16
-  place = sharding.place("params/pairs/second/mlp/up/kernel", (3, 6, 9), sizes)
+  place = parameter_sharding.place(
+    "params/pairs/second/mlp/up/kernel", (3, 6, 9), sizes
+  )
   assert place.spec == jax.P()
   assert place.dropped == (
-    "fsdp: 6 is no multiple of 4",
-    "tensor: 9 is no multiple of 2",
+    "fsdp: 6 is not a multiple of 4",
+    "tensor: 9 is not a multiple of 2",
   )
   axes = mesh_lib.shard_axes(mesh_lib.make_mesh(MeshConfig(tensor=8)), 12)
   assert axes.heads is None
@@ -255,7 +257,7 @@ def test_a_run_that_does_not_fit_its_mesh(mixer, mesh, error, message) -> None:
   config = dataclasses.replace(config, data=data, batch=batch)
   on = mesh_lib.make_mesh(config.mesh)
   with jax.set_mesh(on), pytest.raises(error, match=message):
-    built = build.build(config, on)
+    built = compiled_steps.build(config, on)
     fields = config.data.fields(config.batch)
     batch = {k: np.zeros(x.shape, x.dtype) for k, x in fields.items()}
     built.train_step.lower(built.abstract, batch, built.key)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from train_cases import bits, tiny, trainer as trainer
 
-from train import build, optimizer, step
-from train.devices import mesh as mesh_lib, sharding
+from train import compiled_steps, optimizer, step
+from train.devices import batch_sharding, mesh as mesh_lib, parameter_sharding
 
 _CONFIG = tiny()
 # Of the runs on devices: with dropout, and two micro-batches.
@@ -48,12 +48,12 @@ class Parts(NamedTuple):
 
 
 def _parts(config) -> Parts:
-  graph, _ = nnx.split(build.abstract_model(config))
+  graph, _ = nnx.split(compiled_steps.abstract_model(config))
   tx = optimizer.make(config.optimizer, config.steps)
   program = step.Program(graph, tx, config.accumulate, None)
   jit = lambda f: jax.jit(functools.partial(f, program=program))
   return Parts(
-    jax.jit(lambda: build._init(config, tx))(),
+    jax.jit(lambda: compiled_steps.new_state(config, tx))(),
     jit(step.train_step),
     jit(step.eval_step),
     jax.jit(lambda params, tokens: nnx.merge(graph, params)(tokens)),
@@ -70,7 +70,7 @@ class Run(NamedTuple):
   """Five steps of `_FULL` on a mesh, on the host."""
 
   mesh: jax.sharding.Mesh
-  built: build.Built
+  built: compiled_steps.Built
   batch: dict  # of the last step, on the mesh
   placed: dict  # the last state, on the mesh
   states: list  # before step 0, and after each
@@ -79,12 +79,12 @@ class Run(NamedTuple):
 
 def _five_steps(mesh) -> Run:
   with jax.set_mesh(mesh):
-    built = build.build(_FULL, mesh)
-    state = build.fresh_state(_FULL, built)
+    built = compiled_steps.build(_FULL, mesh)
+    state = compiled_steps.fresh_state(_FULL, built)
     data = _FULL.data.train_batches(_FULL.batch, _FULL.seed)
     states, metrics = [jax.device_get(state)], []
     for index in range(5):
-      batch = sharding.put_batch(data.read(index), mesh)
+      batch = batch_sharding.put_batch(data.read(index), mesh)
       state, found = built.train_step(state, batch, built.key)
       states.append(jax.device_get(state))
       metrics.append(jax.device_get(found))
@@ -134,7 +134,7 @@ def test_loss_is_the_formula(parts: Parts) -> None:
     sums = parts.evaluate(state["params"], batch)
   assert float(sums["tokens"]) == tokens
   np.testing.assert_allclose(sums["loss"] / tokens, loss, rtol=1e-6)
-  np.testing.assert_allclose(sums["correct"] / tokens, accuracy, rtol=1e-6)
+  np.testing.assert_allclose(sums["accuracy"] / tokens, accuracy, rtol=1e-6)
   _, found = parts.run(state, batch, _KEY)
   np.testing.assert_allclose(found["loss"], loss, rtol=1e-6)
   np.testing.assert_allclose(found["accuracy"], accuracy, rtol=1e-6)
@@ -213,7 +213,7 @@ def test_dropout_is_drawn_anew_at_every_step(eight: Run) -> None:
   def loss(at: int, seed: int) -> float:
     state = dict(graph, step=np.int32(at))
     with jax.set_mesh(eight.mesh):
-      placed = sharding.put_batch(batch, eight.mesh)
+      placed = batch_sharding.put_batch(batch, eight.mesh)
       _, found = eight.built.train_step(state, placed, jax.random.key(seed))
     return float(found["loss"])
 
@@ -246,7 +246,9 @@ def test_eight_devices_are_one_device(eight: Run) -> None:
 
 def test_every_parameter_has_a_rule() -> None:
   params = nnx.to_pure_dict(
-    nnx.state(build.abstract_model(tiny(model=dict(mlp_width=8))), nnx.Param)
+    nnx.state(
+      compiled_steps.abstract_model(tiny(model=dict(mlp_width=8))), nnx.Param
+    )
   )
   paths = [
     jax.tree_util.keystr(path, simple=True, separator="/")
@@ -254,8 +256,10 @@ def test_every_parameter_has_a_rule() -> None:
   ]
   assert len(paths) > 20
   for path in paths:
-    assert any(re.search(rule, path) for rule, _ in sharding.RULES), path
-  placed = sharding.of_tree(params, mesh_lib.make_mesh())
+    assert any(re.search(rule, path) for rule, _ in parameter_sharding.RULES), (
+      path
+    )
+  placed = parameter_sharding.named_shardings(params, mesh_lib.make_mesh())
   assert all(x.is_fully_replicated for x in jax.tree.leaves(placed))
 
 

@@ -20,13 +20,13 @@ from train_cases import (
   trainer as trainer,
 )
 
-from train import affine, faults
+from train import metrics, nonfinite_steps
 from train.checkpoint.checkpoints import read_meta
 from train.config import MQARStreamData, ProfileConfig
 from train.data.prefetch import DataTimeout, within
-from train.devices import peaks, sharding
-from train.loop import TrainingFailed
-from train.records import gauges
+from train.devices import batch_sharding, peaks
+from train.nonfinite_steps import TrainingFailed
+from train.records import device_usage
 from train.records.run_folder import RunFolder
 
 
@@ -96,11 +96,11 @@ def test_mfu_is_of_a_known_peak() -> None:
 
 def test_gauges_say_what_is_known(monkeypatch) -> None:
   params = dict(a=np.zeros((3, 5)), b=np.zeros(5))
-  assert gauges.Gauges(params).read(10.0) == {}  # of a CPU, nothing
+  assert device_usage.DeviceUsage(params).read(10.0) == {}  # of a CPU, nothing
   kind = jax.devices()[0].device_kind
   monkeypatch.setitem(peaks.PEAK_FLOPS, kind, 1e3)
-  monkeypatch.setattr(gauges, "peak_bytes", lambda: 77)
-  found = gauges.Gauges(params).read(10.0)
+  monkeypatch.setattr(device_usage, "peak_bytes", lambda: 77)
+  found = device_usage.DeviceUsage(params).read(10.0)
   assert found == dict(mfu=10 * 6 * 20 / (8 * 1e3), hbm_peak_bytes=77)
 
 
@@ -109,8 +109,10 @@ def test_affine_statistics_by_layer() -> None:
   gamma_NE, beta_NE = rng.normal(size=(2, 3, 8))
   side = dict(query_affine=dict(gamma=gamma_NE, beta=beta_NE))
   block = dict(mixer=side)
-  found = affine.by_layer(
-    affine.statistics(dict(pairs=dict(first=block, second=block)))
+  found = metrics.by_layer(
+    metrics.affine_statistics(
+      metrics.Update(dict(pairs=dict(first=block, second=block)), None, None)
+    )
     | dict(loss=np.float32(2))
   )
   assert found.pop("loss") == 2 and len(found) == 2 * 3 * 4
@@ -173,7 +175,7 @@ def test_skipped_steps_change_nothing_and_are_counted(
 
 
 def test_too_many_in_a_row_end_the_run(tmp_path: Path, monkeypatch) -> None:
-  monkeypatch.setattr(faults, "IN_A_ROW", 2)
+  monkeypatch.setattr(nonfinite_steps, "IN_A_ROW", 2)
   _spoil(monkeypatch, 1, 3, 4)
   with pytest.raises(TrainingFailed, match="step 4 .* 2 in a row were not"):
     run(tiny(nan="skip"), tmp_path / "run")
@@ -232,7 +234,7 @@ def test_a_batch_is_put_before_the_one_ahead_of_it_is_used(count, error):
     return batch
 
   def use() -> None:
-    for batch in sharding.put_ahead(batches(), put):
+    for batch in batch_sharding.put_ahead(batches(), put):
       events.append(f"use {batch}")
 
   if error is None:

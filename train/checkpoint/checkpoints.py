@@ -1,12 +1,11 @@
 """Checkpoints of a run: asynchronous saves and verified restores.
 
-One step is one directory, `DIRECTORY/STEP`, with the arrays and a sealed
-record: format version, the caller's `meta`, and for every array its shape,
-dtype and checksum. A step appears under its final name only when all of it is
-written.
+A step is saved as one directory, `DIRECTORY/STEP`. It holds the arrays and a
+sealed record: the format version, the caller's `meta`, and for every array its
+shape, dtype and checksum. The directory gets its name when it is complete.
 
 A restore checks the record, compares it with the target, reads the arrays and
-checks them too, so that damage ends in an older step or an error, never in
+checks them too. Damage therefore ends in an older step or an error, never in
 wrong values.
 """
 
@@ -21,8 +20,8 @@ from typing import Any, Self
 
 from etils import epath
 
-from train.checkpoint import record as records, storage
-from train.checkpoint.record import FORMAT_VERSION, CheckpointError
+from train.checkpoint import orbax_storage as storage, verify
+from train.checkpoint.verify import FORMAT_VERSION, CheckpointError
 from train.devices.processes import all_processes
 
 __all__ = [
@@ -40,19 +39,21 @@ _log = logging.getLogger(__name__)
 
 
 class NoCheckpointError(CheckpointError):
-  """The directory holds no checkpoint yet."""
+  """The directory does not hold a checkpoint yet."""
 
 
 class MissingStepError(CheckpointError, ValueError):
-  """There is no checkpoint of the step that was asked for."""
+  """The directory does not hold a checkpoint of the requested step."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Broken:
-  """A step that could not be read, and the name it is kept under."""
+  """A step that could not be read."""
 
   step: int
+  #: Why it could not be read.
   reason: str
+  #: The name that its directory has now.
   kept_as: str
 
   def __str__(self) -> str:
@@ -64,24 +65,27 @@ class Broken:
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-  """What a restore gave: `broken` lists newer steps it had to pass over."""
+  """A step that was read."""
 
   step: int
+  #: Nested dicts of arrays.
   state: dict[str, Any]
+  #: What was saved with the arrays.
   meta: dict[str, Any]
+  #: Newer steps, which could not be read.
   broken: tuple[Broken, ...] = ()
 
 
 class Checkpoints:
-  """The checkpoints of one run. One writer to a directory.
+  """The checkpoints of one run; at most one process group may write them.
 
-  Opening removes the temporary directory that a killed save left behind.
-  Leaving the context waits for the last save.
+  Opening removes the temporary directory of a save that was killed. Leaving
+  the context waits for the last save.
 
   Args:
-    directory: where the steps are; made if missing.
-    keep: how many of the newest steps stay. With 1 there is nothing to fall
-      back to when that one is damaged.
+    directory: where the steps are; made if it is missing.
+    keep: how many of the newest steps stay. With 1 there is no older step to
+      use when that one is damaged.
 
   Raises:
     CheckpointError: the directory cannot be made or listed.
@@ -90,7 +94,7 @@ class Checkpoints:
 
   def __init__(self, directory: epath.PathLike, *, keep: int = 3) -> None:
     if keep < 1:
-      raise ValueError(f"keep must be at least 1, got {keep}")
+      raise ValueError(f"keep={keep}: expected at least 1")
     self._directory = _absolute(directory)
     self._current: int | None = None
     self._writer = storage.Writer(self._directory, keep)
@@ -98,15 +102,15 @@ class Checkpoints:
   def save(
     self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]
   ) -> None:
-    """Starts to save; returns when the arrays may be donated or changed.
+    """Start to save, and return when the arrays may be donated or changed.
 
     Waits for the save before, if that is still running. Does nothing if this
     object has just saved or restored `step`.
 
     Args:
       step: a number above every saved step.
-      state: nested dicts of arrays, PRNG keys as their uint32 data.
-      meta: what JSON can hold; kept in the same checkpoint.
+      state: nested dicts of arrays, with PRNG keys as their uint32 data.
+      meta: JSON data, kept in the same checkpoint.
 
     Raises:
       CheckpointError: this save or the one before failed, or there is a newer
@@ -123,11 +127,11 @@ class Checkpoints:
         f"{self._directory}: cannot save step {step} over step {newest}"
       )
     self._current = None
-    self._writer.start(step, state, records.make(state, meta))
+    self._writer.start(step, state, verify.make_record(state, meta))
     self._current = step
 
   def wait(self) -> None:
-    """Waits for the running save.
+    """Wait for the running save.
 
     Raises:
       CheckpointError: it failed; the message has the reason.
@@ -139,7 +143,7 @@ class Checkpoints:
       raise
 
   def steps(self) -> list[int]:
-    """The saved steps, ascending; waits for the running save.
+    """Return the saved steps, ascending; waits for the running save.
 
     Raises:
       CheckpointError: the running save failed, the directory cannot be
@@ -149,19 +153,23 @@ class Checkpoints:
     return storage.steps(self._directory)
 
   def latest(self) -> int | None:
-    """The newest saved step, None if there is none yet; raises like `steps`."""
+    """Return the newest saved step, or None if there is none yet.
+
+    Raises:
+      CheckpointError: as `steps` does.
+    """
     return next(reversed(self.steps()), None)
 
   def restore(self, abstract_state: Mapping[str, Any]) -> Restored:
-    """Reads the newest readable step onto the shardings of the target.
+    """Read the newest readable step onto the shardings of the target.
 
-    A damaged step is passed over with a warning and, once an older one has
-    been read, renamed `STEP.corrupt`; it is never deleted. If no step is
-    readable, nothing is renamed.
+    A damaged step is skipped with a warning. Once an older step has been read,
+    the damaged one is renamed `STEP.corrupt`; it is never deleted. If no step
+    is readable, nothing is renamed.
 
     Args:
       abstract_state: nested dicts of `jax.ShapeDtypeStruct` with shardings,
-        for any mesh; without a sharding an array goes to one local device.
+        for any mesh. An array without a sharding goes to one local device.
 
     Raises:
       NoCheckpointError: nothing has been saved yet.
@@ -205,11 +213,11 @@ class Checkpoints:
 def read_meta(
   directory: epath.PathLike, step: int | None = None
 ) -> tuple[int, dict[str, Any]]:
-  """The step and `meta` of a checkpoint, without reading arrays.
+  """Return the step and `meta` of a checkpoint, without reading arrays.
 
   Args:
     directory: where the steps are; nothing in it is changed.
-    step: which one; the newest with a readable record by default.
+    step: the step. None takes the newest with a readable record.
 
   Raises:
     NoCheckpointError: nothing has been saved yet.
@@ -224,12 +232,15 @@ def restore_params(
   abstract_params: Mapping[str, Any],
   step: int | None = None,
 ) -> tuple[int, dict[str, Any]]:
-  """Reads `params` of a checkpoint and nothing else of its state.
+  """Read the parameters of a checkpoint, and nothing else of its state.
 
   Args:
     directory: where the steps are; nothing in it is changed.
-    abstract_params: like `params` of `Checkpoints.restore`.
-    step: which one; the newest readable by default.
+    abstract_params: as `params` in the argument of `Checkpoints.restore`.
+    step: the step. None takes the newest readable one.
+
+  Returns:
+    (step, parameters).
 
   Raises:
     NoCheckpointError: nothing has been saved yet.
@@ -241,7 +252,7 @@ def restore_params(
 
 
 def _absolute(directory: epath.PathLike) -> epath.Path:
-  """Orbax takes nothing else; a path of a bucket is absolute as it is."""
+  """Return an absolute path, as Orbax requires; a bucket's path is one."""
   path = epath.Path(directory)
   return path if "://" in str(path) else epath.Path(os.path.abspath(path))
 
@@ -253,7 +264,14 @@ def _read_newest(
   *,
   partial: bool = False,
 ) -> tuple[Restored, list[tuple[int, str]]]:
-  """The newest readable step, and the newer ones with what ails them."""
+  """Return the newest readable step, and (step, reason) of damaged newer ones.
+
+  Args:
+    directory: where the steps are.
+    target: what to read. None reads the record only.
+    step: the only step to try. None tries all.
+    partial: whether the checkpoint may hold more than the target.
+  """
   steps = storage.steps(directory)
   if not steps:
     raise NoCheckpointError(f"{directory}: no checkpoint yet")
@@ -264,7 +282,7 @@ def _read_newest(
     try:
       found = _read(directory, candidate, target, partial)
       reason = None
-    except records.DamagedError as error:
+    except verify.DamagedError as error:
       reason = str(error)
     except CheckpointError as error:
       raise CheckpointError(f"{directory}/{candidate}: {error}") from error
@@ -284,13 +302,13 @@ def _read(
 ) -> Restored:
   path = directory / str(step)
   record = storage.load(path, "record", None)
-  records.check(record)
+  verify.check_record(record)
   if target is None:
     return Restored(step, {}, record["meta"])
   stored = record["arrays"]
   if partial:
     stored = {p: x for p, x in stored.items() if p.split("/")[0] in target}
-  records.compare(stored, records.flatten(target))
+  verify.check_arrays(stored, verify.flatten(target))
   state = storage.load(path, "state", target, partial=partial)
-  records.verify(stored, records.flatten(state))
+  verify.check_checksums(stored, verify.flatten(state))
   return Restored(step, state, record["meta"])

@@ -1,0 +1,1 @@
+"""Report on the training step for devices that are not attached."""

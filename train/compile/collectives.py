@@ -1,11 +1,14 @@
-"""The collectives of a compiled step: kinds, bytes, how often, what moves.
+"""Find the collectives of a compiled step: kind, bytes, and how often it runs.
 
-A module's text has each collective once; a loop runs it as often as its
-condition says, `i < N`, and its body's `i + step`. What leaves a device, of n
-that take part, by the ring algorithms (result R bytes):
+The text of a compiled module has each collective once. A loop runs it as often
+as its condition, `i < N`, and its body, `i + step`, say. With ring algorithms
+over n devices and a result of R bytes, these bytes leave each device:
 
-    all-reduce 2 (n − 1)/n R;  all-gather (n − 1)/n R;  all-to-all (n − 1)/n R
-    reduce-scatter (n − 1) R;  collective-permute R
+    all-reduce           2 (n − 1)/n · R
+    all-gather             (n − 1)/n · R
+    all-to-all             (n − 1)/n · R
+    reduce-scatter         (n − 1) · R
+    collective-permute     R
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,14 +32,18 @@ _NAME = r"%?([\w.\-]+)"
 class Collective:
   """One collective of a module."""
 
-  kind: str  # one of KINDS
-  size: int  # bytes of the result
-  times: int  # that a step runs it
-  devices: int  # that take part
+  #: One of KINDS.
+  kind: str
+  #: Bytes of the result.
+  size: int
+  #: How often a step runs it.
+  times: int
+  #: How many devices take part.
+  devices: int
 
   @property
   def moved(self) -> float:
-    """Bytes that leave a device in a step."""
+    """Bytes that leave each device in a step."""
     others = self.devices - 1
     factor = {
       "all-reduce": 2 * others / self.devices,
@@ -47,15 +54,16 @@ class Collective:
 
 
 def find(text: str, devices: int) -> Iterator[Collective]:
-  """Each collective of a module's text.
+  """Yield each collective of a module's text.
 
-  The TPU's compiler writes a reduce-scatter as an all-reduce in a computation
-  of that name, which is cut. Fused with computations, one collective stands in
-  several of them, with one channel. Elsewhere different ones may have the same.
+  The TPU compiler writes a reduce-scatter as an all-reduce inside a computation
+  `all-reduce-scatter…`, which cuts the result. A collective that is fused with
+  computations appears in several of them, with the same channel. Elsewhere,
+  different collectives may share a channel.
 
   Args:
-    text: of the optimised module.
-    devices: of the mesh, which all take part where the text names no groups.
+    text: the optimised module, as XLA prints it.
+    devices: devices of the mesh. All take part if the text names no groups.
   """
   bodies = _computations(text)
   times = _times(bodies)
@@ -80,7 +88,7 @@ def find(text: str, devices: int) -> Iterator[Collective]:
 
 
 def _identity(line: str, shapes: str) -> tuple[str, ...]:
-  """What all the places of a fused collective have in common."""
+  """Return what all appearances of a fused collective have in common."""
   channel = re.search(r"channel_id=(\d+)", line)
   source = re.search(r'op_name="([^"]*)"', line)
   found = [x[1] if x else "" for x in (channel, source)]
@@ -108,7 +116,7 @@ def _width(dtype: str) -> int:
 
 
 def _taking_part(line: str, devices: int) -> int:
-  """Devices of one group: of `{{0,1},…}`, `[8,2]<=[…]` or named mesh axes."""
+  """Return the size of a group: `{{0,1},…}`, `[8,2]<=[…]` or mesh axes."""
   listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
   if listed is not None:
     return listed[1].count(",") + 1
@@ -124,7 +132,7 @@ def _taking_part(line: str, devices: int) -> int:
 
 
 def _computations(text: str) -> dict[str, list[str]]:
-  """The lines of each computation, by its name."""
+  """Return the lines of each computation, by its name."""
   bodies: dict[str, list[str]] = {}
   lines: list[str] = []
   for line in text.splitlines():
@@ -136,7 +144,7 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _times(bodies: Mapping[str, list[str]]) -> dict[str, int]:
-  """How often a step runs each computation."""
+  """Return how often a step runs each computation."""
   calls: dict[str, list[tuple[str, int]]] = {name: [] for name in bodies}
   for name, lines in bodies.items():
     for line in lines:
@@ -168,7 +176,7 @@ def _branches(line: str) -> list[str]:
 def _trips(
   line: str, bodies: Mapping[str, list[str]], condition: str, body: str
 ) -> int:
-  """How often a loop runs; 1 where its text does not say."""
+  """Return how often a loop runs; 1 where its text does not say."""
   known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
   if known is not None:
     return int(known[1])
@@ -202,7 +210,7 @@ def _constant(line: str) -> int | None:
 
 
 def _definitions(lines: list[str]) -> dict[str, str]:
-  """Each line by the name that it defines; the last one also as ROOT."""
+  """Return each line by the name that it defines; the result also as ROOT."""
   found = {}
   for line in lines:
     defined = re.match(rf"\s*(ROOT )?{_NAME} = ", line)

@@ -1,10 +1,10 @@
-"""FLOPs of a function's matrix products, from its jaxpr.
+"""Count the FLOPs of a function's matrix products, from its jaxpr.
 
     (…, m, k) · (…, k, n):  2 · … · m · n · k
 
-Loops count as often as they run, kernels once for each step of their grid,
-what is computed again in a backward pass as often as it is. Of the branches of
-a condition the dearest counts; a `while` whose end is not known counts once.
+A loop counts as often as it runs, and a kernel once for each step of its grid.
+What a backward pass computes again counts again. Of the branches of a condition
+the most expensive one counts. A `while` loop of unknown length counts once.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,11 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
 def of_jaxpr(jaxpr: Jaxpr | ClosedJaxpr) -> int:
-  """FLOPs of all devices together."""
+  """Return the FLOPs of all devices together.
+
+  Raises:
+    NotImplementedError: the function has a convolution.
+  """
   total = 0
   for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
     total += _of_equation(equation)

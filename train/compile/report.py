@@ -1,11 +1,12 @@
-"""`rebased compile`: the training step, for TPUs that are not attached.
+"""Compile the training step for TPUs that are not attached, and report on it.
 
-libtpu describes a slice by its name, `v5e:4x4`, and XLA compiles for it the
-same function that the run would, so what it says of memory is what the run
-will need. FLOPs are those of the step's matrix products (`flops.py`), what
-moves between devices that of its collectives (`collectives.py`); over the peak
-and over the interconnect's bandwidth (`peaks.py`) they are the least times of
-a step, of which nothing here is measured.
+libtpu describes a slice by its name, as `v5e:4x4`. XLA compiles for it the same
+function as in the run, so that the memory it reports is what the run will need.
+
+FLOPs are those of the step's matrix products (flops.py), and traffic is that
+of its collectives (collectives.py). Divided by the peak and by the bandwidth of
+the interconnect (peaks.py), they give lower bounds of the time of a step.
+Nothing here is measured.
 """
 
 import dataclasses
@@ -17,14 +18,14 @@ from jax.experimental import topologies
 from rich.console import Console
 
 from rebased_jax import parameter_count
-from train import build
+from train import compiled_steps
 from train.compile import collectives, flops
 from train.config import RunConfig
 from train.console import rows
 from train.devices import mesh as mesh_lib, mesh_report, peaks
 
 GIB = 2**30
-# What Google's pages say of a chip, by jax's device_kind.
+#: Bytes of a chip's memory, as Google's pages state them, by `device_kind`.
 HBM = {
   "TPU v4": 32 * GIB,
   "TPU v5 lite": 16 * GIB,
@@ -37,28 +38,37 @@ HBM = {
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-  """The collectives of one kind, a device and a step."""
+  """All collectives of one kind, for one device and one step."""
 
+  #: How often they run.
   times: int
-  result: int  # bytes of their results
-  moved: float  # bytes that leave the device
+  #: Bytes of their results.
+  result: int
+  #: Bytes that leave the device.
+  moved: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What XLA says of a compiled function, a device."""
+  """What XLA reports about a compiled function, for one device."""
 
-  arguments: int  # bytes of state, batch and key
-  temporary: int  # bytes beside them, at the worst moment
-  code: int  # bytes of the program
-  traffic: dict[str, Traffic]  # by kind
+  #: Bytes of state, batch and key.
+  arguments: int
+  #: Bytes beside them, at the worst moment.
+  temporary: int
+  #: Bytes of the program.
+  code: int
+  #: The collectives, by kind.
+  traffic: dict[str, Traffic]
 
   @property
   def memory(self) -> int:
+    """Bytes of all three."""
     return self.arguments + self.temporary + self.code
 
   @property
   def moved(self) -> float:
+    """Bytes that leave the device, by all kinds of collectives."""
     return sum(x.moved for x in self.traffic.values())
 
 
@@ -66,39 +76,47 @@ class Compiled:
 class Report:
   """A training step on a slice."""
 
+  #: The number of devices.
   devices: int
-  kind: str  # of device
+  #: Their jax `device_kind`.
+  kind: str
+  #: Parameters of the model.
   parameters: int
-  tokens: int  # of a step
-  products: float  # FLOPs of matrix products, a device
-  found: Compiled | None  # None: it does not fit
-  reason: str | None = None  # why, in the compiler's words
+  #: Tokens of a step, over all devices.
+  tokens: int
+  #: FLOPs of a device's matrix products.
+  products: float
+  #: What XLA reports. None: the step does not fit.
+  found: Compiled | None
+  #: The compiler's message, if the step does not fit.
+  reason: str | None = None
 
   @property
   def limit(self) -> int | None:
-    """Bytes of a device's memory, where they are known."""
+    """Bytes of a device's memory, or None if they are not known."""
     return HBM.get(self.kind)
 
   @property
   def fits(self) -> bool:
+    """Whether the step fits the memory; True if the memory is not known."""
     if self.found is None:
       return False
     return self.limit is None or self.found.memory <= self.limit
 
   @property
   def model_flops(self) -> float:
-    """6 · parameters · tokens, a device."""
+    """6 · parameters · tokens, for one device."""
     return 6 * self.parameters * self.tokens / self.devices
 
   @property
   def seconds(self) -> float | None:
-    """The least time of the matrix products."""
+    """Seconds that the matrix products take at the device's peak."""
     peak = peaks.PEAK_FLOPS.get(self.kind)
     return None if peak is None else self.products / peak
 
   @property
   def seconds_moving(self) -> float | None:
-    """The least time of the collectives, all links in use."""
+    """Seconds that the collectives take with all links in use."""
     bandwidth = peaks.INTERCONNECT.get(self.kind)
     if bandwidth is None or self.found is None:
       return None
@@ -106,16 +124,19 @@ class Report:
 
 
 def show(config: RunConfig, topology: str, console: Console) -> int:
-  """Compiles the step and prints what it needs; 0 where it fits, else 1.
+  """Compile the step and print what it needs.
 
   Args:
     config: the run, its mesh included.
-    topology: of the slice, as `v5e:4x4`.
-    console: where to.
+    topology: the name of the slice, as `v5e:4x4`.
+    console: where the report goes.
+
+  Returns:
+    0 if the step fits, else 1.
 
   Raises:
     ValueError: there is no such slice, or the run does not fit its mesh.
-    NotImplementedError: there is no libtpu here.
+    NotImplementedError: libtpu is not installed.
   """
   devices = describe(topology)
   mesh = mesh_lib.make_mesh(config.mesh, devices)
@@ -123,7 +144,7 @@ def show(config: RunConfig, topology: str, console: Console) -> int:
   console.print(
     f"{topology}: {len(devices)} × {kind}; compiling", highlight=False
   )
-  abstract = build.abstract_model(config)
+  abstract = compiled_steps.abstract_model(config)
   params = nnx.to_pure_dict(nnx.state(abstract, nnx.Param))
   lines, _ = mesh_report.describe(config, params, mesh.shape)
   for line in lines:
@@ -146,7 +167,11 @@ def show(config: RunConfig, topology: str, console: Console) -> int:
 
 
 def report(config: RunConfig, mesh: jax.sharding.Mesh) -> Report:
-  """Compiles the step for a mesh whose devices need not be there.
+  """Compile the step for a mesh whose devices need not be attached.
+
+  Args:
+    config: the run.
+    mesh: the mesh; the run's `mesh` is not used.
 
   Raises:
     ValueError: the run does not fit the mesh.
@@ -162,7 +187,7 @@ def report(config: RunConfig, mesh: jax.sharding.Mesh) -> Report:
   return Report(
     devices=mesh.size,
     kind=mesh.devices.flat[0].device_kind,
-    parameters=parameter_count(build.abstract_model(config)),
+    parameters=parameter_count(compiled_steps.abstract_model(config)),
     tokens=config.batch * config.data.length,
     products=flops.of_jaxpr(traced.jaxpr) / mesh.size,
     found=found,
@@ -171,11 +196,14 @@ def report(config: RunConfig, mesh: jax.sharding.Mesh) -> Report:
 
 
 def describe(topology: str) -> list[jax.Device]:
-  """The devices of a slice; they can be compiled for, not computed on.
+  """Return the devices of a slice, to compile for but not to compute on.
+
+  Args:
+    topology: the name of the slice, as `v5e:4x4`.
 
   Raises:
     ValueError: there is no such slice.
-    NotImplementedError: there is no libtpu here.
+    NotImplementedError: libtpu is not installed.
   """
   try:
     return topologies.get_topology_desc(
@@ -196,20 +224,26 @@ def describe(topology: str) -> list[jax.Device]:
 
 
 def trace(config: RunConfig, mesh: jax.sharding.Mesh) -> Any:
-  """The training step, traced for a mesh whose devices need not be there."""
+  """Trace the training step for a mesh whose devices need not be attached."""
   with jax.set_mesh(mesh):
-    steps = build.steps(config, mesh)
-    return steps.train_step.trace(*build.inputs(config, steps))
+    steps = compiled_steps.make_steps(config, mesh)
+    inputs = compiled_steps.step_inputs(config, steps)
+    return steps.train_step.trace(*inputs)
 
 
 def lower(traced: Any, mesh: jax.sharding.Mesh) -> Any:
-  """The same, lowered."""
+  """Lower what `trace` returned."""
   with jax.set_mesh(mesh):
     return traced.lower()
 
 
 def measure(compiled: Any, devices: int) -> Compiled:
-  """What a compiled function needs, on a mesh of so many devices."""
+  """Return what XLA reports about a compiled function.
+
+  Args:
+    compiled: what `lower(…).compile()` returned.
+    devices: devices of its mesh.
+  """
   memory = compiled.memory_analysis()
   unshared = memory.output_size_in_bytes - memory.alias_size_in_bytes
   traffic: dict[str, Traffic] = {}
@@ -229,7 +263,9 @@ def measure(compiled: Any, devices: int) -> Compiled:
 
 
 def _rows(result: Report, found: Compiled) -> dict[str, str]:
-  mib = lambda size: f"{size / 2**20:,.1f} MiB"
+  def mib(size: float) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
   limit = result.limit
   values = {
     "state and batch": mib(found.arguments),

@@ -1,0 +1,1 @@
+"""The mesh of devices, and what is split over which of its axes."""

@@ -1,12 +1,11 @@
 """The mesh of devices that a run computes on.
 
-    data      rows of the batch; parameters are on every device
-    fsdp      rows of the batch too; parameters and optimiser state are split
-    context   tokens of a row
-    tensor    heads, MLP and vocabulary
+    data      splits the rows of the batch; every device has all parameters
+    fsdp      splits rows too, and the parameters and optimiser state
+    context   splits the tokens of a row
+    tensor    splits heads, MLP and vocabulary
 
-The axes are in this order, so that neighbouring devices share the last ones,
-which exchange the most.
+Neighbouring devices are along the last axes, which exchange the most.
 """
 
 from collections.abc import Sequence
@@ -14,32 +13,37 @@ import dataclasses
 import math
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rebased_jax import ShardAxes
-from train.data import batches
+from train.data.checks import require
 
 AXES = ("data", "fsdp", "context", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """How many parts the devices of a run cut its arrays into.
+  """Into how many parts the devices cut a run's arrays.
 
-  The product is the number of devices. Where a run goes on, it may be another.
+  The product of the four numbers is the number of devices. A resumed run may
+  use another mesh.
   """
 
-  data: int | None = None  # of the batch; None: all devices that remain
-  fsdp: int = 1  # of the batch, the parameters and the optimiser's state
-  tensor: int = 1  # of heads, MLP and vocabulary
-  context: int = 1  # of a row's tokens
+  #: Parts of the batch. None: all devices that the other axes leave.
+  data: int | None = None
+  #: Parts of the batch, the parameters and the optimiser state.
+  fsdp: int = 1
+  #: Parts of the heads, the MLP and the vocabulary.
+  tensor: int = 1
+  #: Parts of a row's tokens.
+  context: int = 1
 
   def __post_init__(self):
     for name in AXES:
       value = getattr(self, name)
       optional = value is None and name == "data"
       whole = isinstance(value, int) and not isinstance(value, bool)
-      batches.require(
+      require(
         optional or (whole and value >= 1),
         f"mesh.{name}",
         value,
@@ -47,10 +51,13 @@ class MeshConfig:
       )
 
   def sizes(self, devices: int) -> dict[str, int]:
-    """The devices along each axis.
+    """Return the number of devices along each axis.
+
+    Args:
+      devices: the number of all devices.
 
     Raises:
-      ValueError: their product is not `devices`; it names the numbers.
+      ValueError: the product of the axes is not `devices`.
     """
     known = self.fsdp * self.context * self.tensor
     data = devices // known if self.data is None else self.data
@@ -59,14 +66,12 @@ class MeshConfig:
       for name in AXES
       if getattr(self, name) is not None
     )
-    batches.require(
-      data * known == devices,
-      "mesh",
-      shown,
-      f"a product that {'divides' if self.data is None else 'is'} "
-      + (
-        f"the {devices} devices" if devices > 1 else "1, as there is 1 device"
-      ),
+    verb = "divides" if self.data is None else "is"
+    there = (
+      f"the {devices} devices" if devices > 1 else "1, as there is 1 device"
+    )
+    require(
+      data * known == devices, "mesh", shown, f"a product that {verb} {there}"
     )
     return dict(
       data=data, fsdp=self.fsdp, context=self.context, tensor=self.tensor
@@ -76,10 +81,14 @@ class MeshConfig:
 def make_mesh(
   config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """The mesh over `devices`, by default those of all processes.
+  """Return the mesh of a run.
+
+  Args:
+    config: the sizes of the axes. None: all devices along `data`.
+    devices: None takes the devices of all processes.
 
   Raises:
-    ValueError: the config does not fit their number.
+    ValueError: the config does not fit the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = (config or MeshConfig()).sizes(len(devices))
@@ -92,37 +101,56 @@ def make_mesh(
 
 
 def shard_axes(mesh: Mesh, heads: int | None = None) -> ShardAxes:
-  """What splits batch, heads and time of activations on this mesh.
+  """Return the mesh axes that split batch, heads and time of activations.
 
   An axis of one device splits nothing. The batch always has an axis, so that
-  the operator runs on each device's rows by itself.
+  the operators run on each device's own rows.
 
   Args:
-    mesh: of `make_mesh`.
-    heads: of the mixer, which are not split where they do not divide.
+    mesh: as `make_mesh` returns it.
+    heads: the mixer's heads. They are not split if `tensor` does not divide
+      them. None: the mixer has no heads, or they do not matter.
   """
-  several = lambda *names: tuple(x for x in names if mesh.shape[x] > 1)
-  tensor, context = several("tensor"), several("context")
+
+  def used(*names: str) -> tuple[str, ...]:
+    return tuple(name for name in names if mesh.shape[name] > 1)
+
+  tensor, context = used("tensor"), used("context")
   if heads is not None and heads % mesh.shape["tensor"]:
     tensor = ()
   return ShardAxes(
-    batch=several("data", "fsdp") or ("data",),
+    batch=used("data", "fsdp") or ("data",),
     heads=tensor[0] if tensor else None,
     time=context[0] if context else None,
   )
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Return the sharding that puts a whole array on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
 def check_batch(rows: int, accumulate: int, length: int, mesh: Mesh) -> None:
-  """Raises ValueError where the devices do not divide rows or tokens evenly."""
+  """Check that the devices divide rows and tokens evenly.
+
+  Args:
+    rows: rows of the global batch.
+    accumulate: micro-batches of a batch.
+    length: tokens of a row.
+    mesh: as `make_mesh` returns it.
+
+  Raises:
+    ValueError: they do not.
+  """
   devices = math.prod(mesh.shape[name] for name in ("data", "fsdp"))
-  batches.require(
+  require(
     rows % (devices * accumulate) == 0,
     "batch",
     rows,
     f"a multiple of {devices} devices × accumulate={accumulate}",
   )
   context = mesh.shape["context"]
-  batches.require(
+  require(
     length % context == 0,
     "data.length",
     length,

@@ -1,4 +1,4 @@
-"""What each parameter got of the mesh, for a person to read."""
+"""A report of how each parameter is split over the mesh."""
 
 from collections.abc import Mapping
 import io
@@ -8,20 +8,22 @@ from rich.console import Console
 from rich.table import Table
 
 from train.config import RunConfig
-from train.devices import sharding
+from train.devices import parameter_sharding
 
 
 def describe(
   config: RunConfig, params: Any, sizes: Mapping[str, int]
 ) -> tuple[list[str], Table]:
-  """Lines that say how the run is split, warnings among them, and the table.
+  """Return lines about the whole run, and a table of all parameters.
+
+  The lines include a warning for each rule that does not divide a parameter.
 
   Args:
     config: the run.
     params: its parameters, or their shapes.
-    sizes: of the mesh's axes.
+    sizes: the devices along each mesh axis.
   """
-  places = sharding.places(params, sizes)
+  places = parameter_sharding.place_all(params, sizes)
   axes = " × ".join(f"{name} {n}" for name, n in sizes.items() if n > 1)
   whole = sum(x.share({name: 1 for name in sizes}) for x in places)
   here = sum(x.share(sizes) for x in places)
@@ -29,14 +31,14 @@ def describe(
     f"mesh: {axes or 'one device'}; {here:,} of {whole:,} parameters a device"
   ]
   lines += [
-    f"warning: {x.path}: {reason}; left whole there"
+    f"warning: {x.path}: {reason}; it is not split over that axis"
     for x in places
     for reason in x.dropped
   ]
   heads = getattr(config.model.second, "heads", None)
   if heads is not None and heads % sizes["tensor"]:
     lines.append(
-      f"warning: model.second.heads={heads} is no multiple of mesh.tensor="
+      f"warning: model.second.heads={heads} is not a multiple of mesh.tensor="
       f"{sizes['tensor']}: every device computes all heads"
     )
   table = Table(title="parameters on the mesh", title_justify="left")
@@ -51,7 +53,7 @@ def describe(
 
 
 def as_text(lines: list[str], table: Table) -> str:
-  """The report as plain text, for a file."""
+  """Return the lines and the table of `describe` as plain text."""
   file = io.StringIO()
   Console(file=file, width=120).print(table)
   return "\n".join([*lines, "", file.getvalue()])

@@ -1,13 +1,14 @@
-"""The arithmetic of accelerators, which MFU is a fraction of.
+"""Peak speeds of accelerators, for MFU and for the shortest possible step.
 
     MFU = tokens/s · 6 N / (devices · peak)
 
-with N all parameters, and the peak that of dense bfloat16 products, as the
-makers state it, whatever a run computes in. The interconnect's bandwidth is
-half of what Google's pages state of a chip and both directions.
+N is the number of parameters. The peak is the makers' number for dense bfloat16
+products, whatever dtype a run computes in. Google's pages state the bandwidth
+of a chip's interconnect for both directions together; here it is half of that.
 """
 
-PEAK_FLOPS: dict[str, float] = {  # by `device_kind`
+#: Peak of dense bfloat16 products, in FLOP/s, by jax's `device_kind`.
+PEAK_FLOPS: dict[str, float] = {
   "NVIDIA A100-SXM4-40GB": 312e12,
   "NVIDIA A100-SXM4-80GB": 312e12,
   "NVIDIA H100 PCIe": 756e12,
@@ -20,7 +21,8 @@ PEAK_FLOPS: dict[str, float] = {  # by `device_kind`
   "TPU v6 lite": 918e12,
 }
 
-INTERCONNECT: dict[str, float] = {  # bytes a second that leave a chip
+#: Bytes that can leave a chip in a second, by jax's `device_kind`.
+INTERCONNECT: dict[str, float] = {
   "TPU v5 lite": 200e9,
   "TPU v5": 600e9,
   "TPU v5p": 600e9,
@@ -30,7 +32,17 @@ INTERCONNECT: dict[str, float] = {  # bytes a second that leave a chip
 def mfu(
   tokens_per_second: float, parameters: int, kind: str, devices: int
 ) -> float | None:
-  """The fraction of the peak; None of a device that is not known."""
+  """Return the fraction of the peak that a run uses.
+
+  Args:
+    tokens_per_second: input tokens of all devices.
+    parameters: parameters of the model.
+    kind: jax's `device_kind`.
+    devices: the number of devices.
+
+  Returns:
+    A number from 0 to 1, or None if the device's peak is not known.
+  """
   peak = PEAK_FLOPS.get(kind)
   if peak is None:
     return None

@@ -1,10 +1,10 @@
-"""Several processes, one run.
+"""Several processes that train one run together (`--distributed`).
 
     off             one process
     auto            jax finds the others: SLURM, Cloud TPU, Kubernetes, Open MPI
     HOST:PORT,N,I   process I of N; process 0 listens at HOST:PORT
 
-Each process is one host of a slice of TPUs, or has the GPUs that it sees.
+Each process has one host of a TPU slice, or the GPUs that it sees.
 """
 
 import re
@@ -17,10 +17,13 @@ import numpy as np
 
 
 def start(how: str) -> None:
-  """Joins the other processes; before anything else that jax does.
+  """Join the other processes; call it before any other use of jax.
+
+  Args:
+    how: "off", "auto" or "HOST:PORT,N,I".
 
   Raises:
-    ValueError: `how` is none of the three, or the others were not found.
+    ValueError: `how` is none of these, or the other processes were not found.
   """
   if how == "off":
     return
@@ -48,14 +51,18 @@ def start(how: str) -> None:
 
 
 def all_processes(ok: bool) -> bool:
-  """Whether `ok` holds in every process."""
+  """Return whether `ok` is True in every process; all must call it."""
   if jax.process_count() == 1:
     return ok
   return bool(np.all(multihost_utils.process_allgather(np.bool_(ok))))
 
 
 class Vote:
-  """The largest number that a process has named, the same in all of them."""
+  """Agree on the largest number that any process names.
+
+  Args:
+    mesh: the mesh of all processes.
+  """
 
   def __init__(self, mesh: Mesh):
     self._size = mesh.size
@@ -65,8 +72,14 @@ class Vote:
     )
 
   def cast(self, number: int) -> jax.Array:
-    """Starts to count; every process calls it, in the same order."""
-    mine = lambda index: np.full(1, number, np.int32)
+    """Return the largest number, as an array that is computed later.
+
+    Every process calls it, in the same order.
+    """
+
+    def mine(index: object) -> np.ndarray:
+      return np.full(1, number, np.int32)
+
     return self._most(
       jax.make_array_from_callback((self._size,), self._each, mine)
     )

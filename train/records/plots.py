@@ -1,4 +1,4 @@
-"""The pictures of a run."""
+"""The pictures of a run: its learning curves and its attention matrix."""
 
 import io
 from typing import Any
@@ -8,65 +8,72 @@ from matplotlib import figure
 from matplotlib.figure import Figure
 import numpy as np
 
+from train import atomic, metrics
 from train.config import RunConfig
 
 
 def save(drawing: Figure, path: epath.PathLike) -> None:
-  """Writes a PNG whole, or not at all."""
+  """Write a figure as a PNG file, whole or not at all."""
   buffer = io.BytesIO()
   drawing.savefig(buffer, format="png", dpi=150)
-  path = epath.Path(path)
-  temporary = path.parent / f"{path.name}.tmp"
-  temporary.write_bytes(buffer.getvalue())
-  temporary.replace(path)
+  atomic.write_bytes(epath.Path(path), buffer.getvalue())
 
 
 def learning(
   records: list[dict[str, Any]], config: RunConfig, path: epath.PathLike
 ) -> None:
-  """Loss and accuracy against the step, in training and held out."""
-  drawing = figure.Figure(figsize=(8, 3.2), layout="constrained")
-  panels = drawing.subplots(1, 2)
-  for panel, name in zip(panels, ("loss", "accuracy"), strict=True):
+  """Draw the plotted metrics against the step, in training and held out.
+
+  Args:
+    records: those of metrics.jsonl.
+    config: the run.
+    path: the PNG to write.
+  """
+  shown = metrics.plotted()
+  drawing = figure.Figure(figsize=(4 * len(shown), 3.2), layout="constrained")
+  panels = drawing.subplots(1, len(shown), squeeze=False)[0]
+  for panel, metric in zip(panels, shown, strict=True):
+    name = metric.name
     for kind, label in (("train", "training"), ("eval", "held out")):
-      points = [(x["step"], x[name]) for x in records if x["kind"] == kind]
+      points = [
+        (x["step"], x[name]) for x in records if x["kind"] == kind and name in x
+      ]
       steps, values = zip(*points, strict=True) if points else ((), ())
       marker = "o" if kind == "eval" else None
       panel.plot(steps, values, label=label, marker=marker, markersize=3)
     panel.set_xlabel("step")
-    panel.set_ylabel(name)
+    panel.set_ylabel(metric.label or name)
+    panel.set_ylim(metric.plot)
     panel.grid(alpha=0.3)
-  panels[0].set_ylim(bottom=0)
-  panels[1].set_ylim(-0.02, 1.02)
-  if config.stop_accuracy is not None:
-    label = f"{config.stop_accuracy:.0%}"
-    panels[1].axhline(config.stop_accuracy, ls=":", c="gray", label=label)
-  panels[1].legend(loc="center right")
+    if name == "accuracy" and config.stop_accuracy is not None:
+      label = f"{config.stop_accuracy:.0%}"
+      panel.axhline(config.stop_accuracy, ls=":", c="gray", label=label)
+  panels[-1].legend(loc="center right")
   save(drawing, path)
 
 
 def attention(
   A_TT: np.ndarray, batch: dict[str, np.ndarray], path: epath.PathLike
 ) -> None:
-  """The normalised attention matrix over an MQAR row, as in Figure 5.
+  """Draw the normalised attention matrix over an MQAR row (Figure 5).
 
-  A query's true position is the value that follows its key: the convolution
-  has brought the key there too.
+  Red squares mark where each query should look: at the value that follows its
+  key. The convolution before the attention has brought the key there too.
 
   Args:
-    A_TT: the weights, the mean over heads; rows are queries.
-    batch: the row: tokens (1, T), positions (1, N), targets (1, N).
-    path: of the PNG.
+    A_TT: the weights, as the mean over heads; rows are queries.
+    batch: one row: tokens (1, T), positions (1, M), targets (1, M).
+    path: the PNG to write.
   """
-  tokens_T, positions_N = batch["tokens"][0], batch["positions"][0]
-  columns_N = true_columns(tokens_T, positions_N)
+  tokens_T, positions_M = batch["tokens"][0], batch["positions"][0]
+  columns_M = true_columns(tokens_T, positions_M)
   drawing = figure.Figure(figsize=(6, 5), layout="constrained")
   panel = drawing.subplots()
   image = panel.imshow(A_TT, cmap="viridis", vmin=0, vmax=1)
   drawing.colorbar(image, ax=panel, label="attention, mean over heads")
   panel.scatter(
-    columns_N,
-    positions_N,
+    columns_M,
+    positions_M,
     s=60,
     marker="s",
     facecolors="none",
@@ -79,9 +86,14 @@ def attention(
   save(drawing, path)
 
 
-def true_columns(tokens_T: np.ndarray, positions_N: np.ndarray) -> np.ndarray:
-  """The position of the value that answers each query."""
-  pairs = len(positions_N)
-  keys_N = tokens_T[: 2 * pairs : 2]
-  index_N = [int(np.flatnonzero(keys_N == tokens_T[p])[0]) for p in positions_N]
-  return 2 * np.asarray(index_N) + 1
+def true_columns(tokens_T: np.ndarray, positions_M: np.ndarray) -> np.ndarray:
+  """Return the position of the value that answers each query, (M,).
+
+  Args:
+    tokens_T: an MQAR row, which begins with M pairs of a key and a value.
+    positions_M: the positions of the queries.
+  """
+  pairs = len(positions_M)
+  keys_M = tokens_T[: 2 * pairs : 2]
+  index_M = [int(np.flatnonzero(keys_M == tokens_T[p])[0]) for p in positions_M]
+  return 2 * np.asarray(index_M) + 1

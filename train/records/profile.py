@@ -1,6 +1,7 @@
-"""A trace of some steps, by JAX's profiler, in the run folder."""
+"""A trace of some steps by JAX's profiler, written to the run folder."""
 
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from etils import epath
 import jax
@@ -9,9 +10,13 @@ from train.config import ProfileConfig
 
 
 class Profile:
-  """Watches the steps of a window; a context manager, which ends a trace.
+  """Trace a window of steps; a context manager, which ends the trace.
 
-  The trace holds whole steps: it begins and ends when nothing is under way.
+  The trace holds whole steps: it begins and ends when no step is running.
+
+  Args:
+    config: the steps to trace.
+    folder: the run's folder; the trace is in its folder `profile`.
   """
 
   def __init__(self, config: ProfileConfig, folder: epath.Path):
@@ -21,7 +26,12 @@ class Profile:
     self._active = False
 
   def before(self, step: int, state: Any) -> None:
-    """To be called before `step` is dispatched, with the state it takes."""
+    """Start or stop the trace; call it before a step is dispatched.
+
+    Args:
+      step: the step that comes next.
+      state: the state that it takes.
+    """
     inside = self._first <= step < self._stop
     if inside == self._active:
       return
@@ -32,10 +42,15 @@ class Profile:
       jax.profiler.stop_trace()
     self._active = inside
 
-  def __enter__(self) -> "Profile":
+  def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
     if self._active:
       jax.profiler.stop_trace()
       self._active = False

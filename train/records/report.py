@@ -1,4 +1,4 @@
-"""The end of a run: pictures, a table; and the evaluation of a checkpoint."""
+"""The end of a run: pictures and a table; and the table of an evaluation."""
 
 from flax import nnx
 import jax
@@ -6,60 +6,72 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from rebased_jax import LM, parameter_count
-from train import build, evaluate, start
+from train import compiled_steps, evaluate, initial_state, metrics
 from train.checkpoint.checkpoints import read_meta, restore_params
 from train.config import MQARData, RunConfig
 from train.console import rows
 from train.devices import mesh as mesh_lib
 from train.loop import Outcome
-from train.records import metrics, plots
+from train.records import plots
 from train.records.run_folder import RunFolder
 
 
 def finish(
   config: RunConfig, folder: RunFolder, outcome: Outcome, console: Console
 ) -> None:
-  """Draws learning.png and attention.png and prints the run's table.
+  """Draw learning.png and attention.png, and print the run's table.
 
-  Every process calls it; the first one draws and prints.
+  Every process calls this function; the first one draws and prints.
+
+  Args:
+    config: the run.
+    folder: its folder.
+    outcome: how it ended.
+    console: where the table goes.
   """
   params = outcome.state["params"]
   if isinstance(config.data, MQARData):  # small: each process takes all of it
     params = multihost_utils.process_allgather(params, tiled=True)
   if jax.process_index() != 0:
     return
-  graph, _ = nnx.split(build.abstract_model(config))
+  graph, _ = nnx.split(compiled_steps.abstract_model(config))
   model = nnx.merge(graph, params)
   records = folder.read_metrics()
   plots.learning(records, config, folder.path / "learning.png")
-  attention = draw_attention(config, model, folder)
-  reached = "stopped early: accuracy reached" * (outcome.reason == "accuracy")
+  pictures = ["learning.png"]
+  if draw_attention(config, model, folder):
+    pictures.append("attention.png")
+  step = f"{outcome.step:,} of {config.steps:,}"
+  if outcome.reason == "accuracy":
+    step += "  stopped early: accuracy reached"
   values = {
-    "step": f"{outcome.step:,} of {config.steps:,}  {reached}".rstrip(),
-    **_results(config, outcome.held_out, "held-out"),
+    "step": step,
+    **_table_rows(config, outcome.held_out, "held-out"),
     "parameters": f"{parameter_count(model):,}",
     "training time here": f"{outcome.seconds:.0f} s",
     "run folder": folder.path,
-    "pictures": "learning.png" + ", attention.png" * attention,
+    "pictures": ", ".join(pictures),
   }
   console.print(rows("done", values))
 
 
-def _results(
+def _table_rows(
   config: RunConfig, found: dict[str, float], kind: str
 ) -> dict[str, str]:
-  """Rows of a table: accuracy, loss and, of text, perplexity."""
-  values = metrics.with_perplexity(found) if config.data.perplexity else found
-  names = ("accuracy", "loss", *metrics.PERPLEXITIES, "ar_share")
+  """Return the metrics that have a label, as rows of a table."""
+  values = metrics.with_derived(found, text=config.data.perplexity)
   return {
-    f"{kind} {metrics.LABELS.get(x, x)}": f"{values[x]:.4f}"
-    for x in names
-    if x in values
+    f"{kind} {label}": f"{values[name]:.4f}"
+    for name, label in metrics.table_labels().items()
+    if name in values
   }
 
 
 def draw_attention(config: RunConfig, model: LM, folder: RunFolder) -> bool:
-  """attention.png of an MQAR run over its first held-out row, if it has one."""
+  """Draw attention.png over the first held-out row; return whether it exists.
+
+  It does for MQAR runs whose last mixer has an attention matrix.
+  """
   if not isinstance(config.data, MQARData) or not model.has_attention_matrix:
     return False
   batch = config.data.eval_batches(1, config.seed).read(0)
@@ -77,26 +89,36 @@ def evaluate_run(
   test: bool = False,
   allow_data_change: bool = False,
 ) -> int:
-  """Prints the held-out, or the test, results of a run's checkpoint.
+  """Print the held-out metrics of a run's checkpoint, and return 0.
+
+  Args:
+    config: the run.
+    folder: its folder.
+    step: the checkpoint's step. None takes the newest readable checkpoint.
+    console: where the table goes.
+    test: evaluate on the test split instead of the held-out rows.
+    allow_data_change: evaluate although the data has changed.
 
   Raises:
-    ValueError: its data has no test split, or tokens that the model has not.
-    RunFolderError: its data is not what it was, which is not allowed.
+    ValueError: the data has no test split, or tokens that the model lacks.
+    RunFolderError: the data has changed, which is not allowed.
     CheckpointError: there is no such checkpoint.
   """
   mesh = mesh_lib.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    built = build.build(config, mesh)
-    target = build.to_dicts(built.abstract)["params"]
+    built = compiled_steps.build(config, mesh)
+    target = compiled_steps.to_dicts(built.abstract)["params"]
     step, params = restore_params(folder.checkpoints, target, step)
     _, meta = read_meta(folder.checkpoints, step)
-    changes = start.data_changes(meta, config, folder, allow_data_change)
+    changes = initial_state.data_changes(
+      meta, config, folder, allow_data_change
+    )
     make = config.data.test_batches if test else config.data.eval_batches
     data = make(config.micro_batch, config.seed)
     found = evaluate.evaluate(built, params, data, timeout=config.data.timeout)
   values = {
     "step": f"{step:,}",
-    **_results(config, found, "test" if test else "held-out"),
+    **_table_rows(config, found, "test" if test else "held-out"),
     "targets": f"{found['tokens']:,.0f}",
   }
   if jax.process_index() == 0:

@@ -1,7 +1,6 @@
 """The folder of a run: config.json, metrics.jsonl, checkpoints/, pictures.
 
-The folder may be a `gs://` path. A file appears under its name when all of it
-is written.
+The folder may be a `gs://` path. Each file is written whole, or not at all.
 """
 
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from train import config as config_lib
+from train import atomic, stored_config
 from train.config import RunConfig
 
 
@@ -21,7 +20,17 @@ class RunFolderError(ValueError):
 
 
 class RunFolder:
-  """Where one run keeps what it makes."""
+  """Where one run keeps what it makes.
+
+  Args:
+    path: the folder, which need not exist yet.
+
+  Attributes:
+    path: the folder.
+    config_file: config.json in it.
+    metrics_file: metrics.jsonl in it, one record a line.
+    checkpoints: the folder of the checkpoints.
+  """
 
   def __init__(self, path: epath.PathLike):
     self.path = epath.Path(path)
@@ -31,27 +40,20 @@ class RunFolder:
     self._locks = contextlib.ExitStack()
 
   def open(self, config: RunConfig, *, allow_data_change: bool = False) -> None:
-    """Claims the folder for a new run, or checks that it is this run's.
+    """Make the folder for a new run, or check that it is this run's.
 
-    The mesh may be another one. With `allow_data_change` the config may differ
-    in the data, the batch and the seed too; `update` writes it.
+    The mesh may differ from the stored one. `update` stores the new config.
+
+    Args:
+      config: the run.
+      allow_data_change: whether data, batch and seed may differ too.
 
     Raises:
-      RunFolderError: it holds another run, or other files.
+      RunFolderError: the folder holds another run, or other files.
+      ConfigError: the config cannot be stored.
     """
     if self.config_file.exists():
-      changed = [
-        x
-        for x in config_lib.differences(self.read_config(), config)
-        if not config_lib.of_mesh(x)
-      ]
-      data = all(config_lib.of_data(x) for x in changed)
-      if changed and not (data and allow_data_change):
-        hint = "; --allow-data-change goes on with the new data" * data
-        raise RunFolderError(
-          f"{self.path} holds a run of another config: {'; '.join(changed)}; "
-          f"choose another --run-dir{hint}"
-        )
+      self._check_same_run(config, allow_data_change)
       return
     if self.path.exists() and not self.path.is_dir():
       raise RunFolderError(f"{self.path} is a file: expected a folder")
@@ -60,19 +62,34 @@ class RunFolder:
         f"{self.path} is not empty and holds no config.json: expected a run "
         "folder or a new one"
       )
-    text = config_lib.to_json(config) + "\n"
+    text = stored_config.to_json(config) + "\n"
     try:
       self.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise RunFolderError(f"{self.path} cannot be made: {error}") from error
     self.write("config.json", text)
 
+  def _check_same_run(self, config: RunConfig, allow_data_change: bool) -> None:
+    changed = [
+      change
+      for change in stored_config.differences(self.read_config(), config)
+      if not stored_config.is_about_mesh(change)
+    ]
+    data_only = all(stored_config.is_about_data(x) for x in changed)
+    if not changed or (data_only and allow_data_change):
+      return
+    hint = "; --allow-data-change uses the new data" if data_only else ""
+    raise RunFolderError(
+      f"{self.path} holds a run of another config: {'; '.join(changed)}; "
+      f"choose another --run-dir{hint}"
+    )
+
   @contextlib.contextmanager
   def locked(self) -> Iterator[None]:
-    """Keeps other processes of this host from training in the folder.
+    """Keep other processes of this host from training in the folder.
 
     Raises:
-      RunFolderError: one is training in it.
+      RunFolderError: another process trains in it.
     """
     if "://" in str(self.path):  # a bucket has no locks
       yield
@@ -87,23 +104,20 @@ class RunFolder:
       yield
 
   def update(self, config: RunConfig) -> None:
-    """Writes a config that has changed; for use while the folder is locked.
-
-    The new file is locked before it gets its name.
-    """
+    """Store a config that has changed; call it while the folder is locked."""
     if self.read_config() == config:
       return
-    text = config_lib.to_json(config) + "\n"
+    text = stored_config.to_json(config) + "\n"
     if "://" in str(self.path):
       self.write("config.json", text)
       return
-    temporary = self.path / "config.json.tmp"
-    temporary.write_text(text)
-    fcntl.flock(self._locks.enter_context(temporary.open()), fcntl.LOCK_EX)
-    temporary.replace(self.config_file)
+    with atomic.replacing(self.config_file) as temporary:
+      temporary.write_text(text)
+      # The lock is on the file, so the new one is locked before it is in place.
+      fcntl.flock(self._locks.enter_context(temporary.open()), fcntl.LOCK_EX)
 
   def read_config(self) -> RunConfig:
-    """The run's config.
+    """Return the run's config.
 
     Raises:
       RunFolderError: there is none, or it cannot be read.
@@ -111,21 +125,19 @@ class RunFolder:
     if not self.config_file.exists():
       raise RunFolderError(f"{self.path} is no run folder: no config.json")
     try:
-      return config_lib.from_json(self.config_file.read_text())
-    except (config_lib.ConfigError, UnicodeDecodeError) as error:
+      return stored_config.from_json(self.config_file.read_text())
+    except (stored_config.ConfigError, UnicodeDecodeError) as error:
       raise RunFolderError(f"{self.config_file}: {error}") from error
 
   def write(self, name: str, text: str) -> None:
-    """Writes a file whole, or not at all."""
-    temporary = self.path / f"{name}.tmp"
-    temporary.write_text(text)
-    temporary.replace(self.path / name)
+    """Write a text file of the folder, whole or not at all."""
+    atomic.write_text(self.path / name, text)
 
   def read_metrics(self) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a torn last line is left out.
+    """Return the records of metrics.jsonl, without a half-written last line.
 
     Raises:
-      RunFolderError: a line before the last is no record.
+      RunFolderError: a line before the last is not a record.
     """
     if not self.metrics_file.exists():
       return []
@@ -145,7 +157,7 @@ class RunFolder:
     return records
 
   def cut_metrics(self, step: int) -> None:
-    """Drops the records of steps beyond `step`: a resume makes them again."""
+    """Drop the records after `step`, which the resumed run makes again."""
     if self.metrics_file.exists():
       kept = [x for x in self.read_metrics() if x["step"] <= step]
       lines = "".join(json.dumps(record) + "\n" for record in kept)

@@ -1,18 +1,23 @@
-"""Records for Weights & Biases, of which the trainer needs nothing else."""
+"""Records for Weights & Biases, the only module that knows wandb."""
 
 from typing import Any
 import uuid
 
-from train.config import RunConfig, to_dict
+from train.config import RunConfig
 from train.records.run_folder import RunFolder
+from train.stored_config import to_dict
 
 
 def check(config: RunConfig) -> None:
-  """Raises ValueError where a run asks for wandb and it is not installed."""
+  """Check that wandb is installed, if the run asks for it.
+
+  Raises:
+    ValueError: it is not.
+  """
   if config.wandb is None:
     return
   try:
-    import wandb  # noqa: F401
+    import wandb  # noqa: F401  # optional
   except ImportError as error:
     raise ValueError(
       f"wandb={config.wandb!r}: wandb is not installed; "
@@ -21,13 +26,17 @@ def check(config: RunConfig) -> None:
 
 
 class WandbRun:
-  """One run there; a resumed run goes on with the one that it was.
+  """The run at wandb; a resumed run continues the same one there.
 
-  Its id is in the folder, in wandb-id.txt.
+  Its id is in the run folder, in wandb-id.txt.
+
+  Args:
+    config: the run; `config.wandb` is the project.
+    folder: the run's folder.
   """
 
   def __init__(self, config: RunConfig, folder: RunFolder):
-    import wandb
+    import wandb  # optional
 
     file = folder.path / "wandb-id.txt"
     if not file.exists():
@@ -41,9 +50,10 @@ class WandbRun:
     )
 
   def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-    """One record; its numbers are kind/name."""
+    """Write one record; wandb shows its numbers as `kind/name`."""
     named = {f"{kind}/{name}": value for name, value in values.items()}
     self._run.log(named, step=step)
 
   def close(self) -> None:
+    """End the run at wandb."""
     self._run.finish()

@@ -1,8 +1,8 @@
-"""The storage under checkpoints: the one module that knows Orbax.
+"""Store checkpoints with Orbax; no other module knows Orbax.
 
-Orbax reports the same failure in several ways; here every read ends in a
-value, in `DamagedError`, or in `CheckpointError` when the machine rather than
-the files is at fault, and nothing is printed.
+Orbax reports the same failure in several ways. Here every read returns a value
+or raises one of two errors: `DamagedError` if the files are at fault, and
+`CheckpointError` if the machine is. Nothing is printed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from etils import epath
 import jax
 from orbax.checkpoint import v1
 
-from train.checkpoint.record import CheckpointError, DamagedError
+from train.checkpoint.verify import CheckpointError, DamagedError
 from train.devices.processes import all_processes
 
-# What these say about a read is about the machine, not about the files.
+# A read that fails with one of these says nothing about the files.
 _NOT_DAMAGE = (
   "RESOURCE_EXHAUSTED",
   "PERMISSION_DENIED",
@@ -34,24 +34,34 @@ _NOT_DAMAGE = (
 
 
 class Writer:
-  """Saves steps into one directory, one at a time, in the background."""
+  """Save steps into one directory, one at a time, in the background.
+
+  Makes the directory, and removes what killed saves left in it.
+
+  Args:
+    directory: where the steps are.
+    keep: how many of the newest steps stay.
+
+  Raises:
+    CheckpointError: the directory cannot be made or listed.
+  """
 
   def __init__(self, directory: epath.Path, keep: int) -> None:
-    """Makes the directory and removes what killed saves left.
-
-    Raises:
-      CheckpointError: the directory cannot be made or listed.
-    """
     self._directory = directory
     self._keep = keep
     self._pending: tuple[int, v1.AsyncResponse[bool]] | None = None
     self._checkpointer: v1.training.Checkpointer | None = self._open()
 
   def start(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
-    """Starts a save; returns when the arrays are copied.
+    """Start a save, and return when the arrays are copied.
+
+    Args:
+      step: the step.
+      state: nested dicts of arrays.
+      record: JSON data.
 
     Raises:
-      CheckpointError: it failed so far.
+      CheckpointError: the save failed already.
     """
     items = {"state": state, "record": record}
     if self._checkpointer is None:
@@ -67,7 +77,7 @@ class Writer:
     self._pending = (step, response)
 
   def wait(self) -> None:
-    """Waits for the running save.
+    """Wait for the running save.
 
     Raises:
       CheckpointError: it failed; the message has the reason.
@@ -83,12 +93,12 @@ class Writer:
     self._pending = None
 
   def reload(self) -> None:
-    """Lists the directory again, after a step in it was renamed."""
+    """List the directory again, after a step in it was renamed."""
     if self._checkpointer is not None:
       self._checkpointer.reload()
 
   def close(self) -> None:
-    """Releases what the writer holds; `wait` first."""
+    """Release what the writer holds; call `wait` first."""
     if self._checkpointer is not None:
       self._checkpointer.close()
 
@@ -107,7 +117,7 @@ class Writer:
       ) from error
 
   def _failed(self, step: int, error: Exception) -> CheckpointError:
-    """Drops the checkpointer, which would report the same failure for ever."""
+    """Drop the checkpointer, which would report this failure ever after."""
     stale, self._checkpointer = self._checkpointer, None
     if stale is not None:
       with contextlib.suppress(Exception):  # the failure that is reported here
@@ -120,7 +130,13 @@ class Writer:
 def load(
   path: epath.Path, name: str, target: Any, *, partial: bool = False
 ) -> Any:
-  """Reads one item of a step, onto the shardings of the target.
+  """Read one item of a step, onto the shardings of the target.
+
+  Args:
+    path: the directory of the step.
+    name: the item, "state" or "record".
+    target: arrays, or their shapes, dtypes and shardings. None for JSON.
+    partial: whether the item may hold more than the target.
 
   Raises:
     DamagedError: the files are not as they were written.
@@ -142,7 +158,7 @@ def load(
 
 
 def steps(directory: epath.Path) -> list[int]:
-  """The finished steps, ascending.
+  """Return the finished steps, ascending.
 
   Raises:
     CheckpointError: the directory cannot be listed, or has damaged steps only.
@@ -163,7 +179,7 @@ def steps(directory: epath.Path) -> list[int]:
 
 
 def rename(path: epath.Path, target: epath.Path) -> None:
-  """Renames a step, once for all processes.
+  """Rename the directory of a step, once for all processes.
 
   Raises:
     CheckpointError: it cannot be renamed.
@@ -202,7 +218,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def reason(error: BaseException) -> str:
-  """The first cause of an error, in one short line."""
+  """Return the first cause of an error, as one short line."""
   root = _chain(error)[-1]
   lines = str(root).split(" [tensorstore_spec", 1)[0].splitlines() or [""]
   text = lines[0]
@@ -221,10 +237,13 @@ def _is_not_damage(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-  """Keeps the tasks that a failed read abandons from printing tracebacks."""
+  """Keep the tasks that a failed read abandons from printing tracebacks."""
   asyncio_log = logging.getLogger("asyncio")
   hook = sys.unraisablehook
-  drop = lambda record: False
+
+  def drop(record: logging.LogRecord) -> bool:
+    return False
+
   asyncio_log.addFilter(drop)
   sys.unraisablehook = lambda unraisable: None
   try:

@@ -1,9 +1,9 @@
-"""Records of a run: JSON lines always, TensorBoard and wandb on request."""
+"""Write metrics as JSON lines, and to TensorBoard and wandb on request."""
 
 import json
-import math
 import time
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import tensorboardX
 
@@ -12,8 +12,14 @@ from train.records.run_folder import RunFolder
 from train.records.wandb import WandbRun
 
 
-class Writer:
-  """Appends records to metrics.jsonl as they come; a context manager."""
+class MetricsWriter:
+  """Append records to metrics.jsonl as they come; a context manager.
+
+  Args:
+    config: the run, which says where else the records go.
+    folder: the run's folder.
+    active: whether this process writes. One process of a run does.
+  """
 
   def __init__(self, config: RunConfig, folder: RunFolder, *, active: bool):
     self._file = folder.metrics_file.open("a") if active else None
@@ -26,7 +32,13 @@ class Writer:
       )
 
   def write(self, kind: str, step: int, **values: Any) -> None:
-    """One record; its numbers go to the other places as kind/name."""
+    """Write one record.
+
+    Args:
+      kind: "train" or "eval". TensorBoard and wandb show `kind/name`.
+      step: updates of the parameters that are done.
+      **values: the metrics.
+    """
     if self._file is None:
       return
     record = {"kind": kind, "step": step, **values}
@@ -38,28 +50,40 @@ class Writer:
     if self._wandb is not None:
       self._wandb.write(kind, step, values)
 
-  def __enter__(self) -> "Writer":
+  def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_) -> None:
-    if self._file is not None:
-      self._file.close()
-    for other in (self._board, self._wandb):
-      if other is not None:
-        other.close()
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    for file in (self._file, self._board, self._wandb):
+      if file is not None:
+        file.close()
 
 
 class Window:
-  """Means of a run's metrics over the steps since the last record."""
+  """The means of a run's metrics over the steps since the last record."""
 
-  def __init__(self):
+  def __init__(self) -> None:
+    self._restart()
+
+  def _restart(self) -> None:
     self._sums: dict[str, float] = {}
     self._steps = self._tokens = 0
     self._wait = 0.0
     self._start = time.perf_counter()
 
   def add(self, metrics: dict[str, float], tokens: int, wait: float) -> None:
-    """One step: its metrics, its input tokens, its seconds spent on data."""
+    """Add one step.
+
+    Args:
+      metrics: those of the step.
+      tokens: its input tokens.
+      wait: seconds that the step waited for its batch.
+    """
     for name, value in metrics.items():
       self._sums[name] = self._sums.get(name, 0.0) + value
     self._steps += 1
@@ -67,13 +91,14 @@ class Window:
     self._wait += wait
 
   def pause(self, seconds: float) -> None:
-    """Leaves time spent on other things, as evaluation, out of the rates."""
+    """Leave seconds spent on evaluation or saving out of the rates."""
     self._start += seconds
 
   def flush(self) -> dict[str, float] | None:
-    """Means, tokens_per_second, step_time and data_wait; None of no steps.
+    """Return the means and start a new window; None if there was no step.
 
-    The window starts anew.
+    Beside the metrics: tokens_per_second, step_time in seconds, and data_wait,
+    the fraction of the time spent waiting for batches.
     """
     if not self._steps:
       return None
@@ -84,32 +109,5 @@ class Window:
       step_time=seconds / self._steps,
       data_wait=self._wait / seconds,
     )
-    self.__init__()
+    self._restart()
     return means | rates
-
-
-PERPLEXITIES = ("perplexity", "ar_perplexity", "non_ar_perplexity")
-LABELS = {  # in tables
-  "ar_perplexity": "AR perplexity",
-  "non_ar_perplexity": "non-AR perplexity",
-  "ar_share": "AR share of targets",
-}
-
-
-def with_perplexity(values: dict[str, float]) -> dict[str, float]:
-  """The values, and a perplexity exp(loss) for every loss among them.
-
-  inf where that is beyond floats.
-  """
-  exp = lambda loss: math.exp(loss) if not loss >= 700 else math.inf
-  found = {
-    name: exp(values[name.replace("perplexity", "loss")])
-    for name in PERPLEXITIES
-    if name.replace("perplexity", "loss") in values
-  }
-  return values | found
-
-
-def finite(metrics: dict[str, float]) -> bool:
-  """Whether every value is a finite number."""
-  return all(math.isfinite(value) for value in metrics.values())

@@ -1,4 +1,4 @@
-"""What a record says of the devices: MFU and memory, where they are known."""
+"""How well a run uses its devices: MFU and memory, where they are known."""
 
 import math
 from typing import Any
@@ -8,11 +8,11 @@ import jax
 from train.devices import peaks
 
 
-class Gauges:
-  """MFU and memory of a run on all devices.
+class DeviceUsage:
+  """MFU and memory of a run over all devices.
 
   Args:
-    params: arrays, or their shapes.
+    params: the model's parameters, or their shapes.
   """
 
   def __init__(self, params: Any):
@@ -20,7 +20,11 @@ class Gauges:
     self._parameters = sum(math.prod(shape) for shape in shapes)
 
   def read(self, tokens_per_second: float) -> dict[str, float]:
-    """{mfu, hbm_peak_bytes}: what this kind of device lets one know."""
+    """Return `mfu` and `hbm_peak_bytes`, as far as the device tells them.
+
+    Args:
+      tokens_per_second: input tokens of all devices.
+    """
     kind, devices = jax.devices()[0].device_kind, jax.device_count()
     mfu = peaks.mfu(tokens_per_second, self._parameters, kind, devices)
     found = dict(mfu=mfu, hbm_peak_bytes=peak_bytes())
@@ -28,9 +32,12 @@ class Gauges:
 
 
 def peak_bytes() -> int | None:
-  """The most that one of this process's devices has held, if they count it."""
-  peaks_found = [
+  """Return the most bytes that one of this process's devices has held.
+
+  None where the devices do not count them.
+  """
+  found = [
     (device.memory_stats() or {}).get("peak_bytes_in_use")
     for device in jax.local_devices()
   ]
-  return max((x for x in peaks_found if x is not None), default=None)
+  return max((x for x in found if x is not None), default=None)

@@ -1,10 +1,10 @@
-"""SIGTERM and SIGINT for the training loop.
+"""What happens on SIGTERM and SIGINT during training.
 
-The first signal only sets a flag: the loop finishes its step, saves, prints
-how to resume and leaves with `exit_code`. A second one ends the process at
-once with the same code, even while the main thread is inside a computation:
-a thread of its own counts the signals, because Python runs signal handlers
-only when the main thread returns to Python.
+The first signal sets a flag. The loop then finishes its step, saves, prints
+how to resume, and leaves with `exit_code`. A second signal ends the process at
+once with the same code, even while the main thread computes: Python runs signal
+handlers only when the main thread returns to Python, so that a separate thread
+counts the signals.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any, Self
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Preemption:
-  """Watches for SIGTERM and SIGINT while its context is open.
+class StopSignals:
+  """Watch for SIGTERM and SIGINT while the context is open.
 
-  The flag is that of this process; several processes agree on the step to
-  stop at by `distributed.Vote`. `jax.distributed.initialize` installs its own
-  SIGTERM handler: call it before this context is entered, which replaces it.
+  The flag is that of this process. Several processes agree on the step to stop
+  at by `devices.processes.Vote`. `jax.distributed.initialize` installs its own
+  SIGTERM handler: call it before entering this context, which replaces it.
   """
 
   def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Preemption:
 
   @property
   def signal_name(self) -> str | None:
-    """The name of the first signal, `SIGTERM` or `SIGINT`."""
+    """The name of the first signal, `SIGTERM` or `SIGINT`; None without one."""
     return None if self._first is None else signal.Signals(self._first).name
 
   @property
@@ -55,17 +55,21 @@ class Preemption:
     return 0 if self._first is None else 128 + self._first
 
   def __enter__(self) -> Self:
-    """Installs the handlers.
+    """Install the handlers.
 
     Raises:
-      RuntimeError: this is not the main thread, which alone may install them.
+      RuntimeError: this is not the main thread, the only one that may install
+        signal handlers.
     """
     if threading.current_thread() is not threading.main_thread():
-      raise RuntimeError("Preemption works in the main thread only")
+      raise RuntimeError(
+        "training handles SIGTERM and SIGINT, which Python allows in the main "
+        "thread only: call train.run there"
+      )
     self._reader, self._writer = socket.socketpair()
     self._writer.setblocking(False)
     self._thread = threading.Thread(
-      target=self._count, name="preemption", daemon=True
+      target=self._count, name="stop signals", daemon=True
     )
     self._thread.start()
     self._old_fd = signal.set_wakeup_fd(
@@ -91,7 +95,7 @@ class Preemption:
     self._reader.close()
 
   def _watch(self) -> None:
-    """Takes the wakeup descriptor back from a library that took it."""
+    """Take the wakeup descriptor back from a library that took it."""
     main = threading.current_thread() is threading.main_thread()
     if main and self._handlers:
       signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -101,7 +105,7 @@ class Preemption:
     self._note(number, self._handled)
 
   def _count(self) -> None:
-    """Counts the signals that the interpreter writes as bytes."""
+    """Count the signals, which the interpreter writes as one byte each."""
     count = 0
     while received := self._reader.recv(1):
       if received[0] in _SIGNALS:

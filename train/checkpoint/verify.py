@@ -1,10 +1,11 @@
-"""The sealed record of a checkpoint: what was saved, and its checksums.
+"""Verify a checkpoint: its sealed record, with a checksum for every array.
 
-The storage has no checksum over array data: a flipped bit there reads back as
-a wrong value. So the record holds one for every array. They are sums of mixed
-words, taken where the arrays live: one pass over device memory, no host copy,
-the same number on any mesh and any number of processes. Changing one element
-always changes the sum; other damage escapes it once in 2**32.
+The storage has no checksum over array data, so that a flipped bit reads back as
+a wrong value. The record therefore holds one for every array: a sum of mixed
+32-bit words, computed where the array lives. It takes one pass over device
+memory and no copy to the host, and is the same on any mesh and any number of
+processes. A change of one element always changes the sum; other damage goes
+unnoticed once in 2³².
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had other parameter names: conv and mixer
 _NAMED = 3  # differing arrays that a message names before it counts the rest
 
 
@@ -29,32 +30,47 @@ class CheckpointError(RuntimeError):
 
 
 class DamagedError(Exception):
-  """A record or the arrays are not what was saved."""
+  """The record or the arrays of a checkpoint are not what was saved."""
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """The leaves of nested dicts by their path, `params/mixer/kernel`.
+  """Return the leaves of nested dicts by their path, `params/norm/scale`.
+
+  Args:
+    tree: nested dicts of arrays, or of their shapes and dtypes.
+    prefix: what the paths begin with.
 
   Raises:
-    TypeError: a leaf is no array.
-    ValueError: a name is no string, or has a slash.
+    TypeError: a leaf is not an array.
+    ValueError: a name is not a string, or has a slash.
   """
   flat = {}
   for name, value in tree.items():
     if not isinstance(name, str) or "/" in name:
-      raise ValueError(f"{prefix}{name!r}: not a name for a parameter")
+      raise ValueError(
+        f"{prefix}{name!r}: expected a string without a slash as the name of "
+        "a parameter"
+      )
     if isinstance(value, Mapping):
       flat.update(flatten(value, f"{prefix}{name}/"))
     elif hasattr(value, "shape") and hasattr(value, "dtype"):
       flat[prefix + name] = value
     else:
       kind = type(value).__name__
-      raise TypeError(f"{prefix}{name}: not an array or a dict but {kind}")
+      raise TypeError(
+        f"{prefix}{name} is a {kind}: expected an array or a dict"
+      )
   return flat
 
 
-def make(state: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
-  """The record of `state` and `meta`; waits for the arrays.
+def make_record(
+  state: Mapping[str, Any], meta: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Return the record of a checkpoint; waits for the arrays.
+
+  Args:
+    state: nested dicts of arrays.
+    meta: JSON data, kept in the record.
 
   Raises:
     TypeError: a leaf of `state` or `meta` cannot be saved.
@@ -77,30 +93,43 @@ def make(state: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
   return {**body, "sha256": _seal(body)}
 
 
-def check(record: Any) -> None:
-  """Raises unless this version wrote `record` and it is undamaged.
+def check_record(record: Any) -> None:
+  """Check that a record is undamaged and of a format that can be read.
+
+  Args:
+    record: what was read, of any type.
 
   Raises:
     DamagedError: it is not as it was written.
-    CheckpointError: a newer version of this program wrote it.
+    CheckpointError: its format is older or newer than this one.
   """
   if not isinstance(record, dict):
-    raise DamagedError("the record is no JSON object")
+    raise DamagedError("the record is not a JSON object")
   body = {key: value for key, value in record.items() if key != "sha256"}
   if record.get("sha256") != _seal(body):
     raise DamagedError("the record has another checksum than was saved")
   version = body["format_version"]
   if version > FORMAT_VERSION:
     raise CheckpointError(
-      f"the checkpoint has format {version}; this version reads formats up "
-      f"to {FORMAT_VERSION}"
+      f"the checkpoint has format {version}, of a newer trainer: expected "
+      f"format {FORMAT_VERSION}; update rebased-jax"
+    )
+  if version < FORMAT_VERSION:
+    raise CheckpointError(
+      f"the checkpoint has format {version}, of a trainer before 0.1.0, whose "
+      f"parameters had other names: expected format {FORMAT_VERSION}; train "
+      "the run again, or use the trainer that wrote it"
     )
 
 
-def compare(
+def check_arrays(
   stored: Mapping[str, Mapping[str, Any]], target: Mapping[str, Any]
 ) -> None:
-  """Raises if the arrays of a record are not those of the target.
+  """Check that a record has the arrays, shapes and dtypes of the target.
+
+  Args:
+    stored: the record's `arrays`, by path.
+    target: arrays or their shapes and dtypes, by path.
 
   Raises:
     CheckpointError: names the paths, what is stored and what is expected.
@@ -119,10 +148,14 @@ def compare(
     raise CheckpointError("; ".join(differing[:_NAMED] + tail))
 
 
-def verify(
+def check_checksums(
   stored: Mapping[str, Mapping[str, Any]], leaves: Mapping[str, Any]
 ) -> None:
-  """Raises if the checksum of an array is not the stored one.
+  """Check that every array has the checksum of the record.
+
+  Args:
+    stored: the record's `arrays`, by path.
+    leaves: the arrays that were read, by path.
 
   Raises:
     DamagedError: names the first such path.
@@ -133,10 +166,13 @@ def verify(
 
 
 def checksums(leaves: Mapping[str, Any]) -> dict[str, int]:
-  """The checksum of every array, by path.
+  """Return the checksum of every array, by path.
+
+  Args:
+    leaves: arrays on any devices, by path.
 
   Raises:
-    TypeError: an array has neither real numbers nor truth values.
+    TypeError: an array holds neither real numbers nor booleans.
   """
   for path, leaf in leaves.items():
     if not _is_plain(leaf.dtype):
@@ -162,7 +198,7 @@ def _checksum(array: jax.Array) -> jax.Array:
 
 
 def _words(array: jax.Array) -> jax.Array:
-  """The bits of an array as uint32."""
+  """Return the bits of each element as uint32, or a pair of them."""
   if array.dtype == jnp.bool_:
     return array.astype(jnp.uint32)
   sizes = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
@@ -171,7 +207,7 @@ def _words(array: jax.Array) -> jax.Array:
 
 
 def _mix(words: jax.Array) -> jax.Array:
-  """A bijection in which every bit depends on all bits."""
+  """Return a bijection of uint32 in which every bit depends on all bits."""
   words = (words ^ (words >> 16)) * np.uint32(0x85EBCA6B)
   words = (words ^ (words >> 13)) * np.uint32(0xC2B2AE35)
   return words ^ (words >> 16)

@@ -1,9 +1,9 @@
-"""What becomes of a run when a step is not finite.
+"""What happens when a training step is not finite (NaN or infinity).
 
-"abort" keeps the state before the step and its batch, and ends the run. "skip"
-keeps the batch, leaves the state as it was and goes on, unless too many steps
-come to that in a row. The optimiser counts no skipped step: its schedule is as
-many steps behind.
+With `nan="abort"` the run keeps the state before the step and its batch, and
+ends. With "skip" it keeps the batch, leaves the state as it was and continues,
+unless too many steps in a row are not finite. The optimiser does not count
+skipped steps, so its learning-rate schedule falls behind by their number.
 """
 
 from typing import Any
@@ -11,27 +11,30 @@ from typing import Any
 import jax
 import numpy as np
 
-from train import build
+from train import compiled_steps
 from train.checkpoint.checkpoints import Checkpoints
 from train.data.batches import Batches
 from train.records.run_folder import RunFolder
 
-IN_A_ROW = 20  # skipped steps that a run survives
+IN_A_ROW = 20  # this many skipped steps in a row end the run
 DUMPS = 10  # skipped batches that a run keeps
 
 
 class TrainingFailed(RuntimeError):
-  """The run cannot go on; the message says why and what was kept."""
+  """The run cannot continue; the message says why and what was kept."""
 
 
-class Faults:
-  """Counts the steps of a run that were not finite.
+class NonfiniteSteps:
+  """Count the steps of a run that were not finite, and keep their batches.
 
   Args:
-    skip: whether it goes on.
-    folder: of the run.
-    data: the batches of training.
-    skipped: steps that were skipped before this process.
+    skip: whether the run continues after one.
+    folder: the run's folder.
+    data: the training batches.
+    skipped: steps that earlier processes of this run skipped.
+
+  Attributes:
+    skipped: steps that were skipped so far.
   """
 
   def __init__(
@@ -45,13 +48,23 @@ class Faults:
   def handle(
     self, step: int, values: dict[str, float], state: Any, meta: dict[str, Any]
   ) -> str:
-    """Dumps a step that is not finite; a line that says so if the run goes on.
+    """Keep what a step that is not finite leaves, and skip it or fail.
+
+    Args:
+      step: the step.
+      values: its metrics.
+      state: the state before it.
+      meta: what a checkpoint of that state says of itself.
+
+    Returns:
+      A warning for the user, if the run continues.
 
     Raises:
       TrainingFailed: it does not.
     """
-    names = ("loss", "grad_norm", "update_norm", "param_norm")
-    shown = ", ".join(f"{x}={values[x]:.4g}" for x in names if x in values)
+    shown = ", ".join(
+      f"{name}={value:.4g}" for name, value in values.items() if "/" not in name
+    )
     message = f"step {step} is not finite: {shown}"
     if not self._skip:
       raise TrainingFailed(self._abort(step, message, state, meta))
@@ -66,20 +79,23 @@ class Faults:
       raise TrainingFailed(f"{message}; {IN_A_ROW} in a row were not finite")
     return f"warning: {message}; skipped, {self.skipped} so far"
 
-  def _abort(self, step: int, message: str, state: Any, meta) -> str:
-    """Keeps the state before the step too."""
+  def _abort(
+    self, step: int, message: str, state: Any, meta: dict[str, Any]
+  ) -> str:
+    """Keep the batch and the state before the step; return the message."""
     kept = RunFolder(self._folder.path / f"failed-step-{step}")
     self._dump(kept, step, message)
     with Checkpoints(kept.checkpoints) as checkpoints:
-      # There is one where a resume has come to the same step.
+      # There is one already if a resumed run failed at the same step again.
       if checkpoints.latest() is None:
-        checkpoints.save(step, build.to_dicts(state), meta)
+        checkpoints.save(step, compiled_steps.to_dicts(state), meta)
     return f"{message}; the state before it and its batch are in {kept.path}"
 
   def _dump(self, kept: RunFolder, step: int, message: str) -> None:
     if jax.process_index() != 0:
       return
     kept.path.mkdir(parents=True, exist_ok=True)
+    batch: dict[str, Any] = dict(self._data.read(step))
     with (kept.path / "batch.npz").open("wb") as file:
-      np.savez(file, **self._data.read(step))
+      np.savez(file, **batch)
     kept.write("reason.txt", message + "\n")

@@ -1,0 +1,174 @@
+"""The state that a run starts from: restored, warm or fresh.
+
+Before that, the run's data is tried: a run that cannot read its data is
+refused before its folder is made.
+"""
+
+from typing import Any
+
+from train import compiled_steps
+from train.checkpoint.checkpoints import (
+  CheckpointError,
+  Checkpoints,
+  NoCheckpointError,
+  restore_params,
+)
+from train.compiled_steps import Built
+from train.config import RunConfig
+from train.data import batches as batches_lib
+from train.data.checks import require
+from train.records.run_folder import RunFolder, RunFolderError
+from train.stored_config import (
+  differences,
+  from_dict,
+  is_about_data,
+  is_about_mesh,
+)
+
+
+def source_weights(config: RunConfig, built: Built) -> tuple[Any, str]:
+  """Return the parameters of the run `init_from`, and a note about them.
+
+  Raises:
+    RunFolderError: `init_from` is not a run, has no checkpoint, or holds
+      another model's parameters.
+  """
+  assert config.init_from is not None
+  source = RunFolder(config.init_from)
+  source.read_config()
+  target = compiled_steps.to_dicts(built.abstract)["params"]
+  try:
+    step, params = restore_params(source.checkpoints, target)
+  except CheckpointError as error:
+    raise RunFolderError(f"init_from={config.init_from}: {error}") from error
+  return params, f"weights of {source.path}, step {step}; fresh optimiser"
+
+
+def restore_or_create(
+  config: RunConfig,
+  built: Built,
+  checkpoints: Checkpoints,
+  folder: RunFolder,
+  weights: tuple[Any, str] | None,
+  *,
+  allow_data_change: bool = False,
+) -> tuple[Any, int, dict[str, Any], list[str]]:
+  """Return the state that training starts from.
+
+  Args:
+    config: the run.
+    built: the run on its devices.
+    checkpoints: those of the run.
+    folder: that of the run.
+    weights: what `source_weights` returned. None: it is called here, if
+      `init_from` is set and there is no checkpoint.
+    allow_data_change: restore although the data is not that of the checkpoint.
+
+  Returns:
+    (state, step, meta, notes): the state, its step, what the checkpoint says
+    of itself ({} without one), and lines for the user.
+
+  Raises:
+    RunFolderError: the data of the checkpoint is not the run's.
+    CheckpointError: no checkpoint is readable, or it does not fit the model.
+  """
+  as_dicts = compiled_steps.to_dicts(built.abstract)
+  try:
+    found = checkpoints.restore(as_dicts)
+  except NoCheckpointError:
+    if config.init_from is None:
+      return compiled_steps.fresh_state(config, built), 0, {}, []
+    params, note = weights or source_weights(config, built)
+    return compiled_steps.warm_state(params, built), 0, {}, [note]
+  changes = config_changes(found.meta, config, folder, allow_data_change)
+  notes = [f"warning: {broken}" for broken in found.broken]
+  notes += [
+    change if is_about_mesh(change) else f"warning: {change}"
+    for change in changes
+  ]
+  notes.append(f"resuming at step {found.step}")
+  state = compiled_steps.from_dicts(found.state, built.abstract)
+  return state, found.step, found.meta, notes
+
+
+def config_changes(
+  meta: dict[str, Any], config: RunConfig, folder: RunFolder, allow: bool
+) -> list[str]:
+  """Return how mesh and data differ from those of a checkpoint, a line each.
+
+  Args:
+    meta: what the checkpoint says of itself.
+    config: the run now.
+    folder: named in messages.
+    allow: whether the data may differ.
+
+  Raises:
+    RunFolderError: the data differs and `allow` is False, or something other
+      than data and mesh differs.
+  """
+  saved = from_dict(meta["config"], "checkpoint")
+  changed = differences(saved, config)
+  refused = [
+    change
+    for change in changed
+    if not (is_about_mesh(change) or (allow and is_about_data(change)))
+  ]
+  if refused:
+    raise RunFolderError(
+      f"{folder.path}: its checkpoint is of another config: "
+      f"{'; '.join(refused)}"
+    )
+  return changed + data_changes(meta, config, folder, allow)
+
+
+def data_changes(
+  meta: dict[str, Any], config: RunConfig, folder: RunFolder, allow: bool
+) -> list[str]:
+  """Return how the data's content differs from that of a checkpoint.
+
+  Args:
+    meta: what the checkpoint says of itself.
+    config: the run now.
+    folder: named in messages.
+    allow: whether the data may differ.
+
+  Raises:
+    RunFolderError: the data differs and `allow` is False.
+    ValueError: the data has tokens that the model does not know.
+  """
+  check_vocabulary(config)
+  data = config.data.train_batches(config.batch, config.seed)
+  try:
+    batches_lib.check_fingerprint(meta["data"], data.fingerprint)
+  except ValueError as error:
+    if not allow:
+      hint = "; --allow-data-change uses the new data"
+      raise RunFolderError(f"{folder.path}: {error}{hint}") from error
+    return [str(error)]
+  return []
+
+
+def try_data(config: RunConfig) -> None:
+  """Make a training batch and a held-out batch, and drop them.
+
+  Raises:
+    ValueError: the data cannot be made, or does not fit the model.
+  """
+  check_vocabulary(config)
+  config.data.train_batches(config.batch, config.seed).read(0)
+  config.data.eval_batches(config.micro_batch, config.seed).read(0)
+
+
+def check_vocabulary(config: RunConfig) -> None:
+  """Check that the model has an embedding for every token of the data.
+
+  Raises:
+    ValueError: it does not.
+  """
+  needed = config.data.read_vocab_size()
+  require(
+    needed is None or config.model.vocab_size >= needed,
+    "model.vocab_size",
+    config.model.vocab_size,
+    f"at least {needed}, the vocabulary of the data",
+  )

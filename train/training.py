@@ -1,0 +1,171 @@
+"""Train a config in a run folder: the entry that Python and the command share.
+
+from train import RunConfig, run
+
+outcome = run(config, "runs/mine")   # the same call resumes a stopped run
+print(outcome.reason, outcome.held_out["loss"])
+"""
+
+from collections.abc import Iterator
+import contextlib
+import datetime
+import shlex
+import time
+
+from etils import epath
+import jax
+from rich.console import Console
+
+from train import (
+  compiled_steps,
+  initial_state,
+  loop as loop_lib,
+  stored_config,
+)
+from train.checkpoint.checkpoints import Checkpoints
+from train.config import RunConfig
+from train.devices import mesh as mesh_lib, mesh_report, processes
+from train.loop import Outcome
+from train.progress import Display
+from train.records import report, wandb
+from train.records.metrics_writer import MetricsWriter
+from train.records.run_folder import RunFolder, RunFolderError
+from train.stop_signals import StopSignals
+
+
+def run(
+  config: RunConfig,
+  run_dir: epath.PathLike | None = None,
+  *,
+  console: Console | None = None,
+  allow_data_change: bool = False,
+) -> Outcome:
+  """Train a config, or resume the run that the folder holds.
+
+  SIGTERM and SIGINT stop the run after the current step: it is saved, and the
+  same call resumes it.
+
+  Args:
+    config: the run. Its classes must be importable by name, because the folder
+      stores `module:Class` for each.
+    run_dir: the folder for config.json, metrics.jsonl, checkpoints and
+      pictures: a new one, or that of this run. None: `runs/TIME`.
+    console: prints progress and results. None: prints to standard output.
+    allow_data_change: resume although the data, its batch or its seed are not
+      those of the folder. The run then continues at its step of the new data.
+
+  Returns:
+    Where and why the run stopped, its held-out metrics and its final state.
+
+  Raises:
+    ConfigError: the config does not survive the round trip to JSON.
+    RunFolderError: the folder holds another run or other files.
+    ValueError: the config does not fit the devices or the data. In all cases so
+      far nothing was written.
+    CheckpointError: no checkpoint can be read, or one cannot be written.
+    TrainingFailed: a step was not finite.
+    DataTimeout: a batch did not come in time; a thread still waits for it, so
+      end the process with `os._exit`.
+  """
+  if run_dir is None:
+    if jax.process_count() > 1:
+      raise ValueError(
+        "run_dir=None: expected a folder that all processes share"
+      )
+    run_dir = f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
+  if console is None:
+    console = Console(quiet=jax.process_index() != 0)
+  folder = RunFolder(run_dir)
+  outcome = train(config, folder, console, allow_data_change=allow_data_change)
+  if outcome.reason == "signal":
+    console.print(
+      f"stopped at step {outcome.step} and saved; resume with\n"
+      f"  rebased resume {shlex.quote(str(run_dir))}",
+      highlight=False,
+      soft_wrap=True,
+    )
+  else:
+    report.finish(config, folder, outcome, console)
+  return outcome
+
+
+def train(
+  config: RunConfig,
+  folder: RunFolder,
+  console: Console,
+  *,
+  allow_data_change: bool = False,
+) -> Outcome:
+  """Do what `run` does, without the pictures and the table at the end.
+
+  Everything that can be refused is refused before the folder is touched.
+  """
+  stored_config.check_storable(config)
+  mesh = mesh_lib.make_mesh(config.mesh)
+  first = jax.process_index() == 0
+  with jax.set_mesh(mesh):
+    built = compiled_steps.build(config, mesh)
+    weights = None
+    if config.init_from is not None and not folder.config_file.exists():
+      weights = initial_state.source_weights(config, built)
+    wandb.check(config)
+    initial_state.try_data(config)
+    # Shapes only: finds what a step cannot compute.
+    built.train_step.eval_shape(*compiled_steps.step_inputs(config, built))
+    placed = mesh_report.describe(
+      config, compiled_steps.to_dicts(built.abstract)["params"], mesh.shape
+    )
+    with (
+      _claimed(folder, config, allow_data_change=allow_data_change),
+      Checkpoints(folder.checkpoints, keep=config.keep) as checkpoints,
+      StopSignals() as stop,
+    ):
+      state, start, meta, notes = initial_state.restore_or_create(
+        config,
+        built,
+        checkpoints,
+        folder,
+        weights,
+        allow_data_change=allow_data_change,
+      )
+      if first:
+        folder.update(config)
+        folder.cut_metrics(start)
+        folder.write("sharding.txt", mesh_report.as_text(*placed))
+      display = Display(console, start=start, steps=config.steps, active=first)
+      writer = MetricsWriter(config, folder, active=first)
+      begin = time.perf_counter()
+      with writer, display:
+        for note in (f"run folder: {folder.path}", *placed[0], *notes):
+          display.line(note)
+        loop = loop_lib.Loop(config, folder, built, checkpoints, writer, meta)
+        reason, step = meta.get("finished"), start
+        if reason is None:
+          state, step, reason = loop.run(state, start, display, stop)
+        checkpoints.wait()
+      seconds = time.perf_counter() - begin
+      code = 128 + loop.signal if reason == "signal" else 0
+      return Outcome(step, reason, code, loop.held_out, seconds, state)
+
+
+@contextlib.contextmanager
+def _claimed(
+  folder: RunFolder, config: RunConfig, *, allow_data_change: bool
+) -> Iterator[None]:
+  """Open and lock the folder; the first process does so for all of them.
+
+  Raises:
+    RunFolderError: the folder cannot be used, or another run trains in it.
+  """
+  failure = None
+  processes.all_processes(True)  # each has seen what was there before
+  with contextlib.ExitStack() as locks:
+    if jax.process_index() == 0:
+      try:
+        folder.open(config, allow_data_change=allow_data_change)
+        locks.enter_context(folder.locked())
+      except RunFolderError as error:
+        failure = error
+    if not processes.all_processes(failure is None):
+      raise failure or RunFolderError(f"{folder.path}: refused by process 0")
+    yield
