@@ -1,297 +1,201 @@
-"""The command `rebased`.
+"""The command `rebased`: find the verb and run it.
 
-    rebased train PRESET [--options]   train, or go on in --run-dir
-    rebased resume RUN                 go on with a run, as it was configured
-    rebased evaluate RUN               held-out loss and accuracy of a run
-    rebased generate RUN --prompt ...  text from a run's language model
-    rebased inspect WHAT               a preset, a run, a checkpoint, a model
-    rebased compile PRESET             the step, for TPUs that are not attached
-    rebased prepare INPUT ...          text to tokens, for training
-    rebased tokenizer train INPUT ...  a BPE tokenizer from text
-    rebased count PATH                 pairs of tokens of a data set, for AR
-    rebased inspect data PATH          a data set: counts, lengths, a sample
-    rebased doctor                     devices, versions, implementations
-
-`rebased COMMAND --help` shows the options. Exit codes: 0 done; 2 a wrong
-argument or config, nothing was changed; 1 the run failed; 143 (SIGTERM) or 130
-(SIGINT) it was stopped, saved, and can be resumed.
+Each verb is a module of `train.commands` with a function `run(args)`, which
+returns the exit code. A module is imported only when its verb is run, because
+importing jax takes seconds: a misspelt verb is answered at once, and the verbs
+that only read and write tokens never import it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
-import datetime
+import importlib
 import multiprocessing
 import os
-import shlex
 import signal
 import sys
-from types import FrameType
-import typing
-
-from rich.console import Console
-import tyro
+from typing import NoReturn
 
 from train import console
 
-if typing.TYPE_CHECKING:
-  from train.config import RunConfig
+_EXIT_CODES = """\
+Exit codes: 0 done; 2 a wrong argument or config, nothing was changed; 1 failed;
+143 (SIGTERM) or 130 (SIGINT) stopped and saved, and can be resumed."""
 
 
-_COMPILE_ONLY = dict(
-  JAX_PLATFORMS="cpu",
-  ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-  TPU_SKIP_MDS_QUERY="1",
-  TPU_WORKER_HOSTNAMES="localhost",
-)
+@dataclasses.dataclass(frozen=True)
+class Verb:
+  """A verb of the command.
+
+  Attributes:
+    usage: what follows the verb on the command line.
+    summary: what it does, in a few words.
+    module: the module that holds its `run`.
+    uses_jax: whether it imports jax.
+    environment: environment variables to set, unless they are set. jax and
+      libtpu read them when they are imported.
+  """
+
+  usage: str
+  summary: str
+  module: str
+  uses_jax: bool = True
+  environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-  """Runs one command and exits with its code."""
+VERBS = {
+  "train": Verb(
+    "PRESET [--options]",
+    "train a preset, or resume its --run-dir",
+    "train.commands.train",
+  ),
+  "resume": Verb(
+    "RUN", "resume a run with the config it has", "train.commands.resume"
+  ),
+  "evaluate": Verb(
+    "RUN",
+    "print the held-out loss and accuracy",
+    "train.commands.evaluate",
+  ),
+  "generate": Verb(
+    "RUN --prompt TEXT",
+    "complete a prompt with a run's model",
+    "train.commands.generate",
+  ),
+  "inspect": Verb(
+    "WHAT",
+    "show a preset, model, run or checkpoint;\n"
+    "`inspect data PATH` shows a data set",
+    "train.commands.inspect",
+  ),
+  "compile": Verb(
+    "PRESET",
+    "compile the step for TPUs not attached",
+    "train.commands.compile",
+    # libtpu must neither look for TPUs nor lock them; jax computes on the CPU.
+    environment={
+      "JAX_PLATFORMS": "cpu",
+      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+      "TPU_SKIP_MDS_QUERY": "1",
+      "TPU_WORKER_HOSTNAMES": "localhost",
+    },
+  ),
+  "prepare": Verb(
+    "INPUT … --out OUT",
+    "turn text into tokens for training",
+    "train.commands.prepare",
+    uses_jax=False,
+  ),
+  "tokenizer": Verb(
+    "train INPUT …",
+    "train a BPE tokenizer on text",
+    "train.commands.tokenizer",
+    uses_jax=False,
+  ),
+  "count": Verb(
+    "PATH",
+    "count token pairs, for --recall-limit",
+    "train.commands.count",
+    uses_jax=False,
+  ),
+  "doctor": Verb(
+    "",
+    "show devices, versions, implementations",
+    "train.commands.doctor",
+  ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+  """Run one verb and exit with its code.
+
+  Args:
+    argv: the arguments of the command; None takes those of the process.
+  """
   args = list(sys.argv[1:] if argv is None else argv)
   if not args or args[0] in ("-h", "--help"):
-    print(__doc__.strip())
+    print(_help())
     sys.exit(0 if args else 2)
-  commands: dict[str, Callable[[list[str]], int]] = dict(
-    train=_train,
-    resume=_resume,
-    evaluate=_evaluate,
-    generate=_generate,
-    inspect=_inspect,
-    compile=_compile,
-    prepare=_prepare,
-    tokenizer=_tokenizer,
-    count=_count,
-    doctor=_doctor,
-  )
-  command = commands.get(args[0])
-  if command is None:
-    _refuse(console.unknown("command", args[0], commands))
-  if args[0] in ("prepare", "tokenizer", "count"):  # their workers need no jax
-    sys.exit(_without_jax(command, args[1:]))
-  if args[0] == "compile":  # libtpu is not to look for TPUs, nor to lock them
-    for name, value in _COMPILE_ONLY.items():
-      os.environ.setdefault(name, value)
-  # Not at the top: jax and orbax take seconds that a wrong word need not wait.
-  from train.checkpoint.checkpoints import CheckpointError
-  from train.data.timeout import DataTimeout
-  from train.loop import TrainingFailed
+  verb = VERBS.get(args[0])
+  if verb is None:
+    _print_error(console.unknown("command", args[0], VERBS))
+    sys.exit(2)
+  sys.exit(_run(verb, args[1:]))
 
+
+def _help() -> str:
+  """Return the text of `rebased --help`."""
+  lines = [
+    "Train, evaluate and use models with linear attention.",
+    "",
+    "usage: rebased VERB …",
+    "",
+  ]
+  for name, verb in VERBS.items():
+    summary = verb.summary.replace("\n", "\n" + " " * 38)
+    lines.append(f"  {f'rebased {name} {verb.usage}':<36}{summary}")
+  lines += ["", "`rebased VERB --help` shows the options.", _EXIT_CODES]
+  return "\n".join(lines)
+
+
+def _run(verb: Verb, args: list[str]) -> int:
+  """Run a verb; print errors that a user can cause, and return the exit code.
+
+  Any other exception is a bug, and keeps its traceback.
+  """
+  for name, value in verb.environment.items():
+    os.environ.setdefault(name, value)
   try:
-    code = command(args[1:])
-  except DataTimeout as error:
-    _leave(str(error))
+    return importlib.import_module(verb.module).run(args)
   except (ValueError, NotImplementedError) as error:
-    _refuse(str(error))
-  except (CheckpointError, TrainingFailed, OSError) as error:
-    print(f"rebased: {error}", file=sys.stderr)
-    code = 1
-  sys.exit(code)
+    _print_error(str(error))
+    return 2
+  except _failures(verb) as error:
+    if verb.uses_jax:
+      _exit_if_hung(error)
+    _print_error(str(error))
+    return 1
+  except KeyboardInterrupt as error:
+    if verb.uses_jax:
+      raise
+    _print_error("stopped; repeat the same command to continue")
+    return 128 + (error.args[0] if error.args else signal.SIGINT)
 
 
-def _refuse(message: str) -> None:
-  print(f"rebased: {message}", file=sys.stderr)
-  sys.exit(2)
+def _failures(verb: Verb) -> tuple[type[Exception], ...]:
+  """Return the errors that mean that a verb failed, exit code 1.
+
+  It is called after an error, when the verb has imported what it needs.
+  """
+  if not verb.uses_jax:
+    from train.data.prepare.shard import PrepareError
+
+    return OSError, PrepareError
+  from train.checkpoint.checkpoints import CheckpointError
+  from train.nonfinite_steps import TrainingFailed
+
+  return OSError, CheckpointError, TrainingFailed
 
 
-def _leave(message: str) -> typing.NoReturn:
-  """Ends the process although a thread of it hangs."""
-  print(f"rebased: {message}", file=sys.stderr, flush=True)
+def _exit_if_hung(error: Exception) -> None:
+  """End the process at once if a thread of it hangs, waiting for data.
+
+  `sys.exit` would wait for that thread.
+  """
+  from train.data.prefetch import DataTimeout
+
+  if not isinstance(error, DataTimeout):
+    return
+  _print_error(str(error))
   sys.stdout.flush()
+  sys.stderr.flush()
   for child in multiprocessing.active_children():
     child.terminate()
   os._exit(1)
 
 
-def _preset(args: list[str], command: str = "train") -> tuple[str, "RunConfig"]:
-  from train.presets import make_presets
-
-  presets = make_presets()
-  if not args or args[0].startswith("-"):
-    print(f"usage: rebased {command} PRESET [--options]\n\npresets:")
-    print("\n".join(f"  {name}" for name in presets))
-    sys.exit(0 if args else 2)
-  if args[0] not in presets:
-    raise ValueError(console.unknown("preset", args[0], presets))
-  return args[0], presets[args[0]]
-
-
-def _train(args: list[str]) -> int:
-  from train.commands.arguments import TrainArgs
-  from train.devices import processes
-
-  name, preset = _preset(args)
-  parsed = tyro.cli(
-    TrainArgs,
-    prog=f"rebased train {name}",
-    args=args[1:],
-    default=TrainArgs(preset),
-  )
-  processes.start(parsed.distributed)
-  if parsed.run_dir is None and parsed.distributed != "off":
-    raise ValueError(
-      "--run-dir: expected a folder that all processes share, with "
-      f"--processes {parsed.distributed}"
-    )
-  time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-  default = f"runs/{name}-{time}"
-  run_dir = default if parsed.run_dir is None else parsed.run_dir
-  return _run(parsed.run, run_dir, parsed.allow_data_change)
-
-
-def _resume(args: list[str]) -> int:
-  from train.commands.arguments import ResumeArgs, of_run
-  from train.devices import processes
-
-  parsed, config = of_run(ResumeArgs, "rebased resume", args)
-  processes.start(parsed.distributed)
-  return _run(config, parsed.run_dir, parsed.allow_data_change)
-
-
-def _run(config: "RunConfig", run_dir: str, allow_data_change: bool) -> int:
-  import jax
-
-  from train import loop
-  from train.records import report
-  from train.records.run_folder import RunFolder
-
-  console = Console(quiet=jax.process_index() != 0)
-  folder = RunFolder(run_dir)
-  outcome = loop.train(
-    config, folder, console, allow_data_change=allow_data_change
-  )
-  if outcome.reason == "signal":
-    console.print(
-      f"stopped at step {outcome.step}, saved; go on with\n"
-      f"  rebased resume {shlex.quote(run_dir)}",
-      highlight=False,
-      soft_wrap=True,
-    )
-    return outcome.exit_code
-  report.finish(config, folder, outcome, console)
-  return 0
-
-
-def _evaluate(args: list[str]) -> int:
-  from train.commands.arguments import EvaluateArgs, of_run, with_recall
-  from train.devices import processes
-  from train.records import report
-  from train.records.run_folder import RunFolder
-
-  parsed, config = of_run(EvaluateArgs, "rebased evaluate", args)
-  config = with_recall(config, parsed.recall, parsed.recall_limit)
-  processes.start(parsed.distributed)
-  folder = RunFolder(parsed.run_dir)
-  return report.evaluate_run(
-    config,
-    folder,
-    parsed.step,
-    Console(),
-    test=parsed.test,
-    allow_data_change=parsed.allow_data_change,
-  )
-
-
-def _generate(args: list[str]) -> int:
-  from train.commands import generate
-  from train.commands.arguments import GenerateArgs
-
-  parsed = tyro.cli(GenerateArgs, prog="rebased generate", args=args)
-  how = generate.Sampling(
-    parsed.tokens, parsed.temperature, parsed.top_k, parsed.seed
-  )
-  named = generate.Named(parsed.step, parsed.tokenizer, parsed.eos)
-  print(generate.complete(parsed.run_dir, parsed.prompt, how, named))
-  return 0
-
-
-def _inspect(args: list[str]) -> int:
-  from rebased_jax.presets import make_models
-  from train.commands import inspect_data, inspect_run
-  from train.commands.arguments import InspectArgs, InspectDataArgs
-  from train.presets import make_presets
-
-  if args[:1] == ["data"] and (len(args) > 1 or not os.path.isdir("data")):
-    parsed = tyro.cli(
-      InspectDataArgs, prog="rebased inspect data", args=args[1:]
-    )
-    return inspect_data.show(
-      parsed.path, Console(), length=parsed.length, verify=parsed.verify
-    )
-  parsed = tyro.cli(InspectArgs, prog="rebased inspect", args=args)
-  what, mesh, console = parsed.what, parsed.mesh, Console()
-  presets, models = make_presets(), make_models()
-  if what in presets:
-    config = dataclasses.replace(presets[what], mesh=mesh)
-    inspect_run.show_config(config, what, console)
-    return 0
-  if what in models:
-    inspect_run.show_model(models[what], what, console)
-    return 0
-  return inspect_run.show_folder(what, (*presets, *models), console, mesh)
-
-
-def _compile(args: list[str]) -> int:
-  from train.commands.arguments import CompileArgs
-  from train.compile import report as aot
-
-  name, preset = _preset(args, "compile")
-  parsed = tyro.cli(
-    CompileArgs,
-    prog=f"rebased compile {name}",
-    args=args[1:],
-    default=CompileArgs(preset),
-  )
-  return aot.show(parsed.run, parsed.topology, Console())
-
-
-def _prepare(args: list[str]) -> int:
-  from train.commands import prepare
-
-  before = signal.signal(signal.SIGTERM, _terminate)
-  try:
-    return prepare.run_prepare(args)
-  finally:
-    signal.signal(signal.SIGTERM, before)
-
-
-def _tokenizer(args: list[str]) -> int:
-  from train.commands import prepare
-
-  return prepare.run_tokenizer(args)
-
-
-def _count(args: list[str]) -> int:
-  from train.commands import count
-
-  return count.run_count(args)
-
-
-def _without_jax(command: Callable[[list[str]], int], args: list[str]) -> int:
-  try:
-    return command(args)
-  except ValueError as error:
-    _refuse(str(error))
-  except OSError as error:
-    print(f"rebased: {error}", file=sys.stderr)
-  except KeyboardInterrupt as error:
-    print("rebased: stopped; the same command goes on", file=sys.stderr)
-    return 128 + (signal.SIGTERM if error.args else signal.SIGINT)
-  return 1
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-  raise KeyboardInterrupt(number)
-
-
-def _doctor(args: list[str]) -> int:
-  from train.commands import doctor
-
-  if args in (["-h"], ["--help"]):
-    print("usage: rebased doctor\n\n" + doctor.__doc__)
-    return 0
-  if args:
-    raise ValueError(f"doctor takes no options, not {args[0]!r}")
-  return doctor.show(Console())
+def _print_error(message: str) -> None:
+  """Print a message as an error of the command."""
+  print(f"rebased: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from train_cases import (
 )
 
 from rebased_jax import parameter_count
-from train import build
-from train.config import to_json
+from train import compiled_steps
 from train.records.run_folder import RunFolder
+from train.stored_config import to_json
 
 _TINY = flags(tiny())
 
@@ -117,9 +117,9 @@ def test_help(call) -> None:
     assert (code, err) == (0, "") and "rebased train PRESET" in out
   for args, option in (
     (["train", "mqar", "--help"], "--optimizer.learning-rate"),
-    (["resume", "--help"], "the run's folder"),
+    (["resume", "--help"], "The run's folder"),
     (["evaluate", "--help"], "--step"),
-    (["inspect", "--help"], "a preset's or a model's name, or a folder"),
+    (["inspect", "--help"], "The name of a preset or of a model, or a folder."),
   ):
     code, out, _ = call(*args)
     assert code == 0 and option in out
@@ -170,12 +170,16 @@ _CORRUPT = {
   "empty": ("", "not JSON"),
   "cut": (_changed(lambda x: None)[:-9], "not JSON"),
   "not text": ("\udcff", "decode"),
-  "a list": ("[]", "version=None: expected 1"),
-  "version": (_changed(lambda x: x.update(version=2)), "version=2: expected 1"),
-  "no run": (_changed(lambda x: x.update(run=3)), "run: expected a RunConfig"),
+  "a list": ("[]", "version=None: expected 2"),
+  "version 1": (
+    _changed(lambda x: x.update(version=1)),
+    "version=1: expected 2",
+  ),
+  "version": (_changed(lambda x: x.update(version=3)), "version=3: expected 2"),
+  "no run": (_changed(lambda x: x.update(run=3)), "run is a int: expected a train:RunConfig"),
   "type": (
-    _changed(lambda x: x["run"]["model"]["second"].update(type="Mamba")),
-    "run.model.second.type='Mamba'",
+    _changed(lambda x: x["run"]["model"]["second"].update({"class": "Mamba"})),
+    "run.model.second.class='Mamba'",
   ),
   "field": (
     _changed(lambda x: x["run"]["optimizer"].update(momentum=1)),
@@ -230,7 +234,7 @@ def test_evaluate_prints_the_recorded_numbers(call, finished: Path) -> None:
 
 
 def test_inspect(call, finished: Path) -> None:
-  count = parameter_count(build.abstract_model(tiny()))
+  count = parameter_count(compiled_steps.abstract_model(tiny()))
   code, out, _ = call("inspect", "mqar-paper-rebased-2048")
   assert code == 0
   for name, value in (
@@ -243,7 +247,7 @@ def test_inspect(call, finished: Path) -> None:
   code, out, _ = call("inspect", str(finished))
   assert code == 0 and re.search(rf"│ all +│ +│ +{count:,} │", out)
   assert re.search(r"│ token_embedding +│ +\(32, 16\) +│ +512 │", out)
-  size = build.abstract_model(tiny()).state_size(16)
+  size = compiled_steps.abstract_model(tiny()).state_size(16)
   assert f"state of a sequence: {size:,} bytes" in out
   loss = RunFolder(finished).read_metrics()[-1]["loss"]
   assert re.search(rf"│ loss +│ +{loss} │", out)
@@ -256,8 +260,10 @@ def test_inspect(call, finished: Path) -> None:
   assert code == 0 and "mesh: fsdp 4" in out
   assert re.search(r"token_embedding +│ \(256, 64\) +│ –, fsdp +│ +4,096", out)
   code, out, _ = call("inspect", str(finished), "--mesh.tensor", "5")
-  assert code == 0 and re.search("heads=2 is no multiple of mesh.tensor=5", out)
-  assert "token_embedding: tensor: 32 is no multiple of 5" in out
+  assert code == 0 and re.search(
+    "heads=2 is not a multiple of mesh.tensor=5", out
+  )
+  assert "token_embedding: tensor: 32 is not a multiple of 5" in out
   code, _, err = call("inspect", str(finished / "checkpoints" / "5"))
   assert code == 2 and "no step 5" in err
 

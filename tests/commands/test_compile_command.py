@@ -15,9 +15,9 @@ from train_cases import (
   trainer as trainer,
 )
 
-from train import build
+from train import compiled_steps
 from train.compile import collectives, report
-from train.devices import mesh as mesh_lib, sharding
+from train.devices import batch_sharding, mesh as mesh_lib
 from train.devices.mesh import MeshConfig
 
 _HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -38,9 +38,11 @@ def test_the_step_is_the_one_that_runs() -> None:
   mesh = mesh_lib.make_mesh(config.mesh)
   lowered = report.lower(report.trace(config, mesh), mesh).as_text()
   with jax.set_mesh(mesh):
-    built = build.build(config, mesh)
-    batch = sharding.put_batch(config.data.train_batches(8, 0).read(0), mesh)
-    state = build.fresh_state(config, built)
+    built = compiled_steps.build(config, mesh)
+    batch = batch_sharding.put_batch(
+      config.data.train_batches(8, 0).read(0), mesh
+    )
+    state = compiled_steps.fresh_state(config, built)
     run = built.train_step.lower(state, batch, built.key).as_text()
   assert lowered == run
   for name, x in config.data.fields(8).items():

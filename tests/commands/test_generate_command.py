@@ -19,9 +19,8 @@ from text_cases import (
 from train_cases import call as call, run, tiny, trainer as trainer
 
 from rebased_jax import generate
-from train import load
-from train.commands import generate as complete
-from train.commands.generate import Named, Sampling
+from train import completion, load
+from train.completion import ModelSource, Sampling
 from train.data.prepare import tokenizer as tokenize
 
 _BYTES = tokenize.ByteTokenizer()
@@ -46,20 +45,22 @@ def test_it_prints_what_the_model_generates(call, finished: Path) -> None:
     expected = bytes([*tokens[0], *rest]).decode(errors="replace")
     assert out == expected + "\n" and expected != prompt
   found = [
-    complete.complete(finished, "a", Sampling(12, 2.0, seed=seed))
+    completion.complete(finished, "a", Sampling(12, 2.0, seed=seed))
     for seed in (0, 0, 1)
   ]
   assert found[0] == found[1] != found[2]
-  early = complete.complete(finished, "a", Sampling(12, 0.0), Named(step=2))
-  assert early != complete.complete(finished, "a", Sampling(12, 0.0))
+  early = completion.complete(
+    finished, "a", Sampling(12, 0.0), ModelSource(step=2)
+  )
+  assert early != completion.complete(finished, "a", Sampling(12, 0.0))
 
 
 def test_a_document_ends_the_text(finished: Path, monkeypatch) -> None:
   tokens = np.array([98, 99, EOS, 100], np.int32)
-  monkeypatch.setattr(complete, "sample", lambda *_: tokens)
-  assert complete.complete(finished, "a", Sampling(4)) == "abc"
+  monkeypatch.setattr(completion, "sample", lambda *_: tokens)
+  assert completion.complete(finished, "a", Sampling(4)) == "abc"
   tokens[2] = 101
-  assert complete.complete(finished, "a", Sampling(4)) == "abced"
+  assert completion.complete(finished, "a", Sampling(4)) == "abced"
 
 
 def test_what_it_refuses(call, finished: Path, tmp_path: Path) -> None:

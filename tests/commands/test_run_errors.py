@@ -9,7 +9,7 @@ from train_cases import files, flags, run, tiny, trainer as trainer
 
 from train import cli
 from train.checkpoint.checkpoints import CheckpointError
-from train.loop import TrainingFailed
+from train.nonfinite_steps import TrainingFailed
 from train.records.run_folder import RunFolder, RunFolderError
 
 _CONFIG = tiny(steps=4, eval_every=4, save_every=2)

@@ -24,7 +24,7 @@ from train_cases import (
   trainer as trainer,
 )
 
-from train.config import from_json, to_json
+from train.stored_config import from_json, to_json
 
 
 def test_refusals_leave_nothing(call, folder: Path) -> None:
@@ -87,8 +87,8 @@ def test_inspect_data(call, folder: Path, tmp_path: Path) -> None:
     assert re.search(rf"│ {name} +│ +{value} │", out), name
   for domain in ("code", "prose"):
     assert re.search(rf"│ {domain} +│ +\d+ │ +[\d,]+ │ +[\d.]+% │", out)
-  assert "all 2 shards have their checksums" in out
-  sample = out.rpartition("border between documents\n")[2].strip()
+  assert "all 2 shards match their checksums" in out
+  sample = out.rpartition("boundary between documents\n")[2].strip()
   pieces = [x.strip() for x in sample.split("▌")]
   assert len(pieces) > 1 and all(x in TEXT for x in pieces)
   assert files(folder) == before

@@ -180,5 +180,5 @@ def test_a_stop_says_so_and_nothing_else(tmp_path, number, group):
     time.sleep(0.001)
   (os.killpg if group else os.kill)(process.pid, number)
   printed, _ = process.communicate(timeout=60)
-  assert printed == "rebased: stopped; the same command goes on\n"
+  assert printed == "rebased: stopped; repeat the same command to continue\n"
   assert process.returncode == 128 + number

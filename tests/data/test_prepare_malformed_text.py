@@ -71,7 +71,9 @@ def test_a_bad_line_is_named_and_the_others_are_read(tmp_path, line, reason):
   assert dataset["shards"][0]["skipped"] == 1
   record = tmp_path / "out" / "prepare" / "shard-00000.json"
   (problem,) = json.loads(record.read_text())["problems"]
-  assert f"{problem}; --on-error skip counts it and goes on" == str(error.value)
+  assert f"{problem}; --on-error skip counts it and continues" == str(
+    error.value
+  )
 
 
 def test_what_is_odd_but_right_is_kept(tmp_path):

@@ -117,8 +117,8 @@ def test_inspect_shows_rows_domains_and_borders(call, tmp_path) -> None:
   code, shown, err = call("inspect", "data", str(out))
   assert code == 0, err
   assert re.search(rf"│ rows +│ +{found['rows']} of 64 \+ 1 tokens │", shown)
-  behind = "tokens behind the last rows"
-  assert re.search(rf"│ {behind} +│ +{found['left_over']} │", shown)
+  after = "tokens after the last rows"
+  assert re.search(rf"│ {after} +│ +{found['left_over']} │", shown)
   for name in DOMAINS:
     parts = [x["domains"][name] for x in found["shards"]]
     documents, tokens = (
@@ -128,7 +128,7 @@ def test_inspect_shows_rows_domains_and_borders(call, tmp_path) -> None:
     assert re.search(row, shown), name
   middle = found["rows"] // 2
   assert f"sample: 65 tokens, row {middle};" in shown
-  sample = shown.rpartition("border between documents\n")[2].strip("\n")
+  sample = shown.rpartition("boundary between documents\n")[2].strip("\n")
   tokens = PreparedSource(out)[middle]
   text = bytes(x if x != EOS else ord("|") for x in tokens.tolist()).decode(
     errors="replace"

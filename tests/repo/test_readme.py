@@ -62,7 +62,7 @@ def test_the_presets_are_named():
 
 
 def test_the_commands_are_those_of_the_help():
-  verbs = re.findall(r"^    rebased (\w+)", cli.__doc__, re.MULTILINE)
+  verbs = list(cli.VERBS)
   assert len(verbs) >= 10
   for name in verbs:
     assert f"`rebased {name}" in _TRAINING, name

@@ -11,7 +11,7 @@ import pytest
 import tyro
 
 from benchmarks.text import corpus as text_corpus, run as text_run
-from train.commands.arguments import TrainArgs
+from train.commands.train import TrainArgs
 from train.presets import make_presets
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""The command `rebased count`."""
+"""`rebased count PATH`: count the token pairs of a data set."""
 
 import dataclasses
 from typing import Annotated
@@ -7,27 +7,38 @@ from rich.console import Console
 import tyro
 
 from train.console import say
-from train.data.text import bigram_counts as bigrams
+from train.data.text import bigram_counts
 
 
 @dataclasses.dataclass(frozen=True)
 class CountArgs:
-  """Counts pairs of neighbouring tokens, and writes them beside the data set.
+  """Count the pairs of neighbouring tokens, and write the counts to a file.
 
-  Training and evaluation need it for --data.recall-limit and --recall-limit.
+  The file lies beside the data set. Training and evaluation need it for
+  --data.recall-limit and --recall-limit.
   """
 
+  #: A folder from `rebased prepare`, or a Megatron index NAME.idx.
   path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-  least: int = 1  # a pair that occurs less often is left out
+  #: Leave out pairs that occur less often than this.
+  least: int = 1
 
 
-def run_count(args: list[str]) -> int:
-  """`rebased count`; returns the exit code."""
+def run(args: list[str]) -> int:
+  """Run the verb and return the exit code.
+
+  Args:
+    args: the arguments after the verb.
+
+  Raises:
+    ValueError: there is no data set, or it cannot be used.
+    OSError: the counts cannot be written.
+  """
   parsed = tyro.cli(CountArgs, prog="rebased count", args=args)
   console = Console()
   with console.status("counting"):
-    kept, total = bigrams.write(parsed.path, parsed.least)
-  place = bigrams.table_path(parsed.path)
-  size = place.stat().st_size / 1e6
-  say(console, f"{place}: {kept:,} of {total:,} pairs, {size:,.1f} MB")
+    kept, total = bigram_counts.write(parsed.path, parsed.least)
+  table = bigram_counts.table_path(parsed.path)
+  size = table.stat().st_size / 1e6
+  say(console, f"{table}: {kept:,} of {total:,} pairs, {size:,.1f} MB")
   return 0

@@ -1,41 +1,133 @@
-"""`rebased inspect`: what a preset, a run or a checkpoint is."""
+"""`rebased inspect WHAT`: show a preset, a model, a run or a checkpoint."""
 
 import dataclasses
-from typing import Any
+import os
+from typing import Annotated, Any
 
 from etils import epath
 from flax import nnx
 import jax
 from rich.console import Console
 from rich.table import Table
+import tyro
 
 from rebased_jax import ModelConfig
-from train import build, config as config_lib
+from rebased_jax.presets import make_models
+from train import compiled_steps, stored_config
 from train.checkpoint.checkpoints import NoCheckpointError, read_meta
+from train.commands import inspect_data
 from train.config import RunConfig
 from train.console import near, rows
 from train.devices import mesh_report
 from train.devices.mesh import MeshConfig
+from train.presets import make_presets
 from train.records.run_folder import RunFolder
 
 
+@dataclasses.dataclass(frozen=True)
+class InspectArgs:
+  """Show a preset, a model, a run, or a checkpoint RUN/checkpoints/STEP.
+
+  Models are those whose parameters the paper counts, such as table-4-mamba-64.
+  `rebased inspect data PATH` shows a data set.
+  """
+
+  #: The name of a preset or of a model, or a folder.
+  what: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
+  #: Show how this mesh would split the parameters.
+  mesh: MeshConfig = MeshConfig()
+
+
+def run(args: list[str]) -> int:
+  """Run the verb and return the exit code.
+
+  Args:
+    args: the arguments after the verb.
+
+  Raises:
+    ValueError: there is nothing of this name, or it cannot be read.
+  """
+  # `inspect data` alone means a run folder of that name, if there is one.
+  if args[:1] == ["data"] and (len(args) > 1 or not os.path.isdir("data")):
+    return inspect_data.run(args[1:])
+  parsed = tyro.cli(InspectArgs, prog="rebased inspect", args=args)
+  what, mesh, console = parsed.what, parsed.mesh, Console()
+  presets, models = make_presets(), make_models()
+  if what in presets:
+    config = dataclasses.replace(presets[what], mesh=mesh)
+    show_config(config, what, console)
+  elif what in models:
+    show_model(models[what], what, console)
+  else:
+    show_folder(what, (*presets, *models), console, mesh)
+  return 0
+
+
 def show_config(config: RunConfig, title: str, console: Console) -> None:
-  """The config's fields, and the parameters by group."""
-  console.print(rows(title, _flat(config_lib.to_dict(config))))
+  """Print a run's fields and the sizes of its parameters.
+
+  Args:
+    config: the run.
+    title: the title of the table.
+    console: where to print.
+  """
+  console.print(rows(title, _flat(stored_config.to_dict(config))))
   _show_sizes(config.model, config.data.length, console)
   if config.mesh != MeshConfig():
     _show_mesh(config, console)
 
 
 def show_model(config: ModelConfig, title: str, console: Console) -> None:
-  """The same of a model of the paper's tables, which has positions."""
-  console.print(rows(title, _flat(config_lib.to_dict(config))))
+  """Print the fields of one of the paper's models and its parameters' sizes.
+
+  Args:
+    config: the model; it has learned positions.
+    title: the title of the table.
+    console: where to print.
+  """
+  console.print(rows(title, _flat(stored_config.to_dict(config))))
+  assert config.positions is not None, "the paper's models have positions"
   _show_sizes(config, config.positions, console)
 
 
+def show_folder(
+  what: str,
+  names: tuple[str, ...],
+  console: Console,
+  mesh: MeshConfig | None = None,
+) -> None:
+  """Print what a run folder holds, or one checkpoint in it.
+
+  Args:
+    what: the folder.
+    names: of presets and models, for the message about a misspelt one.
+    console: where to print.
+    mesh: a mesh to show instead of the run's; None or the default for the
+      run's.
+
+  Raises:
+    ValueError: it is neither a run folder nor a checkpoint.
+  """
+  path = epath.Path(what)
+  if path.parent.name == "checkpoints" and path.name.isdigit():
+    _show_checkpoint(path, console)
+    return
+  folder = RunFolder(path)
+  if not folder.config_file.exists():
+    raise ValueError(
+      f"{what!r} is no preset, model, run folder or checkpoint"
+      + near(what, names)
+    )
+  config = folder.read_config()
+  if mesh is not None and mesh != MeshConfig():
+    config = dataclasses.replace(config, mesh=mesh)
+  show_config(config, str(path), console)
+  _show_progress(folder, console)
+
+
 def _show_sizes(config: ModelConfig, length: int, console: Console) -> None:
-  """The parameters by group, and the state of a sequence of this length."""
-  model = build.abstract_lm(config)
+  """Print each parameter's size, and the state's size for `length` tokens."""
+  model = compiled_steps.abstract_lm(config)
   table = Table(title="parameters", title_justify="left")
   table.add_column("group")
   table.add_column("shape")
@@ -56,10 +148,10 @@ def _show_sizes(config: ModelConfig, length: int, console: Console) -> None:
 
 
 def _show_mesh(config: RunConfig, console: Console) -> None:
-  """What parameters get of the mesh, whatever devices there are."""
+  """Print how the mesh splits the parameters, whatever devices there are."""
   mesh = dataclasses.replace(config.mesh, data=config.mesh.data or 1)
   sizes = mesh.sizes(mesh.data * mesh.fsdp * mesh.context * mesh.tensor)
-  model = build.abstract_model(config)
+  model = compiled_steps.abstract_model(config)
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   lines, table = mesh_report.describe(config, params, sizes)
   console.print(table)
@@ -67,36 +159,8 @@ def _show_mesh(config: RunConfig, console: Console) -> None:
     console.print(line, highlight=False, soft_wrap=True)
 
 
-def show_folder(
-  what: str,
-  presets: tuple[str, ...],
-  console: Console,
-  mesh: MeshConfig | None = None,
-) -> int:
-  """A run folder, or one checkpoint in it.
-
-  Raises:
-    ValueError: it is neither.
-  """
-  path = epath.Path(what)
-  if path.parent.name == "checkpoints" and path.name.isdigit():
-    _show_checkpoint(path, console)
-    return 0
-  folder = RunFolder(path)
-  if not folder.config_file.exists():
-    raise ValueError(
-      f"{what!r} is no preset, model, run folder or checkpoint"
-      + near(what, presets)
-    )
-  config = folder.read_config()
-  if mesh is not None and mesh != MeshConfig():
-    config = dataclasses.replace(config, mesh=mesh)
-  show_config(config, str(path), console)
-  _show_progress(folder, console)
-  return 0
-
-
 def _show_progress(folder: RunFolder, console: Console) -> None:
+  """Print a run's last metrics and its newest checkpoint."""
   records = folder.read_metrics()
   for kind in ("train", "eval"):
     last = next((x for x in reversed(records) if x["kind"] == kind), None)
@@ -112,6 +176,7 @@ def _show_progress(folder: RunFolder, console: Console) -> None:
 
 
 def _show_checkpoint(path: epath.Path, console: Console) -> None:
+  """Print the record of a checkpoint."""
   step, meta = read_meta(path.parent, int(path.name))
   config = meta.pop("config")
   console.print(rows(str(path), {"step": step, **_flat(meta)}))
@@ -119,7 +184,7 @@ def _show_checkpoint(path: epath.Path, console: Console) -> None:
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Nested dicts as one, with dotted names."""
+  """Return nested dicts as one dict with dotted names."""
   result = {}
   for name, value in data.items():
     if isinstance(value, dict):

@@ -1,22 +1,24 @@
-"""`rebased inspect data`: what is in a data set of tokens."""
+"""`rebased inspect data PATH`: show what a data set of tokens holds."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+import dataclasses
+from typing import Annotated, Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+import tyro
 
 from train.console import rows
 from train.data.prepare.tokenizer import load_recorded
-from train.data.text.prepared_source import PreparedSource
 from train.data.text.megatron_source import MegatronSource
 from train.data.text.packing import stream_plan
+from train.data.text.prepared_source import PreparedSource
 from train.data.text.rows import fill_pieces, open_source
 from train.data.text.token_source import TokenSource
 
-_BORDER = "▌"  # stands between the documents of a sample
+_BOUNDARY = "▌"  # stands between the documents of a sample
 _QUANTILES = {
   "least": 0.0,
   "10 %": 0.1,
@@ -28,17 +30,44 @@ _QUANTILES = {
 Decode = Callable[[Sequence[int]], str]
 
 
-def show(path: str, console: Console, *, length: int, verify: bool) -> int:
-  """Prints counts, lengths, domains and a decoded sample of a data set.
+@dataclasses.dataclass(frozen=True)
+class InspectDataArgs:
+  """Show a data set: counts, lengths, domains, and a decoded sample."""
+
+  #: A folder from `rebased prepare`, or a Megatron index NAME.idx.
+  path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+  #: The number of tokens in the sample.
+  length: int = 256
+  #: Read every byte and compare it with the data set's checksums.
+  verify: bool = False
+
+
+def run(args: list[str]) -> int:
+  """Run the verb and return the exit code.
+
+  Args:
+    args: the arguments after `inspect data`.
+
+  Raises:
+    DataError: there is no data set, or it is damaged.
+    ValueError: an argument is wrong.
+  """
+  parsed = tyro.cli(InspectDataArgs, prog="rebased inspect data", args=args)
+  show(parsed.path, Console(), length=parsed.length, verify=parsed.verify)
+  return 0
+
+
+def show(path: str, console: Console, *, length: int, verify: bool) -> None:
+  """Print counts, lengths, domains and a decoded sample of a data set.
 
   Args:
     path: a prepared folder, or a Megatron index.
-    console: where to.
-    length: tokens of the sample.
-    verify: reads every byte of a prepared set and compares its checksums.
+    console: where to print.
+    length: the number of tokens in the sample.
+    verify: read every byte of a prepared set and compare its checksums.
 
   Raises:
-    DataError: there is no data set, or it is not sound.
+    DataError: there is no data set, or it is damaged.
     ValueError: `length` is below 1, or `verify` has nothing to compare.
   """
   if length < 1:
@@ -53,13 +82,12 @@ def show(path: str, console: Console, *, length: int, verify: bool) -> int:
     if not isinstance(source, PreparedSource):
       raise ValueError(f"{path}: Megatron's format has no checksums to verify")
     source.verify()
-    console.print(f"all {len(source.shards)} shards have their checksums")
+    console.print(f"all {len(source.shards)} shards match their checksums")
   _sample(source, length, console)
-  return 0
 
 
 def _summary(source: TokenSource) -> dict[str, object]:
-  """What the files say of themselves."""
+  """Return what the data set says about itself, by name."""
   tokens = int(source.lengths.sum(dtype=np.int64))
   values: dict[str, object] = {
     "documents": f"{len(source):,}",
@@ -67,11 +95,12 @@ def _summary(source: TokenSource) -> dict[str, object]:
   }
   if isinstance(source, PreparedSource):
     data = source.sidecar
+    # A row is a record of the files, so these counts differ from the above.
     values |= {x: f"{data[x]:,}" for x in ("documents", "tokens")}
     if source.row_length is not None:
       values |= {
         "rows": f"{len(source):,} of {source.row_length} + 1 tokens",
-        "tokens behind the last rows": f"{data.get('left_over', 0):,}",
+        "tokens after the last rows": f"{data.get('left_over', 0):,}",
       }
     values |= {
       "skipped": f"{data.get('skipped', 0):,}",
@@ -92,7 +121,7 @@ def _summary(source: TokenSource) -> dict[str, object]:
 
 
 def _lengths(lengths_n: np.ndarray) -> Table:
-  """Quantiles of the lengths of the documents."""
+  """Return a table of the quantiles of the documents' lengths (n,)."""
   table = Table(title="tokens of a document", title_justify="left")
   points = np.quantile(lengths_n, list(_QUANTILES.values()), method="nearest")
   for name in (*_QUANTILES, "mean"):
@@ -102,7 +131,7 @@ def _lengths(lengths_n: np.ndarray) -> Table:
 
 
 def _domains(sidecar: dict[str, Any]) -> Table:
-  """Documents and tokens of each domain."""
+  """Return a table of the documents and tokens of each domain."""
   table = Table(title="domains", title_justify="left")
   for column in ("domain", "documents", "tokens", "share of tokens"):
     table.add_column(column, justify="left" if column == "domain" else "right")
@@ -119,15 +148,15 @@ def _domains(sidecar: dict[str, Any]) -> Table:
 
 
 def _sample(source: TokenSource, length: int, console: Console) -> None:
-  """Tokens around the start of the middle document, with the borders.
+  """Print the text around the start of the middle document.
 
-  Of rows, which may share tokens, the first tokens of the middle one.
+  Of a data set of rows, print the beginning of the middle row.
   """
   total = int(source.lengths.sum(dtype=np.int64))
   width = None if source.row_length is None else source.row_length + 1
   length = min(length, width or total)
   if length < 2:
-    console.print("no sample: it has no two tokens")
+    console.print("no sample: the data set has fewer than two tokens")
     return
   plan = stream_plan(length, source.lengths, np.arange(len(source)))
   begin = int(plan.start_n[len(plan.document_n) // 2])
@@ -135,19 +164,20 @@ def _sample(source: TokenSource, length: int, console: Console) -> None:
     begin = min(max(begin - length // 2, 0), total - length)
   row = fill_pieces(source, *plan.pieces_at(np.array([begin])), (1, length))
   document_P, start_P, _, place_P = row.pieces
-  tokens_N, borders = row.tokens_RW[0], place_P[1:]
+  tokens_N, boundaries = row.tokens_RW[0], place_P[1:]
   where = f"documents {document_P[0]} to {document_P[-1]}, from token "
   where += f"{start_P[0]} of the first"
   if width is not None:
-    borders = np.flatnonzero(tokens_N[:-1] == _end(source)) + 1
+    boundaries = np.flatnonzero(tokens_N[:-1] == _end(source)) + 1
     where = f"row {document_P[0]}"
   decode, note = decoder(source)
   text = Text()
-  for i, part in enumerate(np.split(tokens_N, borders)):
-    text.append(_BORDER if i else "", style="bold red")
+  for i, part in enumerate(np.split(tokens_N, boundaries)):
+    if i:
+      text.append(_BOUNDARY, style="bold red")
     text.append(decode(part.tolist()))
   console.print(
-    f"\nsample: {length} tokens, {where}; {_BORDER} is a border between "
+    f"\nsample: {length} tokens, {where}; {_BOUNDARY} is a boundary between "
     f"documents{note}",
     highlight=False,
     soft_wrap=True,
@@ -156,18 +186,27 @@ def _sample(source: TokenSource, length: int, console: Console) -> None:
 
 
 def decoder(source: TokenSource) -> tuple[Decode, str]:
-  """How to show tokens as text, and a note where that cannot be."""
-  numbers = lambda tokens: " ".join(map(str, tokens))
+  """Return a function that shows tokens as text, and a note for the reader.
+
+  Args:
+    source: the data set. If its tokenizer cannot be loaded, tokens are shown as
+      numbers, and the note says why.
+  """
   if not isinstance(source, PreparedSource):
-    return numbers, "; the format has no tokenizer, so tokens are numbers"
+    return _numbers, "; the format has no tokenizer, so tokens are numbers"
   eos = _end(source)
   try:
     tokenizer = load_recorded(source.path, source.sidecar["tokenizer"])
   except ValueError as error:
-    return numbers, f"; tokens are numbers: {error}"
+    return _numbers, f"; tokens are numbers: {error}"
   return lambda tokens: tokenizer.decode([x for x in tokens if x != eos]), ""
 
 
+def _numbers(tokens: Sequence[int]) -> str:
+  """Return tokens as numbers."""
+  return " ".join(map(str, tokens))
+
+
 def _end(source: PreparedSource) -> int | None:
-  """The token that ends a document."""
+  """Return the token that ends a document; None if no token does."""
   return source.sidecar.get("eos")

@@ -1,0 +1,41 @@
+"""`rebased resume RUN`: resume a run with the config it has."""
+
+import dataclasses
+
+from train import training
+from train.commands.arguments import RunArg, parse_run
+from train.devices import processes
+from train.devices.mesh import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ResumeArgs:
+  """Resume a run with the config it has."""
+
+  #: The run's folder.
+  run_dir: RunArg
+  #: The mesh of devices, if it is not to be the run's.
+  mesh: MeshConfig = MeshConfig()
+  #: Resume although the data has changed.
+  allow_data_change: bool = False
+  #: How this process finds the others: "off" if there are none, "auto" from
+  #: the cluster, or HOST:PORT,N,I for process I of N.
+  distributed: str = "off"
+
+
+def run(args: list[str]) -> int:
+  """Run the verb and return the exit code.
+
+  Args:
+    args: the arguments after the verb.
+
+  Raises:
+    ValueError: an argument is wrong, or the run cannot be resumed.
+    OSError, CheckpointError or TrainingFailed: the run failed.
+  """
+  parsed, config = parse_run(ResumeArgs, "resume", args)
+  processes.start(parsed.distributed)
+  outcome = training.run(
+    config, parsed.run_dir, allow_data_change=parsed.allow_data_change
+  )
+  return outcome.exit_code

@@ -1,0 +1,53 @@
+"""`rebased train PRESET`: train a preset, or resume the run in a folder."""
+
+import dataclasses
+import datetime
+from typing import Annotated
+
+import tyro
+
+from train import training
+from train.commands.arguments import parse_preset
+from train.config import RunConfig
+from train.devices import processes
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArgs:
+  """Train the preset, with the fields that you change."""
+
+  run: Annotated[RunConfig, tyro.conf.arg(name="")]
+  #: The run's folder: a new one, or that of this run, which is then resumed.
+  #: None: runs/PRESET-TIME.
+  run_dir: str | None = None
+  #: Resume although the data, the batch or the seed changed.
+  allow_data_change: bool = False
+  #: How this process finds the others: "off" if there are none, "auto" from
+  #: the cluster, or HOST:PORT,N,I for process I of N.
+  distributed: str = "off"
+
+
+def run(args: list[str]) -> int:
+  """Run the verb and return the exit code.
+
+  Args:
+    args: the arguments after the verb.
+
+  Raises:
+    ValueError: an argument or the config is wrong; nothing was changed.
+    OSError, CheckpointError or TrainingFailed: the run failed.
+  """
+  name, parsed = parse_preset(TrainArgs, "train", args)
+  processes.start(parsed.distributed)
+  run_dir = parsed.run_dir
+  if run_dir is None:
+    if parsed.distributed != "off":
+      raise ValueError(
+        "run_dir=None: expected --run-dir, a folder that all processes share, "
+        f"with --distributed {parsed.distributed}"
+      )
+    run_dir = f"runs/{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+  outcome = training.run(
+    parsed.run, run_dir, allow_data_change=parsed.allow_data_change
+  )
+  return outcome.exit_code

@@ -1,0 +1,222 @@
+"""Complete a prompt with a run's language model.
+
+tokens = tokenizer(prompt)        the tokenizer of the run's data set
+tokens ← tokens, token            one by one, by `rebased_jax.generate`
+text   = the decoded tokens, up to the end of the document
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+import jax
+import numpy as np
+
+from rebased_jax import LM, generate
+from train import trained_model
+from train.checkpoint.checkpoints import NoCheckpointError, read_meta
+from train.config import RunConfig, TextData
+from train.data.batches import Fingerprint
+from train.data.checks import require
+from train.data.prepare import tokenizer as tokenizer_lib
+from train.data.prepare.tokenizer import ByteTokenizer, Tokenizer
+from train.data.text.prepared_source import read_sidecar
+from train.records.run_folder import RunFolder, RunFolderError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How the tokens of a completion are chosen.
+
+  Attributes:
+    tokens: the largest number of new tokens, 1 or more.
+    temperature: 0 takes the most likely token; above 0, sample from
+      softmax(logits / temperature).
+    top_k: sample from this many of the most likely tokens; None for all.
+    seed: the seed of the samples; the same seed gives the same tokens.
+
+  Raises:
+    ValueError: a field is outside its range.
+  """
+
+  tokens: int = 200
+  temperature: float = 0.8
+  top_k: int | None = None
+  seed: int = 0
+
+  def __post_init__(self) -> None:
+    require(self.tokens >= 1, "tokens", self.tokens, "1 or more")
+    known = 0 <= self.temperature < float("inf")
+    require(known, "temperature", self.temperature, "a number ≥ 0")
+    some = self.top_k is None or self.top_k >= 1
+    require(some, "top_k", self.top_k, "1 or more, or None")
+    greedy = self.top_k is not None and self.temperature == 0
+    require(not greedy, "top_k", self.top_k, "None with temperature=0")
+    require(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2³¹ − 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+  """Which checkpoint and which tokenizer of a run are used.
+
+  Attributes:
+    step: the step of the checkpoint; None for the newest.
+    tokenizer: for `tokenizer.load`; None for the copy in the data set.
+    eos: for `tokenizer.load`, with a `tokenizer`.
+
+  Raises:
+    ValueError: `eos` is given without a tokenizer.
+  """
+
+  step: int | None = None
+  tokenizer: str | None = None
+  eos: str = "auto"
+
+  def __post_init__(self) -> None:
+    known = self.eos == "auto" or self.tokenizer is not None
+    require(known, "eos", self.eos, "'auto', or a tokenizer that has the token")
+
+
+def complete(
+  run_dir: epath.PathLike,
+  prompt: str,
+  sampling: Sampling,
+  source: ModelSource = ModelSource(),
+) -> str:
+  """Return a prompt and its completion.
+
+  Args:
+    run_dir: the folder of a run on text.
+    prompt: the text to complete.
+    sampling: how tokens are chosen.
+    source: which checkpoint and tokenizer are used.
+
+  Raises:
+    ValueError: the folder is not that of a language model's run on text, its
+      tokenizer is missing or has changed, or the prompt is empty or too long.
+    CheckpointError: there is no such checkpoint, or it is unreadable.
+  """
+  require(bool(prompt), "prompt", prompt, "some text")
+  config, data, meta = _read_run(run_dir, source.step)
+  tokenizer, eos = find_tokenizer(data, meta["data"], source)
+  V, needed = config.model.vocab_size, tokenizer.spec.vocab_size
+  expected = f"at least {needed}, the tokens of {tokenizer.spec.name}"
+  require(needed <= V, "model.vocab_size", V, expected)
+  if sampling.top_k is not None:
+    k = sampling.top_k
+    require(k <= V, "top_k", k, f"at most the {V} tokens")
+  prompt_T = encode(tokenizer, prompt)
+  _check_length(config, len(prompt_T), sampling.tokens)
+  model = trained_model.load(run_dir, source.step)
+  completion_T = sample(model, prompt_T, sampling)
+  if eos is not None:
+    ends = np.flatnonzero(completion_T == eos)
+    completion_T = completion_T[: ends[0]] if ends.size else completion_T
+  return tokenizer.decode(np.concatenate([prompt_T, completion_T]))
+
+
+def sample(model: LM, prompt_T: np.ndarray, sampling: Sampling) -> np.ndarray:
+  """Return the tokens that a model adds to a prompt: int32 (sampling.tokens,).
+
+  Args:
+    model: the language model.
+    prompt_T: the tokens of the prompt (T,).
+    sampling: how tokens are chosen.
+  """
+  return np.asarray(
+    generate(
+      model,
+      prompt_T[None].astype(np.int32),
+      steps=sampling.tokens,
+      temperature=sampling.temperature,
+      top_k=sampling.top_k,
+      key=jax.random.key(sampling.seed),
+    )[0]
+  )
+
+
+def encode(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+  """Return the tokens of a prompt (T,); ValueError if it has none."""
+  try:
+    (tokens_T,) = tokenizer.encode([prompt])
+  except ValueError as error:
+    raise ValueError(f"prompt={prompt!r}: {error}") from error
+  expected = f"text that {tokenizer.spec.name} has tokens for"
+  require(len(tokens_T) > 0, "prompt", prompt, expected)
+  return tokens_T
+
+
+def find_tokenizer(
+  data: TextData,
+  fingerprint: Fingerprint,
+  source: ModelSource = ModelSource(),
+) -> tuple[Tokenizer, int | None]:
+  """Return a run's tokenizer, and the token that ends a document, if any.
+
+  Args:
+    data: the data of the run.
+    fingerprint: the fingerprint of its data, from its checkpoint.
+    source: may name another copy of the tokenizer.
+
+  Raises:
+    ValueError: the data set or its tokenizer is missing or has changed; or the
+      format of the data has no tokenizer, and `source` names none.
+  """
+  recorded = {
+    value
+    for field, value in fingerprint.items()
+    if field.rpartition(".")[2] == "tokenizer"
+  }
+  if source.tokenizer is not None:
+    tokenizer = tokenizer_lib.load(source.tokenizer, source.eos)
+    for sha256 in recorded:
+      tokenizer_lib.check_same(tokenizer, str(sha256), source.tokenizer)
+    return tokenizer, tokenizer.spec.eos
+  tokenizer = ByteTokenizer()
+  if recorded == {tokenizer.spec.sha256}:
+    return tokenizer, tokenizer.spec.eos
+  if not recorded:
+    raise ValueError(
+      f"{', '.join(data.path)}: Megatron's format names no tokenizer: expected "
+      "--tokenizer, the tokenizer.json that made the tokens"
+    )
+  # All data sets of a run have the same tokenizer: take the first copy.
+  folder = next(Path(x) for x in data.path if not x.endswith(".idx"))
+  try:
+    sidecar = read_sidecar(folder)
+    tokenizer = tokenizer_lib.load_recorded(folder, sidecar["tokenizer"])
+    for sha256 in recorded:
+      tokenizer_lib.check_same(tokenizer, str(sha256), str(folder))
+  except ValueError as error:
+    hint = "; --tokenizer names one that lies elsewhere"
+    raise ValueError(f"{error}{hint}") from error
+  return tokenizer, sidecar.get("eos")
+
+
+def _read_run(
+  run_dir: epath.PathLike, step: int | None
+) -> tuple[RunConfig, TextData, dict[str, Any]]:
+  """Return a run's config, its data, and the record of a checkpoint."""
+  folder = RunFolder(run_dir)
+  config = folder.read_config()
+  if not isinstance(config.data, TextData):
+    raise ValueError(
+      f"{run_dir}: its data is {type(config.data).__name__}: expected a "
+      "language model's run, trained on text"
+    )
+  try:
+    return config, config.data, read_meta(folder.checkpoints, step)[1]
+  except NoCheckpointError as error:
+    raise RunFolderError(f"{run_dir}: no checkpoint yet") from error
+
+
+def _check_length(config: RunConfig, prompt: int, tokens: int) -> None:
+  """Raise ValueError if the text is longer than the learned positions."""
+  P = config.model.positions
+  # The last new token is predicted, but never read.
+  if P is not None and prompt + tokens - 1 > P:
+    raise ValueError(
+      f"the prompt has {prompt} tokens, and tokens={tokens} more: expected at "
+      f"most {P} tokens with its completion (model.positions={P})"
+    )
