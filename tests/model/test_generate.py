@@ -126,7 +126,7 @@ def test_a_wrong_argument_is_named(wrong, message) -> None:
 def test_compiles_once_for_a_shape() -> None:
   # A length of its own, so that no earlier test has compiled it.
   model, steps = make(), 3
-  compiled = sys.modules["rebased_jax.generate"]._generate
+  compiled = sys.modules["rebased_jax.generation"]._generate
   before = compiled.cache_info().misses
   for seed, temperature in ((1, 1.0), (2, 0.5)):
     model.token_embedding[...] = model.token_embedding[...] + 1
