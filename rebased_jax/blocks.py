@@ -1,100 +1,74 @@
-"""Blocks of the language model, and what configures them.
+"""Blocks of the language model: norms, a mixer, and an MLP.
 
-    x ← x + mixer(LN(x));   x ← x + mlp(LN(x))
+    x ← x + mixer(LN(x));   x ← x + MLP(LN(x))           PreNormBlock
+    x ← x + mixer(LN(x));   x ← x + LN(x)                PreNormBlock, no MLP
+    x ← x + mixer(RMSNorm(x))                            MambaBlock
 
-Without an MLP the second line is x ← x + LN(x), as in the paper's MQAR models.
-Its Mamba model has blocks of one line, x ← x + mixer(RMSNorm(x)).
+The second line is that of the paper's MQAR models, the third that of its Mamba
+model. x is the residual stream, (B, T, D) in float32.
+
+A block returns the residual stream as a `Stream`, a sum whose parts are not yet
+added: the layer norm of the next block adds them as it reads them. Two blocks
+make a `Pair`. All pairs of a model have the same shapes, so that a model keeps
+their parameters stacked; the functions at the end run stacked pairs.
 """
 
 import abc
 from collections.abc import Callable
 import dataclasses
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 from flax import nnx
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from pallas_kernels import ShardAxes, devices
-from pallas_kernels.layer_norm.xla import Stream
-from pallas_kernels.numerics import sum_dtype
-from rebased_jax.layer_norm import LayerNorm
-from rebased_jax.mixers import base
+from pallas_kernels import ShardAxes
+from rebased_jax.layer_norm import LayerNorm, Stream
+from rebased_jax.linear import output_stddev
+from rebased_jax.mixers.base import (
+  Mixer,
+  MixerConfig,
+  MixerState,
+  Site,
+  take_positions,
+)
 from rebased_jax.mlp import MLP
 
 NORM_EPS = 1e-5  # PyTorch's default
+
 Place = Callable[[Array], Array]
-same: Place = lambda x: x
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """What an `LM` is."""
-
-  first: base.MixerConfig  # of the first block of each pair
-  second: base.MixerConfig  # of the second
-  vocab_size: int  # V
-  width: int  # D
-  pairs: int = 1  # half the number of layers
-  positions: int | None = None  # rows of the learned table; None: no positions
-  mlp_width: int | None = None  # hidden width of the MLPs; None: no MLP
-  dropout: float = 0.0  # of the embeddings
-  dtype: str = "float32"  # of the computation; parameters are float32
-  block: Literal["pre-norm", "mamba"] = "pre-norm"  # around each mixer
-  # One compiled pair for all; False: each its own; None: that on a GPU alone,
-  # where a scan copies all that the backward needs, twice.
-  scan_layers: bool | None = None
-  remat: Literal["none", "dots", "full"] = "none"  # what the backward repeats
-
-  def __post_init__(self):
-    base.positive(
-      self, "vocab_size", "width", "pairs", "positions", "mlp_width"
-    )
-    if not 0 <= self.dropout < 1:
-      raise ValueError(
-        f"ModelConfig.dropout={self.dropout}: expected a number in [0, 1)"
-      )
-    base.one_of(self, "dtype", *base.DTYPES)
-    base.one_of(self, "block", "pre-norm", "mamba")
-    base.one_of(self, "remat", "none", "dots", "full")
-    if self.block == "mamba" and self.mlp_width is not None:
-      raise ValueError(
-        f"ModelConfig.mlp_width={self.mlp_width}: expected None with "
-        "block='mamba', which has no MLP"
-      )
-
-  @property
-  def layers(self) -> int:
-    return 2 * self.pairs
-
-  @property
-  def scans(self) -> bool:
-    """Whether layers are scanned over, on the device that calls run on."""
-    if self.scan_layers is None:
-      return devices.platform() != "gpu"
-    return self.scan_layers
+Remat = Literal["none", "dots", "full"]
 
 
 class Block(nnx.Module):
-  """Abstract: a norm, a mixer, and what follows it.
+  """Abstract: a norm, a mixer, and what follows the mixer.
 
-  The stream is handed on in parts, which the next norm sums. A subclass sets
-  norm1 and mixer, and says how it begins and ends.
+  A subclass sets `norm1` and `mixer`, and defines `normed` and `_add`.
   """
 
   norm1: nnx.Module
-  mixer: base.Mixer
+  mixer: Mixer
 
   @abc.abstractmethod
-  def normed(self, stream: Stream, axes=None) -> tuple[Array, Array]:
-    """The stream whole, and its norm1."""
+  def normed(
+    self, stream: Stream, axes: ShardAxes | None = None
+  ) -> tuple[Array, Array]:
+    """Return the residual stream as one array x, and norm1(x)."""
 
   @abc.abstractmethod
-  def _rest(self, x: Array, y: Array, axes=None, place: Place = same) -> Stream:
-    """The block's stream, of the one before it and its mixer's output.
+  def _add(
+    self, x: Array, y: Array, axes: ShardAxes | None, place: Place
+  ) -> Stream:
+    """Return the residual stream after the block.
 
-    `place` holds an activation to its place on the mesh.
+    Args:
+      x: the residual stream before the block.
+      y: the mixer's output.
+      axes: the mesh axes. None: no mesh.
+      place: holds an activation to its place on the mesh.
     """
 
   def __call__(
@@ -105,51 +79,94 @@ class Block(nnx.Module):
     axes: ShardAxes | None = None,
     query_positions: Array | None = None,
   ) -> Stream:
+    """Return the residual stream of whole rows, or at chosen positions.
+
+    Args:
+      stream: the residual stream before the block, (B, T, D).
+      segment_ids: integers (B, T) of packed documents. None: one a row.
+      axes: the mesh axes that split batch, heads and time. None: no mesh.
+      query_positions: integers (B, M); the result is then (B, M, D).
+    """
     x_BTD, n_BTD = self.normed(stream, axes)
     y_BTD = self.mixer(
-      base.place(n_BTD, axes),
+      place(n_BTD, axes),
       segment_ids=segment_ids,
       axes=axes,
       query_positions=query_positions,
     )
-    place = lambda x: base.place(x, axes, whole_rows=query_positions is None)
+    place_rows = functools.partial(
+      place, axes=axes, whole_rows=query_positions is None
+    )
     if query_positions is not None and axes is not None:
       axes = dataclasses.replace(axes, time=None)
-    x_BTD = base.take_positions(x_BTD, query_positions)
-    return self._rest(x_BTD, place(y_BTD), axes, place)
+    x_BTD = take_positions(x_BTD, query_positions)
+    return self._add(x_BTD, place_rows(y_BTD), axes, place_rows)
 
-  def prefill(self, stream, state, *, segment_ids=None, axes=None):
-    x, n = self.normed(stream, axes)
-    y, state = self.mixer.prefill(n, state, segment_ids=segment_ids, axes=axes)
-    return self._rest(x, y, axes), state
+  def prefill(
+    self,
+    stream: Stream,
+    state: MixerState,
+    *,
+    segment_ids: Array | None = None,
+    axes: ShardAxes | None = None,
+  ) -> tuple[Stream, MixerState]:
+    """Return the residual stream of T more tokens, and the mixer's state."""
+    x_BTD, n_BTD = self.normed(stream, axes)
+    y_BTD, state = self.mixer.prefill(
+      n_BTD, state, segment_ids=segment_ids, axes=axes
+    )
+    return self._add(x_BTD, y_BTD, axes, _leave), state
 
-  def step(self, stream, state):
-    x, n = self.normed(stream)
-    y, state = self.mixer.step(n, state)
-    return self._rest(x, y), state
+  def step(
+    self, stream: Stream, state: MixerState
+  ) -> tuple[Stream, MixerState]:
+    """Return the residual stream of one more token, and the mixer's state."""
+    x_BD, n_BD = self.normed(stream)
+    y_BD, state = self.mixer.step(n_BD, state)
+    return self._add(x_BD, y_BD, None, _leave), state
 
 
 class PreNormBlock(Block):
-  """x + mixer(LN(x)), then x + mlp(LN(x)), or x + LN(x) without an MLP."""
+  """x ← x + mixer(LN(x)), then x ← x + MLP(LN(x)).
+
+  Without an MLP the second line is x ← x + LN(x).
+
+  Parameters: norm1/{scale,bias}, mixer/…, norm2/{scale,bias} and, with an MLP,
+  mlp/{up,down}/{kernel,bias}.
+  """
 
   def __init__(
     self,
-    config: ModelConfig,
-    mixer: base.MixerConfig,
-    layer: int,
+    mixer: MixerConfig,
+    site: Site,
     *,
+    mlp_width: int | None,
     rngs: nnx.Rngs,
   ):
-    self.norm1 = layer_norm(config, rngs)
-    self.mixer = mixer.make(_site(config, layer), rngs=rngs)
-    self.norm2 = layer_norm(config, rngs)
-    self.mlp = _mlp(config, rngs) if config.mlp_width else None
+    """Make the block.
 
-  def normed(self, stream: Stream, axes=None) -> tuple[Array, Array]:
+    Args:
+      mixer: config of the mixer.
+      site: the block's place in the model.
+      mlp_width: hidden width of the MLP. None: no MLP.
+      rngs: draws the initial parameters.
+    """
+    self.norm1 = make_layer_norm(site.width, site.dtype, rngs)
+    self.mixer = mixer.make(site, rngs=rngs)
+    self.norm2 = make_layer_norm(site.width, site.dtype, rngs)
+    self.mlp = _make_mlp(site, mlp_width, rngs)
+
+  def normed(
+    self, stream: Stream, axes: ShardAxes | None = None
+  ) -> tuple[Array, Array]:
+    """Return x and LN(x)."""
     return self.norm1.of_sum(stream, axes)
 
-  def _rest(self, x: Array, y: Array, axes=None, place: Place = same) -> Stream:
-    x, n = map(place, self.norm2.of_sum(Stream(x, y), axes))
+  def _add(
+    self, x: Array, y: Array, axes: ShardAxes | None, place: Place
+  ) -> Stream:
+    x, n = self.norm2.of_sum(Stream(x, y), axes)
+    x, n = place(x), place(n)
     if self.mlp is None:
       return Stream(x, n)
     y, bias = self.mlp.parts(n, axes)
@@ -157,36 +174,39 @@ class PreNormBlock(Block):
 
 
 class MambaBlock(Block):
-  """x + mixer(RMSNorm(x)), the norm with a weight alone."""
+  """x ← x + mixer(RMSNorm(x)).
 
-  def __init__(
-    self,
-    config: ModelConfig,
-    mixer: base.MixerConfig,
-    layer: int,
-    *,
-    rngs: nnx.Rngs,
-  ):
+  Parameters: norm1/scale and mixer/….
+  """
+
+  def __init__(self, mixer: MixerConfig, site: Site, *, rngs: nnx.Rngs):
+    """Make the block of a mixer's config at a place in the model."""
     self.norm1 = nnx.RMSNorm(
-      config.width, epsilon=NORM_EPS, dtype=jnp.dtype(config.dtype), rngs=rngs
+      site.width, epsilon=NORM_EPS, dtype=jnp.dtype(site.dtype), rngs=rngs
     )
-    self.mixer = mixer.make(_site(config, layer), rngs=rngs)
+    self.mixer = mixer.make(site, rngs=rngs)
 
-  def normed(self, stream: Stream, axes=None) -> tuple[Array, Array]:
+  def normed(
+    self, stream: Stream, axes: ShardAxes | None = None
+  ) -> tuple[Array, Array]:
+    """Return x and RMSNorm(x)."""
+    del axes
     x = stream.whole()
     return x, self.norm1(x)
 
-  def _rest(self, x: Array, y: Array, axes=None, place: Place = same) -> Stream:
+  def _add(
+    self, x: Array, y: Array, axes: ShardAxes | None, place: Place
+  ) -> Stream:
+    del axes, place
     return Stream(x, y)
 
 
 class Pair(nnx.Module):
-  """A block of the short convolution, then a block of the mixer."""
+  """Two blocks, one after the other. Parameters: first/…, second/…."""
 
-  def __init__(self, config: ModelConfig, index: int, *, rngs: nnx.Rngs):
-    block = MambaBlock if config.block == "mamba" else PreNormBlock
-    self.first = block(config, config.first, 2 * index, rngs=rngs)
-    self.second = block(config, config.second, 2 * index + 1, rngs=rngs)
+  def __init__(self, first: Block, second: Block):
+    self.first = first
+    self.second = second
 
   def __call__(
     self,
@@ -196,6 +216,11 @@ class Pair(nnx.Module):
     axes: ShardAxes | None = None,
     query_positions: Array | None = None,
   ) -> Stream:
+    """Return the residual stream after both blocks.
+
+    The arguments are those of a `Block`. The first block computes whole rows,
+    because the second may need all of them.
+    """
     stream = self.first(stream, segment_ids=segment_ids, axes=axes)
     return self.second(
       stream,
@@ -204,13 +229,22 @@ class Pair(nnx.Module):
       query_positions=query_positions,
     )
 
-  def init_state(self, batch: int):
+  def init_state(self, batch: int) -> tuple[MixerState, MixerState]:
+    """Return both mixers' states before a document's first token."""
     return (
       self.first.mixer.init_state(batch),
       self.second.mixer.init_state(batch),
     )
 
-  def prefill(self, x_BTD: Array, states, *, segment_ids=None, axes=None):
+  def prefill(
+    self,
+    x_BTD: Array,
+    states: tuple[MixerState, MixerState],
+    *,
+    segment_ids: Array | None = None,
+    axes: ShardAxes | None = None,
+  ) -> tuple[Array, tuple[MixerState, MixerState]]:
+    """Return the residual stream of T more tokens, and both states."""
     stream, first = self.first.prefill(
       Stream(x_BTD), states[0], segment_ids=segment_ids, axes=axes
     )
@@ -219,59 +253,138 @@ class Pair(nnx.Module):
     )
     return stream.whole(), (first, second)
 
-  def step(self, x_BD: Array, states):
+  def step(
+    self, x_BD: Array, states: tuple[MixerState, MixerState]
+  ) -> tuple[Array, tuple[MixerState, MixerState]]:
+    """Return the residual stream of one more token, and both states."""
     stream, first = self.first.step(Stream(x_BD), states[0])
     stream, second = self.second.step(stream, states[1])
     return stream.whole(), (first, second)
 
+  def state_size(self, length: int) -> int:
+    """Return the bytes of both states for a row of `length` tokens."""
+    first, second = self.first.mixer, self.second.mixer
+    return first.state_size(length) + second.state_size(length)
 
-def remat(function: Callable, config: ModelConfig) -> Callable:
-  """The function; its backward makes again what `config.remat` does not keep.
+  def attention_matrix(self, stream: Stream) -> Array:
+    """Return the second mixer's attention matrix, (B, H, T, T)."""
+    _, n_BTD = self.second.normed(self.first(stream))
+    return self.second.mixer.attention_matrix(n_BTD)
 
-  "none" keeps all; "dots" the outputs of projections, so that norms, gates,
-  GELUs and the mixer's operator run twice; "full" the inputs alone.
-  """
-  if config.remat == "none":
-    return function
-  dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-  return jax.checkpoint(
-    function,
-    prevent_cse=not config.scans,  # a scan's body is apart already
-    policy=dots if config.remat == "dots" else None,
+
+def make_layer_norm(width: int, dtype: str, rngs: nnx.Rngs) -> LayerNorm:
+  """Return a layer norm with weight and bias, its statistics in float32."""
+  return LayerNorm(width, eps=NORM_EPS, dtype=jnp.dtype(dtype), rngs=rngs)
+
+
+def _make_mlp(site: Site, mlp_width: int | None, rngs: nnx.Rngs) -> MLP | None:
+  if mlp_width is None:
+    return None
+  return MLP(
+    site.width,
+    mlp_width,
+    dtype=site.dtype,
+    stddev=output_stddev(site.layers),
+    rngs=rngs,
   )
 
 
-def logits(
-  x_D: Array, embedding_VD: Array, dtype: jnp.dtype | None = None
+def place(
+  x_BTD: Array, axes: ShardAxes | None, *, whole_rows: bool = True
 ) -> Array:
-  """x's products with an embedding in its dtype, (…, V), summed in float32.
+  """Hold activations to the split of batch and time over the mesh.
+
+  Without it XLA may gather the activations rather than the weights.
 
   Args:
-    x_D: (…, D).
-    embedding_VD: of the head.
-    dtype: that the sums are rounded to; None: they stay in float32.
+    x_BTD: (B, T, D), or (B, M, D) at chosen positions.
+    axes: the mesh axes. None: no mesh, and x is returned.
+    whole_rows: whether x has all positions. Chosen positions are split over
+      the batch alone.
+
+  Raises:
+    ValueError: the mesh of the context does not fit.
   """
-  return jnp.einsum(
-    "...d,vd->...v",
-    x_D,
-    embedding_VD.astype(x_D.dtype),
-    preferred_element_type=sum_dtype(x_D.dtype) if dtype is None else dtype,
-  )
+  if axes is None:
+    return x_BTD
+  if whole_rows:
+    axes.check(x_BTD.shape[0], None, x_BTD.shape[1])
+  spec = axes.bt() if whole_rows else PartitionSpec(axes.batch)
+  return jax.lax.with_sharding_constraint(x_BTD, spec)
 
 
-def layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> LayerNorm:
-  """LN with weight and bias, statistics in float32."""
-  dtype = jnp.dtype(config.dtype)
-  return LayerNorm(config.width, eps=NORM_EPS, dtype=dtype, rngs=rngs)
+def _leave(x: Array) -> Array:
+  """Return x where it is."""
+  return x
 
 
-def _mlp(config: ModelConfig, rngs: nnx.Rngs) -> MLP:
-  stddev = base.depth_scaled(config.layers)
-  D, hidden = config.width, config.mlp_width
-  return MLP(D, hidden, dtype=config.dtype, stddev=stddev, rngs=rngs)
+# Stacked pairs: an nnx.State whose arrays have a leading axis of the pairs.
+
+RunPair = Callable[..., Stream]
 
 
-def _site(config: ModelConfig, layer: int) -> base.Site:
-  return base.Site(
-    config.width, layer, config.layers, config.dtype, config.positions
+def stack(pairs: list[Pair]) -> Pair:
+  """Return one `Pair` whose parameters are those of all pairs, stacked."""
+  graph, _ = nnx.split(pairs[0])
+  states = [nnx.state(pair) for pair in pairs]
+  return nnx.merge(graph, jax.tree.map(lambda *x: jnp.stack(x), *states))
+
+
+def unstack(stacked: Any, index: int) -> Any:
+  """Return the parameters of one of the stacked pairs."""
+  return jax.tree.map(lambda p: p[index], stacked)
+
+
+def split_last(stacked: Any) -> tuple[Any, Any]:
+  """Return the stacked pairs without the last, and the last."""
+  first = jax.tree.map(lambda p: p[:-1], stacked)
+  return first, unstack(stacked, -1)
+
+
+def run_pairs(
+  run_pair: RunPair, x_BTD: Array, stacked: Any, *, scan: bool, remat: Remat
+) -> Stream:
+  """Return the residual stream after all stacked pairs.
+
+  Args:
+    run_pair: maps (stream, parameters of one pair) to the stream after it.
+    x_BTD: the residual stream before the first pair.
+    stacked: the stacked parameters. With no pairs in it, x is returned.
+    scan: whether one compiled pair is scanned over the pairs. Otherwise the
+      pairs run one by one.
+    remat: what the backward pass computes again (`with_remat`).
+  """
+  count = len(jax.tree.leaves(stacked)[0])
+  if scan and count:
+    # The carry is the sum of the stream's parts: it takes less memory.
+    def body(x: Array, parameters: Any) -> tuple[Array, None]:
+      return run_pair(Stream(x), parameters).whole(), None
+
+    return Stream(jax.lax.scan(body, x_BTD, stacked)[0])
+  run_pair = jax.jit(run_pair)  # traced once for all pairs after the first
+  stream = Stream(x_BTD)
+  for index in range(count):
+    stream = run_pair(stream, unstack(stacked, index))
+    if remat == "full":  # so that the backward keeps the sum alone
+      stream = Stream(stream.whole())
+  return stream
+
+
+def with_remat(run_pair: RunPair, remat: Remat, *, scan: bool) -> RunPair:
+  """Return `run_pair` with a backward pass that computes some values again.
+
+  Args:
+    run_pair: as in `run_pairs`.
+    remat: "none" keeps every value that the backward pass needs. "dots" keeps
+      the outputs of projections alone, so that norms, gates, GELUs and the
+      mixer's operator run twice. "full" keeps the inputs of the pair alone.
+    scan: whether the pairs are scanned over.
+  """
+  if remat == "none":
+    return run_pair
+  dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  return jax.checkpoint(
+    run_pair,
+    prevent_cse=not scan,  # the body of a scan cannot be merged with others
+    policy=dots if remat == "dots" else None,
   )

@@ -1,64 +1,158 @@
 """The language model: pairs of blocks between an embedding and a tied head.
 
     x ← dropout(W_E[token] + W_P[position])
-    x ← x + mixer(LN(x));   x ← x + mlp(LN(x))        for each block (blocks.py)
-    logits = W_E LN(x)
+    x ← x + mixer(LN(x));   x ← x + MLP(LN(x))      for each block, 2 · `pairs`
+    logits = LN(x) W_Eᵀ
 
-A `Pair` is two blocks, the short convolution's and the mixer's; pairs have one
-shape, so their parameters are stacked and the model scans over them. Without
-`scan_layers` it takes them one by one, from the same stacked parameters.
+A block is a norm, a mixer, a norm and an MLP around the residual stream x
+(B, T, D); `blocks.py` has two other kinds. Blocks come in pairs: the mixer of
+the first is `ModelConfig.first`, in the paper's hybrids the short convolution,
+and that of the second is `ModelConfig.second`, in them the mixer under study.
+All pairs have the same shapes. Their parameters are stacked, and the model
+scans over them or runs them one by one.
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any, Literal, NamedTuple
 
 from flax import nnx
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from pallas_kernels import ShardAxes
-from pallas_kernels.layer_norm.xla import Stream
+from pallas_kernels import ShardAxes, devices
+from pallas_kernels.numerics import sum_dtype
 from rebased_jax import blocks
-from rebased_jax.blocks import ModelConfig as ModelConfig, Pair
-from rebased_jax.mixers import base
+from rebased_jax.blocks import Block, MambaBlock, Pair, PreNormBlock
+from rebased_jax.config_checks import (
+  DTYPES,
+  check_one_of,
+  check_positive,
+  compute_dtype,
+)
+from rebased_jax.layer_norm import Stream
+from rebased_jax.mixers.base import MixerConfig, Site
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Choices of an `LM`."""
+
+  #: Mixer of the first block of each pair.
+  first: MixerConfig
+  #: Mixer of the second block of each pair.
+  second: MixerConfig
+  #: V, the size of the vocabulary.
+  vocab_size: int
+  #: D, the width of the residual stream.
+  width: int
+  #: Pairs of blocks, half the number of layers.
+  pairs: int = 1
+  #: Rows of the learned position table. None: no positions.
+  positions: int | None = None
+  #: Hidden width of the MLPs. None: no MLPs, and x ← x + LN(x) in their place.
+  mlp_width: int | None = None
+  #: Dropout of the embeddings in training.
+  dropout: float = 0.0
+  #: Compute dtype. Parameters and the residual stream are float32.
+  dtype: str = "float32"
+  #: "pre-norm", or "mamba": x ← x + mixer(RMSNorm(x)), without an MLP.
+  block: Literal["pre-norm", "mamba"] = "pre-norm"
+  #: Whether one compiled pair is scanned over all pairs. None: except on a GPU,
+  #: where a scan copies all that the backward pass needs, twice.
+  scan_layers: bool | None = None
+  #: What the backward pass computes again rather than keeps: nothing, all but
+  #: the outputs of projections ("dots"), or everything inside a pair.
+  remat: blocks.Remat = "none"
+
+  def __post_init__(self) -> None:
+    check_positive(
+      self, "vocab_size", "width", "pairs", "positions", "mlp_width"
+    )
+    if not 0 <= self.dropout < 1:
+      raise ValueError(
+        f"ModelConfig.dropout={self.dropout}: expected a number in [0, 1)"
+      )
+    check_one_of(self, "dtype", *DTYPES)
+    check_one_of(self, "block", "pre-norm", "mamba")
+    check_one_of(self, "remat", "none", "dots", "full")
+    if self.block == "mamba" and self.mlp_width is not None:
+      raise ValueError(
+        f"ModelConfig.mlp_width={self.mlp_width}: expected None with "
+        "block='mamba', which has no MLP"
+      )
+
+  @property
+  def layers(self) -> int:
+    """Number of blocks."""
+    return 2 * self.pairs
+
+  @property
+  def scans(self) -> bool:
+    """Whether pairs are scanned over, on the device that calls run on."""
+    if self.scan_layers is None:
+      return devices.platform() != "gpu"
+    return self.scan_layers
+
+  def make_block(
+    self, mixer: MixerConfig, layer: int, *, rngs: nnx.Rngs
+  ) -> Block:
+    """Return a block of this model around a mixer, with fresh parameters."""
+    site = Site(self.width, layer, self.layers, self.dtype, self.positions)
+    if self.block == "mamba":
+      return MambaBlock(mixer, site, rngs=rngs)
+    return PreNormBlock(mixer, site, mlp_width=self.mlp_width, rngs=rngs)
+
+  def make_pair(self, index: int, *, rngs: nnx.Rngs) -> Pair:
+    """Return a pair of blocks of this model, with fresh parameters."""
+    first = self.make_block(self.first, 2 * index, rngs=rngs)
+    return Pair(first, self.make_block(self.second, 2 * index + 1, rngs=rngs))
 
 
 class LMState(NamedTuple):
-  """What an `LM` keeps of a row's past."""
+  """The past of each row of an `LM`."""
 
-  position_B: Array  # int32, of the next token
+  position_B: Array  # int32, the position of the next token
   pairs: Any  # the mixers' states, stacked over the pairs
 
 
 class LM(nnx.Module):
   """The language model.
 
-  Parameters: token_embedding (V, D), position_embedding (P, D), norm/…, and
-  pairs/{first,second}/{norm1,mixer,norm2,mlp}/…, stacked over the pairs.
+  Parameters: token_embedding (V, D), position_embedding (P, D),
+  norm/{scale,bias} (D,), and pairs/{first,second}/{norm1,mixer,norm2,mlp}/…,
+  stacked over the pairs.
   """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    normal = lambda *shape: nnx.Param(
-      0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
-    )
-    if config.dtype == "float64" and not jax.config.jax_enable_x64:
-      raise ValueError(
-        "ModelConfig.dtype='float64': expected jax_enable_x64 to be set"
+    """Make the model; embeddings start from N(0, 0.02²).
+
+    Args:
+      config: the model's config.
+      rngs: draws the initial parameters.
+
+    Raises:
+      ValueError: the compute dtype is float64 and `jax_enable_x64` is not set,
+        or a mixer does not fit the width.
+    """
+    compute_dtype(config.dtype)
+
+    def embedding(rows: int | None) -> nnx.Param | None:
+      if rows is None:
+        return None
+      shape = rows, config.width
+      return nnx.Param(
+        0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
       )
+
     self.config = config
-    self.token_embedding = normal(config.vocab_size, config.width)
-    self.position_embedding = (
-      None
-      if config.positions is None
-      else normal(config.positions, config.width)
+    self.token_embedding = embedding(config.vocab_size)
+    self.position_embedding = embedding(config.positions)
+    self.pairs = blocks.stack(
+      [config.make_pair(index, rngs=rngs) for index in range(config.pairs)]
     )
-    pairs = [Pair(config, i, rngs=rngs) for i in range(config.pairs)]
-    graph, _ = nnx.split(pairs[0])
-    states = [nnx.state(pair) for pair in pairs]
-    self.pairs = nnx.merge(
-      graph, jax.tree.map(lambda *x: jnp.stack(x), *states)
-    )
-    self.norm = blocks.layer_norm(config, rngs)
+    self.norm = blocks.make_layer_norm(config.width, config.dtype, rngs)
 
   def __call__(
     self,
@@ -69,19 +163,21 @@ class LM(nnx.Module):
     axes: ShardAxes | None = None,
     dropout_key: Array | None = None,
   ) -> Array:
-    """Logits (B, T, V), float32; (B, M, V) at the positions wanted.
+    """Return logits (B, T, V), or (B, M, V) at chosen positions, in float32.
 
     Args:
       tokens: integers (B, T). A token outside the vocabulary has NaN logits.
-      segment_ids: integers (B, T) of packed documents: runs of one id. The
-        learned positions run on over the row.
-      positions_to_predict: integers (B, M), each in [0, T): the logits, the
-        last block and its queries are computed there alone. Another has NaN.
-      axes: the mesh axes that split batch, heads and time.
-      dropout_key: a PRNG key switches dropout on.
+      segment_ids: integers (B, T) of packed documents. A document is a run of
+        equal ids. The learned positions count on over the whole row. None:
+        each row is one document.
+      positions_to_predict: integers (B, M), each in [0, T). Only there are the
+        logits, the last block and its queries computed. A position outside has
+        NaN. None: all positions.
+      axes: the mesh axes that split batch, heads and time. None: no mesh.
+      dropout_key: a PRNG key, which switches dropout on. None: no dropout.
 
     Raises:
-      ValueError: T is beyond the position table, or a shape does not fit.
+      ValueError: T is larger than the position table, or a shape does not fit.
     """
     return self.head(
       self.features(
@@ -102,46 +198,57 @@ class LM(nnx.Module):
     axes: ShardAxes | None = None,
     dropout_key: Array | None = None,
   ) -> Array:
-    """x (B, T, D), or (B, M, D), whose product with the head is the logits.
+    """Return LN(x), (B, T, D) or (B, M, D), which the head takes.
 
-    In the dtype of the computation; arguments as of a call.
+    It has the compute dtype. The arguments are those of a call.
     """
     _check_rows("tokens", tokens)
     if positions_to_predict is not None:
       _check_rows("positions_to_predict", positions_to_predict)
-    x_BTD = self._embed(
-      tokens, jnp.arange(tokens.shape[1])[None], dropout_key, axes
-    )
+    config = self.config
+    position_1T = jnp.arange(tokens.shape[1])[None]
+    x_BTD = self._embed(tokens, position_1T, dropout_key, axes)
     graph, stacked = nnx.split(self.pairs)
 
-    def run(stream, state, positions_BM=None):
-      pair = nnx.merge(graph, state)
+    def run_pair(
+      stream: Stream, parameters: Any, query_positions: Array | None = None
+    ) -> Stream:
+      pair = nnx.merge(graph, parameters)
       return pair(
         stream,
         segment_ids=segment_ids,
         axes=axes,
-        query_positions=positions_BM,
+        query_positions=query_positions,
       )
 
-    run = blocks.remat(run, self.config)
+    run_pair = blocks.with_remat(run_pair, config.remat, scan=config.scans)
+    layout = dict(scan=config.scans, remat=config.remat)
     if positions_to_predict is None:
-      stream = self._through(run, x_BTD, stacked)
+      stream = blocks.run_pairs(run_pair, x_BTD, stacked, **layout)
     else:
-      first, last = _split_last(stacked)
-      stream = self._through(run, x_BTD, first)
-      stream = run(stream, last, positions_to_predict)
+      before, last = blocks.split_last(stacked)
+      stream = blocks.run_pairs(run_pair, x_BTD, before, **layout)
+      stream = run_pair(stream, last, positions_to_predict)
+      # Chosen positions are not split over the devices that split the row.
       axes = None if axes is None else ShardAxes(batch=axes.batch)
     return self.norm.of_sum(stream, axes)[1]
 
   def head(self, x_D: Array) -> Array:
-    """Logits (…, V) of `features`, in float32."""
-    return blocks.logits(x_D, self.token_embedding[...])
+    """Return logits (…, V) in float32 of `features` (…, D).
+
+    Products have the compute dtype, sums float32, or float64 of float64.
+    """
+    return jnp.einsum(
+      "...d,vd->...v",
+      x_D,
+      self.token_embedding[...].astype(x_D.dtype),
+      preferred_element_type=sum_dtype(x_D.dtype),
+    )
 
   def init_state(self, batch: int) -> LMState:
-    """The state before a row's first token."""
-    pairs = self.config.pairs
-    one = nnx.merge(*self._pair(0)).init_state(batch)
-    stacked = jax.tree.map(lambda x: jnp.stack([x] * pairs), one)
+    """Return the state of `batch` rows before their first token."""
+    state = self._pair(0).init_state(batch)
+    stacked = jax.tree.map(lambda x: jnp.stack([x] * self.config.pairs), state)
     return LMState(jnp.zeros(batch, jnp.int32), stacked)
 
   def prefill(
@@ -152,102 +259,113 @@ class LM(nnx.Module):
     segment_ids: Array | None = None,
     axes: ShardAxes | None = None,
   ) -> tuple[Array, LMState]:
-    """Logits (B, V) behind the last of T more tokens, and the state there."""
+    """Return the logits (B, V) after T more tokens, and the state there.
+
+    Args:
+      tokens: integers (B, T).
+      state: the state after the tokens before, or `init_state(B)`.
+      segment_ids: integers (B, T), as in a call.
+      axes: the mesh axes. None: no mesh.
+
+    Raises:
+      ValueError: T is larger than the position table, or a shape does not fit.
+    """
     _check_rows("tokens", tokens)
     T = tokens.shape[1]
-    steps_1T = jnp.arange(T, dtype=jnp.int32)[None]
-    x_BTD = self._embed(tokens, state.position_B[:, None] + steps_1T)
-    call = lambda pair, x, s: pair.prefill(
-      x, s, segment_ids=segment_ids, axes=axes
-    )
-    x_BTD, pairs = self._scan(call, x_BTD, state.pairs)
-    return self._logits(x_BTD[:, -1]), LMState(state.position_B + T, pairs)
+    step_1T = jnp.arange(T, dtype=jnp.int32)[None]
+    x_BTD = self._embed(tokens, state.position_B[:, None] + step_1T)
+    graph, stacked = nnx.split(self.pairs)
+
+    def body(x_BTD: Array, inputs: tuple[Any, Any]) -> tuple[Array, Any]:
+      parameters, states = inputs
+      pair = nnx.merge(graph, parameters)
+      return pair.prefill(x_BTD, states, segment_ids=segment_ids, axes=axes)
+
+    x_BTD, states = jax.lax.scan(body, x_BTD, (stacked, state.pairs))
+    logits_BV = self.head(self.norm(x_BTD[:, -1]))
+    return logits_BV, LMState(state.position_B + T, states)
 
   def step(self, tokens: Array, state: LMState) -> tuple[Array, LMState]:
-    """Logits (B, V) behind one more token a row, and the state there."""
+    """Return the logits (B, V) after one more token a row, and the state.
+
+    A token after the last row of the position table has NaN.
+
+    Args:
+      tokens: integers (B,).
+      state: the state after the tokens before, or `init_state(B)`.
+    """
     x_B1D = self._embed(tokens[:, None], state.position_B[:, None])
-    call = lambda pair, x, s: pair.step(x, s)
-    x_BD, pairs = self._scan(call, x_B1D[:, 0], state.pairs)
-    return self._logits(x_BD), LMState(state.position_B + 1, pairs)
+    graph, stacked = nnx.split(self.pairs)
+
+    def body(x_BD: Array, inputs: tuple[Any, Any]) -> tuple[Array, Any]:
+      parameters, states = inputs
+      return nnx.merge(graph, parameters).step(x_BD, states)
+
+    x_BD, states = jax.lax.scan(body, x_B1D[:, 0], (stacked, state.pairs))
+    return self.head(self.norm(x_BD)), LMState(state.position_B + 1, states)
 
   def state_size(self, length: int) -> int:
-    """Bytes of state that a sequence of `length` tokens holds."""
-    pair = nnx.eval_shape(lambda: Pair(self.config, 0, rngs=nnx.Rngs(0)))
-    mixers = (pair.first.mixer, pair.second.mixer)
-    return 4 + self.config.pairs * sum(m.state_size(length) for m in mixers)
+    """Return the bytes of state that a row of `length` tokens holds."""
+    position = jnp.dtype(jnp.int32).itemsize
+    return position + self.config.pairs * self._pair(0).state_size(length)
 
   @property
   def has_attention_matrix(self) -> bool:
-    """Whether the last pair's mixer has weights between tokens to look at."""
-    return hasattr(self.pairs.second.mixer, "attention_matrix")
+    """Whether `attention_matrix` returns something."""
+    return self.pairs.second.mixer.has_attention_matrix
 
   def attention_matrix(self, tokens: Array) -> Array:
-    """A_BHTT of the last pair's mixer; quadratic.
+    """Return the attention matrix (B, H, T, T) of the last block, to look at.
+
+    Time and memory are quadratic in T.
+
+    Args:
+      tokens: integers (B, T).
 
     Raises:
       NotImplementedError: the mixer has no such matrix.
     """
-    if not self.has_attention_matrix:
-      name = type(self.pairs.second.mixer).__name__
-      raise NotImplementedError(f"{name} has no attention matrix")
     stream = Stream(self._embed(tokens, jnp.arange(tokens.shape[1])[None]))
     for index in range(self.config.pairs - 1):
-      stream = nnx.merge(*self._pair(index))(stream)
-    pair = nnx.merge(*self._pair(self.config.pairs - 1))
-    _, n_BTD = pair.second.normed(pair.first(stream))
-    return pair.second.mixer.attention_matrix(n_BTD)
+      stream = self._pair(index)(stream)
+    return self._pair(self.config.pairs - 1).attention_matrix(stream)
 
-  def _pair(self, index: int):
+  def _pair(self, index: int) -> Pair:
     graph, stacked = nnx.split(self.pairs)
-    return graph, jax.tree.map(lambda p: p[index], stacked)
-
-  def _through(self, run, x: Array, stacked) -> Stream:
-    """The stream behind the pairs, scanned or one by one; x itself of none.
-
-    A scan hands on the sum of its parts, which takes less memory.
-    """
-    pairs = len(jax.tree.leaves(stacked)[0])
-    if self.config.scans and pairs:
-      body = lambda x, pair: (run(Stream(x), pair).whole(), None)
-      return Stream(jax.lax.scan(body, x, stacked)[0])
-    run = jax.jit(run)  # traced once for all pairs but the first
-    stream = Stream(x)
-    for index in range(pairs):
-      pair = jax.tree.map(lambda p: p[index], stacked)  # noqa: B023
-      stream = run(stream, pair)
-      if self.config.remat == "full":  # the sum is all that is kept
-        stream = Stream(stream.whole())
-    return stream
-
-  def _scan(self, call, x: Array, states):
-    graph, stacked = nnx.split(self.pairs)
-    body = lambda x, inputs: call(nnx.merge(graph, inputs[0]), x, inputs[1])
-    return jax.lax.scan(body, x, (stacked, states))
+    return nnx.merge(graph, blocks.unstack(stacked, index))
 
   def _embed(
-    self, tokens_BT, positions_BT, dropout_key=None, axes=None
+    self,
+    tokens_BT: Array,
+    positions_BT: Array,
+    dropout_key: Array | None = None,
+    axes: ShardAxes | None = None,
   ) -> Array:
+    """Return the residual stream before the first block, (B, T, D)."""
     config = self.config
     dtype = jnp.float64 if config.dtype == "float64" else jnp.float32
-    lookup = lambda table, index: _lookup(
-      base.gathered(table[...], axes), index
-    ).astype(dtype)
-    x_BTD = base.place(lookup(self.token_embedding, tokens_BT), axes)
+
+    def look_up(table_VD: Array, index_BT: Array) -> Array:
+      return _look_up(_with_whole_rows(table_VD, axes), index_BT).astype(dtype)
+
+    x_BTD = look_up(self.token_embedding[...], tokens_BT)
+    x_BTD = blocks.place(x_BTD, axes)
     if self.position_embedding is not None:
       check_length(config, tokens_BT.shape[1])
-      x_BTD += lookup(self.position_embedding, positions_BT)
+      x_BTD += look_up(self.position_embedding[...], positions_BT)
     if dropout_key is None or config.dropout == 0:
       return x_BTD
     return nnx.Dropout(config.dropout)(
       x_BTD, deterministic=False, rngs=dropout_key
     )
 
-  def _logits(self, x_D: Array) -> Array:
-    return self.head(self.norm(x_D))
-
 
 def check_length(config: ModelConfig, length: int) -> None:
-  """Raises ValueError where a row is longer than the position table."""
+  """Check that the position table has room for a row of `length` tokens.
+
+  Raises:
+    ValueError: the row is longer than the position table.
+  """
   if config.positions is not None and length > config.positions:
     raise ValueError(
       f"a row of {length} tokens: the position table has {config.positions} "
@@ -256,26 +374,26 @@ def check_length(config: ModelConfig, length: int) -> None:
 
 
 def parameter_count(model: nnx.Module) -> int:
-  """How many numbers are trained; a tied head counts once."""
+  """Return how many numbers are trained. A tied head counts once."""
   return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def _check_rows(name: str, x: Array) -> None:
-  """Raises ValueError where x is no (B, T) with something in it."""
   if x.ndim != 2 or 0 in x.shape:
     raise ValueError(f"{name} has shape {x.shape}: expected (B, T), none 0")
 
 
-def _split_last(stacked):
-  """All pairs but the last, and the last."""
-  return (
-    jax.tree.map(lambda p: p[:-1], stacked),
-    jax.tree.map(lambda p: p[-1], stacked),
+def _with_whole_rows(table_VD: Array, axes: ShardAxes | None) -> Array:
+  """Return the table with D on one device, as a lookup needs it."""
+  if axes is None:
+    return table_VD
+  return jax.lax.with_sharding_constraint(
+    table_VD, PartitionSpec(PartitionSpec.UNCONSTRAINED, None)
   )
 
 
-def _lookup(table_VD: Array, index_BT: Array) -> Array:
-  """Rows of a table; NaN for an index that is not in it."""
-  inside_BT = (index_BT >= 0) & (index_BT < table_VD.shape[0])
+def _look_up(table_VD: Array, index_BT: Array) -> Array:
+  """Return rows of a table; an index outside it has NaN."""
+  is_inside_BT = (index_BT >= 0) & (index_BT < table_VD.shape[0])
   rows_BTD = jnp.take(table_VD, index_BT, axis=0, mode="clip")
-  return jnp.where(inside_BT[..., None], rows_BTD, jnp.nan)
+  return jnp.where(is_inside_BT[..., None], rows_BTD, jnp.nan)

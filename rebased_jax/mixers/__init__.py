@@ -1,4 +1,8 @@
-"""The mixers: one file each, its config included."""
+"""The mixers: one file each, its config included.
+
+`base.py` has the interface. A new mixer is one file here and one line in
+`MIXER_CONFIGS`.
+"""
 
 from rebased_jax.mixers.attention import (
   Attention as Attention,
@@ -7,16 +11,16 @@ from rebased_jax.mixers.attention import (
 from rebased_jax.mixers.base import (
   Mixer as Mixer,
   MixerConfig as MixerConfig,
+  MixerState as MixerState,
+  Site as Site,
+  take_positions as take_positions,
 )
 from rebased_jax.mixers.based import Based as Based, BasedConfig as BasedConfig
 from rebased_jax.mixers.conv import (
   BaseConv as BaseConv,
   BaseConvConfig as BaseConvConfig,
 )
-from rebased_jax.mixers.hyena import (
-  Hyena as Hyena,
-  HyenaConfig as HyenaConfig,
-)
+from rebased_jax.mixers.hyena import Hyena as Hyena, HyenaConfig as HyenaConfig
 from rebased_jax.mixers.mamba import Mamba as Mamba, MambaConfig as MambaConfig
 from rebased_jax.mixers.rebased import (
   ReBased as ReBased,
@@ -24,12 +28,13 @@ from rebased_jax.mixers.rebased import (
 )
 from rebased_jax.mixers.rwkv import RWKV as RWKV, RWKVConfig as RWKVConfig
 
+#: The config of every mixer of this package.
 MIXER_CONFIGS: tuple[type[MixerConfig], ...] = (
   AttentionConfig,
   BaseConvConfig,
   BasedConfig,
-  MambaConfig,
   HyenaConfig,
+  MambaConfig,
   ReBasedConfig,
   RWKVConfig,
 )

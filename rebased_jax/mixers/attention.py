@@ -1,15 +1,15 @@
 """Multi-head softmax attention (arXiv 1706.03762), causal.
 
-    q_t, k_t, v_t = W_qkv x_t + b                a head each, F = D / H wide
+    q_t, k_t, v_t = split(x_t W_qkv + b)         for each head, F = D / H wide
     a_ts = softmax_s( q_t·k_s / √F )             over s ≤ t of t's document
-    y_t  = W_o concat_h( Σ_s a_ts v_s ) + b_o
+    y_t  = concat_heads(Σ_s a_ts v_s) W_O + b_O
 
-With `rotary`, q_t and k_t are turned in the planes (i, i + F/2) by the angle
-p · 10000^(−2i/F), where p counts the tokens of the document from 0 (arXiv
-2104.09864): a packed document is what it is alone.
+With `rotary`, q_t and k_t are rotated in the planes (i, i + F/2) by the angle
+p · 10000^(−2i/F), where p is t's position in its document (arXiv 2104.09864).
+A packed document so has the output that it has alone.
 
-Its state is a cache of fixed length, so it is quadratic in time and linear in
-memory, which is what linear attention is measured against.
+The state is a cache of fixed length. Attention takes quadratic time and linear
+memory, and is the baseline that linear attention is measured against.
 """
 
 import dataclasses
@@ -20,37 +20,47 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes, devices
-from rebased_jax.mixers import base, softmax
+from rebased_jax.config_checks import check_one_of, check_positive
+from rebased_jax.linear import linear, output_stddev
+from rebased_jax.mixers import softmax
+from rebased_jax.mixers.base import (
+  Mixer,
+  MixerConfig,
+  Site,
+  take_positions,
+  tree_bytes,
+)
 
 IMPLEMENTATIONS = ("xla", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionConfig(base.MixerConfig):
-  """The defaults are the ReBased paper's, one head as in its code.
+class AttentionConfig(MixerConfig):
+  """Choices of softmax attention; the defaults are the ReBased paper's.
 
-  But for its dropout of the weights in training, 0.1, which is not here.
-
-  `implementation` is of whole rows; states and documents are always "xla". None
-  is "cudnn" on a GPU that has it for the dtype and the head width, in a call
-  without documents; else "xla".
+  The paper's code also drops 10 % of the attention weights in training. This
+  mixer has no dropout.
   """
 
-  heads: int = 1  # H
-  use_bias: bool = True  # of q, k and v; the output always has one
+  #: H. The paper's code has one head.
+  heads: int = 1
+  #: Whether q, k and v have a bias. The output always has one.
+  use_bias: bool = True
+  #: Whether queries and keys have rotary position embedding.
   rotary: bool = False
-  length: int | None = None  # of the cache; None: the longest row of the model
+  #: Tokens that the cache of a state holds. None: the model's longest row.
+  length: int | None = None
+  #: "xla" or "cudnn", for calls with whole rows and no documents; states and
+  #: documents always use "xla". None: "cudnn" where the GPU, the dtype and the
+  #: width of a head allow it, else "xla".
   implementation: str | None = None
 
-  def __post_init__(self):
-    base.positive(self, "heads", "length")
-    if self.implementation not in (None, *IMPLEMENTATIONS):
-      raise ValueError(
-        f"AttentionConfig.implementation={self.implementation!r}: expected "
-        f"None or one of {IMPLEMENTATIONS}"
-      )
+  def __post_init__(self) -> None:
+    check_positive(self, "heads", "length")
+    check_one_of(self, "implementation", None, *IMPLEMENTATIONS)
 
-  def make(self, site: base.Site, *, rngs: nnx.Rngs) -> "Attention":
+  def make(self, site: Site, *, rngs: nnx.Rngs) -> "Attention":
+    """Return softmax attention for a place in a model."""
     return Attention(
       site.width,
       self,
@@ -62,22 +72,27 @@ class AttentionConfig(base.MixerConfig):
 
 
 class AttentionState(NamedTuple):
-  """The keys and values of one document's past tokens.
+  """The keys and values of one document's past tokens, in S slots.
 
-  Slots from `position` on are 0. A token past the last slot is not kept.
+  Slots from `position` on are 0. A token after the last slot is not kept.
   """
 
-  k_BSHF: Array  # in the dtype of the computation, turned if rotary
-  v_BSHF: Array
-  position_B: Array  # int32: tokens of the document so far
+  k_BSHF: Array  # in the compute dtype, rotated if the config says so
+  v_BSHF: Array  # in the compute dtype
+  position_B: Array  # int32, the number of the document's tokens so far
 
 
-class Attention(base.Mixer):
-  """Softmax attention. Parameters: qkv/…, out_proj/….
+class Attention(Mixer):
+  """Softmax attention.
 
-  Where tokens of a document do not fit in the cache of a state, their y is NaN.
-  A time axis in `axes` raises NotImplementedError.
+  Parameters: qkv/kernel (D, 3 D), qkv/bias (3 D,), out_proj/kernel (D, D),
+  out_proj/bias (D,).
+
+  A token that has no slot in the cache of a state has NaN as its output.
   """
+
+  config_type = AttentionConfig
+  no_time_axis = "its scores are of whole rows; split batch or heads"
 
   def __init__(
     self,
@@ -89,51 +104,54 @@ class Attention(base.Mixer):
     dtype: str = "float32",
     rngs: nnx.Rngs,
   ):
-    """Raises ValueError where the heads do not fit the width.
+    """Make the projections.
 
     Args:
       width: D.
-      config: what it is.
-      layers: of the model; W_o starts from N(0, 0.02² / (2 · layers)).
-      length: of the cache, unless the config says it.
-      dtype: of the computation.
-      rngs: of the initial parameters.
+      config: the mixer's config.
+      layers: number of layers of the model. W_O starts from
+        N(0, 0.02² / (2 · layers)).
+      length: tokens that the cache of a state holds, where the config does not
+        say it. None: `init_state` raises ValueError.
+      dtype: name of the compute dtype.
+      rngs: draws the initial parameters.
+
+    Raises:
+      ValueError: an argument does not fit, or the heads do not fit the width.
     """
-    base.check_made(width, config, AttentionConfig)
+    super().__init__(width, config, dtype=dtype)
     _check_heads(config, width)
-    self.qkv = base.linear(
+    self.qkv = linear(
       width, 3 * width, dtype=dtype, rngs=rngs, use_bias=config.use_bias
     )
-    self.out_proj = base.linear(
+    self.out_proj = linear(
       width,
       width,
       dtype=dtype,
       rngs=rngs,
       use_bias=True,
-      stddev=base.depth_scaled(layers),
+      stddev=output_stddev(layers),
     )
-    self.width, self.heads = width, config.heads
+    self.heads = config.heads
     self.rotary = config.rotary
     self.length = config.length or length
     self.implementation = config.implementation
-    self.dtype = base.computation(dtype)
 
-  def __call__(
+  def _mix(
     self,
     x_BTD: Array,
     *,
-    segment_ids: Array | None = None,
-    axes: ShardAxes | None = None,
-    query_positions: Array | None = None,
+    segment_ids: Array | None,
+    axes: ShardAxes | None,
+    query_positions: Array | None,
   ) -> Array:
-    self._check_axes(axes)
-    base.check_rows(self, x_BTD, segment_ids, query_positions=query_positions)
+    del axes  # XLA splits batch and heads by itself
     runs_BT = softmax.runs(segment_ids, x_BTD.shape[1])
     q_BTHF, k_BTHF, v_BTHF = self._project(x_BTD, softmax.steps(runs_BT))
     if self._takes_cudnn(segment_ids):
-      o_BTD = _merge_heads(softmax.by_cudnn(q_BTHF, k_BTHF, v_BTHF))
-      return self.out_proj(base.take_positions(o_BTD, query_positions))
-    q_BMD = base.take_positions(_merge_heads(q_BTHF), query_positions)
+      o_BTD = _merge_heads(softmax.attend_by_cudnn(q_BTHF, k_BTHF, v_BTHF))
+      return self.out_proj(take_positions(o_BTD, query_positions))
+    q_BMD = take_positions(_merge_heads(q_BTHF), query_positions)
     o_BMHF = softmax.attend(
       self._split_heads(q_BMD),
       k_BTHF,
@@ -144,32 +162,38 @@ class Attention(base.Mixer):
     return self.out_proj(_merge_heads(o_BMHF))
 
   def init_state(self, batch: int) -> AttentionState:
-    """An empty cache; ValueError where nothing says how long it is."""
+    """Return an empty cache.
+
+    Raises:
+      ValueError: neither the config nor the model says how long it is.
+    """
     if self.length is None:
       raise ValueError(
         "Attention keeps its past in a cache of fixed length, and nothing says "
-        "which: set AttentionConfig.length, or ModelConfig.positions"
+        "how long it is: set AttentionConfig.length or ModelConfig.positions"
       )
-    return self._empty(batch, self.length)
+    return self._empty_cache(batch, self.length)
 
-  def prefill(
+  def _prefill(
     self,
     x_BTD: Array,
     state: AttentionState,
     *,
-    segment_ids: Array | None = None,
-    axes: ShardAxes | None = None,
+    segment_ids: Array | None,
+    axes: ShardAxes | None,
   ) -> tuple[Array, AttentionState]:
-    self._check_axes(axes)
-    base.check_rows(self, x_BTD, segment_ids, state=state)
+    del axes
     B, T, S = *x_BTD.shape[:2], state.k_BSHF.shape[1]
     runs_BT = jnp.broadcast_to(softmax.runs(segment_ids, T), (B, T))
-    first_BT, last_BT = runs_BT == 0, runs_BT == runs_BT[:, -1:]
+    is_first_BT = runs_BT == 0
+    is_last_BT = runs_BT == runs_BT[:, -1:]
     position_B1 = state.position_B[:, None]
-    steps_BT = softmax.steps(runs_BT) + jnp.where(first_BT, position_B1, 0)
+    steps_BT = softmax.steps(runs_BT) + jnp.where(is_first_BT, position_B1, 0)
     q_BTHF, k_BTHF, v_BTHF = self._project(x_BTD, steps_BT)
-    held_BS = jnp.arange(S, dtype=jnp.int32)[None] < position_B1
-    past_BTS = first_BT[:, :, None] & held_BS[:, None]
+
+    # Tokens of the first document see the cache, the others do not.
+    is_held_BS = jnp.arange(S, dtype=jnp.int32)[None] < position_B1
+    past_BTS = is_first_BT[:, :, None] & is_held_BS[:, None]
     o_BTHF = softmax.attend(
       q_BTHF,
       jnp.concatenate([state.k_BSHF, k_BTHF], axis=1),
@@ -177,77 +201,83 @@ class Attention(base.Mixer):
       jnp.concatenate([past_BTS, softmax.visible(runs_BT)], axis=2),
       documents=segment_ids is not None,
     )
-    y_BTD = self._out_of_cache(o_BTHF, steps_BT, S)
-    # A slot S drops what is of an earlier document.
-    slots_BT = jnp.where(last_BT, steps_BT, S)
-    kept_B111 = first_BT[:, -1, None, None, None]
-    keep = lambda cache_BSHF, x_BTHF: _put(
-      jnp.where(kept_B111, cache_BSHF, 0), slots_BT, x_BTHF
-    )
+    y_BTD = self._project_out(o_BTHF, steps_BT, S)
+
+    # Slot S does not exist, so that tokens of earlier documents are dropped.
+    slots_BT = jnp.where(is_last_BT, steps_BT, S)
+    keeps_past_B111 = is_first_BT[:, -1, None, None, None]
+
+    def updated(cache_BSHF: Array, x_BTHF: Array) -> Array:
+      past_BSHF = jnp.where(keeps_past_B111, cache_BSHF, 0)
+      return _put(past_BSHF, slots_BT, x_BTHF)
+
     return y_BTD, AttentionState(
-      keep(state.k_BSHF, k_BTHF),
-      keep(state.v_BSHF, v_BTHF),
+      updated(state.k_BSHF, k_BTHF),
+      updated(state.v_BSHF, v_BTHF),
       steps_BT[:, -1] + 1,
     )
 
-  def step(
+  def _step(
     self, x_BD: Array, state: AttentionState
   ) -> tuple[Array, AttentionState]:
-    base.check_token(self, x_BD, state)
     S = state.k_BSHF.shape[1]
     position_B1 = state.position_B[:, None]
     q_B1HF, k_B1HF, v_B1HF = self._project(x_BD[:, None], position_B1)
     k_BSHF = _put(state.k_BSHF, position_B1, k_B1HF)
     v_BSHF = _put(state.v_BSHF, position_B1, v_B1HF)
-    held_BS = jnp.arange(S, dtype=jnp.int32)[None] <= position_B1
+    is_held_BS = jnp.arange(S, dtype=jnp.int32)[None] <= position_B1
     o_B1HF = softmax.attend(
-      q_B1HF, k_BSHF, v_BSHF, held_BS[:, None], documents=False
+      q_B1HF, k_BSHF, v_BSHF, is_held_BS[:, None], documents=False
     )
-    y_B1D = self._out_of_cache(o_B1HF, position_B1, S)
+    y_B1D = self._project_out(o_B1HF, position_B1, S)
     return y_B1D[:, 0], AttentionState(k_BSHF, v_BSHF, state.position_B + 1)
 
   def state_size(self, length: int) -> int:
-    """Bytes of the cache; without a length of its own, of one of `length`."""
-    return base.tree_bytes(lambda: self._empty(1, self.length or length))
+    """Return the bytes of the cache, which does not grow.
+
+    Args:
+      length: slots of the cache, where neither the config nor the model says
+        how long it is.
+    """
+    return tree_bytes(lambda: self._empty_cache(1, self.length or length))
 
   def attention_matrix(self, x_BTD: Array) -> Array:
-    """a_BHTT; quadratic, to look at."""
+    """Return a (B, H, T, T), to look at; quadratic in T."""
     runs_1T = softmax.runs(None, x_BTD.shape[1])
     q_BTHF, k_BTHF, _ = self._project(x_BTD, softmax.steps(runs_1T))
     return softmax.weights(q_BTHF, k_BTHF, softmax.visible(runs_1T))
 
-  def _project(self, x_BTD: Array, steps_BT: Array) -> tuple[Array, ...]:
-    """q, k and v (B, T, H, F) of tokens at these positions of a document."""
-    x_BTD = x_BTD.astype(self.dtype)
-    q, k, v = map(self._split_heads, softmax.thirds(self.qkv, x_BTD))
+  def _project(
+    self, x_BTD: Array, steps_BT: Array
+  ) -> tuple[Array, Array, Array]:
+    """Return q, k and v (B, T, H, F) of tokens at positions of a document."""
+    parts = softmax.project_to_thirds(self.qkv, x_BTD.astype(self.dtype))
+    q, k, v = (self._split_heads(part_BTD) for part_BTD in parts)
     if self.rotary:
-      q, k = softmax.turn(q, steps_BT), softmax.turn(k, steps_BT)
+      q, k = softmax.rotate(q, steps_BT), softmax.rotate(k, steps_BT)
     return q, k, v
 
   def _split_heads(self, x_BTD: Array) -> Array:
     return x_BTD.reshape(*x_BTD.shape[:2], self.heads, -1)
 
-  def _out_of_cache(self, o_BTHF: Array, steps_BT: Array, slots: int) -> Array:
-    """y_BTD, NaN for tokens that the cache has no slot for."""
+  def _project_out(self, o_BTHF: Array, steps_BT: Array, slots: int) -> Array:
+    """Return y (B, T, D), NaN for tokens that the cache has no slot for."""
     y_BTD = self.out_proj(_merge_heads(o_BTHF))
     return jnp.where(steps_BT[..., None] < slots, y_BTD, jnp.nan)
 
-  def _empty(self, batch: int, length: int) -> AttentionState:
-    cache = lambda: jnp.zeros(
-      (batch, length, self.heads, self.width // self.heads), self.dtype
-    )
-    return AttentionState(cache(), cache(), jnp.zeros(batch, jnp.int32))
-
-  def _check_axes(self, axes: ShardAxes | None) -> None:
-    base.refuse_time_axis(
-      "Attention", axes, "its scores are of whole rows; split batch or heads"
+  def _empty_cache(self, batch: int, length: int) -> AttentionState:
+    shape = batch, length, self.heads, self.width // self.heads
+    return AttentionState(
+      jnp.zeros(shape, self.dtype),
+      jnp.zeros(shape, self.dtype),
+      jnp.zeros(batch, jnp.int32),
     )
 
   def _takes_cudnn(self, segment_ids: Array | None) -> bool:
-    """Whether whole rows go to cuDNN.
+    """Whether cuDNN computes this call.
 
     Raises:
-      NotImplementedError: it was named, and cannot.
+      NotImplementedError: the config names cuDNN, and cuDNN cannot do it.
     """
     named = self.implementation == "cudnn"
     if self.implementation == "xla" or (segment_ids is not None and not named):
@@ -255,7 +285,7 @@ class Attention(base.Mixer):
     if segment_ids is not None:
       raise NotImplementedError(
         "AttentionConfig.implementation='cudnn' keeps no documents apart: "
-        "expected no segment_ids, or 'xla'"
+        "expected no segment_ids, or implementation='xla'"
       )
     reason = devices.why_not_cudnn(self.dtype, self.width // self.heads)
     if named and reason is not None:
@@ -266,7 +296,7 @@ class Attention(base.Mixer):
 
 
 def _put(cache_BSHF: Array, slots_BT: Array, x_BTHF: Array) -> Array:
-  """The cache with x in these slots; a slot past the last drops it."""
+  """Return the cache with x in these slots; slots after the last are dropped."""
   rows_B1 = jnp.arange(len(slots_BT))[:, None]
   return cache_BSHF.at[rows_B1, slots_BT].set(x_BTHF, mode="drop")
 
@@ -276,7 +306,11 @@ def _merge_heads(x_BTHF: Array) -> Array:
 
 
 def _check_heads(config: AttentionConfig, width: int) -> None:
-  """Raises ValueError where the heads do not fit the width."""
+  """Check that the heads fit the width.
+
+  Raises:
+    ValueError: they do not.
+  """
   F, rest = divmod(width, config.heads)
   if rest:
     raise ValueError(

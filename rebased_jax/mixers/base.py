@@ -1,60 +1,130 @@
-"""The interface that every sequence mixer has.
+"""The interface of every sequence mixer.
 
-A mixer maps x_BTD to y_BTD, causally. Its state is what a document's past
-tokens are to later ones: a pytree of arrays with the batch in front. An
-incoming state belongs to the document of the first token, a returned one to
-that of the last; a row that starts a document starts from `init_state`.
+A mixer maps x (B, T, D) to y (B, T, D). It is causal: y_t depends on x_s for
+s ≤ t alone. To write one, subclass `MixerConfig` and `Mixer` in one file:
+
+    @dataclasses.dataclass(frozen=True)
+    class MineConfig(MixerConfig):
+      decay: float = 0.9
+
+      def make(self, site, *, rngs):
+        return Mine(site.width, self, dtype=site.dtype, rngs=rngs)
+
+    class Mine(Mixer):
+      config_type = MineConfig
+
+      def __init__(self, width, config, *, dtype="float32", rngs):
+        super().__init__(width, config, dtype=dtype)
+        ...  # parameters
+
+      def init_state(self, batch): ...
+      def _prefill(self, x_BTD, state, *, segment_ids, axes): ...
+
+`Mixer` checks the arguments of every call before `_prefill` sees them. It makes
+the whole-row call and the one-token step from `_prefill` unless the subclass
+has its own, faster `_mix` and `_step`.
+
+The state summarises the past of one document. It is a pytree of arrays whose
+first axis is the batch. An incoming state belongs to the document of the first
+token. A returned state belongs to the document of the last token. A row that
+begins a new document starts from `init_state`.
 """
 
 import abc
 from collections.abc import Callable
 import dataclasses
 import math
-import numbers
-from typing import Any
+from typing import Any, ClassVar, final
 
 from flax import nnx
 import jax
 from jax import Array
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from pallas_kernels import ShardAxes, numerics
+from pallas_kernels import ShardAxes
+from rebased_jax.config_checks import (
+  check_positive,
+  compute_dtype,
+  is_positive_integer,
+)
 
 MixerState = Any
-DTYPES = ("float32", "bfloat16", "float16", "float64")  # of a computation
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-  """Where in a model a mixer stands."""
+  """The place in a model that a mixer is made for."""
 
-  width: int  # D
-  layer: int = 0  # counted from 0
+  #: D, the width of the model.
+  width: int
+  #: Index of the layer, from 0.
+  layer: int = 0
+  #: Number of layers of the model.
   layers: int = 1
-  dtype: str = "float32"  # of the computation; parameters are float32
-  length: int | None = None  # the longest row, where the model has a longest
+  #: Compute dtype. Parameters are float32.
+  dtype: str = "float32"
+  #: Tokens of the longest row that the model takes. None: no limit.
+  length: int | None = None
 
-  def __post_init__(self):
-    positive(self, "width", "layers", "length")
+  def __post_init__(self) -> None:
+    check_positive(self, "width", "layers", "length")
     if not 0 <= self.layer < self.layers:
       raise ValueError(
         f"Site.layer={self.layer!r}: expected 0 to {self.layers - 1}"
       )
-    computation(self.dtype)
+    compute_dtype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class MixerConfig(abc.ABC):
+  """Abstract: all choices of a mixer except its place in a model."""
+
+  @abc.abstractmethod
+  def make(self, site: Site, *, rngs: nnx.Rngs) -> "Mixer":
+    """Return the mixer for a place in a model, with fresh parameters."""
 
 
 class Mixer(nnx.Module):
-  """Abstract: y_BTD = mixer(x_BTD), with a state for one token at a time.
+  """Abstract: a causal map of x (B, T, D) to y (B, T, D), with a state.
 
-  A subclass sets its width and its dtype. An argument of a wrong shape raises
-  ValueError; what a mixer cannot do, NotImplementedError.
+  A subclass defines `init_state` and `_prefill`, and may define `_mix`,
+  `_step`, `state_size` and `attention_matrix`. It must not override `__call__`,
+  `prefill` and `step`: they check their arguments. A wrong argument raises
+  ValueError; a request that the mixer cannot serve raises NotImplementedError.
   """
 
-  width: int  # D
-  dtype: jnp.dtype  # of the computation
+  #: The class of config that the subclass is made from.
+  config_type: ClassVar[type[MixerConfig]] = MixerConfig
+  #: Why the mixer cannot split time over devices. None: it can.
+  no_time_axis: ClassVar[str | None] = "it does not split time over devices"
+  #: Why the mixer cannot keep documents apart. None: it can.
+  no_segment_ids: ClassVar[str | None] = None
 
-  @abc.abstractmethod
+  #: D.
+  width: int
+  #: Dtype of the computation and of y.
+  dtype: jnp.dtype
+
+  def __init__(
+    self, width: int, config: MixerConfig, *, dtype: str = "float32"
+  ) -> None:
+    """Check the arguments that all mixers have, and keep `width` and `dtype`.
+
+    Raises:
+      ValueError: `config` is not of `config_type`, `width` is not an integer
+        ≥ 1, or nothing computes in `dtype`.
+    """
+    if not isinstance(config, self.config_type):
+      raise ValueError(
+        f"config is a {type(config).__name__}: expected a "
+        f"{self.config_type.__name__}"
+      )
+    if not is_positive_integer(width):
+      raise ValueError(f"width={width!r}: expected an integer ≥ 1")
+    self.width = width
+    self.dtype = compute_dtype(dtype)
+
+  @final
   def __call__(
     self,
     x_BTD: Array,
@@ -63,21 +133,31 @@ class Mixer(nnx.Module):
     axes: ShardAxes | None = None,
     query_positions: Array | None = None,
   ) -> Array:
-    """y_BTD of whole rows; y_BMD where only positions (B, M) are wanted.
+    """Return y (B, T, D) of whole rows, or (B, M, D) at chosen positions.
 
     Args:
-      x_BTD: the tokens.
-      segment_ids: integers (B, T); a document is a run of one id, and sees
-        itself alone.
-      axes: the mesh axes that split batch, heads and time.
-      query_positions: integers (B, M), each in [0, T).
+      x_BTD: floats (B, T, D).
+      segment_ids: integers (B, T). A document is a run of equal ids, and its
+        tokens see only that document. None: each row is one document.
+      axes: the mesh axes that split batch, heads and time. None: no mesh.
+      query_positions: integers (B, M), each in [0, T). A position outside has
+        NaN. None: all positions.
+
+    Raises:
+      ValueError: an argument has a wrong shape or dtype.
+      NotImplementedError: the mixer cannot split time or keep documents apart.
     """
+    self._check_row(x_BTD, segment_ids, axes)
+    if query_positions is not None:
+      self._check_positions(x_BTD, query_positions)
+    return self._mix(
+      x_BTD,
+      segment_ids=segment_ids,
+      axes=axes,
+      query_positions=query_positions,
+    )
 
-  @abc.abstractmethod
-  def init_state(self, batch: int) -> MixerState:
-    """The state before the first token of a document."""
-
-  @abc.abstractmethod
+  @final
   def prefill(
     self,
     x_BTD: Array,
@@ -86,140 +166,157 @@ class Mixer(nnx.Module):
     segment_ids: Array | None = None,
     axes: ShardAxes | None = None,
   ) -> tuple[Array, MixerState]:
-    """y_BTD of T more tokens, and the state after them."""
+    """Return y (B, T, D) of T more tokens, and the state after them.
+
+    Args:
+      x_BTD: floats (B, T, D).
+      state: the state after the tokens before, or `init_state(B)`.
+      segment_ids: integers (B, T), as in a call.
+      axes: the mesh axes that split batch, heads and time. None: no mesh.
+
+    Raises:
+      ValueError: an argument has a wrong shape or dtype.
+      NotImplementedError: the mixer cannot split time or keep documents apart.
+    """
+    self._check_row(x_BTD, segment_ids, axes)
+    self._check_state(x_BTD.shape[0], state)
+    return self._prefill(x_BTD, state, segment_ids=segment_ids, axes=axes)
+
+  @final
+  def step(self, x_BD: Array, state: MixerState) -> tuple[Array, MixerState]:
+    """Return y (B, D) of one more token a row, and the state after it.
+
+    Args:
+      x_BD: floats (B, D).
+      state: the state after the tokens before, or `init_state(B)`.
+
+    Raises:
+      ValueError: an argument has a wrong shape or dtype.
+    """
+    self._check_tokens(x_BD, "(B, D)")
+    self._check_state(x_BD.shape[0], state)
+    return self._step(x_BD, state)
 
   @abc.abstractmethod
-  def step(self, x_BD: Array, state: MixerState) -> tuple[Array, MixerState]:
-    """y_BD of one more token, and the state after it."""
+  def init_state(self, batch: int) -> MixerState:
+    """Return the state of `batch` rows before a document's first token."""
+
+  @abc.abstractmethod
+  def _prefill(
+    self,
+    x_BTD: Array,
+    state: MixerState,
+    *,
+    segment_ids: Array | None,
+    axes: ShardAxes | None,
+  ) -> tuple[Array, MixerState]:
+    """Compute `prefill`; the arguments are checked."""
+
+  def _mix(
+    self,
+    x_BTD: Array,
+    *,
+    segment_ids: Array | None,
+    axes: ShardAxes | None,
+    query_positions: Array | None,
+  ) -> Array:
+    """Compute `__call__`; the arguments are checked."""
+    state = self.init_state(x_BTD.shape[0])
+    y_BTD, _ = self._prefill(x_BTD, state, segment_ids=segment_ids, axes=axes)
+    return take_positions(y_BTD, query_positions)
+
+  def _step(self, x_BD: Array, state: MixerState) -> tuple[Array, MixerState]:
+    """Compute `step`; the arguments are checked."""
+    y_B1D, state = self._prefill(
+      x_BD[:, None], state, segment_ids=None, axes=None
+    )
+    return y_B1D[:, 0], state
 
   def state_size(self, length: int) -> int:
-    """Bytes of state that a sequence of `length` tokens holds."""
-    del length  # constant, unless a mixer says otherwise
+    """Return the bytes of state that a row of `length` tokens holds."""
+    del length  # the state of most mixers does not grow
     return tree_bytes(lambda: self.init_state(1))
 
+  def attention_matrix(self, x_BTD: Array) -> Array:
+    """Return the weights A (B, H, T, T) between tokens, to look at.
 
-@dataclasses.dataclass(frozen=True)
-class MixerConfig(abc.ABC):
-  """Abstract: what a mixer is, apart from the width it works at."""
+    Time and memory are quadratic in T.
 
-  @abc.abstractmethod
-  def make(self, site: Site, *, rngs: nnx.Rngs) -> Mixer:
-    """The mixer, with fresh parameters."""
+    Raises:
+      NotImplementedError: the mixer has no such weights.
+    """
+    del x_BTD
+    raise NotImplementedError(f"{self._name} has no attention matrix")
 
+  @property
+  def has_attention_matrix(self) -> bool:
+    """Whether `attention_matrix` returns something."""
+    return type(self).attention_matrix is not Mixer.attention_matrix
 
-class Linear(nnx.Linear):
-  """flax's, with the gradient of its bias summed in float32."""
+  @property
+  def _name(self) -> str:
+    return type(self).__name__
 
-  def __call__(self, x_D: Array) -> Array:
-    y_D = self.product(x_D)
-    return numerics.add_bias(y_D, self.bias[...]) if self.use_bias else y_D
-
-  def product(self, x_D: Array) -> Array:
-    """Without the bias."""
-    return x_D.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
-
-
-def linear(
-  features_in: int,
-  features_out: int,
-  *,
-  dtype: str,
-  rngs: nnx.Rngs,
-  use_bias: bool = False,
-  stddev: float = 0.02,
-) -> Linear:
-  """A projection with the paper's initialisation, N(0, 0.02²)."""
-  return Linear(
-    features_in,
-    features_out,
-    use_bias=use_bias,
-    kernel_init=nnx.initializers.normal(stddev),
-    dtype=computation(dtype),
-    param_dtype=jnp.float32,
-    rngs=rngs,
-  )
-
-
-def computation(dtype: str) -> jnp.dtype:
-  """The dtype of that name; raises ValueError where nothing computes in it."""
-  if dtype not in DTYPES:
-    raise ValueError(f"dtype={dtype!r}: expected one of {DTYPES}")
-  if dtype == "float64" and not jax.config.jax_enable_x64:
-    raise ValueError("dtype='float64': expected jax_enable_x64 to be set")
-  return jnp.dtype(dtype)
-
-
-def check_made(width: int, config: object, kind: type[MixerConfig]) -> None:
-  """Raises ValueError where a mixer is made of another config or no width."""
-  if not isinstance(config, kind):
-    name = type(config).__name__
-    raise ValueError(f"config is a {name}: expected a {kind.__name__}")
-  if not _whole(width) or width < 1:
-    raise ValueError(f"width={width!r}: expected an integer ≥ 1")
-
-
-def check_rows(
-  mixer: Mixer,
-  x_BTD: Array,
-  segment_ids: Array | None,
-  *,
-  query_positions: Array | None = None,
-  state: MixerState = None,
-) -> None:
-  """Raises ValueError where an argument of a call has a wrong shape or dtype.
-
-  Of a state, the number of rows alone is looked at.
-  """
-  _check_tokens(mixer, x_BTD, "(B, T, D)")
-  B, T = x_BTD.shape[:2]
-  if segment_ids is not None:
-    _check_integers(mixer, "segment_ids", segment_ids)
+  def _check_row(
+    self, x_BTD: Array, segment_ids: Array | None, axes: ShardAxes | None
+  ) -> None:
+    self._check_tokens(x_BTD, "(B, T, D)")
+    if axes is not None and axes.time is not None and self.no_time_axis:
+      raise NotImplementedError(
+        f"{self._name} with axes.time={axes.time!r}: {self.no_time_axis}"
+      )
+    if segment_ids is None:
+      return
+    if self.no_segment_ids:
+      raise NotImplementedError(
+        f"{self._name} with segment_ids: {self.no_segment_ids}"
+      )
+    B, T = x_BTD.shape[:2]
+    self._check_integers("segment_ids", segment_ids)
     if segment_ids.shape != (B, T):
-      raise _wrong(mixer, "segment_ids", segment_ids, f"(B, T) = {(B, T)}")
-  if query_positions is not None:
-    shape = query_positions.shape
-    _check_integers(mixer, "query_positions", query_positions)
+      raise self._wrong_shape(
+        "segment_ids", segment_ids, f"(B, T) = {(B, T)}"
+      )
+
+  def _check_tokens(self, x: Array, form: str) -> None:
+    rank = form.count(",") + 1
+    if x.ndim != rank or 0 in x.shape or x.shape[-1] != self.width:
+      raise self._wrong_shape("x", x, f"{form}, none 0, with D = {self.width}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(f"{self._name}: x is {x.dtype}: expected floats")
+
+  def _check_positions(self, x_BTD: Array, query_positions: Array) -> None:
+    B, shape = x_BTD.shape[0], query_positions.shape
+    self._check_integers("query_positions", query_positions)
     if len(shape) != 2 or shape[0] != B or shape[1] == 0:
-      form = f"(B, M), B = {B} and M ≥ 1"
-      raise _wrong(mixer, "query_positions", query_positions, form)
-  _check_state(mixer, B, state)
+      raise self._wrong_shape(
+        "query_positions", query_positions, f"(B, M), B = {B} and M ≥ 1"
+      )
 
+  def _check_state(self, rows: int, state: MixerState) -> None:
+    """Check the number of rows of a state. Its other sizes are not checked."""
+    for leaf in jax.tree.leaves(state):
+      if leaf.shape[0] != rows:
+        raise self._wrong_shape("state", leaf, f"{rows} rows, as x has")
 
-def check_token(mixer: Mixer, x_BD: Array, state: MixerState) -> None:
-  """The same of the arguments of a step."""
-  _check_tokens(mixer, x_BD, "(B, D)")
-  _check_state(mixer, x_BD.shape[0], state)
+  def _check_integers(self, name: str, x: Array) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+      raise ValueError(f"{self._name}: {name} is {x.dtype}: expected integers")
 
-
-def _check_tokens(mixer: Mixer, x: Array, form: str) -> None:
-  D = mixer.width
-  if x.ndim != form.count(",") + 1 or 0 in x.shape or x.shape[-1] != D:
-    raise _wrong(mixer, "x", x, f"{form}, none 0, with D = {D}")
-  if not jnp.issubdtype(x.dtype, jnp.floating):
-    raise ValueError(f"{type(mixer).__name__}: x is {x.dtype}: expected floats")
-
-
-def _check_integers(mixer: Mixer, name: str, x: Array) -> None:
-  if not jnp.issubdtype(x.dtype, jnp.integer):
-    mixer_name = type(mixer).__name__
-    raise ValueError(f"{mixer_name}: {name} is {x.dtype}: expected integers")
-
-
-def _check_state(mixer: Mixer, rows: int, state: MixerState) -> None:
-  for leaf in jax.tree.leaves(state):
-    if leaf.shape[0] != rows:
-      raise _wrong(mixer, "state", leaf, f"{rows} rows, as x has")
-
-
-def _wrong(mixer: Mixer, name: str, x: Array, form: str) -> ValueError:
-  mixer_name = type(mixer).__name__
-  return ValueError(
-    f"{mixer_name}: {name} has shape {x.shape}: expected {form}"
-  )
+  def _wrong_shape(self, name: str, x: Array, expected: str) -> ValueError:
+    return ValueError(
+      f"{self._name}: {name} has shape {x.shape}: expected {expected}"
+    )
 
 
 def take_positions(x_BTD: Array, positions_BM: Array | None) -> Array:
-  """x_BMD: the chosen positions of each row, or all; NaN outside the row."""
+  """Return x (B, M, D) at chosen positions of each row.
+
+  Args:
+    x_BTD: (B, T, D).
+    positions_BM: integers (B, M). A position outside [0, T) has NaN. None: x
+      itself is returned.
+  """
   if positions_BM is None:
     return x_BTD
   inside_BM = (positions_BM >= 0) & (positions_BM < x_BTD.shape[1])
@@ -229,71 +326,7 @@ def take_positions(x_BTD: Array, positions_BM: Array | None) -> Array:
   return jnp.where(inside_BM[..., None], x_BMD, jnp.nan)
 
 
-def place(
-  x_BTD: Array, axes: ShardAxes | None, *, whole_rows: bool = True
-) -> Array:
-  """x_BTD, held to the split of batch and time: weights move to it, not it.
-
-  Args:
-    x_BTD: (B, T, D); or (B, M, D) of chosen positions.
-    axes: the mesh axes; None: there is no mesh.
-    whole_rows: False of (B, M, D), which is split over the batch alone.
-
-  Raises:
-    ValueError: the ambient mesh does not fit.
-  """
-  if axes is None:
-    return x_BTD
-  if whole_rows:
-    axes.check(x_BTD.shape[0], None, x_BTD.shape[1])
-  spec = axes.bt() if whole_rows else PartitionSpec(axes.batch)
-  return jax.lax.with_sharding_constraint(x_BTD, spec)
-
-
-def gathered(table_VD: Array, axes: ShardAxes | None) -> Array:
-  """A table with its rows whole, to look them up."""
-  if axes is None:
-    return table_VD
-  return jax.lax.with_sharding_constraint(
-    table_VD, PartitionSpec(PartitionSpec.UNCONSTRAINED, None)
-  )
-
-
 def tree_bytes(make: Callable[[], Any]) -> int:
-  """Bytes of the arrays that `make` would return; makes none."""
+  """Return the bytes of the arrays that `make` would return, making none."""
   leaves = jax.tree.leaves(jax.eval_shape(make))
   return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-
-
-def refuse_time_axis(mixer: str, axes: ShardAxes | None, reason: str) -> None:
-  """Raises NotImplementedError where `axes` splits time."""
-  if axes is not None and axes.time is not None:
-    raise NotImplementedError(f"{mixer} with axes.time={axes.time!r}: {reason}")
-
-
-def depth_scaled(layers: int) -> float:
-  """The standard deviation of a projection that ends a block (GPT-2's)."""
-  return 0.02 * (2 * layers) ** -0.5
-
-
-def one_of(config: object, name: str, *allowed: str) -> None:
-  """Raises ValueError where a named field is none of the allowed values."""
-  value = getattr(config, name)
-  if value not in allowed:
-    raise ValueError(
-      f"{type(config).__name__}.{name}={value!r}: expected one of {allowed}"
-    )
-
-
-def positive(config: object, *names: str) -> None:
-  """Raises ValueError where a named field is not an integer ≥ 1."""
-  for name in names:
-    value = getattr(config, name)
-    if value is not None and (not _whole(value) or value < 1):
-      raise ValueError(
-        f"{type(config).__name__}.{name}={value!r}: expected an integer ≥ 1"
-      )
-
-
-def _whole(value: object) -> bool:
-  return isinstance(value, numbers.Integral) and not isinstance(value, bool)

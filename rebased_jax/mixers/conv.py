@@ -1,13 +1,13 @@
 """BaseConv (arXiv 2312.04927): a gated short convolution.
 
-    c_t = w_0 ∘ u_{t−2} + w_1 ∘ u_{t−1} + w_2 ∘ u_t + b
+    c_t = w_0 ∘ u_{t−2} + w_1 ∘ u_{t−1} + w_2 ∘ u_t + b      for three taps
     y_t = c_t ∘ (W u_t + b_W) + u_t
 
-with u = 0 before a document's first token. Where a mesh splits time, each
-device takes the K − 1 tokens before its own from its neighbour on the left.
+where u = 0 before a document's first token. Where a mesh splits time, each
+device takes the K − 1 tokens before its own from its left neighbour.
 
-On a Hopper GPU the backward of whole rows of one document is a kernel of its
-own, which has no forward mode and no second derivative.
+On a Hopper GPU the backward pass of whole rows of one document each is a
+kernel. It has no forward-mode derivative and no second derivative.
 """
 
 import dataclasses
@@ -17,34 +17,38 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels import (
-  ShardAxes,
-  gated_conv,
-)
-from pallas_kernels.gated_conv.xla import depthwise, gated, over_time
-from pallas_kernels.sharding import vary_alike
-from rebased_jax.mixers import base
+from pallas_kernels import ShardAxes, causal_conv, gated_conv
+from rebased_jax.config_checks import check_positive
+from rebased_jax.linear import linear
+from rebased_jax.mixers.base import Mixer, MixerConfig, Site, take_positions
 
 
 @dataclasses.dataclass(frozen=True)
-class BaseConvConfig(base.MixerConfig):
-  """The paper's: three taps."""
+class BaseConvConfig(MixerConfig):
+  """Choices of the short convolution; the defaults are the paper's."""
 
-  taps: int = 3  # K
+  #: K, the number of taps: y_t depends on the K tokens up to t.
+  taps: int = 3
 
-  def __post_init__(self):
-    base.positive(self, "taps")
+  def __post_init__(self) -> None:
+    check_positive(self, "taps")
 
-  def make(self, site: base.Site, *, rngs: nnx.Rngs) -> "BaseConv":
+  def make(self, site: Site, *, rngs: nnx.Rngs) -> "BaseConv":
+    """Return a short convolution for a place in a model."""
     return BaseConv(site.width, self, dtype=site.dtype, rngs=rngs)
 
 
-class BaseConv(base.Mixer):
-  """The short convolution. Parameters: kernel (K, D), bias (D,), gate/….
+class BaseConv(Mixer):
+  """The short convolution with its gate.
 
-  The state is the last K − 1 tokens, (B, K − 1, D); a token of another document
-  than the last one's is held as 0, which is what it counts for.
+  Parameters: kernel (K, D), bias (D,), gate/kernel (D, D), gate/bias (D,).
+
+  The state is the last K − 1 tokens, (B, K − 1, D) in the compute dtype. Tokens
+  of earlier documents are 0 in it, because they count as 0.
   """
+
+  config_type = BaseConvConfig
+  no_time_axis = None
 
   def __init__(
     self,
@@ -54,64 +58,60 @@ class BaseConv(base.Mixer):
     dtype: str = "float32",
     rngs: nnx.Rngs,
   ):
-    base.check_made(width, config, BaseConvConfig)
+    super().__init__(width, config, dtype=dtype)
     self.kernel, self.bias = initial_taps(width, config.taps, rngs)
-    self.gate = base.linear(width, width, dtype=dtype, use_bias=True, rngs=rngs)
-    self.width, self.dtype = width, base.computation(dtype)
-
-  def __call__(
-    self,
-    x_BTD: Array,
-    *,
-    segment_ids: Array | None = None,
-    axes: ShardAxes | None = None,
-    query_positions: Array | None = None,
-  ) -> Array:
-    base.check_rows(self, x_BTD, segment_ids, query_positions=query_positions)
-    u_BTD = x_BTD.astype(self.dtype)
-    if self._has_kernel(u_BTD, segment_ids, axes):
-      taps = self.kernel[...], self.bias[...]
-      z_BTD, of_z_D = self.gate.product(u_BTD), self.gate.bias[...]
-      y_BTD = gated(u_BTD, z_BTD, *taps, of_z_D, axes)
-    else:
-      state = self.init_state(x_BTD.shape[0])
-      y_BTD, _ = self.prefill(u_BTD, state, segment_ids=segment_ids, axes=axes)
-    return base.take_positions(y_BTD, query_positions)
-
-  def _has_kernel(self, u_BTD, segment_ids, axes: ShardAxes | None) -> bool:
-    whole = axes is None or axes.are_alone(axes.batch)
-    parameters = self.kernel, self.bias, self.gate.kernel, self.gate.bias
-    u_BTD, *_ = vary_alike(u_BTD, *(x[...] for x in parameters))
-    has_kernel = gated_conv.runs_on(u_BTD, self.kernel.shape[-2])
-    return whole and segment_ids is None and has_kernel
+    self.gate = linear(width, width, dtype=dtype, use_bias=True, rngs=rngs)
 
   def init_state(self, batch: int) -> Array:
+    """Return K − 1 tokens of 0, (B, K − 1, D)."""
     past = self.kernel.shape[-2] - 1
     return jnp.zeros((batch, past, self.width), self.dtype)
 
-  def prefill(
+  def _mix(
+    self,
+    x_BTD: Array,
+    *,
+    segment_ids: Array | None,
+    axes: ShardAxes | None,
+    query_positions: Array | None,
+  ) -> Array:
+    u_BTD = x_BTD.astype(self.dtype)
+    y_BTD = gated_conv(
+      u_BTD,
+      self.gate.product(u_BTD),
+      self.kernel[...],
+      self.bias[...],
+      self.gate.bias[...],
+      segment_ids=segment_ids,
+      axes=axes,
+    )
+    return take_positions(y_BTD, query_positions)
+
+  def _prefill(
     self,
     x_BTD: Array,
     state: Array,
     *,
-    segment_ids: Array | None = None,
-    axes: ShardAxes | None = None,
+    segment_ids: Array | None,
+    axes: ShardAxes | None,
   ) -> tuple[Array, Array]:
-    base.check_rows(self, x_BTD, segment_ids, state=state)
-    x_BTD = x_BTD.astype(self.dtype)
-    c_BTD, state = over_time(
-      self.kernel[...], self.bias[...], x_BTD, state, segment_ids, axes
+    u_BTD = x_BTD.astype(self.dtype)
+    c_BTD, state = causal_conv(
+      u_BTD,
+      self.kernel[...],
+      self.bias[...],
+      initial_state=state,
+      segment_ids=segment_ids,
+      axes=axes,
     )
-    return c_BTD * self.gate(x_BTD) + x_BTD, state
-
-  def step(self, x_BD: Array, state: Array) -> tuple[Array, Array]:
-    base.check_token(self, x_BD, state)
-    y_B1D, state = self.prefill(x_BD[:, None], state)
-    return y_B1D[:, 0], state
+    return c_BTD * self.gate(u_BTD) + u_BTD, state
 
 
 class ShortConv(nnx.Module):
-  """The convolution alone, c_t. Parameters: kernel (K, D), bias (D,)."""
+  """The convolution c_t alone, which Mamba and Hyena use too.
+
+  Parameters: kernel (K, D), bias (D,).
+  """
 
   def __init__(self, width: int, taps: int, *, rngs: nnx.Rngs):
     self.kernel, self.bias = initial_taps(width, taps, rngs)
@@ -119,21 +119,36 @@ class ShortConv(nnx.Module):
   def __call__(
     self, x_BTD: Array, past_BKD: Array, segment_ids: Array | None = None
   ) -> tuple[Array, Array]:
-    """c_BTD, in the dtype of x, and the last K − 1 tokens."""
-    return depthwise(
-      self.kernel[...], self.bias[...], x_BTD, past_BKD, segment_ids
+    """Return c (B, T, D) in the dtype of x, and the last K − 1 tokens.
+
+    Args:
+      x_BTD: the tokens.
+      past_BKD: the K − 1 tokens before them, (B, K − 1, D).
+      segment_ids: integers (B, T). None: each row is one document.
+    """
+    return causal_conv(
+      x_BTD,
+      self.kernel[...],
+      self.bias[...],
+      initial_state=past_BKD,
+      segment_ids=segment_ids,
     )
 
 
 def initial_taps(
   width: int, taps: int, rngs: nnx.Rngs
 ) -> tuple[nnx.Param, nnx.Param]:
-  """kernel (K, D) and bias (D,): PyTorch's default of a depthwise one."""
+  """Return a kernel (K, D) and a bias (D,), uniform in ±1/√K.
+
+  This is PyTorch's default for a depthwise convolution.
+  """
   bound = taps**-0.5
-  uniform = lambda *shape: nnx.Param(
-    jax.random.uniform(
-      rngs.params(), shape, jnp.float32, minval=-bound, maxval=bound
+
+  def uniform(*shape: int) -> nnx.Param:
+    return nnx.Param(
+      jax.random.uniform(
+        rngs.params(), shape, jnp.float32, minval=-bound, maxval=bound
+      )
     )
-  )
-  kernel = uniform(taps, width)
-  return kernel, uniform(width)
+
+  return uniform(taps, width), uniform(width)

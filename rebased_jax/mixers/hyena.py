@@ -1,20 +1,22 @@
 """Hyena of order 2 (arXiv 2302.10866): a gated convolution as long as the row.
 
-    (x1, x2, v)_t = conv(W_in u + b_in)_t          K taps, depthwise, bias
+    (x1, x2, v)_t = conv(u W_in + b_in)_t          K taps, depthwise, bias
     g_t = x1_t ∘ v_t
-    y_t = W_out ( x2_t ∘ (Σ_{s≤t} h_{t−s} ∘ g_s + d ∘ g_t) ) + b_out
+    y_t = ( x2_t ∘ (Σ_{s≤t} h_{t−s} ∘ g_s + d ∘ g_t) ) W_out + b_out
 
-The filter is implicit, a small network of the lag p = 0 … L − 1:
+The filter h is implicit: a small network computes it from the lag p = 0 … L − 1.
 
     h_p = exp(−p/(L−1) · |δ|) ∘ W_4 sin(f ∘ (W_3 sin(f ∘ (W_2 sin(f ∘ (W_1 z_p
-          + b_1)) + b_2)) + b_3)),
+          + b_1)) + b_2)) + b_3))
     z_p = [p/(L−1), cos θ_p, −sin θ_p],   θ_p = 10⁻⁴ · 2π p / L    at the start
 
-with z and f trained, and δ from ln(0.01)/1.5 to ln(0.01)/0.3 over the channels
-not. Constants and initial values are zoology's (arXiv 2312.04927): linear
-layers N(0, 0.02²), the filter's too, so that h starts near 0; d from N(0, 1).
+z and f are trained. δ is fixed: it runs from ln(0.01)/1.5 to ln(0.01)/0.3 over
+the channels. Constants and initial values are zoology's (arXiv 2312.04927): all
+linear layers, the filter's too, start from N(0, 0.02²), so that h starts near 0;
+d starts from N(0, 1).
 """
 
+from collections.abc import Callable
 import dataclasses
 import math
 from typing import NamedTuple
@@ -27,24 +29,33 @@ import numpy as np
 
 from pallas_kernels import ShardAxes
 from pallas_kernels.numerics import sum_dtype
-from rebased_jax.mixers import base, conv
+from rebased_jax.config_checks import check_positive
+from rebased_jax.linear import linear, output_stddev
+from rebased_jax.mixers.base import Mixer, MixerConfig, Site, take_positions
+from rebased_jax.mixers.conv import ShortConv
 
-FAST, SLOW, TARGET = 0.3, 1.5, 1e-2  # at p = FAST·L a quick channel has TARGET
-FREQUENCY = 1e-4  # of the one sine and cosine
+# The window of the fastest channel has fallen to TARGET at p = FAST · L, that
+# of the slowest at p = SLOW · L.
+FAST, SLOW, TARGET = 0.3, 1.5, 1e-2
+FREQUENCY = 1e-4  # of the one sine and cosine in z
 
 
 @dataclasses.dataclass(frozen=True)
-class HyenaConfig(base.MixerConfig):
-  """The defaults are zoology's."""
+class HyenaConfig(MixerConfig):
+  """Choices of Hyena; the defaults are zoology's."""
 
-  length: int | None = None  # L of the filter; None: the model's longest row
-  taps: int = 3  # K
-  filter_width: int = 64  # hidden, of the filter's network
+  #: L, the lags of the filter. None: the model's longest row.
+  length: int | None = None
+  #: K, the taps of the short convolution.
+  taps: int = 3
+  #: Hidden width of the network that computes the filter.
+  filter_width: int = 64
 
-  def __post_init__(self):
-    base.positive(self, "length", "taps", "filter_width")
+  def __post_init__(self) -> None:
+    check_positive(self, "length", "taps", "filter_width")
 
-  def make(self, site: base.Site, *, rngs: nnx.Rngs) -> "Hyena":
+  def make(self, site: Site, *, rngs: nnx.Rngs) -> "Hyena":
+    """Return Hyena for a place in a model."""
     return Hyena(
       site.width,
       self,
@@ -56,15 +67,19 @@ class HyenaConfig(base.MixerConfig):
 
 
 class HyenaState(NamedTuple):
-  """A row's past; a token past the filter is not kept."""
+  """A row's past. Tokens after the last lag of the filter are not kept."""
 
-  gated_BLD: Array  # g of the L − 1 tokens before, the newest last; float32
-  conv_BKD: Array  # the short convolution's K − 1 tokens, 3D wide
-  position_B: Array  # int32: tokens of the row so far
+  gated_BLD: Array  # g of the last L − 1 tokens, the newest last; float32
+  conv_BKD: Array  # the last K − 1 inputs of the short convolution, 3 D wide
+  position_B: Array  # int32, the number of the row's tokens so far
 
 
 class Filter(nnx.Module):
-  """h_LD. Parameters: z (L, 3), frequency (W,), layers/{0,1,2,3}/…."""
+  """The implicit filter h (L, D).
+
+  Parameters: z (L, 3), frequency f (W,), layers/{0,1,2,3}/kernel and
+  layers/{0,1,2}/bias.
+  """
 
   def __init__(
     self,
@@ -74,48 +89,64 @@ class Filter(nnx.Module):
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
   ):
+    """Make the network.
+
+    Args:
+      width: D.
+      length: L.
+      hidden: W, the hidden width.
+      dtype: dtype of the computation and of h.
+      rngs: draws the initial parameters.
+    """
     p_L = np.arange(length)
     angle_L = FREQUENCY * 2 * np.pi * p_L / length
     t_L = p_L / max(length - 1, 1)
     z_L3 = np.stack([t_L, np.cos(angle_L), -np.sin(angle_L)], axis=1)
     self.z = nnx.Param(jnp.asarray(z_L3, jnp.float32))
     self.frequency = nnx.Param(jnp.ones(hidden, jnp.float32))
-    make = lambda i, o, use_bias: base.linear(
-      i, o, dtype=jnp.dtype(dtype).name, use_bias=use_bias, rngs=rngs
-    )
+    name = jnp.dtype(dtype).name
     self.layers = nnx.List(
       [
-        make(3, hidden, True),
-        make(hidden, hidden, True),
-        make(hidden, hidden, True),
-        make(hidden, width, False),
+        linear(3, hidden, dtype=name, use_bias=True, rngs=rngs),
+        linear(hidden, hidden, dtype=name, use_bias=True, rngs=rngs),
+        linear(hidden, hidden, dtype=name, use_bias=True, rngs=rngs),
+        linear(hidden, width, dtype=name, use_bias=False, rngs=rngs),
       ]
     )
     self.length, self.width, self.dtype = length, width, jnp.dtype(dtype)
 
   def __call__(self, lags: int) -> Array:
-    """h_TD of the first `lags` lags, in its dtype."""
+    """Return h (T, D) of the first T = `lags` lags."""
     x_TW = self.z[...][:lags].astype(self.dtype)
     frequency_1W = self.frequency[...].astype(self.dtype)[None]
     for layer in self.layers[:-1]:
       x_TW = jnp.sin(frequency_1W * layer(x_TW))
-    rates = np.abs(
+    rates_D = np.abs(
       np.linspace(1 / SLOW, 1 / FAST, self.width) * math.log(TARGET)
     )
     t_T = np.arange(lags) / max(self.length - 1, 1)
-    window_TD = np.exp(-t_T[:, None] * rates)
+    window_TD = np.exp(-t_T[:, None] * rates_D)
     return self.layers[-1](x_TW) * jnp.asarray(window_TD, self.dtype)
 
 
-class Hyena(base.Mixer):
-  """Hyena. Parameters: in_proj/…, conv/…, filter/…, bias (D,), out_proj/….
+class Hyena(Mixer):
+  """Hyena.
 
-  Its state grows with the row: it holds L − 1 tokens, and `step` evaluates the
-  filter anew, L lags whatever the batch, since no state could follow changing
-  parameters; then it is one dot over the past. Tokens past the filter have NaN.
-  Segment ids and a time axis raise NotImplementedError, rows longer than the
-  filter ValueError. An Inf or NaN spoils its whole row: Fourier transforms mix.
+  Parameters: in_proj/…, conv/…, filter/…, bias d (D,), out_proj/….
+
+  The state holds L − 1 tokens. `step` evaluates all L lags of the filter anew,
+  because a state cannot follow changing parameters, and then takes one dot
+  product over the past. Tokens after the last lag have NaN; a row longer than
+  the filter raises ValueError. An Inf or NaN spoils its whole row, because the
+  Fourier transforms mix all tokens.
   """
+
+  config_type = HyenaConfig
+  no_time_axis = "its Fourier transforms are of whole rows; split the batch"
+  no_segment_ids = (
+    "its filter runs over the whole row, across document boundaries; expected "
+    "None"
+  )
 
   def __init__(
     self,
@@ -127,97 +158,115 @@ class Hyena(base.Mixer):
     dtype: str = "float32",
     rngs: nnx.Rngs,
   ):
-    """Raises ValueError where nothing says how long the filter is."""
-    base.check_made(width, config, HyenaConfig)
-    self.length = config.length or length
-    if self.length is None:
+    """Make the projections and the filter.
+
+    Args:
+      width: D.
+      config: the mixer's config.
+      layers: number of layers of the model. W_out starts from
+        N(0, 0.02² / (2 · layers)).
+      length: L, where the config does not say it.
+      dtype: name of the compute dtype.
+      rngs: draws the initial parameters.
+
+    Raises:
+      ValueError: an argument does not fit, or nothing says what L is.
+    """
+    super().__init__(width, config, dtype=dtype)
+    filter_length = config.length or length
+    if filter_length is None:
       raise ValueError(
-        "Hyena's filter has a fixed length, and nothing says which: set "
-        "HyenaConfig.length, or ModelConfig.positions"
+        "Hyena's filter has a fixed length, and nothing says how long it is: "
+        "set HyenaConfig.length or ModelConfig.positions"
       )
-    self.width, self.taps = width, config.taps
-    self.dtype = base.computation(dtype)
-    self.in_proj = base.linear(
+    self.length, self.taps = filter_length, config.taps
+    self.in_proj = linear(
       width, 3 * width, dtype=dtype, use_bias=True, rngs=rngs
     )
-    self.conv = conv.ShortConv(3 * width, config.taps, rngs=rngs)
+    self.conv = ShortConv(3 * width, config.taps, rngs=rngs)
     self.filter = Filter(
-      width, self.length, config.filter_width, sum_dtype(self.dtype), rngs
+      width, filter_length, config.filter_width, sum_dtype(self.dtype), rngs
     )
     self.bias = nnx.Param(
       jax.random.normal(rngs.params(), (width,), jnp.float32)
     )
-    self.out_proj = base.linear(
+    self.out_proj = linear(
       width,
       width,
       dtype=dtype,
       use_bias=True,
-      stddev=base.depth_scaled(layers),
+      stddev=output_stddev(layers),
       rngs=rngs,
     )
 
-  def __call__(
-    self,
-    x_BTD: Array,
-    *,
-    segment_ids: Array | None = None,
-    axes: ShardAxes | None = None,
-    query_positions: Array | None = None,
-  ) -> Array:
-    self._check(x_BTD, segment_ids, axes)
-    base.check_rows(self, x_BTD, None, query_positions=query_positions)
-    past_BKD = self._conv_past(x_BTD.shape[0])
-    outer_BTD, g_BTD, _ = self._gate(x_BTD, past_BKD)
-    h_TD = self.filter(x_BTD.shape[1])
-    o_BTD = self._close(outer_BTD, g_BTD, convolve(g_BTD, h_TD))
-    return self.out_proj(base.take_positions(o_BTD, query_positions))
-
   def init_state(self, batch: int) -> HyenaState:
-    acc = sum_dtype(self.dtype)
+    """Return the state before a row's first token: zeros."""
     return HyenaState(
-      jnp.zeros((batch, self.length - 1, self.width), acc),
-      self._conv_past(batch),
+      jnp.zeros((batch, self.length - 1, self.width), sum_dtype(self.dtype)),
+      self._empty_conv(batch),
       jnp.zeros(batch, jnp.int32),
     )
 
-  def prefill(
+  def _mix(
+    self,
+    x_BTD: Array,
+    *,
+    segment_ids: Array | None,
+    axes: ShardAxes | None,
+    query_positions: Array | None,
+  ) -> Array:
+    del segment_ids, axes
+    self._check_length(x_BTD)
+    outer_BTD, g_BTD, _ = self._gate(x_BTD, self._empty_conv(x_BTD.shape[0]))
+    h_TD = self.filter(x_BTD.shape[1])
+    o_BTD = self._gate_output(outer_BTD, g_BTD, convolve(g_BTD, h_TD))
+    return self.out_proj(take_positions(o_BTD, query_positions))
+
+  def _prefill(
     self,
     x_BTD: Array,
     state: HyenaState,
     *,
-    segment_ids: Array | None = None,
-    axes: ShardAxes | None = None,
+    segment_ids: Array | None,
+    axes: ShardAxes | None,
   ) -> tuple[Array, HyenaState]:
-    self._check(x_BTD, segment_ids, axes)
-    base.check_rows(self, x_BTD, None, state=state)
+    del segment_ids, axes
+    self._check_length(x_BTD)
     return self._continue(x_BTD, state, convolve)
 
-  def step(self, x_BD: Array, state: HyenaState) -> tuple[Array, HyenaState]:
-    base.check_token(self, x_BD, state)
-    last = lambda window_BLD, h_LD: jnp.einsum(
-      "bld,ld->bd",
-      window_BLD,
-      h_LD[::-1],
-      precision=jax.lax.Precision.HIGHEST,
-    )[:, None]
-    y_B1D, state = self._continue(x_BD[:, None], state, last)
+  def _step(self, x_BD: Array, state: HyenaState) -> tuple[Array, HyenaState]:
+    y_B1D, state = self._continue(x_BD[:, None], state, convolve_last)
     return y_B1D[:, 0], state
 
-  def _continue(self, x_BTD, state, convolution) -> tuple[Array, HyenaState]:
+  def _continue(
+    self,
+    x_BTD: Array,
+    state: HyenaState,
+    convolution: Callable[[Array, Array], Array],
+  ) -> tuple[Array, HyenaState]:
+    """Return y of T more tokens, and the state after them.
+
+    Args:
+      x_BTD: the tokens.
+      state: the row's past.
+      convolution: of a window (B, L − 1 + T, D) with the filter (L, D), for at
+        least its last T tokens.
+    """
     T, L = x_BTD.shape[1], self.length
     outer_BTD, g_BTD, conv_BKD = self._gate(x_BTD, state.conv_BKD)
     window_BSD = jnp.concatenate([state.gated_BLD, g_BTD], axis=1)
-    h_LD = self.filter(L)
-    c_BTD = convolution(window_BSD, h_LD)[:, -T:]
-    y_BTD = self.out_proj(self._close(outer_BTD, g_BTD, c_BTD))
+    c_BTD = convolution(window_BSD, self.filter(L))[:, -T:]
+    y_BTD = self.out_proj(self._gate_output(outer_BTD, g_BTD, c_BTD))
     t_1T = jnp.arange(T, dtype=jnp.int32)[None]
-    inside_BT = state.position_B[:, None] + t_1T < L
-    y_BTD = jnp.where(inside_BT[..., None], y_BTD, jnp.nan)
+    is_inside_BT = state.position_B[:, None] + t_1T < L
+    y_BTD = jnp.where(is_inside_BT[..., None], y_BTD, jnp.nan)
     after_BLD = window_BSD[:, T:]
     return y_BTD, HyenaState(after_BLD, conv_BKD, state.position_B + T)
 
-  def _gate(self, x_BTD, past_BKD) -> tuple[Array, Array, Array]:
-    """x2_BTD, g_BTD in float32 or wider, and the short convolution's past."""
+  def _gate(
+    self, x_BTD: Array, past_BKD: Array
+  ) -> tuple[Array, Array, Array]:
+    """Return x2 in the compute dtype, g in float32, and the inputs to keep."""
     c_BTD, past_BKD = self.conv(
       self.in_proj(x_BTD.astype(self.dtype)), past_BKD
     )
@@ -225,33 +274,38 @@ class Hyena(base.Mixer):
     acc = sum_dtype(self.dtype)
     return outer_BTD, inner_BTD.astype(acc) * v_BTD.astype(acc), past_BKD
 
-  def _close(self, outer_BTD, g_BTD, c_BTD) -> Array:
+  def _gate_output(
+    self, outer_BTD: Array, g_BTD: Array, c_BTD: Array
+  ) -> Array:
+    """Return x2 ∘ (c + d ∘ g) in the compute dtype."""
     d_11D = self.bias[...].astype(g_BTD.dtype)[None, None]
     return outer_BTD * (c_BTD + d_11D * g_BTD).astype(self.dtype)
 
-  def _conv_past(self, batch: int) -> Array:
+  def _empty_conv(self, batch: int) -> Array:
     return jnp.zeros((batch, self.taps - 1, 3 * self.width), self.dtype)
 
-  def _check(self, x_BTD, segment_ids, axes) -> None:
-    if segment_ids is not None:
-      raise NotImplementedError(
-        "Hyena takes no segment_ids: its filter runs over the whole row, from "
-        "document to document"
-      )
-    base.refuse_time_axis(
-      "Hyena", axes, "its Fourier transforms are of whole rows; split the batch"
-    )
+  def _check_length(self, x_BTD: Array) -> None:
     if x_BTD.shape[1] > self.length:
       raise ValueError(
         f"a row of {x_BTD.shape[1]} tokens: Hyena's filter has {self.length} "
-        "lags (HyenaConfig.length, or ModelConfig.positions)"
+        "lags; raise HyenaConfig.length or ModelConfig.positions"
       )
 
 
 def convolve(x_BSD: Array, h_LD: Array) -> Array:
-  """Σ_p h_p ∘ x_{s−p} of every s, by Fourier transforms of ≥ S + L points."""
+  """Return Σ_p h_p ∘ x_{s−p} of every s, (B, S, D), by Fourier transforms.
+
+  The transforms have at least S + L points, so that nothing wraps around.
+  """
   S = x_BSD.shape[1]
   points = 1 << (S + h_LD.shape[0] - 1).bit_length()
   spectrum = jnp.fft.rfft(x_BSD, points, axis=1)
   spectrum = spectrum * jnp.fft.rfft(h_LD, points, axis=0)[None]
   return jnp.fft.irfft(spectrum, points, axis=1)[:, :S]
+
+
+def convolve_last(x_BLD: Array, h_LD: Array) -> Array:
+  """Return Σ_p h_p ∘ x_{L−1−p}, (B, 1, D): `convolve` at the last token."""
+  return jnp.einsum(
+    "bld,ld->bd", x_BLD, h_LD[::-1], precision=jax.lax.Precision.HIGHEST
+  )[:, None]

@@ -1,14 +1,17 @@
-"""What ReBased and Based share: projections around polynomial attention.
+"""The part that ReBased and Based share: projections around the operator.
 
-    q_t = query(W_q x_t),  k_t = key(W_k x_t),  v_t = W_v x_t     a head each
-    y_t = W_o concat_h( Σ_s sim(q_t, k_s) v_s / (Σ_s sim(q_t, k_s) + eps) )
+    q_t = query(x_t),  k_s = key(x_s),  v_s = x_s W_V          for each head
+    o_t = Σ_s sim(q_t, k_s) v_s / (Σ_s sim(q_t, k_s) + eps)    over s ≤ t
+    y_t = concat_heads(o_t) W_O
 
-No bias, no gate and no norm behind it; values are floor(D / H) wide.
+`pallas_kernels.polynomial_attention` computes o. The projections have no bias,
+and no gate or norm follows the operator, as in the paper's code.
 """
 
 import abc
+import dataclasses
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from flax import nnx
 from jax import Array
@@ -24,13 +27,56 @@ from pallas_kernels import (
   polynomial_attention_weights,
   zero_state,
 )
-from rebased_jax.mixers import base
+from rebased_jax.config_checks import check_one_of, check_positive
+from rebased_jax.linear import linear
+from rebased_jax.mixers.base import Mixer, MixerConfig, take_positions
 
-FEW_QUERIES = 64  # up to here, chosen queries are cheaper one by one
+#: Up to this many `query_positions` a row, quadratic attention of them alone
+#: is faster than the linear operator over the whole row.
+FEW_QUERIES = 64
 
 
-class Shape(NamedTuple):
-  """The static sizes of a polynomial mixer."""
+@dataclasses.dataclass(frozen=True)
+class PolynomialConfig(MixerConfig):
+  """Abstract: the choices that ReBased and Based share."""
+
+  #: H.
+  heads: int = 12
+  #: F, the width of queries and keys a head.
+  features: int = 16
+  #: P, the width of values a head. None: floor(width / heads).
+  value_features: int | None = None
+  #: Added to the denominator Σ sim. The paper's code has 1e-12.
+  eps: float = 1e-6
+  #: Implementation of the operator: "gpu", "tpu", "xla" or
+  #: "reference". None: the fastest that can do the call.
+  implementation: str | None = None
+
+  def __post_init__(self) -> None:
+    check_positive(self, "heads", "features", "value_features")
+    if not 0 <= self.eps < math.inf:
+      raise ValueError(
+        f"{type(self).__name__}.eps={self.eps!r}: expected a number ≥ 0"
+      )
+    check_one_of(self, "implementation", None, *IMPLEMENTATIONS)
+
+  def shape(self, width: int) -> "HeadShape":
+    """Return the sizes of a head at model width `width`.
+
+    Raises:
+      ValueError: there are more heads than the width has channels.
+    """
+    P = self.value_features or width // self.heads
+    if P == 0:
+      raise ValueError(
+        f"{type(self).__name__}.heads={self.heads} at width {width}: expected "
+        "heads ≤ width, for a value width of floor(width / heads) ≥ 1"
+      )
+    return HeadShape(self.heads, self.features, P)
+
+
+class HeadShape(NamedTuple):
+  """The sizes of the heads of a polynomial mixer."""
 
   heads: int  # H
   features: int  # F
@@ -38,125 +84,145 @@ class Shape(NamedTuple):
 
 
 class Projections(nnx.Module):
-  """W_q, W_k, W_v and W_o, with the split into heads."""
+  """W_Q, W_K, W_V and W_O. Parameters: {q,k,v,o}/kernel."""
 
-  def __init__(self, shape: Shape, width: int, *, dtype: str, rngs: nnx.Rngs):
+  def __init__(
+    self, shape: HeadShape, width: int, *, dtype: str, rngs: nnx.Rngs
+  ):
     H, F, P = shape
-    self.shape = shape
-    self.q = base.linear(width, H * F, dtype=dtype, rngs=rngs)
-    self.k = base.linear(width, H * F, dtype=dtype, rngs=rngs)
-    self.v = base.linear(width, H * P, dtype=dtype, rngs=rngs)
-    self.o = base.linear(H * P, width, dtype=dtype, rngs=rngs)
-
-  def out(self, o_HP: Array) -> Array:
-    """(…, H, P) → (…, D)."""
-    return self.o(o_HP.reshape(*o_HP.shape[:-2], -1))
+    self.q = linear(width, H * F, dtype=dtype, rngs=rngs)
+    self.k = linear(width, H * F, dtype=dtype, rngs=rngs)
+    self.v = linear(width, H * P, dtype=dtype, rngs=rngs)
+    self.o = linear(H * P, width, dtype=dtype, rngs=rngs)
 
 
-def split_heads(x: Array, heads: int) -> Array:
-  """(…, H·F) → (…, H, F)."""
-  return x.reshape(*x.shape[:-1], heads, -1)
+class PolynomialMixer(Mixer):
+  """Abstract: a mixer around `pallas_kernels.polynomial_attention`.
 
-
-class PolynomialMixer(base.Mixer):
-  """Abstract: a mixer over `polynomial_attention`.
-
-  A subclass sets the fields, and says what queries and keys are.
+  A subclass sets `config_type` and `coefficients`, and defines `query` and
+  `key`.
   """
 
-  project: Projections
-  coefficients: Coefficients
-  eps: float
-  implementation: str | None
+  no_time_axis = None
+  #: Coefficients of sim as a polynomial of q·k / √F.
+  coefficients: ClassVar[Coefficients]
+
+  def __init__(
+    self,
+    width: int,
+    config: PolynomialConfig,
+    *,
+    dtype: str = "float32",
+    rngs: nnx.Rngs,
+  ):
+    """Make the projections, with kernels from N(0, 0.02²).
+
+    Args:
+      width: D.
+      config: the mixer's config.
+      dtype: name of the compute dtype.
+      rngs: draws the initial parameters.
+
+    Raises:
+      ValueError: an argument does not fit, or the heads do not fit the width.
+    """
+    super().__init__(width, config, dtype=dtype)
+    self.shape = config.shape(width)
+    self.project = Projections(self.shape, width, dtype=dtype, rngs=rngs)
+    self.eps = config.eps
+    self.implementation = config.implementation
 
   @abc.abstractmethod
   def query(self, x_D: Array) -> Array:
-    """(…, D) → (…, H, F)."""
+    """Return queries (…, H, F) of tokens (…, D)."""
 
   @abc.abstractmethod
   def key(self, x_D: Array) -> Array:
-    """(…, D) → (…, H, F)."""
+    """Return keys (…, H, F) of tokens (…, D)."""
 
   def value(self, x_D: Array) -> Array:
-    """(…, D) → (…, H, P)."""
-    return split_heads(self.project.v(x_D), self.project.shape.heads)
+    """Return values (…, H, P) of tokens (…, D)."""
+    return self.split_heads(self.project.v(x_D))
 
-  def __call__(
+  def split_heads(self, x: Array) -> Array:
+    """Return (…, H, F) of (…, H·F)."""
+    return x.reshape(*x.shape[:-1], self.shape.heads, -1)
+
+  def output(self, o_HP: Array) -> Array:
+    """Return y (…, D) of the operator's outputs (…, H, P)."""
+    return self.project.o(o_HP.reshape(*o_HP.shape[:-2], -1))
+
+  def _mix(
     self,
     x_BTD: Array,
     *,
-    segment_ids: Array | None = None,
-    axes: ShardAxes | None = None,
-    query_positions: Array | None = None,
+    segment_ids: Array | None,
+    axes: ShardAxes | None,
+    query_positions: Array | None,
   ) -> Array:
-    base.check_rows(self, x_BTD, segment_ids, query_positions=query_positions)
     k_BTHF, v_BTHP = self.key(x_BTD), self.value(x_BTD)
-    whole_time = axes is None or axes.time is None
-    few = (
-      query_positions is not None and query_positions.shape[1] <= FEW_QUERIES
-    )
-    if few and whole_time and self.implementation is None:
-      x_BMD = base.take_positions(x_BTD, query_positions)
+    if query_positions is not None and self._is_quadratic(query_positions, axes):
+      x_BMD = take_positions(x_BTD, query_positions)
       o_BMHP = polynomial_attention_at(
         self.query(x_BMD),
         k_BTHF,
         v_BTHP,
         query_positions,
-        coefficients=self.coefficients,
-        eps=self.eps,
         segment_ids=segment_ids,
+        coefficients=self.coefficients,
+      eps=self.eps,
       )
-      return self.project.out(o_BMHP)
+      return self.output(o_BMHP)
     o_BTHP = polynomial_attention(
       self.query(x_BTD),
       k_BTHF,
       v_BTHP,
-      coefficients=self.coefficients,
-      eps=self.eps,
       segment_ids=segment_ids,
       axes=axes,
       implementation=self.implementation,
+      coefficients=self.coefficients,
+      eps=self.eps,
     )
-    B, T, H, P = o_BTHP.shape
-    o_BTD = o_BTHP.reshape(B, T, H * P)
-    return self.project.o(base.take_positions(o_BTD, query_positions))
+    o_BTD = o_BTHP.reshape(*o_BTHP.shape[:2], -1)
+    return self.project.o(take_positions(o_BTD, query_positions))
+
+  def _is_quadratic(
+    self, query_positions: Array, axes: ShardAxes | None
+  ) -> bool:
+    """Whether to compute the rows of the attention matrix of these queries."""
+    has_whole_rows = axes is None or axes.time is None
+    few = query_positions.shape[1] <= FEW_QUERIES
+    return few and has_whole_rows and self.implementation is None
 
   def init_state(self, batch: int) -> State:
-    H, F, P = self.project.shape
+    """Return the state before a document's first token: all sums are 0."""
     return zero_state(
-      batch,
-      H,
-      F,
-      P,
-      coefficients=self.coefficients,
-      dtype=self.project.q.dtype,
+      batch, *self.shape, coefficients=self.coefficients, dtype=self.dtype
     )
 
-  def prefill(
+  def _prefill(
     self,
     x_BTD: Array,
     state: State,
     *,
-    segment_ids: Array | None = None,
-    axes: ShardAxes | None = None,
+    segment_ids: Array | None,
+    axes: ShardAxes | None,
   ) -> tuple[Array, State]:
-    base.check_rows(self, x_BTD, segment_ids, state=state)
     o_BTHP, state = polynomial_attention(
       self.query(x_BTD),
       self.key(x_BTD),
       self.value(x_BTD),
-      coefficients=self.coefficients,
-      eps=self.eps,
       segment_ids=segment_ids,
       initial_state=state,
       return_state=True,
       axes=axes,
       implementation=self.implementation,
+      coefficients=self.coefficients,
+      eps=self.eps,
     )
-    return self.project.out(o_BTHP), state
+    return self.output(o_BTHP), state
 
-  def step(self, x_BD: Array, state: State) -> tuple[Array, State]:
-    base.check_token(self, x_BD, state)
+  def _step(self, x_BD: Array, state: State) -> tuple[Array, State]:
     o_BHP, state = polynomial_attention_step(
       state,
       self.query(x_BD),
@@ -165,38 +231,16 @@ class PolynomialMixer(base.Mixer):
       coefficients=self.coefficients,
       eps=self.eps,
     )
-    return self.project.out(o_BHP), state
+    return self.output(o_BHP), state
 
   def attention_matrix(self, x_BTD: Array) -> Array:
-    """A_BHTT, the normalised weights Σ_s A_ts ≤ 1; quadratic, to look at."""
+    """Return A (B, H, T, T) = sim / (Σ_s sim + eps), to look at.
+
+    Its rows sum to at most 1. Time and memory are quadratic in T.
+    """
     return polynomial_attention_weights(
       self.query(x_BTD),
       self.key(x_BTD),
       coefficients=self.coefficients,
       eps=self.eps,
-    )
-
-
-def check_sizes(config: object, width: int) -> Shape:
-  """The shape of a config at a width; raises ValueError where none fits."""
-  base.positive(config, "heads", "features", "value_features")
-  P = config.value_features or width // config.heads
-  if P == 0:
-    raise ValueError(
-      f"{type(config).__name__}.heads={config.heads} at width {width}: "
-      "expected heads ≤ width, for a value width of floor(width / heads) ≥ 1"
-    )
-  return Shape(config.heads, config.features, P)
-
-
-def check_config(config: object) -> None:
-  """Raises ValueError where a field that the two configs share is wrong."""
-  base.positive(config, "heads", "features", "value_features")
-  name = type(config).__name__
-  if not 0 <= config.eps < math.inf:
-    raise ValueError(f"{name}.eps={config.eps!r}: expected a number ≥ 0")
-  if config.implementation not in (None, *IMPLEMENTATIONS):
-    raise ValueError(
-      f"{name}.implementation={config.implementation!r}: expected None or one "
-      f"of {IMPLEMENTATIONS}"
     )

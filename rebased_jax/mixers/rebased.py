@@ -1,12 +1,34 @@
 """ReBased (arXiv 2402.10644): linear attention with a learnable kernel.
 
-    sim(q, k) = (φ_Q(q)·φ_K(k))² / F,   φ(x) = γ ∘ norm(x) + β
-    norm(x)   = (x − mean x) / sqrt(var x + 1e-5)
+For tokens x_t of width D, and H heads of F features and P values each,
 
-with γ, β of their own for queries and keys. norm, γ and β act on all heads'
-features together, before the split into heads, as in the official code;
-`norm_scope="head"` normalises each head alone. The ablations of the paper's
-Table 1 are the switches:
+    q_t = φ_Q(x_t W_Q)        φ_Q(z) = γ_Q ∘ norm(z) + β_Q          (H, F)
+    k_t = φ_K(x_t W_K)        φ_K(z) = γ_K ∘ norm(z) + β_K          (H, F)
+    v_t = x_t W_V                                                   (H, P)
+
+    sim(q, k) = (q·k)² / F                                    for each head
+    o_t = Σ_s sim(q_t, k_s) v_s / (Σ_s sim(q_t, k_s) + eps)        over s ≤ t
+    y_t = concat_heads(o_t) W_O
+
+    norm(z) = (z − mean z) / √(var z + 1e-5)
+
+where s runs over the tokens of t's own document.
+
+The paper writes the kernel as φ(x) = x² of each feature. Its code, and so this
+file, computes the square of the product, which has all products of two features
+as its feature map: (q·k)² = Σ_ij (q_i q_j)(k_i k_j). The factor 1/F is the
+code's scale F^(−1/2) of q·k, squared. It cancels in o, except against eps.
+
+γ and β are separate for queries and keys. They start at 1 and 0. Like norm they
+act on all H·F features together, before the split into heads, as in the code;
+`norm_scope="head"` normalises each head alone. Projections have no bias.
+
+`PolynomialMixer` holds W_Q, W_K, W_V and W_O and computes sim and o with
+`pallas_kernels.polynomial_attention`, whose coefficients `REBASED` and default
+scale are this sim. It takes time O(T), because Σ_s sim v_s is a product of
+features of q_t with a sum over s: that sum is the recurrent state.
+
+The ablations of the paper's Table 1 are switches:
 
                    normalize  use_gamma  use_beta
     x²                 no         no         no
@@ -23,42 +45,46 @@ from flax import nnx
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels import REBASED
-from pallas_kernels.layer_norm.xla import layer_norm
+from pallas_kernels import REBASED, layer_norm
 from pallas_kernels.numerics import broadcast_parameter, sum_dtype
-from rebased_jax.mixers import base, polynomial
+from rebased_jax.config_checks import check_one_of
+from rebased_jax.mixers.base import Site
+from rebased_jax.mixers.polynomial import PolynomialConfig, PolynomialMixer
 
 NORM_EPS = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
-class ReBasedConfig(base.MixerConfig):
-  """The defaults are the paper's, but for eps: there 1e-12."""
+class ReBasedConfig(PolynomialConfig):
+  """Choices of ReBased; the defaults are the paper's, except eps.
 
-  heads: int = 12  # H
-  features: int = 16  # F, of queries and keys, a head
-  value_features: int | None = None  # P; None: floor(width / heads)
-  use_gamma: bool = True
-  use_beta: bool = True
+  `heads` is H, `features` F, `value_features` P.
+  """
+
+  #: Whether φ normalises its input.
   normalize: bool = True
+  #: Whether φ has the scale γ. Without it γ is 1.
+  use_gamma: bool = True
+  #: Whether φ has the shift β. Without it β is 0.
+  use_beta: bool = True
+  #: Features that share a mean and a variance: those of all heads ("joint"), or
+  #: those of each head ("head").
   norm_scope: Literal["joint", "head"] = "joint"
-  eps: float = 1e-6  # added to Σ sim
-  implementation: str | None = None  # of the kernel; None: the best
 
-  def __post_init__(self):
-    polynomial.check_config(self)
-    if self.norm_scope not in ("joint", "head"):
-      raise ValueError(
-        f"ReBasedConfig.norm_scope={self.norm_scope!r}: expected 'joint' or "
-        "'head'"
-      )
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    check_one_of(self, "norm_scope", "joint", "head")
 
-  def make(self, site: base.Site, *, rngs: nnx.Rngs) -> "ReBased":
+  def make(self, site: Site, *, rngs: nnx.Rngs) -> "ReBased":
+    """Return a ReBased layer for a place in a model."""
     return ReBased(site.width, self, dtype=site.dtype, rngs=rngs)
 
 
 class KernelAffine(nnx.Module):
-  """φ(x) = γ ∘ norm(x) + β on (…, H·F), in float32."""
+  """φ(z) = γ ∘ norm(z) + β on features (…, H·F); statistics in float32.
+
+  Parameters: gamma (H·F,) and beta (H·F,), where the config has them.
+  """
 
   def __init__(self, config: ReBasedConfig):
     ones = jnp.ones(config.heads * config.features, jnp.float32)
@@ -67,26 +93,37 @@ class KernelAffine(nnx.Module):
     self.normalize = config.normalize
     self.groups = 1 if config.norm_scope == "joint" else config.heads
 
-  def __call__(self, x: Array) -> Array:
-    values = lambda p, value: (
-      jnp.full(x.shape[-1:], value) if p is None else p[...]
-    )
-    gamma, beta = values(self.gamma, 1.0), values(self.beta, 0.0)
+  def __call__(self, z: Array) -> Array:
+    """Return φ(z) in the shape and dtype of z."""
+    features = z.shape[-1:]
+    gamma = jnp.full(features, 1.0) if self.gamma is None else self.gamma[...]
+    beta = jnp.full(features, 0.0) if self.beta is None else self.beta[...]
     if self.normalize:
-      split = lambda y: y.reshape(*y.shape[:-1], self.groups, -1)
-      y = layer_norm(*map(split, (x, gamma, beta)), NORM_EPS, x.dtype)
-      return y.reshape(x.shape)
-    wide = x.astype(sum_dtype(x.dtype))
-    return (
-      wide * broadcast_parameter(gamma, wide) + broadcast_parameter(beta, wide)
-    ).astype(x.dtype)
+      y = layer_norm(
+        self._split_groups(z),
+        self._split_groups(gamma),
+        self._split_groups(beta),
+        eps=NORM_EPS,
+      )
+      return y.reshape(z.shape)
+    wide = z.astype(sum_dtype(z.dtype))
+    gamma = broadcast_parameter(gamma, wide)
+    beta = broadcast_parameter(beta, wide)
+    return (wide * gamma + beta).astype(z.dtype)
+
+  def _split_groups(self, z: Array) -> Array:
+    """Return (…, groups, features that are normalised together)."""
+    return z.reshape(*z.shape[:-1], self.groups, -1)
 
 
-class ReBased(polynomial.PolynomialMixer):
+class ReBased(PolynomialMixer):
   """The mixer of the paper.
 
   Parameters: project/{q,k,v,o}/kernel, {query,key}_affine/{gamma,beta}.
   """
+
+  config_type = ReBasedConfig
+  coefficients = REBASED
 
   def __init__(
     self,
@@ -96,20 +133,14 @@ class ReBased(polynomial.PolynomialMixer):
     dtype: str = "float32",
     rngs: nnx.Rngs,
   ):
-    base.check_made(width, config, ReBasedConfig)
-    shape = polynomial.check_sizes(config, width)
-    self.project = polynomial.Projections(shape, width, dtype=dtype, rngs=rngs)
+    super().__init__(width, config, dtype=dtype, rngs=rngs)
     self.query_affine = KernelAffine(config)
     self.key_affine = KernelAffine(config)
-    self.coefficients = REBASED
-    self.eps = config.eps
-    self.width, self.dtype = width, base.computation(dtype)
-    self.implementation = config.implementation
 
   def query(self, x_D: Array) -> Array:
-    q = self.query_affine(self.project.q(x_D))
-    return polynomial.split_heads(q, self.project.shape.heads)
+    """Return q = φ_Q(x W_Q), (…, H, F), of tokens (…, D)."""
+    return self.split_heads(self.query_affine(self.project.q(x_D)))
 
   def key(self, x_D: Array) -> Array:
-    k = self.key_affine(self.project.k(x_D))
-    return polynomial.split_heads(k, self.project.shape.heads)
+    """Return k = φ_K(x W_K), (…, H, F), of tokens (…, D)."""
+    return self.split_heads(self.key_affine(self.project.k(x_D)))

@@ -1,9 +1,9 @@
-"""Causal softmax attention: over chosen positions and documents, or by cuDNN.
+"""Causal softmax attention of given queries, keys and values.
 
     a_ts = softmax_s( q_t·k_s / √F ),   o_t = Σ_s a_ts v_s
 
-over the s that a mask shows to t. In plain XLA the scores are held whole,
-(B, H, T, S).
+where s runs over the tokens that a mask shows to t. The XLA form holds all
+scores (B, H, T, S) at once. cuDNN's form, for whole rows on a GPU, does not.
 """
 
 from flax import nnx
@@ -14,22 +14,36 @@ import jax.numpy as jnp
 from pallas_kernels import document_runs, document_starts, numerics
 from pallas_kernels.numerics import product_precision, sum_dtype
 
+#: Base of the rotary angles, from arXiv 2104.09864.
 ROTARY_BASE = 10000.0
 
 
-def thirds(linear: nnx.Linear, x_BTD: Array) -> list[Array]:
-  """The thirds of its output, which are not copied out of one array."""
-  third = lambda p: jnp.split(p[...].astype(x_BTD.dtype), 3, axis=-1)
-  # XLA would join the products again.
-  pairs = (
-    jax.lax.optimization_barrier((x_BTD, kernel_DD))
-    for kernel_DD in third(linear.kernel)
-  )
-  parts = [x_BTD @ kernel_DD for x_BTD, kernel_DD in pairs]
+def project_to_thirds(linear: nnx.Linear, x_BTD: Array) -> list[Array]:
+  """Return the three equal parts of a linear layer's output, (B, T, D) each.
+
+  Each part is a product of its own, so that no part is copied out of one large
+  array.
+
+  Args:
+    linear: a layer with kernel (D, 3 D).
+    x_BTD: its input.
+  """
+
+  def thirds(parameter: nnx.Param) -> list[Array]:
+    return jnp.split(parameter[...].astype(x_BTD.dtype), 3, axis=-1)
+
+  products = []
+  for kernel_DD in thirds(linear.kernel):
+    # Without the barrier XLA would join the three products again.
+    x, kernel_DD = jax.lax.optimization_barrier((x_BTD, kernel_DD))
+    products.append(x @ kernel_DD)
   if linear.bias is None:
-    return parts
+    return products
   biases = jnp.split(linear.bias[...], 3)
-  return [numerics.add_bias(*pair) for pair in zip(parts, biases, strict=True)]
+  return [
+    numerics.add_bias(product, bias)
+    for product, bias in zip(products, biases, strict=True)
+  ]
 
 
 def attend(
@@ -40,42 +54,61 @@ def attend(
   *,
   documents: bool,
 ) -> Array:
-  """o_BTHF = Σ_s a_ts v_s over the s that the mask shows to t; plain XLA.
+  """Return o (B, T, H, F) = Σ_s a_ts v_s, in plain XLA.
 
-  With `documents`, an Inf or NaN in q, k or v of a token is kept from all rows
-  that do not see the token, gradients included, and makes NaN of the others: a
-  weight of 0 would not stop it.
+  Args:
+    q_BTHF: queries.
+    k_BSHF: keys.
+    v_BSHF: values.
+    mask_BTS: whether t sees s.
+    documents: whether rows hold several documents. An Inf or NaN in a token's
+      q, k or v is then kept from every row that does not see the token,
+      gradients included. A weight of 0 alone would not keep it out.
   """
-  if documents:
-    finite = lambda x: jnp.isfinite(x).all(axis=(-2, -1))
-    own_BT, seen_BS = finite(q_BTHF), finite(k_BSHF) & finite(v_BSHF)
-    spoilt_BT = ~own_BT | (mask_BTS & ~seen_BS[:, None]).any(axis=-1)
-    q_BTHF = jnp.where(own_BT[..., None, None], q_BTHF, 0)
-    k_BSHF, v_BSHF = (
-      jnp.where(seen_BS[..., None, None], x, 0) for x in (k_BSHF, v_BSHF)
-    )
+  if not documents:
+    return _weighted_values(q_BTHF, k_BSHF, v_BSHF, mask_BTS)
+
+  def is_finite(x_BTHF: Array) -> Array:
+    return jnp.isfinite(x_BTHF).all(axis=(-2, -1))
+
+  own_BT = is_finite(q_BTHF)
+  seen_BS = is_finite(k_BSHF) & is_finite(v_BSHF)
+  spoilt_BT = ~own_BT | (mask_BTS & ~seen_BS[:, None]).any(axis=-1)
+  o_BTHF = _weighted_values(
+    jnp.where(own_BT[..., None, None], q_BTHF, 0),
+    jnp.where(seen_BS[..., None, None], k_BSHF, 0),
+    jnp.where(seen_BS[..., None, None], v_BSHF, 0),
+    mask_BTS,
+  )
+  return jnp.where(spoilt_BT[..., None, None], jnp.nan, o_BTHF)
+
+
+def _weighted_values(
+  q_BTHF: Array, k_BSHF: Array, v_BSHF: Array, mask_BTS: Array
+) -> Array:
   a_BHTS = weights(q_BTHF, k_BSHF, mask_BTS).astype(v_BSHF.dtype)
-  o_BTHF = jnp.einsum(
+  return jnp.einsum(
     "bhts,bshf->bthf",
     a_BHTS,
     v_BSHF,
     precision=product_precision(v_BSHF.dtype),
     preferred_element_type=sum_dtype(v_BSHF.dtype),
   ).astype(v_BSHF.dtype)
-  if not documents:
-    return o_BTHF
-  return jnp.where(spoilt_BT[..., None, None], jnp.nan, o_BTHF)
 
 
-def by_cudnn(q_BTHF: Array, k_BTHF: Array, v_BTHF: Array) -> Array:
-  """o_BTHF of rows that are one document each, on an NVIDIA GPU."""
+def attend_by_cudnn(q_BTHF: Array, k_BTHF: Array, v_BTHF: Array) -> Array:
+  """Return o (B, T, H, F) of rows of one document each, on an NVIDIA GPU."""
   T = q_BTHF.shape[1]
-  # jax refuses the gradient of an odd length; no token sees the one behind it.
-  even = lambda x: jnp.pad(x, ((0, 0), (0, T % 2), (0, 0), (0, 0)))
+
+  def pad_to_even(x_BTHF: Array) -> Array:
+    # jax refuses the gradient of an odd length. The mask is causal, so no
+    # token sees the padding after it.
+    return jnp.pad(x_BTHF, ((0, 0), (0, T % 2), (0, 0), (0, 0)))
+
   o_BTHF = jax.nn.dot_product_attention(
-    even(q_BTHF),
-    even(k_BTHF),
-    even(v_BTHF),
+    pad_to_even(q_BTHF),
+    pad_to_even(k_BTHF),
+    pad_to_even(v_BTHF),
     is_causal=True,
     implementation="cudnn",
   )
@@ -83,7 +116,10 @@ def by_cudnn(q_BTHF: Array, k_BTHF: Array, v_BTHF: Array) -> Array:
 
 
 def weights(q_BTHF: Array, k_BSHF: Array, mask_BTS: Array) -> Array:
-  """a_BHTS in float32, or float64 of float64; NaN in a row that sees none."""
+  """Return a (B, H, T, S); a row that sees no token has NaN.
+
+  The dtype is float32, or float64 if q is float64.
+  """
   s_BHTS = jnp.einsum(
     "bthf,bshf->bhts",
     q_BTHF,
@@ -95,40 +131,58 @@ def weights(q_BTHF: Array, k_BSHF: Array, mask_BTS: Array) -> Array:
   return jax.nn.softmax(jnp.where(mask_BTS[:, None], s_BHTS, -jnp.inf))
 
 
-def turn(x_BTHF: Array, steps_BT: Array) -> Array:
-  """Rotary position embedding at these positions, angles in float32."""
+def rotate(x_BTHF: Array, steps_BT: Array) -> Array:
+  """Return x with rotary position embedding, in the dtype of x.
+
+  Args:
+    x_BTHF: queries or keys, with an even F.
+    steps_BT: each token's position in its document. The angles are computed in
+      float32, or in float64 if x is float64.
+  """
   planes = x_BTHF.shape[-1] // 2
   acc = sum_dtype(x_BTHF.dtype)
   rate_11K = (
     ROTARY_BASE ** (-jnp.arange(planes, dtype=acc) / planes)[None, None]
   )
   angle_BTK = steps_BT[..., None].astype(acc) * rate_11K
-  cos, sin = jnp.cos(angle_BTK)[:, :, None], jnp.sin(angle_BTK)[:, :, None]
+  cos_BT1K = jnp.cos(angle_BTK)[:, :, None]
+  sin_BT1K = jnp.sin(angle_BTK)[:, :, None]
   x, y = jnp.split(x_BTHF.astype(acc), 2, axis=-1)
-  turned = jnp.concatenate([x * cos - y * sin, y * cos + x * sin], axis=-1)
-  return turned.astype(x_BTHF.dtype)
+  rotated = jnp.concatenate(
+    [x * cos_BT1K - y * sin_BT1K, y * cos_BT1K + x * sin_BT1K], axis=-1
+  )
+  return rotated.astype(x_BTHF.dtype)
 
 
 def runs(segment_ids: Array | None, T: int) -> Array:
-  """The number of each token's document in its row, (B, T) or (1, T)."""
+  """Return the number of each token's document in its row, from 0.
+
+  The shape is (B, T), or (1, T) without segment ids.
+  """
   if segment_ids is None:
     return jnp.zeros((1, T), jnp.int32)
   return document_runs(segment_ids)
 
 
 def steps(runs_BT: Array) -> Array:
-  """How many tokens of its document in the row are before each token."""
+  """Return each token's position in its document, from 0, as far as the row."""
   t_1T = jnp.arange(runs_BT.shape[1], dtype=jnp.int32)[None]
   return t_1T - document_starts(runs_BT)
 
 
 def visible(runs_BT: Array, positions_BM: Array | None = None) -> Array:
-  """mask_BMT: which tokens each position sees, or (B, T, T) of all."""
-  s_1T = jnp.arange(runs_BT.shape[1], dtype=jnp.int32)[None]
+  """Return a mask (B, M, T): whether position m sees token t.
+
+  Args:
+    runs_BT: the number of each token's document.
+    positions_BM: positions in the row. None: all positions, and M = T.
+  """
+  T = runs_BT.shape[1]
+  s_1T = jnp.arange(T, dtype=jnp.int32)[None]
   t_BM, runs_BM = s_1T, runs_BT
   if positions_BM is not None:
-    t_BM = positions_BM.clip(0, runs_BT.shape[1] - 1)
-    rows_BT = jnp.broadcast_to(runs_BT, (len(t_BM), runs_BT.shape[1]))
+    t_BM = positions_BM.clip(0, T - 1)
+    rows_BT = jnp.broadcast_to(runs_BT, (len(t_BM), T))
     runs_BM = jnp.take_along_axis(rows_BT, t_BM, axis=1)
   causal_BMT = t_BM[..., None] >= s_1T[:, None]
   return causal_BMT & (runs_BM[..., None] == runs_BT[:, None])

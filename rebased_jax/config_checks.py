@@ -1,0 +1,56 @@
+"""Check the fields of configs; each error names the class, field and value."""
+
+import numbers
+
+import jax
+import jax.numpy as jnp
+
+#: Dtypes that a model or a mixer can compute in. Parameters are float32.
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def check_positive(config: object, *names: str) -> None:
+  """Check that each named field is an integer ≥ 1, or None.
+
+  Raises:
+    ValueError: a field has another value.
+  """
+  for name in names:
+    value = getattr(config, name)
+    if value is not None and not is_positive_integer(value):
+      raise ValueError(
+        f"{type(config).__name__}.{name}={value!r}: expected an integer ≥ 1"
+      )
+
+
+def check_one_of(config: object, name: str, *allowed: str | None) -> None:
+  """Check that a named field has one of the allowed values.
+
+  Raises:
+    ValueError: the field has another value.
+  """
+  value = getattr(config, name)
+  if value not in allowed:
+    raise ValueError(
+      f"{type(config).__name__}.{name}={value!r}: expected one of {allowed}"
+    )
+
+
+def is_positive_integer(value: object) -> bool:
+  """Whether a value is an integer ≥ 1. True and False are not integers here."""
+  is_integer = isinstance(value, numbers.Integral)
+  return is_integer and not isinstance(value, bool) and value >= 1
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+  """Return the dtype of a computation by its name.
+
+  Raises:
+    ValueError: the name is not one of `DTYPES`, or it is "float64" and
+      `jax_enable_x64` is not set.
+  """
+  if name not in DTYPES:
+    raise ValueError(f"dtype={name!r}: expected one of {DTYPES}")
+  if name == "float64" and not jax.config.jax_enable_x64:
+    raise ValueError("dtype='float64': expected jax_enable_x64 to be set")
+  return jnp.dtype(name)

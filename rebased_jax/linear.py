@@ -1,0 +1,66 @@
+"""Linear layers with float32 parameters and the paper's initial values."""
+
+from flax import nnx
+from jax import Array
+import jax.numpy as jnp
+
+from pallas_kernels import numerics
+from rebased_jax.config_checks import compute_dtype
+
+
+class Linear(nnx.Linear):
+  """Compute x W + b in a compute dtype, from float32 parameters.
+
+  It differs from `nnx.Linear` in one point: the gradient of the bias is summed
+  over all tokens in float32, whatever the compute dtype is.
+  """
+
+  def __call__(self, x_D: Array) -> Array:
+    """Return x W + b, (…, features_out), for x (…, features_in)."""
+    y_D = self.product(x_D)
+    if self.bias is None:
+      return y_D
+    return numerics.add_bias(y_D, self.bias[...])
+
+  def product(self, x_D: Array) -> Array:
+    """Return x W, without the bias."""
+    return x_D.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+
+
+def linear(
+  features_in: int,
+  features_out: int,
+  *,
+  dtype: str,
+  rngs: nnx.Rngs,
+  use_bias: bool = False,
+  stddev: float = 0.02,
+) -> Linear:
+  """Make a linear layer as the paper's code initialises it.
+
+  Args:
+    features_in: width of the input.
+    features_out: width of the output.
+    dtype: name of the compute dtype.
+    rngs: draws the initial kernel.
+    use_bias: whether there is a bias; it starts at 0.
+    stddev: standard deviation of the initial kernel, a normal distribution.
+  """
+  return Linear(
+    features_in,
+    features_out,
+    use_bias=use_bias,
+    kernel_init=nnx.initializers.normal(stddev),
+    dtype=compute_dtype(dtype),
+    param_dtype=jnp.float32,
+    rngs=rngs,
+  )
+
+
+def output_stddev(layers: int) -> float:
+  """Return the initial standard deviation of a block's output projection.
+
+  It falls with the number of layers, 0.02 / √(2 · layers), as in GPT-2, so that
+  the residual stream does not start larger in deep models.
+  """
+  return 0.02 * (2 * layers) ** -0.5
