@@ -52,34 +52,42 @@ copybutton_prompt_is_regexp = True
 _SECTIONS = re.compile(
   r"^(Args|Attributes|Example|Examples|Note|Raises|Returns|Yields):$"
 )
+_BULLET = re.compile(r"^ *\* ")
+
+
+def _escape(line):
+  """Escape what reStructuredText takes for markup outside of `code`."""
+  bullet = _BULLET.match(line)
+  start = bullet.end() if bullet else 0
+  parts = line[start:].split("`")  # every second part is code
+  parts[::2] = [re.sub(r"([|*])", r"\\\1", part) for part in parts[::2]]
+  return line[:start] + "`".join(parts)
 
 
 def _plain_text_to_rst(app, what, name, obj, options, lines):
   """Make a plain-text docstring valid reStructuredText, in place.
 
   Equations and listings stand in blocks that are indented by four spaces after
-  an empty line; they become literal blocks. Outside of them `|` and `*` are
-  characters, not markup.
+  an empty line; they become literal blocks. Directives stay as they are.
   """
-  del app, what, name, obj, options
-  result, literal, in_section = [], False, False
+  del app, name, obj, options
+  result, block, in_section = [], None, False
   for line in lines:
     indent = len(line) - len(line.lstrip())
-    if line.strip() and _SECTIONS.match(line):
-      in_section = True
-    after_empty = bool(result) and not result[-1].strip()
-    starts = line.strip() and indent >= 4 and after_empty and not literal
-    if starts and not in_section:
-      result += ["::", ""]
-      literal = True
-    elif line.strip() and indent < 4:
-      literal = False
-    if not literal:
-      parts = line.split("`")  # every second part is code
-      parts[::2] = [re.sub(r"([|*])", r"\\\1", part) for part in parts[::2]]
-      line = "`".join(parts)
-    result.append(line)
-  lines[:] = result
+    if line.strip():
+      in_section = in_section or bool(_SECTIONS.match(line))
+      if block is not None and indent <= block:
+        block = None
+      if block is None and line.lstrip().startswith(".. "):
+        block = indent
+      after_empty = bool(result) and not result[-1].strip()
+      if block is None and indent >= 4 and after_empty and not in_section:
+        result += ["::", ""]
+        block = 3
+    result.append(line if block is not None else _escape(line))
+  # Napoleon splits the first line of an attribute at a colon: `type: text`.
+  # An empty comment before it prevents that.
+  lines[:] = ["..", "", *result] if what == "attribute" else result
 
 
 def setup(app):
