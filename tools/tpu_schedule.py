@@ -9,9 +9,10 @@ bundles in its program, those of the grid included, divided by the tokens and
 heads of one span. The program holds one span; a loop over several spans would
 spread the bundles of the grid over more tokens.
 
---sweep tries other sizes and keeps the best. --write saves the sizes with their
-figures to `pallas_kernels/polynomial/tuned`, and all figures to
-`benchmarks/results`.
+--sweep tries other sizes and reports the best. --write saves the sizes and the
+figures to `benchmarks/results/tpu_schedule.json`. If the best sizes are not
+those of `pallas_kernels/polynomial/tpu/sizes.py`, write them there: a test
+compares the two.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import os
 from pathlib import Path
 import re
 import tempfile
+from unittest import mock
 
 DUMP = tempfile.mkdtemp(prefix="llo_")
 os.environ["LIBTPU_INIT_ARGS"] = " ".join(
@@ -116,10 +118,10 @@ def _dumped(ending: str) -> str:
 
 
 def schedule(generation: str, kernel: str, F: int) -> dict:
-  """Return the figures of one kernel at the sizes of the TPU tables."""
+  """Return the figures of one kernel at the sizes of `tpu/sizes.py`."""
   compiled(generation, *functions(F)[kernel])
   with jax.set_mesh(_no_devices(generation)):
-    chunk, span, block = tpu_sizes.sizes(kernel, F, T)
+    chunk, span, block = tpu_sizes.sizes_for(kernel, F, T)
   total = _dumped("*schedule-analysis_final_bundles")
   bundles = int(re.search(r"total scheduled bundles:\s*(\d+)", total)[1])
   lines = _dumped("*final_hlo-static-per-bundle-utilization").splitlines()
@@ -151,12 +153,12 @@ def _no_devices(generation: str) -> Mesh:
 
 def sweep(generation: str, kernel: str, F: int) -> dict:
   """Return the figures of one kernel at the best of several sizes."""
-  sizes = tpu_sizes.table(generation)["sizes"][kernel]
   spans = {8: (1024,), 16: (512, 1024, 2048), 32: (256, 512), 64: (256,)}
   found = []
   for chunk, span in itertools.product((128, 256), spans[F]):
-    sizes[str(F)] = dict(chunk=chunk, span=span, block=max(2048, 2 * span))
-    found.append(schedule(generation, kernel, F))
+    sizes = tpu_sizes.Sizes(chunk, span, block=max(2048, 2 * span))
+    with mock.patch.object(tpu_sizes, "best_sizes", return_value=sizes):
+      found.append(schedule(generation, kernel, F))
     print("    tried", found[-1], flush=True)
   return min(found, key=lambda x: x["bundles_per_token_head"])
 
@@ -214,7 +216,6 @@ def main() -> None:
       figures[kernel] = (sweep if options.sweep else schedule)(
         generation, kernel, F
       )
-      tpu_sizes.table(generation)["sizes"][kernel][str(F)] = figures[kernel]
       total += figures[kernel]["bundles_per_token_head"]
       print(f"  {kernel}:", figures[kernel], flush=True)
     print(f"  together: {total:.2f} bundles per token and head")
@@ -222,11 +223,6 @@ def main() -> None:
     print("  xla, forward and backward:", figures["xla"])
     print(" ", floors(generation, F), flush=True)
     results["figures"][f"{generation}-F{F}"] = figures
-    if options.write:
-      folder = ROOT / "pallas_kernels" / "polynomial" / "tuned"
-      path = folder / f"tpu_{generation}.json"
-      table = tpu_sizes.table(generation) | made_by
-      path.write_text(json.dumps(table, indent=1) + "\n")
   if options.write:
     path = ROOT / "benchmarks" / "results" / "tpu_schedule.json"
     path.write_text(json.dumps(results, indent=1) + "\n")

@@ -32,7 +32,7 @@ def _check(T, F, P, coefficients, dtype, borders="none", states=False, B=1):
     F,
     P,
     coefficients=_COEFFICIENTS[coefficients],
-    borders=borders,
+    boundaries=borders,
     state=states,
     final=states,
     dtype=dtype,

@@ -1,12 +1,12 @@
-"""Polynomial attention in float64 NumPy, values and gradients by hand.
+"""Polynomial attention in float64 NumPy, with gradients derived by hand.
 
-Written from the equations alone; it shares no code with the implementations.
+It is written from the equations alone and shares no code with the package.
 
     sim_ts = c0 + c1 (scale q_t·k_s) + c2 (scale q_t·k_s)²
     o_t    = Σ_s sim_ts v_s / (Σ_s sim_ts + eps)
 
-over the s ≤ t of t's document, a run of one segment id. A state (kv, kk) is
-(Σ_s features(k_s) v_sᵀ, Σ_s k̃_s k̃_sᵀ).
+The sums are over the s ≤ t of t's document, a run of one segment id. A state
+(kv, kk) is (Σ_s φ(k_s) v_sᵀ, Σ_s k̃_s k̃_sᵀ).
 """
 
 import itertools
@@ -19,19 +19,27 @@ BASED = (1.0, 1.0, 0.5)
 
 
 class Inputs(NamedTuple):
-  """Arrays of any float dtype; None where a call has none."""
+  """The inputs of a call and its cotangents, of any float dtype.
+
+  `state` is (kv_BHEP, kk_BHGG) of token 0's document, and `dafter` the
+  cotangent of the final state. An optional field is None where a call has none.
+  """
 
   q_BTHF: np.ndarray
   k_BTHF: np.ndarray
   v_BTHP: np.ndarray
   ids_BT: np.ndarray | None
-  state: tuple | None  # (kv_BHEP, kk_BHGG), of token 0's document
+  state: tuple | None
   do_BTHP: np.ndarray
-  dafter: tuple | None  # the cotangent of the final state
+  dafter: tuple | None
 
 
 class Answer(NamedTuple):
-  """`raw` has, for a gradient's name, its norm before cancellation."""
+  """The output, the final state and the gradients of a call.
+
+  `raw` has, for the name of a gradient, the norm of its terms before they
+  cancel.
+  """
 
   o: np.ndarray
   after: tuple
@@ -43,17 +51,21 @@ class Answer(NamedTuple):
 
 
 class _Table(NamedTuple):
-  """The features as products x̃_i x̃_j: their indices and weights in sim."""
+  """The features as products x̃_i x̃_j.
 
-  c: tuple  # of the polynomial in q·k
+  `c` are the coefficients of sim as a polynomial in q·k, `i_E` and `j_E` the
+  indices, `w_E` the weights in sim, and `w_GG` those of k̃ k̃ᵀ in Σ sim.
+  """
+
+  c: tuple
   i_E: np.ndarray
   j_E: np.ndarray
   w_E: np.ndarray
-  w_GG: np.ndarray  # of k̃ k̃ᵀ in Σ sim
+  w_GG: np.ndarray
 
 
 def runs(ids_BT, B: int, T: int) -> np.ndarray:
-  """Numbers the documents of each row 0, 1, …"""
+  """Number the documents of each row, from 0."""
   runs_BT = np.zeros((B, T), int)
   if ids_BT is not None:
     for b, t in itertools.product(range(B), range(1, T)):
@@ -62,7 +74,7 @@ def runs(ids_BT, B: int, T: int) -> np.ndarray:
 
 
 def table(F: int, coefficients, scale: float | None = None) -> _Table:
-  """x_i x_{i+r mod F} for r = 0 … F//2, then x, then 1, where c ≠ 0."""
+  """List x_i x_{i+r mod F} for r = 0 … F//2, then x, then 1, where c ≠ 0."""
   c0, c1, c2 = coefficients
   scale = F**-0.5 if scale is None else scale
   c1, c2 = c1 * scale, c2 * scale**2
@@ -85,7 +97,7 @@ def features(x: np.ndarray, tab: _Table) -> np.ndarray:
 
 
 def state_of(k_BTHF, v_BTHP, coefficients, scale=None) -> tuple:
-  """The state of all of these tokens."""
+  """Return the state (kv, kk) of all of these tokens."""
   tab = table(k_BTHF.shape[-1], coefficients, scale)
   k1_BTHG = _with_one(k_BTHF, tab.w_GG.shape[0])
   kv = np.einsum("bthe,bthp->bhep", features(k_BTHF, tab), v_BTHP)
@@ -93,7 +105,7 @@ def state_of(k_BTHF, v_BTHP, coefficients, scale=None) -> tuple:
 
 
 def oracle(x: Inputs, coefficients, *, scale=None, eps=1e-6) -> Answer:
-  """Values, and the gradients of Σ o·do + Σ after·dafter."""
+  """Compute the values, and the gradients of Σ o·do + Σ after·dafter."""
   x = _float64(x)
   B, T, _, F = x.q_BTHF.shape
   tab = table(F, coefficients, scale)
@@ -114,8 +126,8 @@ def oracle(x: Inputs, coefficients, *, scale=None, eps=1e-6) -> Answer:
   o = num * r[..., None]
   g, dz = do * r[..., None], -r * (do * o).sum(-1)
 
-  # The numerator's and the denominator's part, stacked: they cancel where a
-  # query sees nearly one value only.
+  # The terms of the numerator and of the denominator, stacked. They cancel
+  # where the values that a query sees are alike.
   da = np.stack([slope * (g @ v.swapaxes(-1, -2)), slope * dz[..., None]])
   dq, dk = da @ k, da.swapaxes(-1, -2) @ q
   dv = sim.swapaxes(-1, -2) @ g
@@ -139,7 +151,7 @@ def oracle(x: Inputs, coefficients, *, scale=None, eps=1e-6) -> Answer:
 
 
 def _scores(q, k, runs_BT, tab) -> tuple:
-  """sim_ts and its derivative in q_t·k_s."""
+  """Return sim_ts and its derivative with respect to q_t·k_s."""
   T = q.shape[-2]
   seen_BTT = (runs_BT[:, :, None] == runs_BT[:, None]) & np.tri(T, dtype=bool)
   a, (c0, c1, c2) = q @ k.swapaxes(-1, -2), tab.c
@@ -148,8 +160,10 @@ def _scores(q, k, runs_BT, tab) -> tuple:
 
 
 def _query_state(q, state, tab) -> tuple:
-  """What a state adds to the numerator and to the denominator, and the first
-  one's terms without their signs."""
+  """Return what a state adds to numerator and denominator.
+
+  The third result is the sum of the numerator's terms without their signs.
+  """
   kv, kk = state
   phi_w, q1 = features(q, tab) * tab.w_E, _with_one(q, tab.w_GG.shape[0])
   z = np.einsum("bhtg,bhgj,bhtj->bht", q1, tab.w_GG * kk, q1)
@@ -157,8 +171,12 @@ def _query_state(q, state, tab) -> tuple:
 
 
 def _float64(x: Inputs) -> Inputs:
-  wide = lambda y: None if y is None else np.asarray(y).astype(np.float64)
-  pair = lambda s: None if s is None else tuple(map(wide, s))
+  def wide(y):
+    return None if y is None else np.asarray(y).astype(np.float64)
+
+  def pair(state):
+    return None if state is None else tuple(map(wide, state))
+
   ids = None if x.ids_BT is None else np.asarray(x.ids_BT)
   return Inputs(
     *map(wide, x[:3]), ids, pair(x.state), wide(x.do_BTHP), pair(x.dafter)
@@ -166,14 +184,14 @@ def _float64(x: Inputs) -> Inputs:
 
 
 def _with_one(x: np.ndarray, G: int) -> np.ndarray:
-  """x̃: x itself at its own width, x and a 1 at one more."""
+  """Return x̃ of width G: x itself, or x and a 1."""
   if x.shape[-1] == G:
     return x
   return np.concatenate([x, np.ones_like(x[..., :1])], axis=-1)
 
 
 def _jacobian_t(x: np.ndarray, d_E: np.ndarray, tab: _Table) -> np.ndarray:
-  """J(x)ᵀ d, the cotangent of x from one of its features."""
+  """Return J(x)ᵀ d, the cotangent of x from that of its features."""
   x1 = _with_one(x, x.shape[-1] + 1)
   dx1 = np.zeros_like(x1)
   for e, (i, j) in enumerate(zip(tab.i_E, tab.j_E, strict=True)):
@@ -183,7 +201,7 @@ def _jacobian_t(x: np.ndarray, d_E: np.ndarray, tab: _Table) -> np.ndarray:
 
 
 def _through_state(q, state, g, dz, tab) -> np.ndarray:
-  """dq through the initial state: its numerator's and denominator's part."""
+  """Return dq through the initial state, by numerator and by denominator."""
   kv, kk = state
   F, q1 = q.shape[-1], _with_one(q, tab.w_GG.shape[0])
   d_E = np.einsum("bhep,bhtp->bhte", kv, g) * tab.w_E
@@ -193,7 +211,7 @@ def _through_state(q, state, g, dz, tab) -> np.ndarray:
 
 
 def _d_state(q, g, dz, first_B1T, tab) -> tuple:
-  """The cotangent of (kv, kk)."""
+  """Return the cotangent of the initial (kv, kk)."""
   phi = features(q, tab) * tab.w_E * first_B1T[..., None]
   q1 = _with_one(q, tab.w_GG.shape[0])
   dkk = np.einsum("bht,bhtg,bhtj->bhgj", first_B1T * dz, q1, q1)
@@ -201,6 +219,7 @@ def _d_state(q, g, dz, first_B1T, tab) -> tuple:
 
 
 def _after(k, v, keep, joined, state, tab) -> tuple:
+  """Return the state after the last token."""
   k1 = _with_one(k, tab.w_GG.shape[0])
   kv = (keep * features(k, tab)).swapaxes(-1, -2) @ v
   kk = (keep * k1).swapaxes(-1, -2) @ k1
@@ -210,7 +229,7 @@ def _after(k, v, keep, joined, state, tab) -> tuple:
 
 
 def _through_keys(k, v, dafter, tab) -> tuple:
-  """dk (stacked as dq is) and dv through the final state."""
+  """Return dk, stacked as dq is, and dv through the final state."""
   dkv, dkk = dafter
   F, k1 = k.shape[-1], _with_one(k, tab.w_GG.shape[0])
   d_E = np.einsum("bhep,bhtp->bhte", dkv, v)

@@ -1,11 +1,11 @@
-"""The public functions: transformations, memory, small calls, bad input."""
+"""The public functions: transformations of jax, memory, and small calls."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from polynomial_cases import make_inputs
+from polynomial_cases import assert_close, make_inputs
 import polynomial_oracle as po
 import pytest
 
@@ -14,20 +14,12 @@ import pallas_kernels as pk
 SHAPE = dict(B=2, T=70, H=2, F=4, P=3)  # two chunks
 
 
-def close(a, b, tolerance=1e-5):
-  """‖a − b‖ ≤ tolerance ‖b‖: float32 sums in another order."""
-  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    assert x.shape == y.shape
-    assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y)
-
-
 # Transformations of jax.
 
 
 @functools.cache
 def example():
-  x = make_inputs(**SHAPE, borders="random")
+  x = make_inputs(**SHAPE, boundaries="random")
   return x, po.oracle(x, po.REBASED)
 
 
@@ -41,15 +33,15 @@ def gradients(loss):
   return jax.grad(loss, argnums=(0, 1, 2))(*x[:4], x.do_BTHP)
 
 
-def test_jit_of_grad_of_checkpoint():
+def test_gradients_under_jit_and_checkpoint():
   _, want = example()
   remat = jax.jit(jax.checkpoint(loss))
   # 5e-5: differences, as in test_polynomial_values.py.
-  close(gradients(remat), (want.dq, want.dk, want.dv), 5e-5)
+  assert_close(gradients(remat), (want.dq, want.dk, want.dv), 5e-5)
 
 
-def test_vmap_over_other_axes():
-  """q's last axis, v's first, k not mapped: as one call for each."""
+def test_vmap_equals_one_call_for_each():
+  """Over q's last axis and v's first; k is not mapped."""
   x, _ = example()
   q = np.stack([x.q_BTHF, 2 * x.q_BTHF + 1], axis=-1)
   v = np.stack([x.v_BTHP, -x.v_BTHP[::-1]])
@@ -62,11 +54,11 @@ def test_vmap_over_other_axes():
     each = x._replace(q_BTHF=q[..., i], v_BTHP=v[i])
     want = po.oracle(each, po.REBASED)
     np.testing.assert_allclose(values[i], np.vdot(want.o, x.do_BTHP), rtol=1e-4)
-    close((dq[i], dk[i], dv[i]), (want.dq, want.dk, want.dv), 5e-5)
+    assert_close((dq[i], dk[i], dv[i]), (want.dq, want.dk, want.dv), 5e-5)
 
 
-def test_scan_over_layers():
-  """Three layers in a scan give the loss and gradients of three calls."""
+def test_scan_over_layers_equals_a_loop():
+  """Three layers in a scan give the loss and the gradients of three calls."""
   x, _ = example()
   scales_L = jnp.array([0.5, 1.0, 2.0])
 
@@ -86,14 +78,14 @@ def test_scan_over_layers():
     jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(x.v_BTHP, scales_L)
     for f in (scanned, unrolled)
   ]
-  close(*both)
+  assert_close(*both)
 
 
 # Memory.
 
 
 def compiled_temp_bytes(T: int, F: int, P: int) -> int:
-  """XLA's temporaries of the forward and the backward, one head."""
+  """Return the bytes of XLA's temporaries in forward and backward, one head."""
   shapes = [jax.ShapeDtypeStruct((1, T, 1, n), jnp.float32) for n in (F, F, P)]
 
   def both(q, k, v, do):
@@ -105,10 +97,11 @@ def compiled_temp_bytes(T: int, F: int, P: int) -> int:
 
 
 def test_memory_is_linear_in_time():
-  """At most 2.2 for a doubling, and no state kept for each chunk.
+  """Twice the tokens take at most 2.2 times the memory.
 
-  2 and room for the rounding of buffers; a chunk of 64 tokens adds about its
-  own q, k, v, do, r, dz and gradients, a third of a state at these sizes.
+  2.2 leaves room for the rounding of buffers. No state is kept for each chunk:
+  a chunk of 64 tokens adds about its q, k, v, do, r, dz and gradients, which is
+  a third of a state at these sizes.
   """
   F, P = 32, 64
   temps = [compiled_temp_bytes(T, F, P) for T in (1024, 2048, 4096)]
@@ -118,7 +111,7 @@ def test_memory_is_linear_in_time():
   assert chunk < 0.7 * state, (chunk, state)
 
 
-def test_backward_keeps_the_inputs_alone():
+def test_forward_keeps_only_the_inputs_for_the_backward():
   q, k, v = (
     jax.ShapeDtypeStruct((1, 640, 2, n), jnp.float32) for n in (8, 8, 4)
   )
@@ -132,9 +125,9 @@ def test_backward_keeps_the_inputs_alone():
 # Small calls.
 
 
-@pytest.mark.parametrize("borders", ["none", "random"])
-def test_chosen_positions_are_rows_of_the_whole(borders):
-  x = make_inputs(**SHAPE, coefficients=po.BASED, borders=borders)
+@pytest.mark.parametrize("boundaries", ["none", "random"])
+def test_chosen_positions_equal_rows_of_the_whole(boundaries):
+  x = make_inputs(**SHAPE, coefficients=po.BASED, boundaries=boundaries)
   want_BTHP = po.oracle(x, po.BASED).o
   positions_BM = jnp.array([[69, 0, 33, 33], [1, 68, 2, 40]])
   rows = np.asarray(positions_BM)[:, :, None, None]
@@ -147,11 +140,11 @@ def test_chosen_positions_are_rows_of_the_whole(borders):
     positions_BM,
     segment_ids=x.ids_BT,
   )
-  close(o_BMHP, np.take_along_axis(want_BTHP, rows, axis=1))
+  assert_close(o_BMHP, np.take_along_axis(want_BTHP, rows, axis=1))
 
 
 @pytest.mark.parametrize("name", ["REBASED", "BASED"])
-def test_weights_are_those_of_the_output(name):
+def test_weights_give_the_output(name):
   x = make_inputs(**SHAPE)
   A_BHTT = pk.polynomial_attention_weights(
     x.q_BTHF, x.k_BTHF, coefficients=getattr(pk, name)
@@ -159,16 +152,16 @@ def test_weights_are_those_of_the_output(name):
   A_BHTT = np.asarray(A_BHTT, np.float64)
   assert (np.triu(A_BHTT, 1) == 0).all()
   assert (A_BHTT >= 0).all()  # (1 + s)²/2 + ½ is not negative either
-  # 1e-6: the rounding of 70 float32 terms. Below 1 by eps's part alone.
+  # 1e-6: the rounding of 70 float32 terms. Only eps makes a sum less than 1.
   sums_BHT = A_BHTT.sum(-1)
   assert (sums_BHT <= 1 + 1e-6).all() and np.median(sums_BHT) > 1 - 1e-4
   o_BTHP = np.einsum("bhts,bshp->bthp", A_BHTT, x.v_BTHP)
-  close(o_BTHP, po.oracle(x, getattr(po, name)).o)
+  assert_close(o_BTHP, po.oracle(x, getattr(po, name)).o)
 
 
 @pytest.mark.parametrize("eps", [1e-12, 1e-6])
-def test_a_first_token_is_itself_however_near_0_its_score(eps):
-  """o = sim v / (sim + eps), with no other term to round against."""
+def test_first_token_gives_its_value_however_small_its_similarity(eps):
+  """It is o = sim v / (sim + eps): there is no other term to round against."""
   q_BHF, k_BHF = (
     jax.random.normal(jax.random.key(i), (1, 8192, 16)) for i in (0, 1)
   )
@@ -177,7 +170,8 @@ def test_a_first_token_is_itself_however_near_0_its_score(eps):
   o_BHP, _ = pk.polynomial_attention_step(state, q_BHF, k_BHF, v_BHP, eps=eps)
   sim_BH = (np.einsum("bhf,bhf->bh", q_BHF, k_BHF, dtype=np.float64) / 4) ** 2
   expected = sim_BH / (sim_BH + eps)
-  # The score itself is a float32 sum: 1e-6 of |q| |k|, beside eps.
+  # q·k is a float32 sum, with an error of 1e-6 |q| |k|, which counts beside
+  # eps.
   near = np.abs(sim_BH) > 1e-8
   assert near.mean() > 0.99
   np.testing.assert_allclose(o_BHP[..., 0][near], expected[near], atol=0.05)

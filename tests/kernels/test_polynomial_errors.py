@@ -1,6 +1,6 @@
-"""Bad input: every error names its argument, before any computation.
+"""Errors of bad arguments: each names its argument, before any computation.
 
-Shapes stand in for arrays, so that a computation could not run at all.
+The arguments are shapes instead of arrays, so that no computation could run.
 """
 
 import jax
@@ -26,7 +26,7 @@ HALF = array(B, T, H, F, dtype="float16")
 INTEGERS = array(B, T, H, F, dtype="int32")
 KV, KK = r"initial_state\.kv_BHEP", r"initial_state\.kk_BHGG"
 
-WHOLE = [
+BAD_CALLS = [
   ("q", "shape", dict(q=array(T, H, F))),
   ("q", "length 0", dict(q=array(B, 0, H, F), k=array(B, 0, H, F))),
   ("q", "length 0", dict(q=array(B, T, H, 0), k=array(B, T, H, 0))),
@@ -72,12 +72,12 @@ WHOLE = [
 
 
 def named(name: str, part: str) -> str:
-  """A message that starts with the argument's name, and has the part."""
+  """Return a pattern of messages that start with the name and have the part."""
   return rf"^{name}.*({part})"
 
 
-@pytest.mark.parametrize(("name", "part", "bad"), WHOLE)
-def test_polynomial_attention(name, part, bad):
+@pytest.mark.parametrize(("name", "part", "bad"), BAD_CALLS)
+def test_polynomial_attention_names_the_argument(name, part, bad):
   with pytest.raises(ValueError, match=named(name, part)):
     pk.polynomial_attention(**GOOD | bad)
 
@@ -105,7 +105,7 @@ GOOD_STEP = dict(
     ("eps", "≥ 0", dict(eps=-1)),
   ],
 )
-def test_polynomial_attention_step(name, part, bad):
+def test_polynomial_attention_step_names_the_argument(name, part, bad):
   with pytest.raises(ValueError, match=named(name, part)):
     pk.polynomial_attention_step(**GOOD_STEP | bad)
 
@@ -130,7 +130,7 @@ GOOD_AT = GOOD | dict(q=array(B, M, H, F), positions=array(B, M, dtype="int32"))
     ("scale", "finite", dict(scale="1")),
   ],
 )
-def test_polynomial_attention_at(name, part, bad):
+def test_polynomial_attention_at_names_the_argument(name, part, bad):
   with pytest.raises(ValueError, match=named(name, part)):
     pk.polynomial_attention_at(**GOOD_AT | bad)
 
@@ -144,12 +144,12 @@ def test_polynomial_attention_at(name, part, bad):
     ("eps", "finite", dict(eps=None)),
   ],
 )
-def test_polynomial_attention_weights(name, part, bad):
+def test_polynomial_attention_weights_names_the_argument(name, part, bad):
   with pytest.raises(ValueError, match=named(name, part)):
     pk.polynomial_attention_weights(**dict(q=X, k=X) | bad)
 
 
-def test_coefficients():
+def test_bad_coefficients_are_named():
   with pytest.raises(ValueError, match=r"Coefficients\.c1=nan"):
     pk.Coefficients(1, np.nan, 0)
   with pytest.raises(ValueError, match="all three are 0"):
@@ -166,7 +166,7 @@ def test_reference_does_not_split_time():
     pk.which_implementation("reference", axes=axes)
 
 
-def test_which_implementation():
+def test_which_implementation_on_a_cpu():
   name, reason = pk.which_implementation()
   assert name == "xla" and "cpu" in reason
   for name in ("xla", "reference"):

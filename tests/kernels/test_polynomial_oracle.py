@@ -1,4 +1,4 @@
-"""The oracle's gradients, and the reference's forward mode against them."""
+"""The NumPy oracle's gradients, and the forward mode of "reference"."""
 
 import functools
 
@@ -10,11 +10,11 @@ import pytest
 
 import pallas_kernels as pk
 
-INPUTS = dict(state=True, borders="random", final=True, seed=3)
+INPUTS = dict(state=True, boundaries="random", final=True, seed=3)
 
 
 def leaves(x: po.Inputs) -> list:
-  """The arrays to differentiate in: q, k, v, kv, kk."""
+  """Return the arrays to differentiate with respect to: q, k, v, kv, kk."""
   return [np.array(y, np.float64) for y in (*x[:3], *x.state)]
 
 
@@ -34,10 +34,11 @@ def gradient(x: po.Inputs, coefficients) -> list:
   return [answer.dq, answer.dk, answer.dv, *answer.dstate]
 
 
-@pytest.mark.parametrize("seed", [3, 4])  # of these the row has 1 and 3 borders
+# The rows of these seeds have 1 and 3 document boundaries.
+@pytest.mark.parametrize("seed", [3, 4])
 @pytest.mark.parametrize("F", [3, 4])
 @pytest.mark.parametrize("coefficients", [po.REBASED, po.BASED])
-def test_gradients_are_finite_differences(coefficients, F, seed):
+def test_oracle_gradients_equal_finite_differences(coefficients, F, seed):
   x = make_inputs(
     1, 6, 1, F, 2, coefficients=coefficients, **INPUTS | {"seed": seed}
   )
@@ -56,7 +57,7 @@ def test_gradients_are_finite_differences(coefficients, F, seed):
 
 @functools.partial(jax.jit, static_argnums=(2,))
 def forward_mode(x, tangents, coefficients):
-  """(jvp of the outputs, Hessian of their product with do times tangents)."""
+  """Return the jvp of the outputs, and that of the gradients of outputs·do."""
 
   def outputs(q, k, v, kv, kk):
     return pk.polynomial_attention(
@@ -73,13 +74,16 @@ def forward_mode(x, tangents, coefficients):
   arrays = (*x[:3], *x.state)
   _, pull = jax.vjp(outputs, *arrays)
   cotangent = (x.do_BTHP, pk.State(*x.dafter))
-  gradients = lambda *arrays: jax.vjp(outputs, *arrays)[1](cotangent)
+
+  def gradients(*arrays):
+    return jax.vjp(outputs, *arrays)[1](cotangent)
+
   _, moved = jax.jvp(outputs, arrays, tangents)
   _, hessian = jax.jvp(gradients, arrays, tangents)
   return moved, hessian
 
 
-def test_reference_forward_mode_and_second_derivatives():
+def test_reference_has_forward_mode_and_second_derivatives():
   numbers, coefficients = po.BASED, pk.BASED
   x = make_inputs(2, 9, 2, 5, 3, coefficients=numbers, **INPUTS)
   rng, step = np.random.default_rng(0), 1e-5

@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
-from polynomial_cases import errors, make_inputs, value_and_gradients
+from polynomial_cases import (
+  attention,
+  errors,
+  make_inputs,
+  value_and_gradients,
+)
 import polynomial_oracle as po
 import pytest
 
@@ -14,17 +19,17 @@ import pallas_kernels as pk
 
 NAMES = ("data", "model", "sequence")
 AXES = pk.ShardAxes(*NAMES)
-# Documents of rows of 160: over the devices of a mesh that cuts time in two
-# parts of 80, or in eight of 20. The last one spans four of the eight.
-BORDERS = [
+# Where documents start in the eight rows of 160 tokens. A mesh cuts time into
+# two shards of 80 tokens, or into eight of 20.
+BOUNDARIES = [
   (),
-  (80,),  # on a border of both meshes
-  (20, 40, 60, 80, 100, 120, 140),  # on all of the eight
-  (7, 80, 81, 90),  # on and off, and two in one device
-  (79, 159),  # a last token alone
+  (80,),  # between shards of both meshes
+  (20, 40, 60, 80, 100, 120, 140),  # between all of the eight shards
+  (7, 80, 81, 90),  # between shards and within, and two in one shard
+  (79, 159),  # the last token is a document
   (1, 30, 75),
   (50, 51, 52, 53, 100),
-  tuple(range(1, 160)),  # every token its own
+  tuple(range(1, 160)),  # each token is a document
 ]
 
 
@@ -35,38 +40,27 @@ def mesh_of(*shape, names=NAMES):
 
 @functools.cache
 def case(coefficients, documents: bool):
-  """(Inputs, the oracle's Answer): B=8, T=160, H=2, F=4, P=3."""
+  """Return inputs of B=8, T=160, H=2, F=4, P=3, and the oracle's answer."""
   x = make_inputs(
     8, 160, 2, 4, 3, coefficients=coefficients, state=True, final=True
   )
   if documents:
-    borders_BT = np.zeros((8, 160), np.int32)
-    for b, borders in enumerate(BORDERS):
-      borders_BT[b, list(borders)] = 1
-    x = x._replace(ids_BT=np.cumsum(borders_BT, axis=1, dtype=np.int32) % 2)
+    starts_BT = np.zeros((8, 160), np.int32)
+    for b, starts in enumerate(BOUNDARIES):
+      starts_BT[b, list(starts)] = 1
+    x = x._replace(ids_BT=np.cumsum(starts_BT, axis=1, dtype=np.int32) % 2)
   return x, po.oracle(x, coefficients)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def answer(x, coefficients, axes):
-  def attention(q, k, v, ids, state):
-    return pk.polynomial_attention(
-      q,
-      k,
-      v,
-      coefficients=coefficients,
-      segment_ids=ids,
-      initial_state=None if state is None else pk.State(*state),
-      return_state=True,
-      axes=axes,
-    )
-
-  return value_and_gradients(attention, x)
+  call = attention(coefficients, implementation=None, axes=axes)
+  return value_and_gradients(call, x)
 
 
 def check(got, want):
   for name, error in errors(got, want).items():
-    # As on one device, test_polynomial_values.py.
+    # As on one device: see test_polynomial_values.py.
     assert error <= (5e-5 if name.startswith("d") else 1e-5), (name, error)
 
 
@@ -79,8 +73,8 @@ def check(got, want):
     ((8, 1, 1), False),
   ],
 )
-def test_equals_one_device(shape, documents):
-  """Values, all gradients and the states; and the results are split."""
+def test_mesh_gives_the_answer_of_one_device(shape, documents):
+  """Values, gradients and states are right, and lie split over the mesh."""
   numbers, coefficients = (po.BASED, pk.BASED)
   if shape == (1, 1, 8):
     numbers, coefficients = (po.REBASED, pk.REBASED)
@@ -99,30 +93,24 @@ def test_equals_one_device(shape, documents):
     assert y.sharding.is_equivalent_to(of_state, 4), y.sharding
 
 
-def test_without_states_and_over_two_axes_of_time():
-  """No initial state, none returned; time split by a pair of axes."""
+def test_time_split_by_two_axes_without_states():
+  """There is no initial state, and none is returned."""
   x, _ = case(po.REBASED, True)
   x = x._replace(state=None, dafter=None)
   want = po.oracle(x, po.REBASED)
   axes = pk.ShardAxes(time=("a", "b"))
 
-  @jax.jit
-  def run(x):
-    f = lambda q, k, v, ids, _: (
-      pk.polynomial_attention(q, k, v, segment_ids=ids, axes=axes),
-      None,
-    )
-    return value_and_gradients(f, x)
+  call = attention(implementation=None, return_state=False, axes=axes)
 
   with jax.set_mesh(mesh_of(2, 4, names=("a", "b"))):
-    check(run(x), want)
+    check(jax.jit(functools.partial(value_and_gradients, call))(x), want)
 
 
-def test_a_document_is_isolated_across_devices():
-  """An Inf stays in its document, which ends within another device."""
+def test_inf_stays_in_its_document_across_devices():
+  """The document ends within another device's shard."""
   x, _ = case(po.REBASED, True)
   v = x.v_BTHP.copy()
-  v[3, 10, 0, 1] = np.inf  # of tokens 7 … 79
+  v[3, 10, 0, 1] = np.inf  # in the document of tokens 7 … 79
   with jax.set_mesh(mesh_of(1, 1, 8)):
     clean = answer(x, pk.REBASED, AXES)
     got = answer(x._replace(v_BTHP=v), pk.REBASED, AXES)
@@ -133,7 +121,7 @@ def test_a_document_is_isolated_across_devices():
   assert not np.isfinite(np.asarray(got.o)[3, 10:80, 0]).all(axis=-1).any()
 
 
-def test_no_mesh():
+def test_axes_without_a_mesh_are_refused():
   with pytest.raises(ValueError, match=r"axes=.*no mesh.*jax\.set_mesh"):
     attend_shapes(pk.ShardAxes(time="sequence"))
 
@@ -152,14 +140,12 @@ def test_no_mesh():
   ],
   ids=lambda x: str(x)[:30],
 )
-def test_axes_that_do_not_fit(axes, message):
+def test_axes_that_do_not_fit_are_named(axes, message):
   with jax.set_mesh(mesh_of(2, 2, 2)), pytest.raises(ValueError, match=message):
     attend_shapes(axes)
 
 
 def attend_shapes(axes):
-  """A call on shapes alone: B=3, T=6, H=5; the check comes before any work."""
+  """Call with shapes instead of arrays: B=3, T=6, H=5."""
   x = jax.ShapeDtypeStruct((3, 6, 5, 4), jnp.float32)
-  jax.eval_shape(
-    lambda q, k, v: pk.polynomial_attention(q, k, v, axes=axes), x, x, x
-  )
+  jax.eval_shape(functools.partial(pk.polynomial_attention, axes=axes), x, x, x)

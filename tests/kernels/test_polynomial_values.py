@@ -1,20 +1,27 @@
 """Polynomial attention against the float64 oracle: values and gradients."""
 
+import doctest
 import functools
 import itertools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from polynomial_cases import errors, make_inputs, value_and_gradients
+from polynomial_cases import (
+  COEFFICIENTS,
+  Cell,
+  attention,
+  errors,
+  lone_error,
+  make_inputs,
+  value_and_gradients,
+)
 import polynomial_oracle as po
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels.polynomial import state
+from pallas_kernels.polynomial import spec, state as state_lib
 
-COEFFICIENTS = {"rebased": pk.REBASED, "based": pk.BASED}
 FACTORS = {
   "T": (1, 2, 17, 63, 64, 65, 200),
   "F": (4, 5, 16, 24),
@@ -22,32 +29,20 @@ FACTORS = {
   "coefficients": ("rebased", "based"),
   "keys": ("random", "clustered"),
   "state": (False, True),
-  "borders": ("none", "random", "chunk", "own"),
+  "boundaries": ("none", "random", "chunk", "own"),
   "dtype": ("float32", "bfloat16", "float16"),
   "final": (False, True),
 }
 STATES = ("kv", "kk", "dkv", "dkk")
 
 
-class Cell(NamedTuple):
-  T: int
-  F: int
-  P: int
-  coefficients: str
-  keys: str
-  state: bool
-  borders: str
-  dtype: str
-  final: bool
-
-  def __str__(self):
-    return "-".join(map(str, self))
-
-
 def covering_cells() -> list[Cell]:
-  """Cells in which any two levels of any two factors meet at least once."""
+  """Make cells in which any two levels of any two factors meet."""
   levels = list(FACTORS.values())
-  pair = lambda cell: set(itertools.combinations(enumerate(cell), 2))
+
+  def pairs(cell):
+    return set(itertools.combinations(enumerate(cell), 2))
+
   # All pairs of levels of two different factors.
   open_pairs = {
     ((i, a), (j, b))
@@ -63,33 +58,23 @@ def covering_cells() -> list[Cell]:
       tuple(seed.get(i, x[rng.integers(len(x))]) for i, x in enumerate(levels))
       for _ in range(100)
     )
-    best = max(tries, key=lambda cell: len(pair(cell) & open_pairs))
-    open_pairs -= pair(best)
+    best = max(tries, key=lambda cell: len(pairs(cell) & open_pairs))
+    open_pairs -= pairs(best)
     cells.append(Cell(*best))
   return cells
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def answer(x, coefficients, final: bool, implementation: str):
-  def attention(q, k, v, ids, state):
-    out = pk.polynomial_attention(
-      q,
-      k,
-      v,
-      coefficients=coefficients,
-      segment_ids=ids,
-      initial_state=None if state is None else pk.State(*state),
-      return_state=final,
-      implementation=implementation,
-    )
-    return out if final else (out, None)
-
-  return value_and_gradients(attention, x)
+  call = attention(
+    coefficients, implementation=implementation, return_state=final
+  )
+  return value_and_gradients(call, x)
 
 
 def tolerance(name: str, dtype: str, keys: str) -> float:
   if dtype == "float64":
-    # The oracle's own dtype: both round at 1e-16, over sums of 200 terms.
+    # As the oracle: both round at 1e-16, over sums of 200 terms.
     return 1e-12
   if dtype == "float32" or (dtype == "float16" and name in STATES):
     # Sums of float32 products. dq, dk and the states' cotangents go through
@@ -97,8 +82,8 @@ def tolerance(name: str, dtype: str, keys: str) -> float:
     # where the denominator nearly vanishes. States are float32 for float16.
     return 1e-5 if name in ("o", "dv", "kv", "kk") else 5e-5
   if dtype == "float16":
-    # Computed in float32; what is left is the rounding of these outputs, at
-    # most 2⁻¹¹ = 4.9e-4 of each element.
+    # Computed in float32. Then these outputs are rounded, by at most
+    # 2⁻¹¹ = 4.9e-4 of each element.
     return 5e-4
   # bfloat16 rounds at 2⁻⁸ = 3.9e-3; sim, the features and da are rounded before
   # they meet v, the states and k. Rows of clustered keys are alike, so these
@@ -114,23 +99,11 @@ def check(cell: Cell, implementation: str = "xla") -> dict:
   x = make_inputs(2, shape[0], 2, *shape[1:], **named)
   got = answer(x, COEFFICIENTS[coefficients], cell.final, implementation)
   found = errors(got, po.oracle(x, named["coefficients"]))
-  least = lone_error(x) if cell.borders == "own" or cell.T == 1 else 0
+  least = lone_error(x) if cell.boundaries == "own" or cell.T == 1 else 0
   for name, error in found.items():
     allowed = max(tolerance(name, cell.dtype, cell.keys), least)
     assert error <= allowed, (name, found, cell)
   return found
-
-
-def lone_error(x) -> float:
-  """What float32 makes of q·k where a token sees itself alone, relatively.
-
-  Its output is v · sim / (sim + eps), and sim takes over twice the relative
-  error of q·k: F roundings of |q||k|, large beside a q·k near 0.
-  """
-  q, k = (np.asarray(y).astype(np.float64) for y in x[:2])
-  size = np.linalg.norm(q, axis=-1) * np.linalg.norm(k, axis=-1)
-  worst = (size / np.abs((q * k).sum(axis=-1))).max()
-  return min(2 * 2.0**-24 * q.shape[-1] ** 0.5 * worst, 1e-3)
 
 
 CELLS = covering_cells()
@@ -144,6 +117,12 @@ def test_cells_cover_all_pairs():
   assert len(CELLS) <= 60
 
 
+def test_worked_example_of_the_equations():
+  """The example in the docstring of spec.py."""
+  found = doctest.testmod(spec)
+  assert found.attempted >= 6 and found.failed == 0
+
+
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_equals_oracle(cell):
   check(cell)
@@ -155,12 +134,12 @@ def test_equals_oracle(cell):
 @pytest.mark.parametrize("F", FACTORS["F"])
 @pytest.mark.parametrize("T", FACTORS["T"])
 def test_equals_oracle_on_the_grid(T, F, P, dtype):
-  """All other factors; every second cell asks for the final state."""
-  others = ("coefficients", "keys", "state", "borders")
+  """All levels of all factors, but every second cell returns the state."""
+  others = ("coefficients", "keys", "state", "boundaries")
   grid = itertools.product(*(FACTORS[name] for name in others))
-  for i, (coefficients, keys, state, borders) in enumerate(grid):
+  for i, (coefficients, keys, state, boundaries) in enumerate(grid):
     final = (i + i // 4) % 2 == 1
-    check(Cell(T, F, P, coefficients, keys, state, borders, dtype, final))
+    check(Cell(T, F, P, coefficients, keys, state, boundaries, dtype, final))
   jax.clear_caches()  # thousands of cells would fill the memory
 
 
@@ -186,8 +165,8 @@ def test_equals_oracle_in_float64(implementation):
 
 
 @pytest.mark.parametrize("coefficients", ["rebased", "based"])
-def test_own_scale_and_eps(coefficients):
-  """At an eps of the denominator's own size."""
+def test_scale_and_eps_are_used(coefficients):
+  """The eps is as large as the denominator."""
   x = make_inputs(
     1, 70, 1, 4, 3, coefficients=getattr(po, coefficients.upper())
   )
@@ -201,26 +180,27 @@ def test_own_scale_and_eps(coefficients):
 
 @pytest.mark.parametrize("F", range(1, 10))
 @pytest.mark.parametrize("name", ["rebased", "based"])
-def test_cyclic_features_are_the_polynomial(F, name):
+def test_features_and_weights_give_the_similarity(F, name):
   coefficients = COEFFICIENTS[name].scaled(0.7)
   q_TF, k_TF = np.random.default_rng(F).normal(size=(2, 20, F)).astype("f4")
   phi_q, phi_k = (
-    state.features(jnp.asarray(x), coefficients) for x in (q_TF, k_TF)
+    state_lib.features(jnp.asarray(x), coefficients) for x in (q_TF, k_TF)
   )
-  w_E = state.feature_weights(F, coefficients)
-  E, G = state.state_widths(F, coefficients)
+  w_E = state_lib.feature_weights(F, coefficients)
+  E, G = state_lib.state_widths(F, coefficients)
   assert phi_q.shape == (20, E)
   assert w_E.size == E
-  assert state.extend(jnp.asarray(q_TF), coefficients).shape == (20, G)
+  assert state_lib.extend(jnp.asarray(q_TF), coefficients).shape == (20, G)
   c0, c1, c2 = getattr(po, name.upper())
   s_T = 0.7 * np.sum(q_TF * k_TF, axis=-1, dtype=np.float64)
   sim_T = c0 + c1 * s_T + c2 * s_T**2
   got_T = np.sum(np.asarray(phi_q) * w_E * np.asarray(phi_k), axis=-1)
   # Products of float32 features, which cancel where s is small.
   np.testing.assert_allclose(got_T, sim_T, rtol=1e-5, atol=2e-5)
-  W_GG = state.denominator_weights(F, coefficients)
+  W_GG = state_lib.denominator_weights(F, coefficients)
   q1, k1 = (
-    np.asarray(state.extend(jnp.asarray(x), coefficients)) for x in (q_TF, k_TF)
+    np.asarray(state_lib.extend(jnp.asarray(x), coefficients))
+    for x in (q_TF, k_TF)
   )
   z_T = np.einsum("tg,tj,gj,tg,tj->t", q1, q1, W_GG, k1, k1)
   np.testing.assert_allclose(z_T, sim_T, rtol=1e-5, atol=2e-5)

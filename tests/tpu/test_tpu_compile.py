@@ -1,7 +1,7 @@
-"""The TPU kernels compile for TPUs that are not attached, by libtpu.
+"""The TPU kernels compile for TPUs, by libtpu, on a machine without one.
 
-The whole compiler runs, Mosaic's part of it too; nothing is computed. Run it
-in a process of its own, with `JAX_PLATFORMS=cpu`.
+The whole compiler runs, with Mosaic; nothing is computed. Run this file alone,
+with `JAX_PLATFORMS=cpu`.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from pallas_kernels import BASED, ShardAxes, devices as _compat, zero_state
+from pallas_kernels import BASED, ShardAxes, devices, zero_state
 from pallas_kernels.polynomial import arg_specs
 from pallas_kernels.polynomial.operator import Kernel
 from pallas_kernels.polynomial.tpu import passes as tpu
@@ -35,17 +35,17 @@ EACH = {spec.name: spec for spec in arg_specs.SPECS}
 
 
 def mesh_of(generation: str, *shape: int) -> Mesh:
-  """Some or all of a described TPU's devices: data, model."""
-  devices = _compat.tpu_topology(generation)[: math.prod(shape)]
+  """Return a mesh (data, model) of devices that libtpu describes."""
+  chips = devices.tpu_topology(generation)[: math.prod(shape)]
   return Mesh(
-    np.array(devices).reshape(shape),
+    np.array(chips).reshape(shape),
     ("data", "model"),
     axis_types=(AxisType.Auto,) * 2,
   )
 
 
 def compiled(mesh: Mesh, function, *arrays) -> str:
-  """The optimised HLO; arrays without a sharding are on every device."""
+  """Return the optimised HLO; arrays without a sharding are replicated."""
   everywhere = NamedSharding(mesh, PartitionSpec())
   arrays = jax.tree.map(
     lambda x: ShapeDtypeStruct(
@@ -59,14 +59,14 @@ def compiled(mesh: Mesh, function, *arrays) -> str:
 
 def passes(kernel: Kernel, states: bool):
   def run(q, k, v, do, runs, state, dstate):
-    o, after, kept = tpu.forward(
+    o, after, before = tpu.forward(
       q, k, v, runs, state, kernel, return_state=states
     )
-    dq, r, dz = tpu.backward_queries(q, k, v, do, runs, kept, kernel)
-    dk, dv, before = tpu.backward_keys(
+    dq, r, dz = tpu.backward_queries(q, k, v, do, runs, before, kernel)
+    dk, dv, dbefore = tpu.backward_keys(
       q, k, v, do, r, dz, runs, dstate, kernel, return_state=states
     )
-    return o, after, dq, dk, dv, before
+    return o, after, dq, dk, dv, dbefore
 
   return run
 
@@ -94,14 +94,14 @@ def test_every_spec_compiles(generation, name):
     (16, 128, 3, jnp.float32),
     (32, 40, 3, jnp.bfloat16),
     (64, 64, 3, jnp.bfloat16),
-    # What fills VMEM: many heads to a step, wide rows.
+    # Cases that fill VMEM: many heads in a step, wide rows.
     (16, 5, 25, jnp.bfloat16),
     (64, 1, 12, jnp.bfloat16),
     (64, 128, 1, jnp.float32),
   ],
 )
 def test_states_documents_and_tails_compile(generation, F, P, H, dtype):
-  B, T = 2, 9000  # more than a block
+  B, T = 2, 9000  # several blocks and a tail
   q = ShapeDtypeStruct((B, T, H, F), dtype)
   v = ShapeDtypeStruct((B, T, H, P), dtype)
   runs = ShapeDtypeStruct((B, T), jnp.int32)
@@ -116,9 +116,9 @@ def test_states_documents_and_tails_compile(generation, F, P, H, dtype):
 
 
 def training_step(spec, mesh: Mesh):
-  """A step of SGD through a mixer under jax.checkpoint, and its arguments.
+  """Make a step of SGD through a mixer under jax.checkpoint, and its arguments.
 
-  Batch and heads are split, or where there is one row heads and time.
+  Batch and heads are split; where there is a single row, heads and time are.
   """
   based = spec.coefficients == BASED
   make, config = (Based, BasedConfig) if based else (ReBased, ReBasedConfig)
@@ -163,17 +163,17 @@ _NO_WORK = {"parameter", "bitcast", "constant", "tuple"}
 
 
 def largest(result: str) -> int:
-  """Elements of an instruction's result, or of the largest of several."""
+  """Count the elements of an instruction's result, or of its largest one."""
   shapes = re.findall(r"\w+\[([\d,]*)\]", result)
   sizes = (math.prod(int(d) for d in x.split(",") if d) for x in shapes)
   return max(sizes, default=0)
 
 
 def moved_arrays(hlo: str, least: int) -> list[str]:
-  """Instructions that only move an array of `least` elements or more.
+  """Find instructions that only move an array of at least `least` elements.
 
-  Alone, or fused with nothing but each other. An asynchronous copy between
-  HBM and VMEM is not one, its layout stays.
+  They stand alone, or are fused with other moves only. An asynchronous copy
+  between HBM and VMEM does not count, because it keeps the layout.
   """
   bodies, found = {}, []
   for block in re.split(r"\n\n|\n(?=%|ENTRY)", hlo):
@@ -200,7 +200,7 @@ def moved_arrays(hlo: str, least: int) -> list[str]:
 
 @pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_a_training_step_compiles_and_moves_nothing(generation, name):
+def test_training_step_compiles_and_moves_no_array(generation, name):
   spec = EACH[name]
   mesh = mesh_of(generation, 2, 2)
   step, arrays = training_step(spec, mesh)
@@ -212,10 +212,8 @@ def test_a_training_step_compiles_and_moves_nothing(generation, name):
   assert not moved, "\n".join(moved)
 
 
-def test_moved_arrays_are_counted():
-  """A transpose that nothing can take up is found."""
+def test_moved_arrays_finds_a_transpose():
   mesh = mesh_of("v5e", 1, 1)
   x = ShapeDtypeStruct((4, 512, 256), jnp.bfloat16)
-  turn = lambda x: x.transpose(0, 2, 1)
-  assert moved_arrays(compiled(mesh, lambda x: turn(x), x), x.size)
+  assert moved_arrays(compiled(mesh, lambda x: x.transpose(0, 2, 1), x), x.size)
   assert not moved_arrays(compiled(mesh, lambda x: x + 1, x), x.size)

@@ -1,6 +1,6 @@
-"""The TPU kernels of the backward: a sweep to the right, one to the left.
+"""The two TPU kernels of the backward, from left to right and back.
 
-With g = r·do, r = 1 / (z + eps) and J the Jacobian of the features,
+With a = q·k, g = r·do, r = 1 / (z + eps) and J the Jacobian of the features,
 
     do·num = Σ_s sim_ts do_t·v_s + φ_w(q_t)·(KV do_t),   dz = −r² do·num
     da_ts  = (r_t do_t·v_s + dz_t) (c1' + 2 a_ts)
@@ -9,23 +9,48 @@ With g = r·do, r = 1 / (z + eps) and J the Jacobian of the features,
     dv_s   = Σ_t sim_ts g_t + dKVᵀ φ(k_s)
     dKV    = Σ_t φ_w(q_t) g_tᵀ,   dKK = W∘Σ_t dz_t q̃_t q̃_tᵀ
 
-do·num is not taken from the rounded o: where rows are alike, what is left of
-r do·v + dz would be smaller than that rounding. All is divided by c2, so r and
-dz are c2 times those of `spec.py`; the cotangents of the state are the same.
+`backward_queries` recomputes the state from left to right and gives dq, r and
+dz. `backward_keys` carries dKV and dKK from right to left and gives dk and dv.
+
+do·num is not taken from the output o, which is rounded. Where the values of a
+row are alike, r do·v and dz nearly cancel, and what is left is smaller than
+that rounding.
+
+All is divided by c2 (`call.py`), so r and dz are c2 times those of
+`operator.py`. The cotangents of the state are the same.
 """
 
-import functools
+from typing import Any
 
 import jax
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels.polynomial.tpu import chunks as common
-from pallas_kernels.polynomial.tpu.chunks import Call, Masks
+from pallas_kernels.polynomial.tpu import chunks, launch
+from pallas_kernels.polynomial.tpu.call import Call
+from pallas_kernels.polynomial.tpu.chunks import StateSums
+from pallas_kernels.polynomial.tpu.features import (
+  extend,
+  feature_cotangent,
+  features,
+  weigh_denominator,
+)
 from pallas_kernels.polynomial.tpu.forward import (
+  denominator_products,
   key_sums,
   similarity,
-  through_kk,
+)
+from pallas_kernels.polynomial.tpu.launch import Refs
+from pallas_kernels.polynomial.tpu.masks import (
+  Masks,
+  make_masks,
+  sum_over_seen,
+  zero_outside,
+)
+from pallas_kernels.polynomial.tpu.products import (
+  dot,
+  dot_exact_left,
+  dot_exact_right,
 )
 
 
@@ -38,98 +63,120 @@ def backward_queries(
   state: tuple[Array, Array] | None,
   call: Call,
 ) -> tuple[Array, Array, Array]:
-  """dq_BRT, r_BH1T, dz_BH1T; the state is (KV_BHEP, KK_BHGG)."""
-  inputs = [
-    (q_BRT, common.tokens(call.F, call)),
-    (k_BRT, common.tokens(call.F, call)),
-    (v_BRT, common.tokens(call.P, call)),
-    (do_BRT, common.tokens(call.P, call)),
-  ]
+  """Run the kernel from left to right.
+
+  Args:
+    q_BRT: queries, R = H·F.
+    k_BRT: keys, R = H·F.
+    v_BRT: values, R = H·P.
+    do_BRT: the cotangent of o, R = H·P.
+    start_B1T: the position where each token's document starts; None for one
+      document a row.
+    state: the state before token 0, (KV_BHEV, KK_BHGG); None for zeros.
+    call: the launch.
+
+  Returns:
+    (dq_BRT, r_BH1T, dz_BH1T).
+  """
   sizes = (call.E, call.V), (call.G, call.G)
+  inputs = {
+    "q": (q_BRT, launch.token_spec(call.F, call)),
+    "k": (k_BRT, launch.token_spec(call.F, call)),
+    "v": (v_BRT, launch.token_spec(call.P, call)),
+    "do": (do_BRT, launch.token_spec(call.P, call)),
+  }
   if start_B1T is not None:
-    inputs.append((start_B1T, common.starts(call)))
-  inputs += common.states_in(state, sizes, call)
-  row = jax.ShapeDtypeStruct((call.B, call.H, 1, call.T), jnp.float32)
+    inputs["starts"] = start_B1T, launch.starts_spec(call)
+  inputs |= launch.initial_state(state, sizes, call)
   dq = jax.ShapeDtypeStruct(q_BRT.shape, q_BRT.dtype)
-  outputs = [
-    (dq, common.tokens(call.F, call)),
-    (row, common.scalars(call)),
-    (row, common.scalars(call)),
-  ]
-  body = functools.partial(
-    _queries_body,
-    call=call,
-    has_ids=start_B1T is not None,
-    has_state=state is not None,
+  scalars = jax.ShapeDtypeStruct((call.B, call.H, 1, call.T), jnp.float32)
+  outputs = {
+    "dq": (dq, launch.token_spec(call.F, call)),
+    "r": (scalars, launch.scalar_spec(call)),
+    "dz": (scalars, launch.scalar_spec(call)),
+  }
+  found = launch.launch(
+    _queries_body, call, inputs, outputs, sizes, "backward_queries"
   )
-  return tuple(
-    common.run(body, call, inputs, outputs, sizes, "backward_queries")
-  )
+  return found["dq"], found["r"], found["dz"]
 
 
-def _queries_body(*refs, call: Call, has_ids: bool, has_state: bool):
-  q_ref, k_ref, v_ref, do_ref, *refs = refs
-  start_ref = refs.pop(0) if has_ids else None
-  before = (refs.pop(0), refs.pop(0)) if has_state else None
-  dq_ref, r_ref, dz_ref, kv_ref, kk_ref = refs
+def _queries_body(refs: Refs, call: Call) -> None:
+  chunks.start_state(refs)
 
-  common.begin((kv_ref, kk_ref), before)
-
-  def chunk(head, at, begin):
-    kv, kk = kv_ref.at[head], kk_ref.at[head]
-    m = common.masks(start_ref, at, begin, call)
-    k_FC = common.load(k_ref, head, call.F, at, m.valid_1C)
-    v_PC = common.load(v_ref, head, call.P, at, m.valid_1C)
-    q_FC = common.load(q_ref, head, call.F, at)
-    do_PC = common.load(do_ref, head, call.P, at)
-    a_CC = common.dot(k_FC, q_FC, (0, 0), call)
-    dsim_CC = common.dot(v_PC, do_PC, (0, 0), call)
-    new = key_sums(k_FC, v_PC, m, call, by_feature=True)
+  def chunk(head, lanes, position):
+    # Stage 1: products of the chunk's own tokens.
+    kv_ref, kk_ref = refs["kv"].at[head], refs["kk"].at[head]
+    masks = make_masks(refs.get("starts"), lanes, position, call)
+    k_FC = chunks.load(refs["k"], head, call.F, lanes, masks.valid_1C)
+    v_VC = chunks.load(refs["v"], head, call.P, lanes, masks.valid_1C)
+    q_FC = chunks.load(refs["q"], head, call.F, lanes)
+    do_VC = chunks.load(refs["do"], head, call.P, lanes)
+    a_CC = dot(k_FC, q_FC, (0, 0), call)
+    dsim_CC = dot(v_VC, do_VC, (0, 0), call)
+    sums = key_sums(k_FC, v_VC, masks, call, by_feature=True)
     yield
-    sim_CC = similarity(a_CC, m, call)
+    # Stage 2: the sums within the chunk; the state is read and then updated.
+    sim_CC = similarity(a_CC, masks, call)
     z_1C = jnp.sum(sim_CC, axis=0, keepdims=True)
-    num_CC = jnp.where(m.seen_CC, sim_CC * dsim_CC, 0.0)
-    num_1C = jnp.sum(num_CC, axis=0, keepdims=True)
-    past = _past(q_FC, do_PC, kv, kk, call)
-    common.take_up(new, kv, kk, m, call, by_feature=True)
+    do_num_CC = jnp.where(masks.seen_CC, sim_CC * dsim_CC, 0.0)
+    do_num_1C = jnp.sum(do_num_CC, axis=0, keepdims=True)
+    past = _past_query_terms(q_FC, do_VC, kv_ref, kk_ref, call)
+    chunks.add_to_state(sums, kv_ref, kk_ref, masks, call, by_feature=True)
     yield
-    past_FC, past_num_1C, y_GC, past_z_1C = past
-    r_1C = 1 / (z_1C + common.only(m.first_1C, past_z_1C) + call.eps)
-    num_1C += common.only(m.first_1C, past_num_1C)
-    dz_1C = -num_1C * r_1C * r_1C  # r² alone may be Inf
-    da_CC = d_scores(a_CC, dsim_CC, r_1C, dz_1C, m, call)
-    dq_FC = common.seen_sum(k_FC, da_CC, m, call)
-    past_FC = r_1C * past_FC + 2 * dz_1C * y_GC[: call.F]
-    dq_FC += common.only(m.first_1C, past_FC)
-    common.store(dq_ref, head, call.F, at, dq_FC)
-    r_ref[head, :, at] = r_1C
-    dz_ref[head, :, at] = dz_1C
+    # Stage 3: r, dz and dq.
+    past_dq_FC, past_do_num_1C, y_GC, past_z_1C = past
+    r_1C = 1 / (z_1C + zero_outside(masks.first_1C, past_z_1C) + call.eps)
+    do_num_1C += zero_outside(masks.first_1C, past_do_num_1C)
+    dz_1C = -do_num_1C * r_1C * r_1C  # in this order, since r² may be Inf
+    da_CC = product_cotangent(a_CC, dsim_CC, r_1C, dz_1C, masks, call)
+    dq_FC = sum_over_seen(k_FC, da_CC, masks, call)
+    past_dq_FC = r_1C * past_dq_FC + 2 * dz_1C * y_GC[: call.F]
+    dq_FC += zero_outside(masks.first_1C, past_dq_FC)
+    chunks.store(refs["dq"], head, call.F, lanes, dq_FC)
+    refs["r"][head, :, lanes] = r_1C
+    refs["dz"][head, :, lanes] = dz_1C
 
-  common.each_chunk(chunk, call)
+  chunks.for_each_chunk(chunk, call)
 
 
-def _past(q_FC, do_PC, kv_ref, kk_ref, call: Call):
-  """J(q)ᵀ (w∘KV do), φ_w(q)·(KV do), (W∘KK) q̃ and q̃ᵀ (W∘KK) q̃."""
-  y_GC, z_1C = through_kk(q_FC, kk_ref, call)
+def _past_query_terms(
+  q_FC: Array, do_VC: Array, kv_ref: Any, kk_ref: Any, call: Call
+) -> tuple[Array, Array, Array, Array]:
+  """Compute what the state adds to the terms of a query.
+
+  Returns:
+    (J(q)ᵀ (w∘KV do) (F, C), φ_w(q)·(KV do) (1, C), (W∘KK) q̃ (G, C),
+    q̃ᵀ (W∘KK) q̃ (1, C)).
+  """
+  y_GC, z_1C = denominator_products(q_FC, kk_ref, call)
   wide_FC = q_FC.astype(jnp.float32)
-  first_FC = second_FC = num_1C = 0.0
+  first_FC = second_FC = do_num_1C = 0.0
   for group in call.groups():
-    u_EC = common.dot(kv_ref[call.rows(group)], do_PC, (1, 0), call)
-    one, two = common.pull(u_EC, group, wide_FC, call, weighted=True)
-    first_FC, second_FC = first_FC + one, second_FC + two
-    if group[2]:
-      x = len(group[1]) * call.F
+    u_EC = dot(kv_ref[group.rows], do_VC, (1, 0), call)
+    first, second = feature_cotangent(u_EC, group, wide_FC, call, weighted=True)
+    first_FC, second_FC = first_FC + first, second_FC + second
+    if group.affine:
+      x = len(group.shifts) * call.F
       first_FC += call.c1 * u_EC[x : x + call.F]
-      num_1C = call.c0 * u_EC[x + call.F : x + call.F + 1]
-  num_1C += jnp.sum(wide_FC * first_FC, axis=0, keepdims=True)
-  return first_FC + second_FC, num_1C, y_GC, z_1C
+      do_num_1C = call.c0 * u_EC[x + call.F : x + call.F + 1]
+  # q·(first term) is φ_w(q)·u but for the 1.
+  do_num_1C += jnp.sum(wide_FC * first_FC, axis=0, keepdims=True)
+  return first_FC + second_FC, do_num_1C, y_GC, z_1C
 
 
-def d_scores(a_CC, dsim_CC, r_1C, dz_1C, m: Masks, call: Call) -> Array:
-  """The cotangent of q_t·k_s."""
+def product_cotangent(
+  a_CC: Array,
+  dsim_CC: Array,
+  r_1C: Array,
+  dz_1C: Array,
+  masks: Masks,
+  call: Call,
+) -> Array:
+  """Compute da (C, C), the cotangent of q_t·k_s, from dsim = do_t·v_s."""
   slope_CC = 2 * a_CC + call.c1 if call.affine else 2 * a_CC
   da_CC = (r_1C * dsim_CC + dz_1C) * slope_CC
-  return jnp.where(m.seen_CC, da_CC, 0.0)
+  return jnp.where(masks.seen_CC, da_CC, 0.0)
 
 
 def backward_keys(
@@ -145,112 +192,131 @@ def backward_keys(
   *,
   return_state: bool,
 ) -> tuple[Array | None, Array | None, tuple[Array, Array] | None]:
-  """dk_BRT, dv_BRT, (dKV_BHEP, dKK_BHGG); without k and v the last alone."""
-  has_k = k_BRT is not None
-  tokens = functools.partial(common.tokens, call=call, reverse=True)
-  inputs = [
-    (q_BRT, tokens(call.F)),
-    (do_BRT, tokens(call.P)),
-    (r_BH1T, common.scalars(call, reverse=True)),
-    (dz_BH1T, common.scalars(call, reverse=True)),
-  ]
+  """Run the kernel from right to left.
+
+  Args:
+    q_BRT: queries, R = H·F.
+    k_BRT: keys, R = H·F; None, as for v, for the cotangent of the state alone.
+    v_BRT: values, R = H·P.
+    do_BRT: the cotangent of o, R = H·P.
+    r_BH1T: of `backward_queries`.
+    dz_BH1T: of `backward_queries`.
+    start_B1T: the position where each token's document starts; None for one
+      document a row.
+    dstate: the cotangent of the state after the last token,
+      (dKV_BHEV, dKK_BHGG); None for zeros.
+    call: the launch.
+    return_state: whether to return the cotangent of the state before token 0.
+
+  Returns:
+    (dk_BRT, dv_BRT, (dKV_BHEV, dKK_BHGG)), each None where it is not asked for.
+  """
   sizes = (call.E, call.V), (call.G, call.G)
-  outputs = []
-  if has_k:
-    inputs += [(k_BRT, tokens(call.F)), (v_BRT, tokens(call.P))]
-    outputs = [
-      (jax.ShapeDtypeStruct(x.shape, x.dtype), tokens(rows))
-      for x, rows in ((k_BRT, call.F), (v_BRT, call.P))
-    ]
+
+  def tokens(rows: int):
+    return launch.token_spec(rows, call, reverse=True)
+
+  scalars = launch.scalar_spec(call, reverse=True)
+  inputs = {
+    "q": (q_BRT, tokens(call.F)),
+    "do": (do_BRT, tokens(call.P)),
+    "r": (r_BH1T, scalars),
+    "dz": (dz_BH1T, scalars),
+  }
+  outputs = {}
+  if k_BRT is not None and v_BRT is not None:
+    for name, x, rows in (("k", k_BRT, call.F), ("v", v_BRT, call.P)):
+      inputs[name] = x, tokens(rows)
+      shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+      outputs[f"d{name}"] = shape, tokens(rows)
   if start_B1T is not None:
-    inputs.append((start_B1T, common.starts(call, reverse=True)))
-  inputs += common.states_in(dstate, sizes, call)
+    inputs["starts"] = start_B1T, launch.starts_spec(call, reverse=True)
+  inputs |= launch.initial_state(dstate, sizes, call)
   if return_state:
-    outputs += common.states_out(sizes, call)
-  flags = has_k, start_B1T is not None, dstate is not None, return_state
-  body = functools.partial(_keys_body, call=call, flags=flags)
-  name = "backward_keys" if has_k else "query_cotangent"
-  found = list(common.run(body, call, inputs, outputs, sizes, name))
-  dk, dv = (found.pop(0), found.pop(0)) if has_k else (None, None)
-  return dk, dv, tuple(found) if return_state else None
+    outputs |= launch.final_state(sizes, call)
+  name = "query_cotangent" if k_BRT is None else "backward_keys"
+  found = launch.launch(_keys_body, call, inputs, outputs, sizes, name)
+  before = (found["final_kv"], found["final_kk"]) if return_state else None
+  return found.get("dk"), found.get("dv"), before
 
 
-def _keys_body(*refs, call: Call, flags):
-  has_k, has_ids, has_state, return_state = flags
-  q_ref, do_ref, r_ref, dz_ref, *refs = refs
-  k_ref, v_ref = (refs.pop(0), refs.pop(0)) if has_k else (None, None)
-  start_ref = refs.pop(0) if has_ids else None
-  after = (refs.pop(0), refs.pop(0)) if has_state else None
-  kk_ref, kv_ref = refs.pop(), refs.pop()
-  dk_ref, dv_ref = (refs.pop(0), refs.pop(0)) if has_k else (None, None)
+def _keys_body(refs: Refs, call: Call) -> None:
+  chunks.start_state(refs)
+  has_keys = "k" in refs
 
-  common.begin((kv_ref, kk_ref), after)
-
-  def chunk(head, at, begin):
-    kv, kk = kv_ref.at[head], kk_ref.at[head]
-    m = common.masks(start_ref, at, begin, call)
-    q_FC = common.load(q_ref, head, call.F, at, m.valid_1C)
-    do_PC = common.load(do_ref, head, call.P, at, m.valid_1C)
+  def chunk(head, lanes, position):
+    # Stage 1: products of the chunk's own tokens.
+    kv_ref, kk_ref = refs["kv"].at[head], refs["kk"].at[head]
+    masks = make_masks(refs.get("starts"), lanes, position, call)
+    q_FC = chunks.load(refs["q"], head, call.F, lanes, masks.valid_1C)
+    do_VC = chunks.load(refs["do"], head, call.P, lanes, masks.valid_1C)
     r_1C, dz_1C = (
-      common.only(m.valid_1C, x[head, :, at]) for x in (r_ref, dz_ref)
+      zero_outside(masks.valid_1C, refs[name][head, :, lanes])
+      for name in ("r", "dz")
     )
-    g_PC = r_1C * do_PC.astype(jnp.float32)
-    if has_k:
-      k_FC = common.load(k_ref, head, call.F, at, m.valid_1C)
-      v_PC = common.load(v_ref, head, call.P, at, m.valid_1C)
-      a_CC = common.dot(k_FC, q_FC, (0, 0), call)
-      dsim_CC = common.dot(v_PC, do_PC, (0, 0), call)
-    new = _query_sums(q_FC, g_PC, dz_1C, m, call)
+    g_VC = r_1C * do_VC.astype(jnp.float32)
+    if has_keys:
+      k_FC = chunks.load(refs["k"], head, call.F, lanes, masks.valid_1C)
+      v_VC = chunks.load(refs["v"], head, call.P, lanes, masks.valid_1C)
+      a_CC = dot(k_FC, q_FC, (0, 0), call)
+      dsim_CC = dot(v_VC, do_VC, (0, 0), call)
+    sums = _query_sums(q_FC, g_VC, dz_1C, masks, call)
     yield
-    if has_k:
-      sim_CC = similarity(a_CC, m, call)
-      da_CC = d_scores(a_CC, dsim_CC, r_1C, dz_1C, m, call)
-      dk_FC = common.seen_sum(q_FC, da_CC, m, call, over_queries=True)
-      dv_PC = common.seen_sum(g_PC, sim_CC, m, call, over_queries=True)
+    # Stage 2: the sums within the chunk.
+    if has_keys:
+      sim_CC = similarity(a_CC, masks, call)
+      da_CC = product_cotangent(a_CC, dsim_CC, r_1C, dz_1C, masks, call)
+      dk_FC = sum_over_seen(q_FC, da_CC, masks, call, over_queries=True)
+      dv_VC = sum_over_seen(g_VC, sim_CC, masks, call, over_queries=True)
     yield
-    if has_k:
-      past_FC, past_PC = _past_keys(k_FC, v_PC, kv, kk, call)
-    common.take_up(new, kv, kk, m, call, by_feature=True)
-    if has_k:
-      dk_FC += common.only(m.last_1C, past_FC)
-      dv_PC += common.only(m.last_1C, past_PC)
-      common.store(dk_ref, head, call.F, at, dk_FC)
-      common.store(dv_ref, head, call.P, at, dv_PC)
+    # Stage 3: the state, which is read and then updated.
+    if has_keys:
+      past_dk_FC, past_dv_VC = _past_key_terms(k_FC, v_VC, kv_ref, kk_ref, call)
+    chunks.add_to_state(sums, kv_ref, kk_ref, masks, call, by_feature=True)
+    if has_keys:
+      dk_FC += zero_outside(masks.last_1C, past_dk_FC)
+      dv_VC += zero_outside(masks.last_1C, past_dv_VC)
+      chunks.store(refs["dk"], head, call.F, lanes, dk_FC)
+      chunks.store(refs["dv"], head, call.P, lanes, dv_VC)
 
-  common.each_chunk(chunk, call, reverse=True)
-
-  if return_state:
-    common.end((kv_ref, kk_ref), refs, call)
+  chunks.for_each_chunk(chunk, call, reverse=True)
+  chunks.finish_state(refs, call)
 
 
-def _past_keys(k_FC, v_PC, kv_ref, kk_ref, call: Call) -> tuple[Array, Array]:
-  """J(k)ᵀ (dKV v) + 2 dKK k̃ and dKVᵀ φ(k)."""
+def _past_key_terms(
+  k_FC: Array, v_VC: Array, kv_ref: Any, kk_ref: Any, call: Call
+) -> tuple[Array, Array]:
+  """Compute J(k)ᵀ (dKV v) + 2 dKK k̃ (F, C) and dKVᵀ φ(k) (V, C)."""
   wide_FC = k_FC.astype(jnp.float32)
-  k_GC = common.extend(wide_FC, None, call)
-  dk_FC = 2 * common.dot_left(kk_ref[...], k_GC, call)[: call.F]
-  dv_PC = 0.0
-  for group, phi_EC in common.features(wide_FC, call, weighted=False):
-    kv_EP = kv_ref[call.rows(group)].astype(call.dtype)
-    dv_PC += common.dot(kv_EP, phi_EC, (0, 0), call)
-    u_EC = common.dot(kv_EP, v_PC, (1, 0), call)
-    one, two = common.pull(u_EC, group, wide_FC, call, weighted=False)
-    dk_FC += one + two
-    if group[2]:
-      x = len(group[1]) * call.F
+  k_GC = extend(wide_FC, None, call)
+  dk_FC = 2 * dot_exact_left(kk_ref[...], k_GC, call)[: call.F]
+  dv_VC = 0.0
+  for group, phi_EC in features(wide_FC, call, weighted=False):
+    kv_EV = kv_ref[group.rows].astype(call.dtype)
+    dv_VC += dot(kv_EV, phi_EC, (0, 0), call)
+    u_EC = dot(kv_EV, v_VC, (1, 0), call)
+    first, second = feature_cotangent(
+      u_EC, group, wide_FC, call, weighted=False
+    )
+    dk_FC += first + second
+    if group.affine:
+      x = len(group.shifts) * call.F
       dk_FC += u_EC[x : x + call.F]
-  return dk_FC, dv_PC
+  return dk_FC, dv_VC
 
 
 def _query_sums(
-  q_FC, g_PC, dz_1C, m: Masks, call: Call
-) -> tuple[list[Array], Array]:
-  """What the chunk's queries add to dKV, by groups of features, and to dKK."""
-  q_FC, g_PC, dz_1C = (common.only(m.first_1C, x) for x in (q_FC, g_PC, dz_1C))
+  q_FC: Array, g_VC: Array, dz_1C: Array, masks: Masks, call: Call
+) -> StateSums:
+  """Compute what the chunk's queries add to dKV and dKK."""
+  q_FC, g_VC, dz_1C = (
+    zero_outside(masks.first_1C, x) for x in (q_FC, g_VC, dz_1C)
+  )
   q_FC = q_FC.astype(jnp.float32)
-  new = [
-    common.dot(phi_EC, g_PC, (1, 1), call)
-    for _, phi_EC in common.features(q_FC, call, weighted=True)
+  new_kv = [
+    dot(phi_EC, g_VC, (1, 1), call)
+    for _, phi_EC in features(q_FC, call, weighted=True)
   ]
-  q_GC = common.extend(q_FC, None, call)
-  new_GG = common.dot_right(dz_1C * q_GC, q_GC, call)
-  return new, common.weighted(new_GG, call)
+  q_GC = extend(q_FC, None, call)
+  new_GG = dot_exact_right(dz_1C * q_GC, q_GC, call)
+  return new_kv, weigh_denominator(new_GG, call)

@@ -1,21 +1,36 @@
-"""The TPU kernels of the forward: o, and the state after the last token.
+"""The TPU kernel of the forward: o, and the state after the last token.
 
     num_t = Σ_s sim_ts v_s + KVᵀ φ_w(q_t)
     z_t   = Σ_s sim_ts     + q̃_tᵀ (W∘KK) q̃_t
     o_t   = num_t / (z_t + eps)
 
-over the s of t's chunk; then KV and KK take the chunk's keys up. KVᵀ (P, E)
-and KK are float32 in VMEM from block to block of a row. All is divided by c2.
+The sums are over the s of t's chunk. Then KV and KK take up the chunk's keys.
+KV is held transposed, (V, E). KV and KK are float32 in VMEM from block to block
+of a row. All is divided by c2 (`call.py`).
 """
 
-import functools
+from typing import Any
 
 import jax
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels.polynomial.tpu import chunks as common
-from pallas_kernels.polynomial.tpu.chunks import Call, Masks
+from pallas_kernels.polynomial.tpu import chunks, launch
+from pallas_kernels.polynomial.tpu.call import Call
+from pallas_kernels.polynomial.tpu.chunks import StateSums
+from pallas_kernels.polynomial.tpu.features import (
+  extend,
+  features,
+  weigh_denominator,
+)
+from pallas_kernels.polynomial.tpu.launch import Refs
+from pallas_kernels.polynomial.tpu.masks import (
+  Masks,
+  make_masks,
+  sum_over_seen,
+  zero_outside,
+)
+from pallas_kernels.polynomial.tpu.products import dot, dot_exact_left
 
 
 def forward(
@@ -28,114 +43,129 @@ def forward(
   *,
   return_state: bool,
 ) -> tuple[Array | None, tuple[Array, Array] | None]:
-  """(o_BRT, (KVᵀ_BHPE, KK_BHGG)); without q the state alone."""
-  has_q, has_ids, has_state = (x is not None for x in (q_BRT, start_B1T, state))
-  inputs = [
-    (k_BRT, common.tokens(call.F, call)),
-    (v_BRT, common.tokens(call.P, call)),
-  ]
+  """Run the kernel.
+
+  Args:
+    q_BRT: queries, R = H·F; None for the state alone.
+    k_BRT: keys, R = H·F.
+    v_BRT: values, R = H·P.
+    start_B1T: the position where each token's document starts; None for one
+      document a row.
+    state: the state before token 0, (KVᵀ_BHVE, KK_BHGG); None for zeros.
+    call: the launch.
+    return_state: whether to return the state after the last token.
+
+  Returns:
+    (o_BRT, (KVᵀ_BHVE, KK_BHGG)), each None where it is not asked for.
+  """
   sizes = (call.V, call.E), (call.G, call.G)
-  if has_q:
-    inputs.append((q_BRT, common.tokens(call.F, call)))
-  if has_ids:
-    inputs.append((start_B1T, common.starts(call)))
-  inputs += common.states_in(state, sizes, call)
-  outputs = []
-  if has_q:
+  inputs = {
+    "k": (k_BRT, launch.token_spec(call.F, call)),
+    "v": (v_BRT, launch.token_spec(call.P, call)),
+  }
+  outputs = {}
+  if q_BRT is not None:
+    inputs["q"] = q_BRT, launch.token_spec(call.F, call)
     shape = jax.ShapeDtypeStruct(v_BRT.shape, v_BRT.dtype)
-    outputs.append((shape, common.tokens(call.P, call)))
+    outputs["o"] = shape, launch.token_spec(call.P, call)
+  if start_B1T is not None:
+    inputs["starts"] = start_B1T, launch.starts_spec(call)
+  inputs |= launch.initial_state(state, sizes, call)
   if return_state:
-    outputs += common.states_out(sizes, call)
-  body = functools.partial(
-    _body, call=call, flags=(has_q, has_ids, has_state, return_state)
-  )
-  name = "forward" if has_q else "key_state"
-  found = list(common.run(body, call, inputs, outputs, sizes, name))
-  o = found.pop(0) if has_q else None
-  return o, tuple(found) if return_state else None
+    outputs |= launch.final_state(sizes, call)
+  name = "key_state" if q_BRT is None else "forward"
+  found = launch.launch(_body, call, inputs, outputs, sizes, name)
+  after = (found["final_kv"], found["final_kk"]) if return_state else None
+  return found.get("o"), after
 
 
-def _body(*refs, call: Call, flags):
-  has_q, has_ids, has_state, return_state = flags
-  refs = list(refs)
-  k_ref, v_ref = refs.pop(0), refs.pop(0)
-  q_ref = refs.pop(0) if has_q else None
-  start_ref = refs.pop(0) if has_ids else None
-  before = (refs.pop(0), refs.pop(0)) if has_state else None
-  kk_ref, kv_ref = refs.pop(), refs.pop()
-  o_ref = refs.pop(0) if has_q else None
+def _body(refs: Refs, call: Call) -> None:
+  chunks.start_state(refs)
+  q_ref = refs.get("q")
 
-  common.begin((kv_ref, kk_ref), before)
-
-  def chunk(head, at, begin):
-    kv, kk = kv_ref.at[head], kk_ref.at[head]
-    m = common.masks(start_ref, at, begin, call)
-    k_FC = common.load(k_ref, head, call.F, at, m.valid_1C)
-    v_PC = common.load(v_ref, head, call.P, at, m.valid_1C)
-    if has_q:
-      q_FC = common.load(q_ref, head, call.F, at)
-      a_CC = common.dot(k_FC, q_FC, (0, 0), call)
-    new = key_sums(k_FC, v_PC, m, call, by_feature=False)
+  def chunk(head, lanes, position):
+    # Stage 1: products of the chunk's own tokens.
+    kv_ref, kk_ref = refs["kv"].at[head], refs["kk"].at[head]
+    masks = make_masks(refs.get("starts"), lanes, position, call)
+    k_FC = chunks.load(refs["k"], head, call.F, lanes, masks.valid_1C)
+    v_VC = chunks.load(refs["v"], head, call.P, lanes, masks.valid_1C)
+    if q_ref is not None:
+      q_FC = chunks.load(q_ref, head, call.F, lanes)
+      a_CC = dot(k_FC, q_FC, (0, 0), call)
+    sums = key_sums(k_FC, v_VC, masks, call, by_feature=False)
     yield
-    if has_q:
-      sim_CC = similarity(a_CC, m, call)
-      num_PC = common.seen_sum(v_PC, sim_CC, m, call)
+    # Stage 2: the sums within the chunk.
+    if q_ref is not None:
+      sim_CC = similarity(a_CC, masks, call)
+      num_VC = sum_over_seen(v_VC, sim_CC, masks, call)
       z_1C = jnp.sum(sim_CC, axis=0, keepdims=True)
     yield
-    if has_q:
-      past_PC, past_1C = _past(q_FC, kv, kk, call)
-    common.take_up(new, kv, kk, m, call, by_feature=False)
-    if has_q:
-      z_1C += common.only(m.first_1C, past_1C)
-      num_PC += common.only(m.first_1C, past_PC)
-      o_PC = num_PC * (1 / (z_1C + call.eps))
-      common.store(o_ref, head, call.P, at, o_PC)
+    # Stage 3: the state, which is read and then updated.
+    if q_ref is not None:
+      past_VC, past_1C = _past_sums(q_FC, kv_ref, kk_ref, call)
+    chunks.add_to_state(sums, kv_ref, kk_ref, masks, call, by_feature=False)
+    if q_ref is not None:
+      z_1C += zero_outside(masks.first_1C, past_1C)
+      num_VC += zero_outside(masks.first_1C, past_VC)
+      o_VC = num_VC * (1 / (z_1C + call.eps))
+      chunks.store(refs["o"], head, call.P, lanes, o_VC)
 
-  common.each_chunk(chunk, call)
-
-  if return_state:
-    common.end((kv_ref, kk_ref), refs, call)
+  chunks.for_each_chunk(chunk, call)
+  chunks.finish_state(refs, call)
 
 
-def similarity(a_CC: Array, m: Masks, call: Call) -> Array:
-  """sim / c2 of q·k, 0 where it is not seen."""
+def similarity(a_CC: Array, masks: Masks, call: Call) -> Array:
+  """Compute sim / c2 from q·k; it is 0 where t does not see s."""
   sim_CC = a_CC * a_CC
   if call.affine:
     sim_CC = a_CC * (a_CC + call.c1) + call.c0
-  return jnp.where(m.seen_CC, sim_CC, 0.0)
+  return jnp.where(masks.seen_CC, sim_CC, 0.0)
 
 
-def through_kk(q_FC, kk_ref, call: Call) -> tuple[Array, Array]:
-  """((W∘KK) q̃, q̃ᵀ (W∘KK) q̃)."""
-  q_GC = common.extend(q_FC.astype(jnp.float32), None, call)
-  y_GC = common.dot_left(common.weighted(kk_ref[...], call), q_GC, call)
+def denominator_products(
+  q_FC: Array, kk_ref: Any, call: Call
+) -> tuple[Array, Array]:
+  """Compute (W∘KK) q̃ (G, C) and q̃ᵀ (W∘KK) q̃ (1, C)."""
+  q_GC = extend(q_FC.astype(jnp.float32), None, call)
+  y_GC = dot_exact_left(weigh_denominator(kk_ref[...], call), q_GC, call)
   return y_GC, jnp.sum(q_GC * y_GC, axis=0, keepdims=True)
 
 
-def _past(q_FC, kv_ref, kk_ref, call: Call) -> tuple[Array, Array]:
-  """num_PC and z_1C of the state."""
-  _, z_1C = through_kk(q_FC, kk_ref, call)
-  num_PC = 0.0
-  phi = common.features(q_FC.astype(jnp.float32), call, weighted=True)
-  for group, phi_EC in phi:
-    num_PC += common.dot(kv_ref[:, call.rows(group)], phi_EC, (1, 0), call)
-  return num_PC, z_1C
+def _past_sums(
+  q_FC: Array, kv_ref: Any, kk_ref: Any, call: Call
+) -> tuple[Array, Array]:
+  """Compute what the state adds to num_VC and to z_1C."""
+  _, z_1C = denominator_products(q_FC, kk_ref, call)
+  num_VC = 0.0
+  wide_FC = q_FC.astype(jnp.float32)
+  for group, phi_EC in features(wide_FC, call, weighted=True):
+    num_VC += dot(kv_ref[:, group.rows], phi_EC, (1, 0), call)
+  return num_VC, z_1C
 
 
 def key_sums(
-  k_FC, v_PC, m: Masks, call: Call, *, by_feature: bool
-) -> tuple[list[Array], Array]:
-  """What the chunk's keys add to KV, by groups of features, and to KK."""
-  k_FC, v_PC = (common.only(m.last_1C, x) for x in (k_FC, v_PC))
+  k_FC: Array, v_VC: Array, masks: Masks, call: Call, *, by_feature: bool
+) -> StateSums:
+  """Compute what the chunk's keys add to KV and KK.
+
+  Args:
+    k_FC: keys.
+    v_VC: values.
+    masks: the chunk's masks.
+    call: the launch.
+    by_feature: whether KV is (E, V), else (V, E).
+  """
+  k_FC, v_VC = (zero_outside(masks.last_1C, x) for x in (k_FC, v_VC))
   k_FC = k_FC.astype(jnp.float32)
-  new = []
-  for _, phi_EC in common.features(k_FC, call, weighted=False):
-    pair = (phi_EC, v_PC) if by_feature else (v_PC, phi_EC)
-    new.append(common.dot(*pair, (1, 1), call))
+  new_kv = []
+  for _, phi_EC in features(k_FC, call, weighted=False):
+    pair = (phi_EC, v_VC) if by_feature else (v_VC, phi_EC)
+    new_kv.append(dot(*pair, (1, 1), call))
+  # The 1 of k̃ is 0 for tokens that do not count.
   one_1C = None
-  for mask in (m.valid_1C, m.last_1C):
+  for mask in (masks.valid_1C, masks.last_1C):
     if mask is not None:
-      one = jnp.where(mask, 1.0, 0.0)
-      one_1C = one if one_1C is None else one_1C * one
-  k_GC = common.extend(k_FC, one_1C, call)
-  return new, common.dot(k_GC, k_GC, (1, 1), call)
+      counts_1C = jnp.where(mask, 1.0, 0.0)
+      one_1C = counts_1C if one_1C is None else one_1C * counts_1C
+  k_GC = extend(k_FC, one_1C, call)
+  return new_kv, dot(k_GC, k_GC, (1, 1), call)

@@ -1,11 +1,10 @@
-"""Polynomial attention on TPUs: the five passes, by Pallas Mosaic TPU.
+"""Polynomial attention on TPUs: the five passes of `operator.py`.
 
-The kernels take (B, H·X, T) arrays, tokens on lanes. The arrays of the public
-call are (B, T, H, X); XLA turns them by giving what made them, or uses them,
-the other layout, as it does for a projection.
+The kernels are written in Pallas Mosaic TPU. They take (B, H·X, T) arrays,
+tokens along lanes, where the public call has (B, T, H, X). XLA transposes
+nothing if a matrix product makes the array or reads it, as a projection does:
+it gives that product the other layout.
 """
-
-import dataclasses
 
 from jax import Array
 import jax.numpy as jnp
@@ -20,242 +19,211 @@ from pallas_kernels.polynomial.operator import (
 from pallas_kernels.polynomial.state import State, restore_antisymmetric_part
 from pallas_kernels.polynomial.tpu import (
   backward as backward_kernels,
-  chunks,
   forward as forward_kernels,
   sizes,
+  states as states_lib,
 )
-from pallas_kernels.polynomial.tpu.chunks import Call
+from pallas_kernels.polynomial.tpu.call import Call
 
-WIDTHS = (8, 16, 32, 64)
-VALUES = 128
-_VMEM = 12 << 20  # of the 16 MiB that a kernel gets; spills take some, too
+VALUES = 128  # the largest P that the kernels take
 
 
-def supports(
-  q: Array, v: Array, kernel: Kernel, *, states: bool
-) -> None:
-  """Raises NotImplementedError with the reason where "xla" must do the call."""
+def supports(q: Array, v: Array, kernel: Kernel, *, states: bool) -> None:
+  """Raise NotImplementedError, with the reason, if "xla" must do the call.
+
+  Args:
+    q: queries (B, T, H, F).
+    v: values (B, T, H, P).
+    kernel: the static numbers.
+    states: whether the call takes or returns a state; these kernels can.
+  """
   del states
   F, P = q.shape[-1], v.shape[-1]
-  reasons = [
-    (
-      q.dtype not in (jnp.bfloat16, jnp.float32),
-      f"dtype {q.dtype}: bfloat16 and float32 only",
-    ),
-    (F not in WIDTHS, f"F={F}: {', '.join(map(str, WIDTHS))} only"),
-    (P > VALUES, f"P={P}: 1 to {VALUES}"),
-    (kernel.coefficients.c2 <= 0, "c2 ≤ 0"),
-  ]
-  raise_if_unsupported("tpu", reasons)
+  widths = ", ".join(map(str, sizes.WIDTHS))
+  raise_if_unsupported(
+    "tpu",
+    [
+      (
+        q.dtype not in (jnp.bfloat16, jnp.float32),
+        f"dtype {q.dtype}: bfloat16 and float32 only",
+      ),
+      (F not in sizes.WIDTHS, f"F={F}: {widths} only"),
+      (P > VALUES, f"P={P}: 1 to {VALUES}"),
+      (kernel.coefficients.c2 <= 0, "c2 ≤ 0"),
+    ],
+  )
 
 
-def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
-  """o_BTHP, the state after the last token, if asked for, and that before."""
-  call = _call("forward", q, v, runs_BT, kernel)
-  o, after = forward_kernels.forward(
-    _turn(q),
-    _turn(k),
-    _turn(v, call.P),
+def forward(
+  q_BTHF: Array,
+  k_BTHF: Array,
+  v_BTHP: Array,
+  runs_BT: Array | None,
+  state: State | None,
+  kernel: Kernel,
+  *,
+  return_state: bool,
+) -> tuple[Array, State | None, State | None]:
+  """Return o_BTHP, the state after the last token and that before the first."""
+  call = _call("forward", q_BTHF, v_BTHP, runs_BT, kernel)
+  o_BRT, after = forward_kernels.forward(
+    _tokens_last(q_BTHF),
+    _tokens_last(k_BTHF),
+    _tokens_last(v_BTHP, call.P),
     _starts(runs_BT, call),
-    _to_kernel(state, kernel, call, by_feature=False),
+    states_lib.to_kernel(state, kernel, call, by_feature=False),
     call,
     return_state=return_state,
   )
-  if not return_state:
-    return _back(o, v), None, add_slice_axis(state)
-  after = _from_kernel(after, v, kernel, call, by_feature=False)
-  after = restore_antisymmetric_part(after, state, _joined(runs_BT))
-  return _back(o, v), after, add_slice_axis(state)
+  final = None
+  if after is not None:
+    P = v_BTHP.shape[-1]
+    final = states_lib.from_kernel(after, P, kernel, call, by_feature=False)
+    final = restore_antisymmetric_part(final, state, _single_document(runs_BT))
+  return _tokens_second(o_BRT, v_BTHP), final, add_slice_axis(state)
 
 
-def key_state(k, v, runs_BT, kernel: Kernel) -> State:
-  """The state after the last token, from a zero state."""
-  call = _call("forward", k, v, runs_BT, kernel)
+def key_state(
+  k_BTHF: Array, v_BTHP: Array, runs_BT: Array | None, kernel: Kernel
+) -> State:
+  """Return the state after the last token, from a zero state."""
+  call = _call("forward", k_BTHF, v_BTHP, runs_BT, kernel)
   _, after = forward_kernels.forward(
     None,
-    _turn(k),
-    _turn(v, call.P),
+    _tokens_last(k_BTHF),
+    _tokens_last(v_BTHP, call.P),
     _starts(runs_BT, call),
     None,
     call,
     return_state=True,
   )
-  return _from_kernel(after, v, kernel, call, by_feature=False)
+  P = v_BTHP.shape[-1]
+  return states_lib.from_kernel(after, P, kernel, call, by_feature=False)
 
 
-def backward_queries(q, k, v, do, runs_BT, before, kernel: Kernel):
-  """dq_BTHF; and r and dz, c2 times those of `spec.py`, (B, H, 1, T)."""
-  call = _call("backward_queries", q, v, runs_BT, kernel)
-  dq, r, dz = backward_kernels.backward_queries(
-    _turn(q),
-    _turn(k),
-    _turn(v, call.P),
-    _turn(do, call.P),
+def backward_queries(
+  q_BTHF: Array,
+  k_BTHF: Array,
+  v_BTHP: Array,
+  do_BTHP: Array,
+  runs_BT: Array | None,
+  before: State | None,
+  kernel: Kernel,
+) -> tuple[Array, Array, Array]:
+  """Return dq_BTHF, r_BH1T and dz_BH1T; the last two are multiplied by c2."""
+  call = _call("backward_queries", q_BTHF, v_BTHP, runs_BT, kernel)
+  dq_BRT, r_BH1T, dz_BH1T = backward_kernels.backward_queries(
+    _tokens_last(q_BTHF),
+    _tokens_last(k_BTHF),
+    _tokens_last(v_BTHP, call.P),
+    _tokens_last(do_BTHP, call.P),
     _starts(runs_BT, call),
-    _to_kernel(drop_slice_axis(before), kernel, call, by_feature=True),
+    states_lib.to_kernel(
+      drop_slice_axis(before), kernel, call, by_feature=True
+    ),
     call,
   )
-  return _back(dq, q), r, dz
+  return _tokens_second(dq_BRT, q_BTHF), r_BH1T, dz_BH1T
 
 
 def backward_keys(
-  q, k, v, do, r, dz, runs_BT, dstate, kernel: Kernel, *, return_state: bool
-):
-  """dk_BTHF, dv_BTHP and the cotangent of the state before, if asked for."""
-  call = _call("backward_keys", q, v, runs_BT, kernel)
-  dk, dv, before = backward_kernels.backward_keys(
-    _turn(q),
-    _turn(k),
-    _turn(v, call.P),
-    _turn(do, call.P),
-    r,
-    dz,
+  q_BTHF: Array,
+  k_BTHF: Array,
+  v_BTHP: Array,
+  do_BTHP: Array,
+  r_BH1T: Array,
+  dz_BH1T: Array,
+  runs_BT: Array | None,
+  dstate: State | None,
+  kernel: Kernel,
+  *,
+  return_state: bool,
+) -> tuple[Array, Array, State | None]:
+  """Return dk_BTHF, dv_BTHP and the cotangent of the state before token 0."""
+  call = _call("backward_keys", q_BTHF, v_BTHP, runs_BT, kernel)
+  dk_BRT, dv_BRT, dbefore = backward_kernels.backward_keys(
+    _tokens_last(q_BTHF),
+    _tokens_last(k_BTHF),
+    _tokens_last(v_BTHP, call.P),
+    _tokens_last(do_BTHP, call.P),
+    r_BH1T,
+    dz_BH1T,
     _starts(runs_BT, call),
-    _to_kernel(dstate, kernel, call, by_feature=True),
+    states_lib.to_kernel(dstate, kernel, call, by_feature=True),
     call,
     return_state=return_state,
   )
-  if not return_state:
-    return _back(dk, k), _back(dv, v), None
-  before = _from_kernel(before, v, kernel, call, by_feature=True)
-  return _back(dk, k), _back(dv, v), restore_antisymmetric_part(before, dstate, _joined(runs_BT))
+  dinitial = None
+  if dbefore is not None:
+    P = v_BTHP.shape[-1]
+    dinitial = states_lib.from_kernel(dbefore, P, kernel, call, by_feature=True)
+    dinitial = restore_antisymmetric_part(
+      dinitial, dstate, _single_document(runs_BT)
+    )
+  dk_BTHF = _tokens_second(dk_BRT, k_BTHF)
+  return dk_BTHF, _tokens_second(dv_BRT, v_BTHP), dinitial
 
 
-def query_cotangent(q, do, r, dz, runs_BT, kernel: Kernel) -> State:
-  """The cotangent of the state before token 0, from these queries alone."""
-  call = _call("backward_keys", q, do, runs_BT, kernel)
-  _, _, before = backward_kernels.backward_keys(
-    _turn(q),
+def query_cotangent(
+  q_BTHF: Array,
+  do_BTHP: Array,
+  r_BH1T: Array,
+  dz_BH1T: Array,
+  runs_BT: Array | None,
+  kernel: Kernel,
+) -> State:
+  """Return the cotangent of the state before token 0, if the last's is 0."""
+  call = _call("backward_keys", q_BTHF, do_BTHP, runs_BT, kernel)
+  _, _, dbefore = backward_kernels.backward_keys(
+    _tokens_last(q_BTHF),
     None,
     None,
-    _turn(do, call.P),
-    r,
-    dz,
+    _tokens_last(do_BTHP, call.P),
+    r_BH1T,
+    dz_BH1T,
     _starts(runs_BT, call),
     None,
     call,
     return_state=True,
   )
-  return _from_kernel(before, do, kernel, call, by_feature=True)
+  P = do_BTHP.shape[-1]
+  return states_lib.from_kernel(dbefore, P, kernel, call, by_feature=True)
 
 
-def _call(name: str, q, v, runs_BT, kernel: Kernel) -> Call:
-  """The heads of a step are the fewest whose values are whole tiles.
-
-  Where VMEM does not hold so many, each head is filled up to whole tiles.
-  """
-  B, T, H, F = q.shape
-  P, c = v.shape[-1], kernel.coefficients
-  chunk, span, block = sizes.sizes(name, F, T)
-  call = Call(
-    B,
-    T,
-    H,
-    F,
-    P,
-    str(q.dtype),
-    c.c1 / c.c2,
-    c.c0 / c.c2,
-    kernel.eps / c.c2,
-    c.affine,
-    runs_BT is not None,
-    _heads(H, P),
-    chunk,
-    span,
-    block,
+def _call(
+  name: str, q_BTHF: Array, v_BTHP: Array, runs_BT: Array | None, kernel: Kernel
+) -> Call:
+  return sizes.make_call(
+    name, q_BTHF, v_BTHP, kernel, documents=runs_BT is not None
   )
-  found = _fitted(call)
-  if found.vmem_bytes > _VMEM:
-    found = _fitted(dataclasses.replace(call, P=call.V, heads=1))
-  return found
 
 
-def _heads(H: int, P: int) -> int:
-  """The fewest heads whose values are rows of whole tiles of 8, or all."""
-  fits = (n for n in range(1, H) if H % n == 0 and n * P % 8 == 0)
-  return next(fits, H)
-
-
-def _fitted(call: Call) -> Call:
-  """With a span and a block as large as fit."""
-  span, block = call.span, call.block
-  # The program grows with heads and span.
-  while span * call.heads > call.span and span % (2 * call.chunk) == 0:
-    span //= 2
-  call = dataclasses.replace(call, span=span)
-  while call.vmem_bytes > _VMEM and block > span:
-    block = -(-block // (2 * span)) * span
-    call = dataclasses.replace(call, block=block)
-  return call
-
-
-def _turn(x_BTHX: Array, rows: int | None = None) -> Array:
-  """(B, H·X, T), which is how a projection's output lies if turned.
-
-  With `rows`, each head is filled up to that many.
-  """
+def _tokens_last(x_BTHX: Array, rows: int | None = None) -> Array:
+  """Lay an array out as (B, H·rows, T), each head's X padded to `rows`."""
   B, T, H, X = x_BTHX.shape
   if rows not in (None, X):
-    x_BTHX = jnp.pad(x_BTHX, ((0, 0),) * 3 + ((0, rows - X),))
+    x_BTHX = jnp.pad(x_BTHX, ((0, 0), (0, 0), (0, 0), (0, rows - X)))
   return x_BTHX.reshape(B, T, -1).swapaxes(1, 2)
 
 
-def _back(x_BRT: Array, like_BTHX: Array) -> Array:
-  """(B, T, H, X), as the other is."""
+def _tokens_second(x_BRT: Array, like_BTHX: Array) -> Array:
+  """Undo `_tokens_last`, to the shape of a public array."""
   B, T, H, X = like_BTHX.shape
   return x_BRT.swapaxes(1, 2).reshape(B, T, H, -1)[..., :X]
 
 
 def _starts(runs_BT: Array | None, call: Call) -> Array | None:
-  """The place of the first token of each token's document."""
+  """Return the position where each token's document starts, (B, 1, T).
+
+  T is padded to whole blocks. None where each row is one document.
+  """
   if runs_BT is None:
     return None
   start_BT = document_starts(runs_BT)
-  filled = call.steps * call.block - call.T
-  return jnp.pad(start_BT, ((0, 0), (0, filled)), mode="edge")[:, None]
+  padding = call.steps * call.block - call.T
+  return jnp.pad(start_BT, ((0, 0), (0, padding)), mode="edge")[:, None]
 
 
-# The states: the public form has rows where a coefficient is not 0.
-
-
-def _to_kernel(state: State | None, kernel: Kernel, call: Call, *, by_feature):
-  if state is None:
-    return None
-  kv, kk = state
-  kk = (kk + kk.swapaxes(2, 3)) / 2
-  kv = jnp.pad(kv, ((0, 0), (0, 0), (0, 0), (0, call.V - kv.shape[-1])))
-  if call.affine:
-    c = kernel.coefficients
-    zeros = lambda rows: jnp.zeros((*kv.shape[:2], rows, call.V), kv.dtype)
-    at = call.squares
-    x = kv[:, :, at : at + call.F] if c.c1 != 0 else zeros(call.F)
-    one = kv[:, :, -1:] if c.c0 != 0 else zeros(1)
-    rest = zeros(chunks.ONES - 1)
-    kv = jnp.concatenate([kv[:, :, :at], x, one, rest], axis=2)
-    more = call.G - kk.shape[-1]
-    kk = jnp.pad(kk, ((0, 0), (0, 0), (0, more), (0, more)))
-  return kv if by_feature else kv.swapaxes(2, 3), kk
-
-
-def _from_kernel(
-  state, v_BTHP: Array, kernel: Kernel, call: Call, *, by_feature
-) -> State:
-  kv, kk = state
-  kv = (kv if by_feature else kv.swapaxes(2, 3))[..., : v_BTHP.shape[-1]]
-  if call.affine:
-    c = kernel.coefficients
-    at = call.squares
-    parts = [kv[:, :, :at]]
-    if c.c1 != 0:
-      parts.append(kv[:, :, at : at + call.F])
-    if c.c0 != 0:
-      parts.append(kv[:, :, at + call.F : at + call.F + 1])
-    kv = jnp.concatenate(parts, axis=2)
-    G = call.F + 1
-    kk = kk[:, :, :G, :G]
-  return State(kv, kk)
-
-
-def _joined(runs_BT: Array | None) -> Array | None:
-  """Which rows are one document."""
+def _single_document(runs_BT: Array | None) -> Array | None:
+  """Return which rows are a single document (B,); None for all."""
   return None if runs_BT is None else runs_BT[:, 0] == runs_BT[:, -1]

@@ -1,4 +1,4 @@
-"""Which calls the TPU kernels do, and the sizes that they do them with."""
+"""Which calls run the TPU kernels, and with which sizes."""
 
 import functools
 import itertools
@@ -14,13 +14,14 @@ import pallas_kernels as pk
 from pallas_kernels import devices
 from pallas_kernels.polynomial import arg_specs
 from pallas_kernels.polynomial.operator import Kernel
-from pallas_kernels.polynomial.tpu import passes, sizes
+from pallas_kernels.polynomial.tpu import sizes
 
-_UNPATCHED = devices.tpu_generation
+_REAL_GENERATION = devices.tpu_generation
 
 
 @pytest.fixture(autouse=True)
 def a_tpu(monkeypatch):
+  """Make calls take this machine for a TPU v5e."""
   monkeypatch.setattr(devices, "tpu_generation", lambda: "v5e")
 
 
@@ -33,7 +34,7 @@ def a_tpu(monkeypatch):
     (dict(coefficients=pk.Coefficients(1.0, 1.0, 0.0)), "c2"),
   ],
 )
-def test_what_it_cannot_do_is_named(change, word):
+def test_unsupported_call_names_the_reason(change, word):
   call = dict(F=16, P=4, dtype="bfloat16", coefficients=pk.REBASED) | change
   q = jnp.ones((1, 4, 1, call["F"]), call["dtype"])
   v = jnp.ones((1, 4, 1, call["P"]), call["dtype"])
@@ -44,9 +45,9 @@ def test_what_it_cannot_do_is_named(change, word):
     run(implementation="tpu")
 
 
-def test_it_is_chosen_on_a_tpu(monkeypatch):
+def test_tpu_runs_the_kernels_by_default(monkeypatch):
   with pytest.raises(NotImplementedError, match="needs a TPU"):
-    _UNPATCHED()
+    _REAL_GENERATION()
   monkeypatch.setattr(devices, "platform", lambda: "tpu")
   assert pk.which_implementation()[0] == "tpu"
   assert pk.which_implementation("tpu")[0] == "tpu"
@@ -55,8 +56,8 @@ def test_it_is_chosen_on_a_tpu(monkeypatch):
     pk.polynomial_attention(q, q, q)
 
 
-def test_another_tpu_runs_xla_with_a_warning(monkeypatch):
-  monkeypatch.setattr(devices, "tpu_generation", _UNPATCHED)
+def test_other_tpu_runs_xla_with_a_warning(monkeypatch):
+  monkeypatch.setattr(devices, "tpu_generation", _REAL_GENERATION)
   monkeypatch.setattr(devices, "_device", lambda: ("tpu", "TPU v4"))
   assert pk.which_implementation()[0] == "xla"
   q = jnp.ones((1, 4, 1, 8))
@@ -72,7 +73,7 @@ def test_another_tpu_runs_xla_with_a_warning(monkeypatch):
 def test_sizes_fit_every_length(generation, F, kernel, monkeypatch):
   monkeypatch.setattr(devices, "tpu_generation", lambda: generation)
   for T in (1, 127, 128, 129, 500, 1024, 2049, 4096, 5000, 65536, 100001):
-    chunk, span, block = sizes.sizes(kernel, F, T)
+    chunk, span, block = sizes.sizes_for(kernel, F, T)
     assert chunk % 128 == span % chunk == block % span == 0
     work = -(-T // block) * block
     assert work <= max(1.25 * T + chunk, 256) + span, (T, chunk, span, block)
@@ -82,7 +83,7 @@ def test_sizes_fit_every_length(generation, F, kernel, monkeypatch):
 def vmem_call(H: int, T: int, F: int, P: int, dtype):
   kernel = Kernel(pk.BASED.scaled(F**-0.5), 1e-6)
   q, v = (jax.ShapeDtypeStruct((2, T, H, X), dtype) for X in (F, P))
-  return passes._call("backward_keys", q, v, None, kernel)
+  return sizes.make_call("backward_keys", q, v, kernel, documents=False)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -90,45 +91,46 @@ def vmem_call(H: int, T: int, F: int, P: int, dtype):
 def test_vmem_holds_every_shape(F, dtype):
   for H, P in itertools.product((1, 2, 7, 12, 25, 64), range(1, 129)):
     call = vmem_call(H, 9000, F, P, dtype)
-    assert call.vmem_bytes <= passes._VMEM, call
+    assert call.vmem_bytes <= sizes.VMEM_LIMIT, call
     assert call.heads * call.P % 8 == 0 or call.heads == H, call
 
 
 @pytest.mark.parametrize("spec", arg_specs.SPECS, ids=lambda spec: spec.name)
-def test_values_are_given_as_they_are(spec):
+def test_values_of_named_shapes_are_not_padded(spec):
   call = vmem_call(spec.H, spec.T, spec.F, spec.P, jnp.bfloat16)
   assert call.P == spec.P
-  assert call.block == sizes.sizes("backward_keys", spec.F, spec.T)[2]
+  assert call.block == sizes.sizes_for("backward_keys", spec.F, spec.T).block
 
 
-# The figures that chose the sizes.
+# The figures of the compiler's schedule, which chose the sizes.
 
 _ROOT = Path(__file__).parents[2]
 _KERNELS = ("forward", "backward_queries", "backward_keys")
 
 
 @pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
-def test_tables_results_and_page_agree(generation):
+def test_sizes_results_and_page_agree(generation):
   path = _ROOT / "benchmarks" / "results" / "tpu_schedule.json"
-  results = json.loads(path.read_text())
-  table = sizes.table(generation)
-  assert table["libtpu"] == results["libtpu"]
-  for F in map(str, passes.WIDTHS):
-    figures = results["figures"][f"{generation}-F{F}"]
-    assert {name: table["sizes"][name][F] for name in _KERNELS} == {
-      name: figures[name] for name in _KERNELS
-    }
-  count = lambda name, F: table["sizes"][name][F]["bundles_per_token_head"]
-  together = lambda F: sum(count(name, F) for name in _KERNELS)
+  figures = json.loads(path.read_text())["figures"]
+  for name, F in itertools.product(_KERNELS, sizes.WIDTHS):
+    result = figures[f"{generation}-F{F}"][name]
+    chosen = sizes.best_sizes(generation, name, F)
+    assert chosen._asdict() == {key: result[key] for key in chosen._fields}
+
+  def count(name: str, F: int) -> float:
+    return figures[f"{generation}-F{F}"][name]["bundles_per_token_head"]
+
+  def together(F: int) -> float:
+    return sum(count(name, F) for name in _KERNELS)
+
   page = (_ROOT / "docs" / "tpu.md").read_text()
   row = re.search(rf"^\| {generation} \|(.*)\|$", page, re.M)[1].split("|")
-  said = [float(x) for x in row]
-  forward, goal, queries, keys, both, both_goal = said
+  forward, goal, queries, keys, both, both_goal = (float(x) for x in row)
   # The page rounds to two places, and below to one.
-  found = [count(name, "16") for name in _KERNELS] + [together("16")]
+  found = [count(name, 16) for name in _KERNELS] + [together(16)]
   assert [forward, queries, keys, both] == pytest.approx(found, abs=0.0051)
   assert forward <= goal and both <= both_goal
   at = ["v5e", "v5p", "v6e"].index(generation)
-  for F in ("8", "32", "64"):
+  for F in (8, 32, 64):
     others = re.search(rf"F = {F}: ([\d., ]+\d)", page)[1].split(", ")
     assert float(others[at]) == pytest.approx(together(F), abs=0.051)
