@@ -7,11 +7,12 @@ their order, however many workers there are.
 from collections.abc import Callable, Iterator
 import threading
 import types
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from absl import flags
 import grain
 
+from rebased_jax.trainer import in_worker
 from train.data.batches import Batch, Batches, row_bounds
 from train.data.checks import require
 
@@ -38,6 +39,11 @@ class _Span:
 
   def __getitem__(self, index: int) -> Batch:
     return self._batches.read(self._start + int(index), self._rows)
+
+  def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+    # A worker process may find a user's `train` before the trainer.
+    args = (self._batches, self._start, self._stop, self._rows)
+    return in_worker(_Span, *args), ()
 
 
 class BatchIterator(Iterator[Batch]):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from rich import progress
 from rich.console import Console
 
+from rebased_jax.trainer import in_worker
 from train.data.prepare.output_folder import WORK
 from train.data.prepare.shard import (
   Job,
@@ -69,8 +70,8 @@ def run_jobs(
   with concurrent.futures.ProcessPoolExecutor(
     min(workers or os.cpu_count() or 1, len(jobs)),
     mp_context=context,
-    initializer=_start,
-    initargs=(planned, read, stop),
+    initializer=in_worker(_start, planned),
+    initargs=(read, stop),
   ) as pool:
     try:
       # Submitting a job may start a worker process.
