@@ -1,41 +1,81 @@
-"""ReBased linear attention as Flax modules; knows no mesh and no run.
+"""ReBased linear attention as Flax modules, and the paper's other mixers.
 
-from rebased_jax import LM, ModelConfig, ReBasedConfig
+    from flax import nnx
+    from rebased_jax import LM, BaseConvConfig, ModelConfig, ReBasedConfig
+
+    config = ModelConfig(
+      first=BaseConvConfig(),
+      second=ReBasedConfig(heads=4),
+      vocab_size=256,
+      width=64,
+    )
+    logits = LM(config, rngs=nnx.Rngs(0))(tokens)
+
+The modules know no training run and no mesh. `rebased_jax.presets` has the
+models of the paper, `rebased_jax.linen` the same modules for Flax Linen.
 """
+
+from importlib import metadata
 
 from etils import epy
 
 # Imported when first used: the command `rebased` starts in this package, and
 # verbs such as `rebased prepare` and their worker processes need no jax.
+# The modules must not have the names of the functions: no generate.py.
 with epy.lazy_api_imports(globals()):
-  from pallas_kernels import ShardAxes as ShardAxes
-  from rebased_jax.generation import generate as generate
+  from pallas_kernels import ShardAxes
+  from rebased_jax.generation import generate
   from rebased_jax.mixers import (
-    MIXER_CONFIGS as MIXER_CONFIGS,
-    RWKV as RWKV,
-    Attention as Attention,
-    AttentionConfig as AttentionConfig,
-    BaseConv as BaseConv,
-    BaseConvConfig as BaseConvConfig,
-    Based as Based,
-    BasedConfig as BasedConfig,
-    Hyena as Hyena,
-    HyenaConfig as HyenaConfig,
-    Mamba as Mamba,
-    MambaConfig as MambaConfig,
-    Mixer as Mixer,
-    MixerConfig as MixerConfig,
-    ReBased as ReBased,
-    ReBasedConfig as ReBasedConfig,
-    RWKVConfig as RWKVConfig,
+    RWKV,
+    Attention,
+    AttentionConfig,
+    BaseConv,
+    BaseConvConfig,
+    Based,
+    BasedConfig,
+    Hyena,
+    HyenaConfig,
+    Mamba,
+    MambaConfig,
+    Mixer,
+    MixerConfig,
+    ReBased,
+    ReBasedConfig,
+    RWKVConfig,
+    Site,
   )
-  from rebased_jax.model import (
-    LM as LM,
-    LMState as LMState,
-    ModelConfig as ModelConfig,
-    parameter_count as parameter_count,
-  )
-  from rebased_jax.trainer import (
-    import_trainer as import_trainer,
-    load as load,
-  )
+  from rebased_jax.model import LM, LMState, ModelConfig, parameter_count
+  from rebased_jax.trainer import import_trainer, load
+
+__all__ = [
+  "LM",
+  "RWKV",
+  "Attention",
+  "AttentionConfig",
+  "BaseConv",
+  "BaseConvConfig",
+  "Based",
+  "BasedConfig",
+  "Hyena",
+  "HyenaConfig",
+  "LMState",
+  "Mamba",
+  "MambaConfig",
+  "Mixer",
+  "MixerConfig",
+  "ModelConfig",
+  "RWKVConfig",
+  "ReBased",
+  "ReBasedConfig",
+  "ShardAxes",
+  "Site",
+  "generate",
+  "import_trainer",
+  "load",
+  "parameter_count",
+]
+
+try:
+  __version__ = metadata.version("rebased-jax")
+except metadata.PackageNotFoundError:  # the source tree, not installed
+  __version__ = "0+unknown"
