@@ -1,318 +1,402 @@
-"""Hopper kernels of the backward: a sweep to the right for dq, one to the left.
+"""The derivative on Hopper: what a walk does with a chunk in the backward.
 
-With g = r do the equations are those of `xla_chunked.py`; r goes to the scores
-and to the features of the queries, do stays as it is. The features' part of dq
-is, for the cyclic blocks,
+Two walks. With r = 1 / (Σ sim' + eps), o = r · num, num = Σ sim' v:
 
-    J(q)ᵀ u = Σ_r u_r ∘ (q Π_r) + Σ_r (u_r ∘ q) Π_rᵀ
+`backward_queries` walks from the first token and keeps the state of the keys,
+as the forward does. It gives dq, and for each query r and the cotangent of its
+denominator, dz:
 
-whose second sum is a product on the tensor core.
+    dz_t  = −r_t² (do_t · num_t)
+    dq_t  = Σ_s da_ts k_s,    da_ts = (r_t do_t·v_s + dz_t) d sim'_ts / da_ts
+    before the chunk:  r_t J(q_t)ᵀ (w ∘ KV do_t) + dz_t d(q̃ᵀ (W ∘ KK) q̃)/dq
+
+`backward_keys` walks from the last token, and keeps the cotangent of the state,
+dKV = Σ_t r_t w ∘ φ(q_t) do_tᵀ and dKK = Σ_t dz_t W ∘ q̃_t q̃_tᵀ. It gives dk, dv:
+
+    dk_s  = Σ_t da_ts q_t
+    dv_s  = Σ_t sim'_ts r_t do_t
+    after the chunk:  J(k_s)ᵀ dKV v_s + (dKK + dKKᵀ) k̃_s  and  dKVᵀ φ(k_s)
+
+J is the derivative of the features φ, which `features.add_square_gradient`
+applies. r multiplies scores and features; do goes to the tensor core as it is.
+r and dz are in float32, and with float16 they are multiplied by
+`gradient_scale` in `backward_keys`, so that states of cotangents stay in range.
 """
 
 import jax
-from jax import lax
+from jax import Array, lax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.polynomial.gpu import (
   documents,
+  feature_pairs,
+  features,
   forward,
+  partial_sums,
   pipeline,
-  tiles as common,
+  tiles,
 )
-from pallas_kernels.polynomial.gpu.documents import FIRST, LAST
-from pallas_kernels.polynomial.gpu.tiles import (
-  COLUMNS,
-  CYCLIC,
-  LAYOUT,
-  ROWS,
+from pallas_kernels.polynomial.gpu.documents import (
+  OF_STATE_AFTER,
+  OF_STATE_BEFORE,
+)
+from pallas_kernels.polynomial.gpu.launch import (
+  PART,
+  SQUARE_BLOCKS,
+  TILE,
   C,
-  F,
-  V,
-  Work,
+  Launch,
+)
+from pallas_kernels.polynomial.gpu.pipeline import Staging
+from pallas_kernels.polynomial.gpu.tiles import (
+  FIRST_AXIS,
+  SECOND_AXIS,
   add_mma,
+  add_mmas,
   block,
   columns,
   f32,
+  high_low,
   mma,
   mmas,
   times,
 )
+from pallas_kernels.polynomial.gpu.work import Work
 
-# Blocks and columns of scores at a time, as they fit the registers.
-DQ_GROUP, DQ_TILE = 2, 64
-DK_GROUP, DK_TILE = 3, 32
+# Columns of scores at a time, as they fit the registers.
+QUERY_GRADIENT_COLUMNS, KEY_GRADIENT_COLUMNS = 64, 32
 
 
-def backward_queries(q, k, v, do, rows, states, call: common.Call) -> list:
-  """dq (B, T, heads, 16), and r, dz (B, heads, T filled up to chunks).
+def backward_queries(
+  q: Array,
+  k: Array,
+  v: Array,
+  do: Array,
+  per_token: dict[str, Array],
+  states: tuple,
+  launch: Launch,
+) -> list[Array]:
+  """Run the derivative with respect to the queries, of one launch.
 
-  dq and dz are sums over the values: each tile has its own part of them.
+  Args:
+    q: (B, T, H, 16 · parts), padded as `launch.Plan` pads it.
+    k: likewise.
+    v: (B, T, H, P), padded likewise.
+    do: likewise.
+    per_token: the codes and past of documents, (B, 1, T padded), or {}.
+    states: KVᵀ and KK before the slices and their counts, or ().
+    launch: the static record of the launch.
+
+  Returns:
+    Of a fused launch [dq (B, T, walks, 16), r, dz (B, walks, T padded)]. dq and
+    dz are sums over the values, of which each value tile has its share.
+    Else the sums through the states, float32: dnum and dden of x_i for squares,
+    dnum of x_i and x_j and dden of x_i and x_j for pairs, each (B, walks, T,
+    16); then z and num, (B, walks, T).
   """
-  across = jax.ShapeDtypeStruct((call.B, call.heads, call.total * C), f32)
-  shape = (call.B, call.rows, call.heads, F)
-  what = pipeline.Launch(
-    "backward_queries",
-    dict(q=q, k=k, v=v, do=do),
-    rows,
-    states,
-    outs=(jax.ShapeDtypeStruct(shape, call.dtype), across, across),
-    tiles=(("dq", (C, F), common.SWIZZLE_32), ("rows", (2, C), None)),
-  )
-  parts = forward.KEYS._replace(through_state=dq_state, within=_dq_within)
-  return pipeline.launch(call, parts, what)
-
-
-def dq_state(work: Work, chunk, slot):
-  """(dnum, dden, z, num) of the tokens before the chunk.
-
-  dq = r dnum + dz dden, the gradients of do·Σ sim v and of Σ sim. The sums are
-  homogeneous of degree 2 in q where sim is a square, so that num = do·Σ sim v
-  is q·dnum / 2.
-  """
-  call = work.call
-  q_s, do_s = (work.inputs[name].at[slot] for name in ("q", "do"))
-  x = plgpu.load(q_s, layout=LAYOUT)
-  dnum, linear, num = common.zeros((C, F)), None, None
-  for blocks in call.groups(DQ_GROUP):
-    u, rolled = through(work, do_s, q_s, blocks)
-    if call.affine:
-      phi = common.query_features(x, rolled, blocks, call)
-      for i, phi_r in enumerate(phi):
-        dot = (u[:, block(i)] * phi_r.astype(f32)).sum(axis=1)
-        num = dot if num is None else num + dot
-    dnum = _through_cyclic(work, dnum, u, rolled, x, blocks, weighted=True)
-    if call.c1 and CYCLIC in blocks:
-      linear = u[:, block(CYCLIC - blocks.start)] * call.c1
-  dnum = times(dnum, call.square)
-  dnum = dnum if linear is None else dnum + linear
-  products = mmas(work, *common.denominator(work, q_s))
-  quadratic, form = common.forms(work, products)
-  z = (form * x.astype(f32)).sum(axis=1)
-  if call.c0:
-    z = z + call.c0 * documents.past(work, chunk, slot)
-  if num is None:
-    num = (dnum * x.astype(f32)).sum(axis=1) * 0.5
-  mine = lambda y: documents.of_document(work, slot, FIRST, y)
-  dnum, num = (mine(times(y, 1 / call.shrink)) for y in (dnum, num))
-  return dnum, mine(quadratic + form), mine(z), num
-
-
-def _dq_within(work: Work, chunk, slot, part) -> None:
-  """Adds the tokens of the chunk, and writes dq, r and dz.
-
-  r and dz are known before the scores' gradients da = (r do·v + dz) sim' are
-  rounded: where a query sees one key alone the two terms are equal.
-  """
-  call = work.call
-  q_s, k_s, v_s, do_s = (work.inputs[x].at[slot] for x in ("q", "k", "v", "do"))
-  dnum, dden, z, num = part
-  tiles = []
-  for start in range(0, C, DQ_TILE):
-    some = pl.ds(start, DQ_TILE)
-    a, dsim = mmas(
-      work,
-      ((C, DQ_TILE), (q_s, k_s.at[some].transpose((1, 0)))),
-      ((C, DQ_TILE), (do_s, v_s.at[some].transpose((1, 0)))),
+  steps = feature_pairs.BACKWARD_QUERIES if launch.pairs else BACKWARD_QUERIES
+  if launch.fused:
+    vector = jax.ShapeDtypeStruct(
+      (launch.B, launch.walks, launch.total_chunks * C), f32
     )
-    seen = documents.seen(work, slot, start, DQ_TILE, queries=0)
-    sim = jnp.where(seen, common.polynomial(a, call), 0.0)
-    z = z + sim.sum(axis=1)
-    num = num + (sim * dsim).sum(axis=1)
-    tiles.append((start, a, dsim))
-  r = 1.0 / (z + call.eps)
-  dz = -(num * r) * r
-  dq = columns(r, F) * dnum + columns(dz, F) * dden
-  for start, a, dsim in tiles:
-    slope = common.derivative(a, call)
-    da = (columns(r, DQ_TILE) * dsim + columns(dz, DQ_TILE)) * slope
-    da = jnp.where(
-      documents.seen(work, slot, start, DQ_TILE, queries=0), da, 0.0
+    shape = (launch.B, launch.padded_T, launch.walks, PART)
+    outputs = (jax.ShapeDtypeStruct(shape, launch.dtype), vector, vector)
+    staging = (
+      Staging("dq", (C, PART), tiles.SWIZZLE_32),
+      Staging("vectors", (2, C), None),
     )
-    dq = add_mma(
-      work, dq, (da.astype(call.dtype), k_s.at[pl.ds(start, DQ_TILE)])
-    )
-  _store_dq(work, chunk, dq, r, dz)
-
-
-def _store_dq(work: Work, chunk, dq, r, dz) -> None:
-  call, here = work.call, work.here
-  dq_s, rows_s = work.tiles["dq"], work.tiles["rows"]
-  dq_ref, r_ref, dz_ref = work.outs
-  tokens = pl.ds(chunk * C, C)
-  row = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=ROWS)
-  exists = chunk * C + row < call.T
-  plgpu.wait_smem_to_gmem(0)
-  dq_s[...] = dq.astype(call.dtype)
-  rows_s[0] = jnp.where(exists, r, 0.0)
-  rows_s[1] = jnp.where(exists, dz, 0.0)
-  plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(dq_s, dq_ref.at[here.b, tokens, here.head])
-  plgpu.copy_smem_to_gmem(rows_s.at[0], r_ref.at[here.b, here.head, tokens])
-  plgpu.copy_smem_to_gmem(rows_s.at[1], dz_ref.at[here.b, here.head, tokens])
-
-
-def through(work: Work, value_s, x_s, blocks: range):
-  """u = value KV of these blocks, (C, 16 a block); and x Π, as operands."""
-  kv = work.shared.kv.at[:, pl.ds(blocks.start * F, len(blocks) * F)]
-  products = [((C, len(blocks) * F), (value_s, kv))]
-  rolls = common.some(work.rolls, blocks)
-  if rolls is not None:
-    products.append(((C, rolls.shape[1]), (x_s, rolls)))
-  u, *rolled = mmas(work, *products)
-  return u, rolled[0].astype(work.call.dtype) if rolled else None
-
-
-def _through_cyclic(
-  work: Work, sum_, u, rolled, x, blocks: range, *, weighted: bool
-):
-  """sum + J(x)ᵀ u of the cyclic ones of these blocks, without σ."""
-  terms, twice, low = [], x + x, u.astype(work.call.dtype)
-  for i, r in enumerate(blocks):
-    if r >= CYCLIC:
-      break
-    heavy = weighted and common.weight(r, work.call) == 2.0
-    part = u[:, block(i)] * rolled[:, block(i)].astype(f32)
-    sum_ = sum_ + (part + part if heavy else part)
-    back = work.rolls.at[:, pl.ds(r * F, F)].transpose((1, 0))
-    terms.append((low[:, block(i)] * (twice if heavy else x), back))
-  return sum_ + mma(work, *terms, shape=(C, F)) if terms else sum_
+    steps = steps._replace(finish=_finish_queries)
+  else:
+    widths = [PART] * (4 if launch.pairs else 2)
+    outputs, staging = partial_sums.outputs(launch, widths, vectors=2)
+    steps = steps._replace(finish=partial_sums.write)
+  streams = pipeline.feature_streams(launch, q=q, k=k) | dict(v=v, do=do)
+  arrays = pipeline.Arrays(streams, per_token, states, outputs, staging)
+  return pipeline.run("backward_queries", launch, steps, arrays)
 
 
 def backward_keys(
-  q, k, v, do, rows, states, call: common.Call, *, state: bool
-) -> list:
-  """dk (B, T, heads, 16), dv, and perhaps the cotangents before each slice.
-
-  dk is a sum over the values: each tile has its own part of it.
+  q: Array,
+  k: Array,
+  v: Array,
+  do: Array,
+  per_token: dict[str, Array],
+  states: tuple,
+  launch: Launch,
+  *,
+  write_states: bool,
+) -> tuple[list[Array], list[Array]]:
+  """Run the derivative with respect to the keys and values, of one launch.
 
   Args:
-    rows: r, and dz for the first tile of a head and 0 for the others,
-      (B, heads, T filled up); and the codes of documents.
-    states: the cotangents behind the slices, or ().
+    q: (B, T, H, 16 · parts), padded as `launch.Plan` pads it.
+    k: likewise.
+    v: (B, T, H, P), padded likewise.
+    do: likewise.
+    per_token: r and dz, (B, H · value_tiles, T padded), dz being 0 except in
+      the first tile of a head; and the codes of documents.
+    states: the cotangents of KVᵀ and KK after the slices, or ().
+    launch: the static record of the launch.
+    write_states: whether to return the cotangents before the slices.
+
+  Returns:
+    (outputs, states). The outputs of a fused launch are dk (B, T, walks, 16),
+    of which each value tile has its share, and dv (B, T, H, P). Else they are
+    the sums through the states, float32: dk of x_i, for pairs also that of x_j,
+    (B, walks, T, 16), and dv (B, walks, T, tile width). The states are the
+    cotangents of [KVᵀ, KK] before each slice, or [].
   """
-  what = pipeline.Launch(
-    "backward_keys",
-    dict(q=q, k=k, v=v, do=do),
-    rows,
+  steps = feature_pairs.BACKWARD_KEYS if launch.pairs else BACKWARD_KEYS
+  if launch.fused:
+    at = launch.B, launch.padded_T
+    outputs = (
+      jax.ShapeDtypeStruct((*at, launch.walks, PART), launch.dtype),
+      jax.ShapeDtypeStruct((*at, launch.H, launch.P), launch.dtype),
+    )
+    staging = (
+      Staging("dk", (C, PART), tiles.SWIZZLE_32),
+      pipeline.value_staging("dv", launch),
+    )
+    steps = steps._replace(finish=_finish_keys)
+  else:
+    widths = [PART] * (2 if launch.pairs else 1) + [launch.tile_width]
+    outputs, staging = partial_sums.outputs(launch, widths, vectors=0)
+    steps = steps._replace(finish=partial_sums.write_gradients)
+  arrays = pipeline.Arrays(
+    pipeline.feature_streams(launch, q=q, k=k) | dict(v=v, do=do),
+    per_token,
     states,
-    outs=(
-      jax.ShapeDtypeStruct((call.B, call.rows, call.heads, F), call.dtype),
-      jax.ShapeDtypeStruct((call.B, call.rows, call.H, call.P), call.dtype),
-    ),
-    tiles=(
-      ("dk", (C, F), common.SWIZZLE_32),
-      common.values_tile("dv", call),
-    ),
-    after=state,
-    left=True,
+    outputs,
+    staging,
+    write_states=write_states,
+    from_end=True,
   )
-  parts = QUERIES._replace(through_state=dkv_state, within=_dkv_within)
-  return pipeline.launch(call, parts, what)
+  found = pipeline.run("backward_keys", launch, steps, arrays)
+  return found[: len(outputs)], found[len(outputs) :]
 
 
-def query_cotangents(q, do, rows, call: common.Call) -> list:
-  """The cotangents before each slice, of the slice's own queries."""
-  what = pipeline.Launch(
-    "query_cotangent", dict(q=q, do=do), rows, after=True, left=True
-  )
-  return pipeline.launch(call, QUERIES, what)
+def query_cotangents(
+  q: Array, do: Array, per_token: dict[str, Array], launch: Launch
+) -> list[Array]:
+  """Sum the cotangent of the state before each slice, of its own queries.
 
+  Args:
+    q: (B, T, H, 16 · parts), padded.
+    do: (B, T, H, P), padded.
+    per_token: as `backward_keys` takes it.
+    launch: the static record of the launch.
 
-def _store_queries(work: Work, chunk, slot) -> None:
-  """r times the weighted features of the queries, and dz q̃."""
-  del chunk
-  call, shared = work.call, work.shared
-  x, q_s = documents.own_rows(work, slot, FIRST, "q", "do")
-  r, dz = of_queries(work, slot)
-  xf = x.astype(f32)
-  for blocks in call.groups(common.GROUP):
-    rolled = common.roll(work, q_s, blocks)
-    phi = common.query_features(x, rolled, blocks, call, r)
-    common.store_blocks(shared.phi, blocks, phi)
-  shared.wide[:, pl.ds(0, F)] = (xf * times(dz, call.square)).astype(call.dtype)
-  if call.c1:
-    line = jnp.where(common.iota((C, F), 1) == 0, dz * call.c1, 0.0)
-    shared.wide[:, pl.ds(F, F)] = line.astype(call.dtype)
-
-
-def of_queries(work: Work, slot):
-  """r and dz of the queries that are summed, grown, (C, F) each."""
-  mine = lambda y: documents.of_document(work, slot, FIRST, y)
-  return (
-    columns(mine(times(plgpu.load(ref, layout=ROWS), work.call.grow)), F)
-    for ref in (work.inputs[name].at[slot] for name in ("r", "dz"))
-  )
-
-
-# The parts that sum queries.
-QUERIES = pipeline.Parts(
-  _store_queries, lambda work, slot: documents.summed(work, slot, "q", "do")
-)
-
-
-def dkv_state(work: Work, chunk, slot):
-  """dk (C, F) and dv (C, V) from the queries behind the chunk."""
-  del chunk
-  call, kk_s = work.call, work.shared.kk
-  k_s, v_s = (work.inputs[name].at[slot] for name in "kv")
-  x = plgpu.load(k_s, layout=LAYOUT)
-  halves = common.halves(kk_s, 0)
-  dk = 2.0 * mma(work, *[(k_s, half) for half in halves], shape=(C, F))
-  if call.c1:
-    one = common.two_columns(call.dtype, 1.0, 0.0)
-    halves = common.halves(kk_s, F)
-    dk = dk + mma(work, *[(one, half) for half in halves], shape=(C, F))
-  for blocks in call.groups(DK_GROUP):
-    u, rolled = through(work, v_s, k_s, blocks)
-    dk = _through_cyclic(work, dk, u, rolled, x, blocks, weighted=False)
-    if call.c1 and CYCLIC in blocks:
-      dk = dk + u[:, block(CYCLIC - blocks.start)]
-  rolled = common.roll_all(work, k_s)
-  phi = common.key_features(x, rolled, range(call.blocks), call)
-  dv = mma(work, *common.by_state(work, phi), shape=(C, V))
-  mine = lambda y: documents.of_document(work, slot, LAST, y)
-  return mine(dk), mine(dv)
-
-
-def _dkv_within(work: Work, chunk, slot, part) -> None:
-  """Adds the queries of the chunk, and writes dk and dv.
-
-  Tiles of scores are [key, query].
+  Returns:
+    The cotangents of [KVᵀ, KK], each (slices, B, walks, TILE, ·) float32.
   """
-  call, here = work.call, work.here
-  q_s, k_s, v_s, do_s = (work.inputs[x].at[slot] for x in ("q", "k", "v", "do"))
-  across = lambda name, some: lax.broadcast_in_dim(
-    times(
-      plgpu.load(work.inputs[name].at[slot, some], layout=COLUMNS), call.grow
-    ),
-    (C, DK_TILE),
-    [1],
+  steps = feature_pairs.SUM_QUERIES if launch.pairs else SUM_QUERIES
+  arrays = pipeline.Arrays(
+    pipeline.feature_streams(launch, q=q) | dict(do=do),
+    per_token,
+    write_states=True,
+    from_end=True,
   )
-  dk, dv = part
-  for start in range(0, C, DK_TILE):
-    some = pl.ds(start, DK_TILE)
+  return pipeline.run("query_cotangent", launch, steps, arrays)
+
+
+# The walk from the first token: dq, r and dz.
+
+
+def _query_gradients(work: Work, chunk, slot):
+  """Compute the parts of dq from the tokens before the chunk.
+
+  dq = r dnum + dz dden, where dnum and dden are the gradients of num = do·Σ
+  sim' v and of z = Σ sim'. Where sim' is a square, num is homogeneous of degree
+  2 in q. It is q·dnum / 2 then, by Euler's theorem.
+
+  Returns:
+    (dnum, dden, z, num): (C, PART) twice and (C,) twice, float32.
+  """
+  launch = work.launch
+  q_s, do_s = (work.inputs[name].at[slot] for name in ("q", "do"))
+  x = tiles.load(work, slot, "q")
+  dnum, linear, num = tiles.zeros((C, PART)), None, None
+  for blocks in launch.block_groups(features.QUERY_GRADIENT_BLOCKS):
+    u, rolled = features.through_features(work, do_s, q_s, blocks)
+    if launch.affine:
+      phi = features.query_features(x, rolled, blocks, launch)
+      for i, phi_r in enumerate(phi):
+        dot = (u[:, block(i)] * phi_r.astype(f32)).sum(axis=1)
+        num = dot if num is None else num + dot
+    dnum = features.add_square_gradient(
+      work, dnum, u, rolled, x, blocks, weighted=True
+    )
+    if launch.c1 and SQUARE_BLOCKS in blocks:
+      linear = u[:, block(SQUARE_BLOCKS - blocks.start)] * launch.c1
+  dnum = times(dnum, launch.c2)
+  dnum = dnum if linear is None else dnum + linear
+  products = mmas(work, *features.denominator_products(work, q_s))
+  quadratic, form = features.denominator_forms(work, products)
+  z = (form * x.astype(f32)).sum(axis=1)
+  if launch.c0:
+    z = z + launch.c0 * documents.past_tokens(work, chunk, slot)
+  if num is None:
+    num = (dnum * x.astype(f32)).sum(axis=1) * 0.5
+
+  def mask(y):
+    return documents.mask(work, slot, OF_STATE_BEFORE, y)
+
+  dnum, num = (mask(times(y, 1 / launch.state_scale)) for y in (dnum, num))
+  return dnum, mask(quadratic + form), mask(z), num
+
+
+def _finish_queries(work: Work, chunk, slot, from_outside) -> None:
+  """Add the tokens of the chunk, and write dq, r and dz.
+
+  r and dz are complete before the gradients da of the scores are rounded. Where
+  a query sees one key only, the two terms of da are equal and cancel.
+  """
+  launch, width = work.launch, QUERY_GRADIENT_COLUMNS
+  q_s, k_s, v_s, do_s = (work.inputs[x].at[slot] for x in ("q", "k", "v", "do"))
+  dnum, dden, z, num = from_outside
+  scores = []
+  for start in range(0, C, width):
+    some = pl.ds(start, width)
     a, dsim = mmas(
       work,
-      ((C, DK_TILE), (k_s, q_s.at[some].transpose((1, 0)))),
-      ((C, DK_TILE), (v_s, do_s.at[some].transpose((1, 0)))),
+      ((C, width), (q_s, k_s.at[some].transpose((1, 0)))),
+      ((C, width), (do_s, v_s.at[some].transpose((1, 0)))),
     )
-    r, dz = across("r", some), across("dz", some)
-    seen = documents.seen(work, slot, start, DK_TILE, queries=1)
-    da = (r * dsim + dz) * common.derivative(a, call)
-    da = jnp.where(seen, da, 0.0).astype(call.dtype)
-    sim = jnp.where(seen, r * common.polynomial(a, call), 0.0)
-    dk, dv = common.add_mmas(
+    seen = documents.causal_mask(work, slot, start, width, query_axis=0)
+    sim = jnp.where(seen, tiles.polynomial(a, launch), 0.0)
+    z = z + sim.sum(axis=1)
+    num = num + (sim * dsim).sum(axis=1)
+    scores.append((start, a, dsim))
+  r = 1.0 / (z + launch.eps)
+  dz = -(num * r) * r
+  dq = columns(r, PART) * dnum + columns(dz, PART) * dden
+  for start, a, dsim in scores:
+    slope = tiles.derivative(a, launch)
+    da = (columns(r, width) * dsim + columns(dz, width)) * slope
+    seen = documents.causal_mask(work, slot, start, width, query_axis=0)
+    da = jnp.where(seen, da, 0.0)
+    dq = add_mma(
+      work, dq, (da.astype(launch.dtype), k_s.at[pl.ds(start, width)])
+    )
+  _write_queries(work, chunk, dq, r, dz)
+
+
+def _write_queries(work: Work, chunk, dq, r, dz) -> None:
+  """Write a chunk's dq, r and dz; r and dz are 0 beyond the end of the row."""
+  launch, here = work.launch, work.here
+  dq_s, vectors_s = work.staging["dq"], work.staging["vectors"]
+  dq_ref, r_ref, dz_ref = work.outputs
+  tokens = pl.ds(chunk * C, C)
+  token = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=FIRST_AXIS)
+  exists = chunk * C + token < launch.T
+  plgpu.wait_smem_to_gmem(0)
+  dq_s[...] = dq.astype(launch.dtype)
+  vectors_s[0] = jnp.where(exists, r, 0.0)
+  vectors_s[1] = jnp.where(exists, dz, 0.0)
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(dq_s, dq_ref.at[here.b, tokens, here.walk])
+  plgpu.copy_smem_to_gmem(vectors_s.at[0], r_ref.at[here.b, here.walk, tokens])
+  plgpu.copy_smem_to_gmem(vectors_s.at[1], dz_ref.at[here.b, here.walk, tokens])
+
+
+BACKWARD_QUERIES = forward.SUM_KEYS._replace(through_state=_query_gradients)
+
+
+# The walk from the last token: dk and dv.
+
+
+def _write_query_features(work: Work, chunk, slot) -> None:
+  """Write r times the weighted features of the queries, and dz q̃."""
+  del chunk
+  launch, shared = work.launch, work.shared
+  x, q_s = documents.load_masked(work, slot, OF_STATE_BEFORE, "q", "do")
+  r, dz = features.query_factors(work, slot)
+  x_f32 = x.astype(f32)
+  for blocks in launch.block_groups(features.BLOCKS_AT_ONCE):
+    rolled = features.roll(work, q_s, blocks)
+    phi = features.query_features(x, rolled, blocks, launch, r)
+    features.store_blocks(shared.phi, blocks, phi)
+  extended = x_f32 * times(dz, launch.c2)
+  shared.extended[:, pl.ds(0, PART)] = extended.astype(launch.dtype)
+  if launch.c1:
+    line = jnp.where(tiles.iota((C, PART), 1) == 0, dz * launch.c1, 0.0)
+    shared.extended[:, pl.ds(PART, PART)] = line.astype(launch.dtype)
+
+
+def _summed_queries(work: Work, slot):
+  return documents.summed_tiles(work, slot, "q", "do")
+
+
+def _key_gradients(work: Work, chunk, slot):
+  """Compute dk (C, PART) and dv (C, TILE) from the queries after the chunk."""
+  del chunk
+  launch = work.launch
+  k_s, v_s = (work.inputs[name].at[slot] for name in "kv")
+  x = tiles.load(work, slot, "k")
+  dk = 2.0 * mma(work, *features.times_kk(work, k_s), shape=(C, PART))
+  if launch.c1:
+    one = tiles.two_columns(launch.dtype, 1.0, 0.0)
+    line = high_low(work.shared.kk, PART)
+    dk = dk + mma(work, *[(one, half) for half in line], shape=(C, PART))
+  for blocks in launch.block_groups(features.KEY_GRADIENT_BLOCKS):
+    u, rolled = features.through_features(work, v_s, k_s, blocks)
+    dk = features.add_square_gradient(
+      work, dk, u, rolled, x, blocks, weighted=False
+    )
+    if launch.c1 and SQUARE_BLOCKS in blocks:
+      dk = dk + u[:, block(SQUARE_BLOCKS - blocks.start)]
+  rolled = features.roll_all(work, k_s)
+  phi = features.key_features(x, rolled, range(launch.blocks), launch)
+  dv = mma(work, *features.times_kv(work, phi), shape=(C, TILE))
+  dk = documents.mask(work, slot, OF_STATE_AFTER, dk)
+  return dk, documents.mask(work, slot, OF_STATE_AFTER, dv)
+
+
+def _finish_keys(work: Work, chunk, slot, from_outside) -> None:
+  """Add the queries of the chunk, and write dk and dv.
+
+  The scores are [key, query] here, so that sums over queries are products with
+  a left operand in registers.
+  """
+  launch, here, width = work.launch, work.here, KEY_GRADIENT_COLUMNS
+  q_s, k_s, v_s, do_s = (work.inputs[x].at[slot] for x in ("q", "k", "v", "do"))
+
+  def for_each_key(name, some):
+    value = plgpu.load(work.inputs[name].at[slot, some], layout=SECOND_AXIS)
+    value = times(value, launch.gradient_scale)
+    return lax.broadcast_in_dim(value, (C, width), [1])
+
+  dk, dv = from_outside
+  for start in range(0, C, width):
+    some = pl.ds(start, width)
+    a, dsim = mmas(
+      work,
+      ((C, width), (k_s, q_s.at[some].transpose((1, 0)))),
+      ((C, width), (v_s, do_s.at[some].transpose((1, 0)))),
+    )
+    r, dz = for_each_key("r", some), for_each_key("dz", some)
+    seen = documents.causal_mask(work, slot, start, width, query_axis=1)
+    da = (r * dsim + dz) * tiles.derivative(a, launch)
+    da = jnp.where(seen, da, 0.0).astype(launch.dtype)
+    sim = jnp.where(seen, r * tiles.polynomial(a, launch), 0.0)
+    dk, dv = add_mmas(
       work,
       (dk, (da, q_s.at[some])),
-      (dv, (sim.astype(call.dtype), do_s.at[some])),
+      (dv, (sim.astype(launch.dtype), do_s.at[some])),
     )
   plgpu.wait_smem_to_gmem(0)
-  dk_s, dv_s = work.tiles["dk"], work.tiles["dv"]
-  dk_s[...] = times(dk, 1 / call.grow).astype(call.dtype)
-  dv_s[...] = times(dv, 1 / call.grow)[:, : call.width].astype(call.dtype)
+  dk_s, dv_s = work.staging["dk"], work.staging["dv"]
+  dk_s[...] = times(dk, 1 / launch.gradient_scale).astype(launch.dtype)
+  dv = times(dv, 1 / launch.gradient_scale)
+  dv_s[...] = dv[:, : launch.tile_width].astype(launch.dtype)
   plgpu.commit_smem()
   tokens = pl.ds(chunk * C, C)
-  plgpu.copy_smem_to_gmem(dk_s, work.outs[0].at[here.b, tokens, here.head])
-  plgpu.copy_smem_to_gmem(dv_s, common.values_at(work, work.outs[1], chunk))
+  dk_ref, dv_ref = work.outputs
+  plgpu.copy_smem_to_gmem(dk_s, dk_ref.at[here.b, tokens, here.walk])
+  plgpu.copy_smem_to_gmem(dv_s, tiles.value_columns(work, dv_ref, chunk))
+
+
+SUM_QUERIES = pipeline.Steps(_write_query_features, _summed_queries)
+BACKWARD_KEYS = SUM_QUERIES._replace(through_state=_key_gradients)

@@ -1,181 +1,159 @@
-"""Hopper kernels' parts for a half of a pair (i, j) of the features' parts.
+"""What a walk does with a chunk where its term is a half of a pair, F > 16.
+
+A pair (i, j) of the parts of queries and keys adds to (q·k)²
 
     2 (q_i·k_i)(q_j·k_j) = Σ_r 2 (q_i ∘ q_j Π_r)·(k_i ∘ k_j Π_r),  r = 0 … 15
 
-of which a half has eight r. The denominator's state is KK = Σ k_i k_jᵀ, which
-both halves have, each with half of its weight:
+and each of its two halves has eight of these feature blocks. The denominator's
+state is KK = Σ k_i k_jᵀ. Both halves have all of it and take half of its weight
+2, so that for each
 
-    z = σ q_iᵀ KK q_j
+    Σ sim' = c2 q_iᵀ KK q_j
 
-The streams "q" and "k" are x_i here, and "qj" and "kj" x_j.
+The inputs "q" and "k" are part i here, "qj" and "kj" part j. The functions are
+those of `forward.py` and `backward.py`, which do the squares.
 """
 
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 
-from pallas_kernels.polynomial.gpu import (
-  backward,
-  documents,
-  pipeline,
-  tiles as common,
+from pallas_kernels.polynomial.gpu import documents, features, pipeline
+from pallas_kernels.polynomial.gpu.documents import (
+  OF_STATE_AFTER,
+  OF_STATE_BEFORE,
 )
-from pallas_kernels.polynomial.gpu.backward import DK_GROUP, DQ_GROUP
-from pallas_kernels.polynomial.gpu.documents import FIRST, LAST
+from pallas_kernels.polynomial.gpu.launch import PART, TILE, C
 from pallas_kernels.polynomial.gpu.tiles import (
-  LAYOUT,
-  C,
-  F,
-  V,
-  Work,
-  block,
   f32,
+  load,
   mma,
   mmas,
   times,
+  zeros,
 )
+from pallas_kernels.polynomial.gpu.work import Work
+
+# What a state sums.
 
 
-def key_states(k, v, rows, call: common.Call) -> list:
-  """(KVᵀ, KK) of each slice's own keys: (slices, B, heads, V, ·)."""
-  streams = dict(k=k, kj=k, v=v)
-  what = pipeline.Launch("key_state", streams, rows, after=True)
-  return pipeline.launch(call, KEYS, what)
-
-
-def query_cotangents(q, do, rows, call: common.Call) -> list:
-  """The cotangents before each slice, of the slice's own queries."""
-  streams = dict(q=q, qj=q, do=do)
-  what = pipeline.Launch(
-    "query_cotangent", streams, rows, after=True, left=True
-  )
-  return pipeline.launch(call, QUERIES, what)
-
-
-def _store_keys(work: Work, chunk, slot) -> None:
-  """The features of the keys, and k_i for the update."""
+def _write_key_features(work: Work, chunk, slot) -> None:
+  """Write the features of the keys, and k_i, for the update."""
   del chunk
-  call, shared = work.call, work.shared
-  _, kj_s = documents.own_rows(work, slot, LAST, "kj", "v")
-  x = documents.of_document(work, slot, LAST, _load(work, slot, "k"))
-  for blocks in call.groups(common.GROUP):
-    rolled = common.roll(work, kj_s, blocks)
-    phi = common.key_features(x, rolled, blocks, call)
-    common.store_blocks(shared.phi, blocks, phi)
-  shared.wide[:, pl.ds(0, F)] = x
+  launch, shared = work.launch, work.shared
+  _, kj_s = documents.load_masked(work, slot, OF_STATE_AFTER, "kj", "v")
+  x = documents.mask(work, slot, OF_STATE_AFTER, load(work, slot, "k"))
+  for blocks in launch.block_groups(features.BLOCKS_AT_ONCE):
+    rolled = features.roll(work, kj_s, blocks)
+    phi = features.key_features(x, rolled, blocks, launch)
+    features.store_blocks(shared.phi, blocks, phi)
+  shared.extended[:, pl.ds(0, PART)] = x
 
 
-def _store_queries(work: Work, chunk, slot) -> None:
-  """r times the weighted features of the queries, and dz q_i."""
+def _summed_keys(work: Work, slot):
+  return documents.summed_tiles(work, slot, "kj", "v")
+
+
+def _write_query_features(work: Work, chunk, slot) -> None:
+  """Write r times the weighted features of the queries, and dz q_i."""
   del chunk
-  call, shared = work.call, work.shared
-  _, qj_s = documents.own_rows(work, slot, FIRST, "qj", "do")
-  x = documents.of_document(work, slot, FIRST, _load(work, slot, "q"))
-  r, dz = backward.of_queries(work, slot)
-  for blocks in call.groups(common.GROUP):
-    rolled = common.roll(work, qj_s, blocks)
-    phi = common.query_features(x, rolled, blocks, call, r)
-    common.store_blocks(shared.phi, blocks, phi)
-  wide = x.astype(f32) * times(dz, call.square)
-  shared.wide[:, pl.ds(0, F)] = wide.astype(call.dtype)
+  launch, shared = work.launch, work.shared
+  _, qj_s = documents.load_masked(work, slot, OF_STATE_BEFORE, "qj", "do")
+  x = documents.mask(work, slot, OF_STATE_BEFORE, load(work, slot, "q"))
+  r, dz = features.query_factors(work, slot)
+  for blocks in launch.block_groups(features.BLOCKS_AT_ONCE):
+    rolled = features.roll(work, qj_s, blocks)
+    phi = features.query_features(x, rolled, blocks, launch, r)
+    features.store_blocks(shared.phi, blocks, phi)
+  extended = x.astype(f32) * times(dz, launch.c2)
+  shared.extended[:, pl.ds(0, PART)] = extended.astype(launch.dtype)
 
 
-# The parts that sum keys, and queries.
-KEYS = pipeline.Parts(
-  _store_keys, lambda work, slot: documents.summed(work, slot, "kj", "v")
-)
-QUERIES = pipeline.Parts(
-  _store_queries,
-  lambda work, slot: documents.summed(work, slot, "qj", "do"),
-)
+def _summed_queries(work: Work, slot):
+  return documents.summed_tiles(work, slot, "qj", "do")
 
 
-def through_state(work: Work, chunk, slot):
-  """(Σ sim' v, Σ sim') of the tokens before the chunk, (C, V) and (C,)."""
+# What a chunk gets from tokens outside it, through the state.
+
+
+def _through_state(work: Work, chunk, slot):
+  """Compute Σ sim' v (C, TILE) and Σ sim' (C,) of the tokens before."""
   del chunk
-  call = work.call
+  launch = work.launch
   q_s, qj_s = (work.inputs[name].at[slot] for name in ("q", "qj"))
-  rolled = common.roll_all(work, qj_s)
-  x = _load(work, slot, "q")
-  phi = common.query_features(x, rolled, range(call.blocks), call)
-  num, form = mmas(
+  rolled = features.roll_all(work, qj_s)
+  x = load(work, slot, "q")
+  phi = features.query_features(x, rolled, range(launch.blocks), launch)
+  numerator, form = mmas(
     work,
-    ((C, V), *common.by_state(work, phi)),
-    ((C, F), *_by_kk(work, q_s)),
+    ((C, TILE), *features.times_kv(work, phi)),
+    ((C, PART), *features.times_kk(work, q_s)),
   )
-  z = (form * _load(work, slot, "qj").astype(f32)).sum(axis=1)
-  mine = lambda y: documents.of_document(work, slot, FIRST, y)
-  return (
-    mine(times(num, 1 / call.shrink)),
-    mine(times(z, call.square / call.shrink)),
-  )
+  z = (form * load(work, slot, "qj").astype(f32)).sum(axis=1)
+  numerator = times(numerator, 1 / launch.state_scale)
+  numerator = documents.mask(work, slot, OF_STATE_BEFORE, numerator)
+  z = times(z, launch.c2 / launch.state_scale)
+  return numerator, documents.mask(work, slot, OF_STATE_BEFORE, z)
 
 
-def dq_state(work: Work, chunk, slot):
-  """(dnum_i, dnum_j, dden_i, dden_j, z, num), as `backward.dq_state`.
+def _query_gradients(work: Work, chunk, slot):
+  """Compute the parts of dq from the tokens before.
 
-  num is linear in q_i, so that it is q_i·dnum_i.
+  Returns:
+    (dnum_i, dnum_j, dden_i, dden_j, z, num): as `backward._query_gradients`
+    returns them, for q_i and for q_j. num is linear in q_i, so that it is
+    q_i·dnum_i.
   """
   del chunk
-  call = work.call
+  launch = work.launch
   q_s, qj_s, do_s = (work.inputs[name].at[slot] for name in ("q", "qj", "do"))
-  x = _load(work, slot, "q")
-  dnum_i, dnum_j = common.zeros((C, F)), common.zeros((C, F))
-  for blocks in call.groups(DQ_GROUP):
-    u, rolled = backward.through(work, do_s, qj_s, blocks)
-    part_i, part_j = _through_pair(work, u, rolled, x, blocks)
-    dnum_i, dnum_j = dnum_i + part_i, dnum_j + part_j
+  x = load(work, slot, "q")
+  dnum_i, dnum_j = zeros((C, PART)), zeros((C, PART))
+  for blocks in launch.block_groups(features.QUERY_GRADIENT_BLOCKS):
+    u, rolled = features.through_features(work, do_s, qj_s, blocks)
+    of_i, of_j = features.pair_gradients(work, u, rolled, x, blocks)
+    dnum_i, dnum_j = dnum_i + of_i, dnum_j + of_j
   dden_j, dden_i = mmas(
     work,
-    ((C, F), *_by_kk(work, q_s)),
-    ((C, F), *_by_kk(work, qj_s, transposed=True)),
+    ((C, PART), *features.times_kk(work, q_s)),
+    ((C, PART), *features.times_kk(work, qj_s, transposed=True)),
   )
-  z = (dden_j * _load(work, slot, "qj").astype(f32)).sum(axis=1)
+  z = (dden_j * load(work, slot, "qj").astype(f32)).sum(axis=1)
   num = (dnum_i * x.astype(f32)).sum(axis=1)
-  mine = lambda y, factor: documents.of_document(
-    work, slot, FIRST, times(y, factor * call.square / call.shrink)
-  )
-  dnum_i, dnum_j, num = (mine(y, 2.0) for y in (dnum_i, dnum_j, num))
-  dden_i, dden_j, z = (mine(y, 1.0) for y in (dden_i, dden_j, z))
+
+  def scaled(y, weight):
+    y = times(y, weight * launch.c2 / launch.state_scale)
+    return documents.mask(work, slot, OF_STATE_BEFORE, y)
+
+  dnum_i, dnum_j, num = (scaled(y, 2.0) for y in (dnum_i, dnum_j, num))
+  dden_i, dden_j, z = (scaled(y, 1.0) for y in (dden_i, dden_j, z))
   return dnum_i, dnum_j, dden_i, dden_j, z, num
 
 
-def dkv_state(work: Work, chunk, slot):
-  """(dk_i, dk_j, dv) from the queries behind the chunk; (C, F) and (C, V)."""
+def _key_gradients(work: Work, chunk, slot):
+  """Compute dk_i, dk_j (C, PART) and dv (C, TILE) from the queries after."""
   del chunk
-  call = work.call
+  launch = work.launch
   k_s, kj_s, v_s = (work.inputs[name].at[slot] for name in ("k", "kj", "v"))
-  x = _load(work, slot, "k")
+  x = load(work, slot, "k")
   dk_j, dk_i = mmas(
     work,
-    ((C, F), *_by_kk(work, k_s)),
-    ((C, F), *_by_kk(work, kj_s, transposed=True)),
+    ((C, PART), *features.times_kk(work, k_s)),
+    ((C, PART), *features.times_kk(work, kj_s, transposed=True)),
   )
-  for blocks in call.groups(DK_GROUP):
-    u, rolled = backward.through(work, v_s, kj_s, blocks)
-    part_i, part_j = _through_pair(work, u, rolled, x, blocks)
-    dk_i, dk_j = dk_i + part_i, dk_j + part_j
-  rolled = common.roll_all(work, kj_s)
-  phi = common.key_features(x, rolled, range(call.blocks), call)
-  dv = mma(work, *common.by_state(work, phi), shape=(C, V))
-  mine = lambda y: documents.of_document(work, slot, LAST, y)
-  return mine(dk_i), mine(dk_j), mine(dv)
+  for blocks in launch.block_groups(features.KEY_GRADIENT_BLOCKS):
+    u, rolled = features.through_features(work, v_s, kj_s, blocks)
+    of_i, of_j = features.pair_gradients(work, u, rolled, x, blocks)
+    dk_i, dk_j = dk_i + of_i, dk_j + of_j
+  rolled = features.roll_all(work, kj_s)
+  phi = features.key_features(x, rolled, range(launch.blocks), launch)
+  dv = mma(work, *features.times_kv(work, phi), shape=(C, TILE))
+  dk_i, dk_j, dv = (
+    documents.mask(work, slot, OF_STATE_AFTER, y) for y in (dk_i, dk_j, dv)
+  )
+  return dk_i, dk_j, dv
 
 
-def _load(work: Work, slot, name: str):
-  return plgpu.load(work.inputs[name].at[slot], layout=LAYOUT)
-
-
-def _by_kk(work: Work, x_s, *, transposed: bool = False) -> list:
-  """The pairs whose products are x KK, or x KKᵀ."""
-  halves = common.halves(work.shared.kk, 0)
-  return [(x_s, kk.transpose((1, 0)) if transposed else kk) for kk in halves]
-
-
-def _through_pair(work: Work, u, rolled, x, blocks: range):
-  """J(x_i)ᵀ u and J(x_j)ᵀ u of these blocks, without their weight."""
-  first, terms, low = common.zeros((C, F)), [], u.astype(work.call.dtype)
-  for n, r in enumerate(blocks):
-    first = first + u[:, block(n)] * rolled[:, block(n)].astype(f32)
-    back = work.rolls.at[:, pl.ds(r * F, F)].transpose((1, 0))
-    terms.append((low[:, block(n)] * x, back))
-  return first, mma(work, *terms, shape=(C, F))
+SUM_KEYS = pipeline.Steps(_write_key_features, _summed_keys)
+FORWARD = SUM_KEYS._replace(through_state=_through_state)
+BACKWARD_QUERIES = SUM_KEYS._replace(through_state=_query_gradients)
+SUM_QUERIES = pipeline.Steps(_write_query_features, _summed_queries)
+BACKWARD_KEYS = SUM_QUERIES._replace(through_state=_key_gradients)

@@ -1,121 +1,199 @@
-"""Hopper kernels of the forward: o, and the state after a slice of time."""
+"""The forward on Hopper: what a walk does with a chunk of tokens.
+
+`_through_state` is what the queries get from tokens before the chunk,
+`_finish` the scores within the chunk; `pipeline.py` has the loop over chunks
+that calls them. With sim' of `launch.Launch` and its eps,
+
+    o_t = Σ_{s ≤ t} sim'_ts v_s / (Σ_{s ≤ t} sim'_ts + eps)
+
+    tokens before the chunk     Σ_s sim'_ts v_s = φ(q_t) KV
+                                Σ_s sim'_ts     = q̃_tᵀ (W ∘ KK) q̃_t
+    tokens of the chunk         scores a = q kᵀ, sim' of them, sim' v
+
+Afterwards the chunk's keys are added: KVᵀ += vᵀ φ(k), KK += k̃ᵀ k.
+"""
 
 import jax
+from jax import Array
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.polynomial.gpu import documents, pipeline, tiles as common
-from pallas_kernels.polynomial.gpu.documents import FIRST, LAST
+from pallas_kernels.polynomial.gpu import (
+  documents,
+  feature_pairs,
+  features,
+  partial_sums,
+  pipeline,
+  tiles,
+)
+from pallas_kernels.polynomial.gpu.documents import (
+  OF_STATE_AFTER,
+  OF_STATE_BEFORE,
+)
+from pallas_kernels.polynomial.gpu.launch import PART, TILE, C, Launch
 from pallas_kernels.polynomial.gpu.tiles import (
-  LAYOUT,
-  TILE,
-  C,
-  F,
-  V,
-  Work,
+  SCORE_COLUMNS,
   add_mma,
+  columns,
   f32,
   mma,
   mmas,
   times,
 )
+from pallas_kernels.polynomial.gpu.work import Work
 
 
-def forward(q, k, v, rows, states, call: common.Call, *, state: bool) -> list:
-  """o (B, T, H, P) and, where asked for, (KVᵀ, KK) behind each slice.
+def forward(
+  q: Array,
+  k: Array,
+  v: Array,
+  per_token: dict[str, Array],
+  states: tuple,
+  launch: Launch,
+  *,
+  write_states: bool,
+) -> tuple[list[Array], list[Array]]:
+  """Run the forward of one launch.
 
   Args:
-    q, k: (B, T, H, 16); v: (B, T, H, P).
-    rows: codes and past of the documents, (B, 1, T filled up), or {}.
-    states: the states before the slices and their counts, or ().
-    call: the launch.
-    state: whether to write the states behind the slices.
+    q: (B, T, H, 16 · parts), padded as `launch.Plan` pads it.
+    k: likewise.
+    v: (B, T, H, P), padded likewise.
+    per_token: the codes and past of documents, (B, 1, T padded), or {}.
+    states: KVᵀ and KK before the slices and their counts, or ().
+    launch: the static record of the launch.
+    write_states: whether to return the states after the slices.
+
+  Returns:
+    (outputs, states). The outputs of a fused launch are [o (B, T, H, P)]. Else
+    they are the sums through the states, float32, one for each walk:
+    [Σ sim' v (B, walks, T, tile width), Σ sim' (B, walks, T)]. The states are
+    [KVᵀ, KK] after each slice, or [].
   """
-  shape = (call.B, call.rows, call.H, call.P)
-  parts = KEYS._replace(through_state=through_state, within=_within)
-  what = pipeline.Launch(
-    "forward",
-    dict(q=q, k=k, v=v),
-    rows,
+  steps = feature_pairs.FORWARD if launch.pairs else FORWARD
+  if launch.fused:
+    shape = (launch.B, launch.padded_T, launch.H, launch.P)
+    outputs = (jax.ShapeDtypeStruct(shape, launch.dtype),)
+    staging = (pipeline.value_staging("o", launch),)
+    steps = steps._replace(finish=_finish)
+  else:
+    outputs, staging = partial_sums.outputs(
+      launch, [launch.tile_width], vectors=1
+    )
+    steps = steps._replace(finish=partial_sums.write)
+  arrays = pipeline.Arrays(
+    pipeline.feature_streams(launch, q=q, k=k) | dict(v=v),
+    per_token,
     states,
-    outs=(jax.ShapeDtypeStruct(shape, call.dtype),),
-    tiles=(common.values_tile("o", call),),
-    after=state,
+    outputs,
+    staging,
+    write_states=write_states,
   )
-  return pipeline.launch(call, parts, what)
+  found = pipeline.run("forward", launch, steps, arrays)
+  return found[: len(outputs)], found[len(outputs) :]
 
 
-def key_states(k, v, rows, call: common.Call) -> list:
-  """(KVᵀ, KK) of each slice's own keys: (slices, B, heads, V, ·)."""
-  what = pipeline.Launch("key_state", dict(k=k, v=v), rows, after=True)
-  return pipeline.launch(call, KEYS, what)
+def key_states(
+  k: Array, v: Array, per_token: dict[str, Array], launch: Launch
+) -> list[Array]:
+  """Sum the state of each slice's own keys.
+
+  Args:
+    k: (B, T, H, 16 · parts), padded.
+    v: (B, T, H, P), padded.
+    per_token: the codes of documents, or {}.
+    launch: the static record of the launch.
+
+  Returns:
+    [KVᵀ, KK], each (slices, B, walks, TILE, ·) float32.
+  """
+  steps = feature_pairs.SUM_KEYS if launch.pairs else SUM_KEYS
+  streams = pipeline.feature_streams(launch, k=k) | dict(v=v)
+  arrays = pipeline.Arrays(streams, per_token, write_states=True)
+  return pipeline.run("key_state", launch, steps, arrays)
+
+
+# What a state of keys sums.
+
+
+def _write_key_features(work: Work, chunk, slot) -> None:
+  """Write φ(k), and k̃ with the constant feature twice, for the update."""
+  launch, shared = work.launch, work.shared
+  x, k_s = documents.load_masked(work, slot, OF_STATE_AFTER, "k", "v")
+  one = None
+  if launch.affine:
+    one = _exists(work, chunk)
+    one = documents.mask(work, slot, OF_STATE_AFTER, one)
+  for blocks in launch.block_groups(features.BLOCKS_AT_ONCE):
+    rolled = features.roll(work, k_s, blocks)
+    phi = features.key_features(x, rolled, blocks, launch, one)
+    features.store_blocks(shared.phi, blocks, phi)
+  shared.extended[:, pl.ds(0, PART)] = x
+  if one is not None:
+    shared.extended[:, pl.ds(PART, PART)] = tiles.two_columns(launch.dtype, one)
 
 
 def _exists(work: Work, chunk):
-  """1.0 for the tokens of a chunk that exist and are summed, (C, F)."""
-  call = work.call
-  here = chunk * C + common.iota((C, F), 0) < call.T
-  return jnp.where(here, 1.0, 0.0)
+  """Make 1.0 for the tokens of a chunk that are in the row, (C, PART)."""
+  exists = chunk * C + tiles.iota((C, PART), 0) < work.launch.T
+  return jnp.where(exists, 1.0, 0.0)
 
 
-def _store_keys(work: Work, chunk, slot) -> None:
-  """The features of the keys, and k̃ with its ones, for the update."""
-  call, shared = work.call, work.shared
-  x, k_s = documents.own_rows(work, slot, LAST, "k", "v")
-  one = None
-  if call.affine:
-    one = documents.of_document(work, slot, LAST, _exists(work, chunk))
-  for blocks in call.groups(common.GROUP):
-    rolled = common.roll(work, k_s, blocks)
-    common.store_blocks(
-      shared.phi, blocks, common.key_features(x, rolled, blocks, call, one)
-    )
-  shared.wide[:, pl.ds(0, F)] = x
-  if one is not None:
-    shared.wide[:, pl.ds(F, F)] = common.two_columns(call.dtype, one)
+def _summed_keys(work: Work, slot):
+  return documents.summed_tiles(work, slot, "k", "v")
 
 
-# The parts that sum keys.
-KEYS = pipeline.Parts(
-  _store_keys, lambda work, slot: documents.summed(work, slot, "k", "v")
-)
+# What a chunk of queries gets.
 
 
-def through_state(work: Work, chunk, slot):
-  """(Σ sim' v, Σ sim') of the tokens before the chunk, (C, V) and (C,)."""
-  call, q_s = work.call, work.inputs["q"].at[slot]
-  rolled = common.roll_all(work, q_s)
-  x = plgpu.load(q_s, layout=LAYOUT)
-  phi = common.query_features(x, rolled, range(call.blocks), call)
-  num, *products = mmas(
+def _through_state(work: Work, chunk, slot):
+  """Compute what the tokens before the chunk add, from the state.
+
+  Returns:
+    Σ sim' v (C, TILE) and Σ sim' (C,), float32.
+  """
+  launch, q_s = work.launch, work.inputs["q"].at[slot]
+  rolled = features.roll_all(work, q_s)
+  x = tiles.load(work, slot, "q")
+  phi = features.query_features(x, rolled, range(launch.blocks), launch)
+  numerator, *products = mmas(
     work,
-    ((C, V), *common.by_state(work, phi)),
-    *common.denominator(work, q_s),
+    ((C, TILE), *features.times_kv(work, phi)),
+    *features.denominator_products(work, q_s),
   )
-  _, form = common.forms(work, products)
+  _, form = features.denominator_forms(work, products)
   z = (form * x.astype(f32)).sum(axis=1)
-  if call.c0:
-    z = z + call.c0 * documents.past(work, chunk, slot)
-  mine = lambda y: documents.of_document(work, slot, FIRST, y)
-  return mine(times(num, 1 / call.shrink)), mine(z)
+  if launch.c0:
+    z = z + launch.c0 * documents.past_tokens(work, chunk, slot)
+  numerator = documents.mask(
+    work, slot, OF_STATE_BEFORE, times(numerator, 1 / launch.state_scale)
+  )
+  return numerator, documents.mask(work, slot, OF_STATE_BEFORE, z)
 
 
-def _within(work: Work, chunk, slot, part) -> None:
-  """Adds the tokens of the chunk, and writes o."""
-  call, o_s = work.call, work.tiles["o"]
+def _finish(work: Work, chunk, slot, from_outside) -> None:
+  """Add the tokens of the chunk, divide, and write o."""
+  launch, o_s = work.launch, work.staging["o"]
   q_s, k_s, v_s = (work.inputs[name].at[slot] for name in "qkv")
-  num, z = part
-  for start in range(0, C, TILE):
-    some = pl.ds(start, TILE)
-    pair = q_s, k_s.at[some].transpose((1, 0))
-    a = mma(work, pair, shape=(C, TILE))
-    seen = documents.seen(work, slot, start, TILE, queries=0)
-    sim = jnp.where(seen, common.polynomial(a, call), 0.0)
-    num = add_mma(work, num, (sim.astype(call.dtype), v_s.at[some]))
+  numerator, z = from_outside
+  for start in range(0, C, SCORE_COLUMNS):
+    some = pl.ds(start, SCORE_COLUMNS)
+    operands = q_s, k_s.at[some].transpose((1, 0))
+    a = mma(work, operands, shape=(C, SCORE_COLUMNS))
+    seen = documents.causal_mask(work, slot, start, SCORE_COLUMNS, query_axis=0)
+    sim = jnp.where(seen, tiles.polynomial(a, launch), 0.0)
+    numerator = add_mma(
+      work, numerator, (sim.astype(launch.dtype), v_s.at[some])
+    )
     z = z + sim.sum(axis=1)
-  value = num / common.columns(z + call.eps, V)
-  plgpu.wait_smem_to_gmem(0)
-  o_s[...] = value[:, : call.width].astype(call.dtype)
+  o = numerator / columns(z + launch.eps, TILE)
+  plgpu.wait_smem_to_gmem(0)  # the copy of the last chunk's o has read o_s
+  o_s[...] = o[:, : launch.tile_width].astype(launch.dtype)
   plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(o_s, common.values_at(work, work.outs[0], chunk))
+  target = tiles.value_columns(work, work.outputs[0], chunk)
+  plgpu.copy_smem_to_gmem(o_s, target)
+
+
+SUM_KEYS = pipeline.Steps(_write_key_features, _summed_keys)
+FORWARD = SUM_KEYS._replace(through_state=_through_state)

@@ -1,19 +1,32 @@
-"""One launch of a Hopper kernel: its static part, and the sizes of a chunk."""
+"""The static record of a kernel launch, and the plan of the launches of a call.
+
+A launch is one kernel started on the card. A call is one call of the public
+operator, or one pass of its derivative. F ≤ 16 features need one launch a pass.
+More are cut into m parts of 16, x = (x_1, …, x_m), and
+
+    (q·k)² = Σ_i (q_i·k_i)² + 2 Σ_{i<j} (q_i·k_i)(q_j·k_j)
+
+is a sum of m squares and m (m − 1) / 2 pairs. A pair has twice the features of
+a square, so that it is done in two halves. A square or a half of a pair is a
+term: its state fits the registers of one warpgroup. One launch does all the
+squares, another one all the halves of pairs.
+"""
 
 import dataclasses
 import itertools
 import math
 from typing import Any
 
+from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels.polynomial.operator import Kernel
 
 C = 64  # tokens of a chunk
-F = 16  # query and key features
-V = 64  # value width of the tiles; narrower values leave zeros
-CYCLIC = F // 2 + 1  # blocks
-PAIR = F // 2  # blocks of a half of a pair's
+PART = 16  # features of a part of q or k, and columns of a feature block
+TILE = 64  # columns of a value tile
+SQUARE_BLOCKS = PART // 2 + 1  # feature blocks of a square (i, i)
+HALF_BLOCKS = PART // 2  # feature blocks of a half of a pair (i, j)
 
 # How many programs a launch should have: two for each of the 132
 # multiprocessors of an H100. Where batch × heads give fewer, time is cut into
@@ -21,152 +34,242 @@ PAIR = F // 2  # blocks of a half of a pair's
 #
 # Measured on an H100 with jax 0.11.2, forward and backward, for 19 shapes with
 # 66, 132, 264, 396 and 528 programs and 8, 16 and 32 chunks: nothing was faster
-# than these two values by 3 % or more, so that there is nothing to tune.
+# than these two values by 3 % or more. There is nothing left to tune.
 PROGRAMS = 264
 SLICE_CHUNKS = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
-  """The static part of one kernel launch."""
+class Launch:
+  """The static part of one kernel launch.
+
+  The coefficients are those of the operator divided by c2, which cancels in
+  o, and multiplied by a power of two: sim' = c2 a² + c1 a + c0 of a = q·k.
+  c2 is 1 for bfloat16. For float16, which has little range, it is the
+  operator's c2 rounded to a power of two.
+
+  Attributes:
+    B: rows, the examples of the batch.
+    T: tokens of a row.
+    H: heads.
+    P: value width of the arrays in memory: a multiple of 16, up to 128.
+    c2: the coefficient of a² in sim'.
+    c1: the coefficient of a in sim'.
+    c0: the constant in sim'.
+    eps: the operator's eps, scaled as the coefficients are.
+    slices: slices of time. Each is walked by a program of its own.
+    chunks: chunks of a slice; the last slice may have fewer.
+    dtype: of q, k and v, and of every operand of the tensor core.
+    segments: whether rows hold several documents.
+    by_shared: whether operands reach the tensor core through shared memory
+      only. The kernels are slower then. Interpret mode cannot run products with
+      an operand in registers, so that its tests set this.
+    stages: chunks of inputs that fit shared memory at once.
+    parts: m, the number of parts of q and k.
+    pairs: whether the launch does the halves of pairs, instead of the squares.
+  """
 
   B: int
   T: int
   H: int
-  P: int  # of v in memory: a multiple of 16, up to 128
-  square: float  # σ
+  P: int
+  c2: float
   c1: float
   c0: float
   eps: float
-  slices: int  # of time, each a program of its own
-  chunks: int  # of a slice
-  dtype: Any  # of the operands
+  slices: int
+  chunks: int
+  dtype: Any
   segments: bool
-  by_shared: bool  # operands reach the tensor core through shared memory
-  stages: int = 2  # of the inputs' copies
-  m: int = 1  # queries and keys are m F wide
-  pairs: bool = False  # the parts are halves of pairs i < j, not the m (i, i)
+  by_shared: bool
+  stages: int = 2
+  parts: int = 1
+  pairs: bool = False
 
   @property
-  def tiles(self) -> int:
-    """Of the values, V wide."""
-    return -(-self.P // V)
+  def fused(self) -> bool:
+    """Whether one kernel does a whole pass, which it can with one part."""
+    return self.parts == 1
 
   @property
-  def width(self) -> int:
-    """Of a tile of values in memory."""
-    return min(self.P, V)
+  def value_tiles(self) -> int:
+    """Number of tiles that the value columns are cut into."""
+    return -(-self.P // TILE)
 
   @property
-  def parts(self) -> int:
-    """Of a tile's features."""
-    return self.m * (self.m - 1) if self.pairs else self.m
+  def tile_width(self) -> int:
+    """Columns of a value tile that exist in memory."""
+    return min(self.P, TILE)
 
   @property
-  def prefix(self) -> str:
-    """Of the kernels' names."""
-    return "pair_" if self.pairs else "part_" if self.m > 1 else ""
+  def terms(self) -> int:
+    """Number of terms: the squares, or the halves of the pairs."""
+    return self.parts * (self.parts - 1) if self.pairs else self.parts
 
   @property
-  def heads(self) -> int:
-    """That are walked, of a row."""
-    return self.H * self.tiles * self.parts
+  def walks(self) -> int:
+    """Walks over a slice of one row: a head, a value tile and a term each."""
+    return self.H * self.value_tiles * self.terms
 
   @property
-  def shrink(self) -> float:
-    """What the tensor core's copy of a state is multiplied by."""
+  def kernel_prefix(self) -> str:
+    """What the kernels' names in a profile start with."""
+    return "pair_" if self.pairs else "" if self.fused else "part_"
+
+  @property
+  def state_scale(self) -> float:
+    """The factor of the tensor core's copy of a state."""
     return 2.0**-self._range
 
   @property
-  def grow(self) -> float:
-    """What g and dz are multiplied by."""
+  def gradient_scale(self) -> float:
+    """The factor of r and dz, and so of every cotangent of a state."""
     return 2.0 ** (self._range // 2)
 
   @property
   def _range(self) -> int:
+    # A sum over T tokens grows like T, and leaves float16's range at 65504.
     return math.ceil(math.log2(self.T)) if self.dtype == jnp.float16 else 0
 
   @property
   def blocks(self) -> int:
+    """Feature blocks of a term: products, then linear, then constant."""
     if self.pairs:
-      return PAIR
-    return CYCLIC + (self.c1 != 0) + (self.c0 != 0)
+      return HALF_BLOCKS
+    return SQUARE_BLOCKS + (self.c1 != 0) + (self.c0 != 0)
 
   @property
   def E(self) -> int:
-    return F * self.blocks
+    """Expanded features of a term."""
+    return PART * self.blocks
 
-  def groups(self, size: int) -> list[range]:
-    """The blocks, a few at a time, so that they fit the registers."""
-    steps = range(0, self.blocks, size)
-    return [range(r, min(r + size, self.blocks)) for r in steps]
+  def block_groups(self, size: int) -> list[range]:
+    """Cut the blocks into groups of `size`, so that a group fits registers."""
+    starts = range(0, self.blocks, size)
+    return [range(r, min(r + size, self.blocks)) for r in starts]
 
   @property
-  def rows(self) -> int:
-    """T of the arrays in memory, a multiple of 8."""
+  def padded_T(self) -> int:
+    """T of the arrays in memory, a multiple of 8 as TMA needs it."""
     return -(-self.T // 8) * 8
 
   @property
-  def total(self) -> int:
+  def total_chunks(self) -> int:
     """Chunks of a row."""
     return -(-self.T // C)
 
   @property
-  def halves(self) -> "Call":
-    """Slices half as long, for a program that walks twice as many heads."""
+  def half_slices(self) -> "Launch":
+    """This launch with slices half as long.
+
+    Kernels that only sum a state put four walks in a program instead of two,
+    so that half slices keep the number of programs.
+    """
     chunks = self.chunks // 2
-    return dataclasses.replace(
-      self, chunks=chunks, slices=-(-self.total // chunks)
-    )
+    slices = -(-self.total_chunks // chunks)
+    return dataclasses.replace(self, chunks=chunks, slices=slices)
 
   @property
   def affine(self) -> bool:
-    """Whether sim' is more than the square."""
+    """Whether sim' has a linear or a constant term."""
     return bool(self.c0 or self.c1)
 
 
-def make_call(
-  B, T, H, P, kernel: Kernel, dtype, programs: int, *, segments: bool
-) -> Call:
-  """Cuts time into slices where heads leave half of the device idle."""
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Every launch that a call needs.
+
+  Attributes:
+    whole: the call as a whole, with all its parts. Where a pass is not fused,
+      the kernels of `within_chunk.py` are launched with it.
+    launches: the launches that walk over chunks. One where F ≤ 16; else one for
+      the squares and one for the halves of pairs.
+    F: features of the public q and k.
+    P: value width of the public v.
+  """
+
+  whole: Launch
+  launches: tuple[Launch, ...]
+  F: int
+  P: int
+
+  @property
+  def fused(self) -> bool:
+    """Whether the only launch does the tokens of a chunk as well."""
+    return self.whole.fused
+
+  def pad_features(self, x_BTHF: Array) -> Array:
+    """Pad q or k with zeros up to whole parts and T up to a multiple of 8."""
+    return _pad(x_BTHF, self.whole.parts * PART)
+
+  def pad_values(self, x_BTHP: Array) -> Array:
+    """Pad v or do with zeros up to P % 16 = 0 and T up to a multiple of 8."""
+    return _pad(x_BTHP, self.whole.P)
+
+
+def plan(q: Array, v: Array, runs_BT: Array | None, kernel: Kernel) -> Plan:
+  """Make the plan of a call.
+
+  Args:
+    q: queries or keys (B, T, H, F), of which the shape and dtype are read.
+    v: values or their cotangent (B, T, H, P), of which P is read.
+    runs_BT: the number of each token's document; None: one document a row.
+    kernel: the static numbers of the call.
+  """
+  B, T, H, F = q.shape
+  P = v.shape[-1]
+  parts = -(-F // PART)
   c0, c1, c2 = dataclasses.astuple(kernel.coefficients)
-  square = 1.0
-  if dtype == jnp.float16:
-    square = 2.0 ** round(math.log2(c2))
-  call = Call(
+  scaled_c2 = 1.0
+  if q.dtype == jnp.float16:
+    scaled_c2 = 2.0 ** round(math.log2(c2))
+  whole = Launch(
     B,
     T,
     H,
-    P,
-    square,
-    square * c1 / c2,
-    square * c0 / c2,
-    square * kernel.eps / c2,
+    -(-P // 16) * 16,
+    scaled_c2,
+    scaled_c2 * c1 / c2,
+    scaled_c2 * c0 / c2,
+    scaled_c2 * kernel.eps / c2,
     slices=1,
     chunks=-(-T // C),
-    dtype=dtype,
-    segments=segments,
+    dtype=q.dtype,
+    segments=runs_BT is not None,
     by_shared=kernel.by_shared,
+    parts=parts,
   )
-  return cut(call, programs)
+  # The linear term is a sum over the parts by itself. The constant is not: each
+  # square takes an equal share of it.
+  squares = dataclasses.replace(whole, c0=whole.c0 / parts)
+  launches = [squares]
+  if parts > 1:
+    launches.append(dataclasses.replace(whole, pairs=True, c1=0.0, c0=0.0))
+  return Plan(whole, tuple(map(_cut_time, launches)), F, P)
 
 
-def cut(call: Call, programs: int) -> Call:
-  """Slices of time for about as many programs."""
-  total = call.total
-  slices = max(1, min(programs // (call.B * call.heads), total // SLICE_CHUNKS))
+def _cut_time(launch: Launch) -> Launch:
+  """Cut time into slices until there are about `PROGRAMS` programs."""
+  total = launch.total_chunks
+  wanted = min(PROGRAMS // (launch.B * launch.walks), total // SLICE_CHUNKS)
+  slices = max(1, wanted)
   chunks = -(-total // slices)
   if slices > 1:
-    chunks += chunks % 2  # `halves` are as long
-  return dataclasses.replace(call, slices=-(-total // chunks), chunks=chunks)
+    chunks += chunks % 2  # even, so that the half slices are equally long
+  return dataclasses.replace(launch, slices=-(-total // chunks), chunks=chunks)
 
 
-def of_parts(call: Call, m: int, *, pairs: bool) -> Call:
-  """The call of one kind of the parts of queries and keys m F wide."""
-  c1, c0 = (0.0, 0.0) if pairs else (call.c1, call.c0 / m)
-  return dataclasses.replace(call, m=m, pairs=pairs, c1=c1, c0=c0)
+def pairs_of(parts: int) -> list[tuple[int, int]]:
+  """List the pairs (i, j), i < j, in the order of their terms."""
+  return list(itertools.combinations(range(parts), 2))
 
 
-def pairs_of(m: int) -> list[tuple[int, int]]:
-  """(i, j), i < j, in the order of the parts."""
-  return list(itertools.combinations(range(m), 2))
+def _pad(x_BTHX: Array, width: int) -> Array:
+  """Pad with zeros; no copy is made where the sizes fit, as they mostly do."""
+  pad = (
+    (0, 0),
+    (0, -x_BTHX.shape[1] % 8),
+    (0, 0),
+    (0, width - x_BTHX.shape[-1]),
+  )
+  return x_BTHX if not any(after for _, after in pad) else jnp.pad(x_BTHX, pad)

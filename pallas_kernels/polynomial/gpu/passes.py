@@ -1,10 +1,15 @@
-"""Polynomial attention on Hopper GPUs: the five passes, by Pallas Mosaic GPU.
+"""The five passes of the Hopper implementation, as `operator.Passes` has them.
 
-Where batch × heads leave the card idle, time is cut into slices, each of which
-starts from a state that `time_slices.py` has summed before. The backward keeps
-these states, and makes those of the cotangents, from the end.
+One path serves every F. A pass makes the plan of its launches (`launch.plan`),
+pads the arrays, finds the states at slice boundaries, runs each launch of the
+plan, and brings the results into the public form. With one part (F ≤ 16) the
+only launch gives the results. With more, its sums are finished by
+`within_chunk.py`.
 
-More than 16 features are done by `wide_passes.py`.
+Two forms go from pass to pass. `before` is a list with the states before the
+slices of each launch. r and dz are (B, H · value_tiles, T padded to chunks)
+float32, where r is repeated for the value tiles of a head and dz is 0 except in
+the first, so that sums over the tiles count it once.
 """
 
 import jax
@@ -13,34 +18,39 @@ import jax.numpy as jnp
 
 from pallas_kernels.polynomial.gpu import (
   backward as backward_kernels,
-  documents as gpu_documents,
+  documents,
   forward as forward_kernels,
   launch,
-  states as gpu_states,
-  tiles,
+  states,
   time_slices,
-  wide_passes,
+  within_chunk,
 )
 from pallas_kernels.polynomial.gpu.documents import Documents
-from pallas_kernels.polynomial.gpu.tiles import Call
+from pallas_kernels.polynomial.gpu.launch import PART, Launch, Plan
 from pallas_kernels.polynomial.operator import Kernel, raise_if_unsupported
-from pallas_kernels.polynomial.state import State, restore_antisymmetric_part
+from pallas_kernels.polynomial.state import State
 
+F_MAX = 64
 P_MAX = 128
 
 
-def supports(
-  q: Array, v: Array, kernel: Kernel, *, states: bool
-) -> None:
-  """Raises NotImplementedError with the reason where "xla" must do the call."""
+def supports(q: Array, v: Array, kernel: Kernel, *, states: bool) -> None:
+  """Raise NotImplementedError with the reason if a call cannot run here.
+
+  Args:
+    q: queries (B, T, H, F).
+    v: values (B, T, H, P).
+    kernel: the static numbers of the call.
+    states: whether the call takes or returns a state, or splits time.
+  """
   F, P = q.shape[-1], v.shape[-1]
   reasons = [
     (
       q.dtype not in (jnp.bfloat16, jnp.float16),
       f"dtype {q.dtype}: bfloat16 and float16 only",
     ),
-    (F > wide_passes.F_MAX, f"F={F}: 1 to {wide_passes.F_MAX}"),
-    (states and F < tiles.F, f"states with F={F}: {tiles.F} or more"),
+    (F > F_MAX, f"F={F}: 1 to {F_MAX}"),
+    (states and F < PART, f"states with F={F}: {PART} or more"),
     (P > P_MAX, f"P={P}: 1 to {P_MAX}"),
     (kernel.coefficients.c2 <= 0, "c2 ≤ 0"),
     (kernel.eps <= 0, "eps = 0"),
@@ -49,150 +59,219 @@ def supports(
   raise_if_unsupported("gpu", reasons)
 
 
-def forward(q, k, v, runs_BT, state, kernel: Kernel, *, return_state: bool):
-  """o_BTHP, the state after the last token, if asked for, and what is kept."""
-  if q.shape[-1] > tiles.F:
-    return wide_passes.forward(
-      q, k, v, runs_BT, state, kernel, return_state=return_state
+def forward(
+  q: Array,
+  k: Array,
+  v: Array,
+  runs_BT: Array | None,
+  state: State | None,
+  kernel: Kernel,
+  *,
+  return_state: bool,
+) -> tuple[Array, State | None, list[tuple]]:
+  """Return o_BTHP, the state after the last token or None, and `before`."""
+  plan = launch.plan(q, v, runs_BT, kernel)
+  T = plan.whole.T
+  q, k, v = plan.pad_features(q), plan.pad_features(k), plan.pad_values(v)
+  masks = documents.describe(runs_BT, plan)
+  before = [
+    time_slices.states_before(
+      k, v, masks, states.to_kernel(state, walks, plan), state, walks
     )
-  T, P = q.shape[1], v.shape[-1]
-  call = _call(q, v, runs_BT, kernel)
-  q, k, v = _fill(q, k, v)
-  documents = gpu_documents.of_rows(runs_BT, call)
-  before = _prefix(k, v, documents, state, call)
-  alone = call.slices == 1
-  rows = documents.rows(call, past=True)
-  o, *after = forward_kernels.forward(
-    q, k, v, rows, before, call, state=return_state and alone
-  )
-  o = o[:, :T, :, :P]
+    for walks in plan.launches
+  ]
+  sums, after = [], []
+  for walks, states_before in zip(plan.launches, before, strict=True):
+    one_slice = walks.slices == 1
+    outputs, states_after = forward_kernels.forward(
+      q,
+      k,
+      v,
+      documents.kernel_inputs(masks, walks, past=True),
+      states_before,
+      walks,
+      write_states=return_state and one_slice,
+    )
+    sums.append(outputs)
+    after.append(states_after if one_slice else states_before[:2])
+  if plan.fused:
+    ((o,),) = sums
+  else:
+    per_token = documents.kernel_inputs(masks, plan.whole)
+    o = within_chunk.forward(q, k, v, per_token, sums, plan)
+  o = o[:, :T, :, : plan.P]
   if not return_state:
     return o, None, before
-  after = [x[-1] for x in (after if alone else before[:2])]
-  count_BH = gpu_documents.count(runs_BT, call)
-  count_BH = time_slices.corner(count_BH, state, documents, call)
-  found = gpu_states.from_kernel(*after, count_BH, P, call)
-  return o, restore_antisymmetric_part(found, state, documents.all_B), before
+  found = [[x[-1] for x in pair] for pair in after]
+  count_BH = documents.last_document_tokens(runs_BT, plan.whole)
+  count_BH = time_slices.total_count(count_BH, state, masks, plan.whole)
+  final = states.from_kernel(found, count_BH, plan)
+  return o, states.restore_lost(final, state, masks, plan), before
 
 
-def key_state(k, v, runs_BT, kernel: Kernel) -> State:
-  """The state after the last token, from a zero state."""
-  if k.shape[-1] > tiles.F:
-    return wide_passes.key_state(k, v, runs_BT, kernel)
-  call = _call(k, v, runs_BT, kernel)
-  _, filled_k, filled_v = _fill(k, k, v)
-  documents = gpu_documents.of_rows(runs_BT, call)
-  kv, kk = time_slices.behind_keys(filled_k, filled_v, documents, call)
-  count_BH = gpu_documents.count(runs_BT, call)
-  return gpu_states.from_kernel(kv, kk, count_BH, v.shape[-1], call)
+def key_state(
+  k: Array, v: Array, runs_BT: Array | None, kernel: Kernel
+) -> State:
+  """Return the state after the last token, from a zero state."""
+  plan = launch.plan(k, v, runs_BT, kernel)
+  k, v = plan.pad_features(k), plan.pad_values(v)
+  masks = documents.describe(runs_BT, plan)
+  found = [time_slices.key_state(k, v, masks, x) for x in plan.launches]
+  count_BH = documents.last_document_tokens(runs_BT, plan.whole)
+  return states.from_kernel(found, count_BH, plan)
 
 
-def backward_queries(q, k, v, do, runs_BT, before, kernel: Kernel):
-  """dq_BTHF; and r, dz, (B, heads, T filled up) float32."""
-  if q.shape[-1] > tiles.F:
-    return wide_passes.backward_queries(q, k, v, do, runs_BT, before, kernel)
-  _, T, _, F = q.shape
-  call = _call(q, v, runs_BT, kernel)
-  q, k, v, do = _fill(q, k, v, do)
-  documents = gpu_documents.of_rows(runs_BT, call)
-  rows = documents.rows(call, past=True)
-  dq, r, dz = backward_kernels.backward_queries(q, k, v, do, rows, before, call)
-  if call.tiles > 1:
-    dq = _over_tiles(dq, call)
-    dz = dz.reshape(call.B, call.H, call.tiles, -1).sum(axis=2)
-    dz = gpu_states.in_first_tile(dz, call)
-  return dq[:, :T, :, :F], r, dz
+def backward_queries(
+  q: Array,
+  k: Array,
+  v: Array,
+  do: Array,
+  runs_BT: Array | None,
+  before: list[tuple],
+  kernel: Kernel,
+) -> tuple[Array, Array, Array]:
+  """Return dq_BTHF, r and dz."""
+  plan = launch.plan(q, v, runs_BT, kernel)
+  T = plan.whole.T
+  q, k = plan.pad_features(q), plan.pad_features(k)
+  v, do = plan.pad_values(v), plan.pad_values(do)
+  masks = documents.describe(runs_BT, plan)
+  sums = [
+    backward_kernels.backward_queries(
+      q,
+      k,
+      v,
+      do,
+      documents.kernel_inputs(masks, walks, past=True),
+      states_before,
+      walks,
+    )
+    for walks, states_before in zip(plan.launches, before, strict=True)
+  ]
+  if plan.fused:
+    ((dq, r, dz),) = sums
+    dq, dz = _sum_over_value_tiles(dq, dz, plan.whole)
+  else:
+    per_token = documents.kernel_inputs(masks, plan.whole)
+    dq, r, dz = within_chunk.backward_queries(
+      q, k, v, do, per_token, sums, plan
+    )
+    if plan.whole.value_tiles > 1:
+      r = jnp.repeat(r, plan.whole.value_tiles, axis=1)
+  dz = states.in_first_tile(dz, plan.whole)
+  return dq[:, :T, :, : plan.F], r, dz
 
 
 def backward_keys(
-  q, k, v, do, r, dz, runs_BT, dstate, kernel: Kernel, *, return_state: bool
-):
-  """dk_BTHF, dv_BTHP and the cotangent of the state before, if asked for."""
-  if q.shape[-1] > tiles.F:
-    return wide_passes.backward_keys(
-      q, k, v, do, r, dz, runs_BT, dstate, kernel, return_state=return_state
+  q: Array,
+  k: Array,
+  v: Array,
+  do: Array,
+  r: Array,
+  dz: Array,
+  runs_BT: Array | None,
+  dstate: State | None,
+  kernel: Kernel,
+  *,
+  return_state: bool,
+) -> tuple[Array, Array, State | None]:
+  """Return dk_BTHF, dv_BTHP and the cotangent of the incoming state or None."""
+  plan = launch.plan(q, v, runs_BT, kernel)
+  T = plan.whole.T
+  q, k = plan.pad_features(q), plan.pad_features(k)
+  v, do = plan.pad_values(v), plan.pad_values(do)
+  masks = documents.describe(runs_BT, plan)
+  sums, before = [], []
+  for walks in plan.launches:
+    one_slice = walks.slices == 1
+    per_token = dict(r=r, dz=dz) | documents.kernel_inputs(masks, walks)
+    final = states.to_kernel(dstate, walks, plan, cotangent=True)
+    after = time_slices.cotangents_after(q, do, per_token, masks, final, walks)
+    outputs, states_before = backward_kernels.backward_keys(
+      q,
+      k,
+      v,
+      do,
+      per_token,
+      after,
+      walks,
+      write_states=return_state and one_slice,
     )
-  _, T, _, F = q.shape
-  P = v.shape[-1]
-  call = _call(q, v, runs_BT, kernel)
-  q, k, v, do = _fill(q, k, v, do)
-  documents = gpu_documents.of_rows(runs_BT, call)
-  rows = dict(r=r, dz=dz) | documents.rows(call)
-  after = _suffix(q, do, rows, documents, dstate, call)
-  alone = call.slices == 1
-  dk, dv, *before = backward_kernels.backward_keys(
-    q, k, v, do, rows, after, call, state=return_state and alone
-  )
-  if call.tiles > 1:
-    dk = _over_tiles(dk, call)
-  dk, dv = dk[:, :T, :, :F], dv[:, :T, :, :P]
+    sums.append(outputs)
+    before.append(states_before if one_slice else after)
+  if plan.fused:
+    ((dk, dv),) = sums
+    dk = _sum_features_over_value_tiles(dk, plan.whole)
+  else:
+    heads = dict(r=_of_heads(r, plan.whole), dz=_of_heads(dz, plan.whole))
+    per_token = heads | documents.kernel_inputs(masks, plan.whole)
+    dk, dv = within_chunk.backward_keys(q, k, v, do, per_token, sums, plan)
+  dk, dv = dk[:, :T, :, : plan.F], dv[:, :T, :, : plan.P]
   if not return_state:
     return dk, dv, None
-  before = [x[0] for x in (before if alone else after)]
-  return dk, dv, _cotangent(*before, dz, dstate, documents, P, call)
+  found = [[x[0] for x in pair] for pair in before]
+  return dk, dv, _cotangent(found, dz, dstate, masks, plan)
 
 
-def query_cotangent(q, do, r, dz, runs_BT, kernel: Kernel) -> State:
-  """The cotangent of the state before token 0, from these queries alone."""
-  if q.shape[-1] > tiles.F:
-    return wide_passes.query_cotangent(q, do, r, dz, runs_BT, kernel)
-  call = _call(q, do, runs_BT, kernel)
-  P = do.shape[-1]
-  q, _, do = _fill(q, q, do)
-  documents = gpu_documents.of_rows(runs_BT, call)
-  rows = dict(r=r, dz=dz) | documents.rows(call)
-  kv, kk = time_slices.before_queries(q, do, rows, documents, call)
-  return _cotangent(kv, kk, dz, None, documents, P, call)
+def query_cotangent(
+  q: Array,
+  do: Array,
+  r: Array,
+  dz: Array,
+  runs_BT: Array | None,
+  kernel: Kernel,
+) -> State:
+  """Return the incoming state's cotangent, if the returned one's is 0."""
+  plan = launch.plan(q, do, runs_BT, kernel)
+  q, do = plan.pad_features(q), plan.pad_values(do)
+  masks = documents.describe(runs_BT, plan)
+  found = []
+  for walks in plan.launches:
+    per_token = dict(r=r, dz=dz) | documents.kernel_inputs(masks, walks)
+    found.append(time_slices.query_cotangent(q, do, per_token, masks, walks))
+  return _cotangent(found, dz, None, masks, plan)
 
 
-def _call(q, v, runs_BT, kernel: Kernel) -> Call:
-  B, T, H, _ = q.shape
-  P = _width(v)
-  return launch.make_call(
-    B, T, H, P, kernel, q.dtype, launch.PROGRAMS, segments=runs_BT is not None
-  )
+def _cotangent(
+  found: list[list[Array]],
+  dz: Array,
+  dstate: State | None,
+  masks: Documents | None,
+  plan: Plan,
+) -> State:
+  """Bring the cotangent of the incoming state into the public form.
 
-
-def _width(v: Array) -> int:
-  """P of the arrays that the kernels take."""
-  return -(-v.shape[-1] // 16) * 16
-
-
-def _fill(q, k, v, *more):
-  """Zeros up to F = 16, P a multiple of 16 and T of 8, as TMA needs them.
-
-  Nothing is copied where the sizes fit, as the usual ones do.
+  The kernels have no cotangent of the count of tokens. It is Σ c0 dz over the
+  queries of the first document.
   """
-  P = _width(v)
-  wide = (tiles.fill(x, 8, P) for x in (v, *more))
-  return *(tiles.fill(x, 8, tiles.F) for x in (q, k)), *wide
+  whole = plan.whole
+  if masks is not None:
+    dz = jnp.where(masks.first_B1T, dz, 0)
+  count_BH = whole.c0 * _of_heads(dz, whole).sum(axis=-1)
+  count_BH = time_slices.total_count(count_BH, dstate, masks, whole)
+  cotangent = states.from_kernel(found, count_BH, plan, cotangent=True)
+  return states.restore_lost(cotangent, dstate, masks, plan)
 
 
-def _over_tiles(x_BTHF: Array, call: Call) -> Array:
-  """(B, T, heads, F) summed over the tiles of each head's values."""
-  x = x_BTHF.reshape(*x_BTHF.shape[:2], call.H, call.tiles, -1)
-  return x.astype(jnp.float32).sum(axis=3).astype(x.dtype)
+def _of_heads(x: Array, whole: Launch) -> Array:
+  """Take the first value tile's line of each head, (B, H, T)."""
+  return x[:, :: whole.value_tiles]
 
 
-def _prefix(k, v, documents: Documents, state: State | None, call: Call):
-  """`time_slices.prefix`; () where all that is before is 0."""
-  outer = None if state is None else gpu_states.to_kernel(state, call)
-  return time_slices.prefix(k, v, documents, outer, state, call)
+def _sum_over_value_tiles(
+  dq: Array, dz: Array, whole: Launch
+) -> tuple[Array, Array]:
+  """Sum the value tiles' shares of dq (B, T, walks, 16) and of dz."""
+  if whole.value_tiles == 1:
+    return dq, dz
+  dq = _sum_features_over_value_tiles(dq, whole)
+  dz = dz.reshape(whole.B, whole.H, whole.value_tiles, -1).sum(axis=2)
+  return dq, dz
 
 
-def _suffix(q, do, rows, documents: Documents, dstate, call: Call):
-  """`time_slices.suffix`, of a cotangent of the state after the last token."""
-  outer = None
-  if dstate is not None:
-    outer = gpu_states.to_kernel(dstate, call, cotangent=True)
-  return time_slices.suffix(q, do, rows, documents, outer, call)
-
-
-def _cotangent(kv, kk, dz, dstate, documents: Documents, P: int, call: Call):
-  """The public form; the corner of KK is Σ c0 dz."""
-  if documents.first_B1T is not None:
-    dz = jnp.where(documents.first_B1T, dz, 0)
-  corner_BH = call.c0 * dz[:, :: call.tiles].sum(axis=-1)
-  corner_BH = time_slices.corner(corner_BH, dstate, documents, call)
-  found = gpu_states.from_kernel(kv, kk, corner_BH, P, call, cotangent=True)
-  return restore_antisymmetric_part(found, dstate, documents.all_B)
+def _sum_features_over_value_tiles(x: Array, whole: Launch) -> Array:
+  """Sum the value tiles' shares of dq or dk, (B, T, walks, 16), in float32."""
+  if whole.value_tiles == 1:
+    return x
+  each = x.reshape(*x.shape[:2], whole.H, whole.value_tiles, -1)
+  return each.astype(jnp.float32).sum(axis=3).astype(x.dtype)

@@ -1,378 +1,507 @@
-"""The walk of a Hopper kernel over a slice of one head's time.
+"""The walk of a Hopper kernel over the chunks of a slice of time.
 
-Two warpgroups share a walk, chunk by chunk:
+Two warpgroups share a walk. For each chunk
 
-    state   writes the features of the chunk (ready), adds it to the state,
-            which it keeps in registers, and shows the new state (done)
-    output  uses the state before the chunk (read), then the chunk itself,
-            and writes what comes out
+    state warpgroup                        output warpgroup
+    ---------------                        ----------------
+    wait: inputs of the chunk              wait: the state before the chunk
+    write its features to shared memory    fetch a later chunk's inputs
+    signal: features written               wait: inputs of the chunk
+    add it to the state in registers       compute what passes through the state
+    wait: the state was read               wait: features written
+    write the new state to shared memory   signal: the state was read
+    signal: state written                  add the tokens of the chunk itself,
+                                           write the outputs
 
-A program has two such pairs, each at a head of its own; where the state alone
-is wanted, four `state` warpgroups. Barriers say that a part is finished. The
-inputs are fetched a chunk ahead.
+The output warpgroup waits for the features only so that it cannot be a whole
+chunk ahead of the state warpgroup.
+
+A program has two such walks, each of a head of its own. A kernel that only sums
+a state has no output warpgroup, and four walks in a program. Barriers are in
+shared memory; `work.Shared` names them. Inputs are copied by TMA, one chunk or
+two ahead.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import math
 from typing import NamedTuple
 
 import jax
-from jax import lax
+from jax import Array, lax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 
-from pallas_kernels.polynomial.gpu import tiles as common
-from pallas_kernels.polynomial.gpu.documents import FIRST, LAST
-from pallas_kernels.polynomial.gpu.launch import PAIR
-from pallas_kernels.polynomial.gpu.tiles import (
-  LAYOUT,
-  C,
-  F,
-  Place,
-  Shared,
-  V,
-  Work,
-  f32,
+from pallas_kernels.polynomial.gpu import features, tiles
+from pallas_kernels.polynomial.gpu.documents import (
+  OF_STATE_AFTER,
+  OF_STATE_BEFORE,
 )
+from pallas_kernels.polynomial.gpu.launch import (
+  HALF_BLOCKS,
+  PART,
+  SQUARE_BLOCKS,
+  TILE,
+  C,
+  Launch,
+)
+from pallas_kernels.polynomial.gpu.tiles import LAYOUT, f32
+from pallas_kernels.polynomial.gpu.work import Place, Shared, Work
 
-FEATURES = ("q", "k", "qj", "kj")  # streams of queries and keys
-WARPGROUPS = 4  # of a program: 128 registers a thread
-SHARED_MEMORY = 230_000  # bytes of a program, what aligns and barriers aside
+FEATURE_INPUTS = ("q", "k", "qj", "kj")  # inputs that are PART columns wide
+WARPGROUPS = 4  # of a program, which leaves 128 registers a thread
+SHARED_MEMORY = 230_000  # bytes of a program, without alignment and barriers
 
 
-class Parts(NamedTuple):
-  """A kernel's own parts, of (work, chunk, slot of its inputs)."""
+class Steps(NamedTuple):
+  """What a kernel does with a chunk. All functions take (work, chunk, slot).
 
-  features: Callable  # writes phi and wide
-  update: Callable  # → (x_s, values_s) whose products the state sums
-  through_state: Callable | None = None  # → part
-  within: Callable | None = None  # (work, chunk, slot, part) writes the outputs
+  `chunk` is the number of the chunk in the row, `slot` the stage that holds its
+  inputs.
+
+  Attributes:
+    write_features: writes `shared.phi` and `shared.extended`.
+    summed_tiles: returns (x_s, values_s), the tiles of queries or keys and of
+      their values that are added to the state. It takes (work, slot).
+    through_state: returns what the chunk gets from tokens outside it.
+    finish: takes that result as a fourth argument, adds the tokens of the chunk
+      itself where the launch is fused, and writes the outputs. None in kernels
+      that only sum a state.
+  """
+
+  write_features: Callable
+  summed_tiles: Callable
+  through_state: Callable | None = None
+  finish: Callable | None = None
 
 
-class Launch(NamedTuple):
-  """What a kernel reads and writes."""
+class Staging(NamedTuple):
+  """Shared memory from which an output is copied to HBM.
+
+  Attributes:
+    name: the name in `Work.staging`.
+    shape: of one walk's tile.
+    swizzle: the layout for the copy; None for plain float32 values.
+  """
 
   name: str
-  streams: dict  # (B, T, H, ·) arrays
-  rows: dict  # (B, heads or 1, T filled up to chunks) arrays
-  states: tuple = ()  # before the slices: KVᵀ, KK and perhaps the count
-  outs: tuple = ()  # shapes of the outputs
-  tiles: tuple = ()  # (name, shape, swizzle or None for float32) of a head
-  after: bool = False  # whether to write the states behind the slices
-  left: bool = False  # whether to walk from the end
+  shape: tuple[int, ...]
+  swizzle: tuple | None
 
 
-def launch(call: common.Call, parts: Parts, what: Launch) -> list:
-  """Runs a kernel: grid (slices, groups of heads).
+def value_staging(name: str, launch: Launch) -> Staging:
+  """Describe the staging of a value tile."""
+  swizzle = tiles.SWIZZLE_128 if launch.P % TILE == 0 else tiles.SWIZZLE_32
+  return Staging(name, (C, launch.tile_width), swizzle)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+  """The arrays that a kernel reads and writes.
+
+  Attributes:
+    streams: by name, the inputs (B, T, H, ·) that are read chunk by chunk.
+    per_token: by name, the inputs with one value a token, (B, ·, T padded to
+      chunks). The second axis is 1, or H · value_tiles.
+    states: KVᵀ and KK before the slices in the order of the walk, perhaps the
+      count of their tokens, too; or () for zeros.
+    outputs: shapes and dtypes of the outputs.
+    staging: shared memory for the outputs.
+    write_states: whether to write the states after the slices, too.
+    from_end: whether to walk from the last chunk to the first.
+  """
+
+  streams: dict[str, Array]
+  per_token: dict[str, Array]
+  states: tuple = ()
+  outputs: tuple = ()
+  staging: Sequence[Staging] = ()
+  write_states: bool = False
+  from_end: bool = False
+
+
+def feature_streams(launch: Launch, **arrays: Array) -> dict[str, Array]:
+  """Name the streams of queries and keys: "q"; for pairs also "qj", part j."""
+  if not launch.pairs:
+    return arrays
+  return arrays | {f"{name}j": x for name, x in arrays.items()}
+
+
+def run(name: str, launch: Launch, steps: Steps, arrays: Arrays) -> list[Array]:
+  """Run a kernel over the grid (slices, groups of walks).
+
+  Args:
+    name: of the kernel, in a profile.
+    launch: the static record of the launch.
+    steps: what the kernel does with a chunk.
+    arrays: what it reads and writes.
 
   Returns:
-    the outputs, and the states behind the slices where asked for.
+    The outputs; then, where `write_states` asks for them, KVᵀ and KK after each
+    slice (`state_shapes`).
   """
-  alone = parts.within is None
-  N = WARPGROUPS if alone else WARPGROUPS // 2
-  scratch = _scratch(call, what, N, alone=alone)
+  state_only = steps.finish is None
+  walks = WARPGROUPS if state_only else WARPGROUPS // 2
+  scratch = _scratch(launch, arrays, walks, state_only=state_only)
   if _bytes(scratch) > SHARED_MEMORY:
-    call = dataclasses.replace(call, stages=1)
-    scratch = _scratch(call, what, N, alone=alone)
-  count, M = len(what.streams) + len(what.rows), len(what.states)
+    launch = dataclasses.replace(launch, stages=1)
+    scratch = _scratch(launch, arrays, walks, state_only=state_only)
+  names = (*arrays.streams, *arrays.per_token)
+  has_count = len(arrays.states) == 3
 
-  def body(*refs, inputs, tiles, shared, rolls, once, operand):
-    arrays, rolls_ref, rest = refs[:count], refs[count], refs[count + 1 :]
-    states, outs = rest[:M], rest[M:]
-    names = (*what.streams, *what.rows)
-    pairs = [(x, ref, inputs[x]) for x, ref in zip(names, arrays, strict=True)]
+  def body(*refs, inputs, rolls, loaded, operand, shared, staging):
+    input_refs, (rolls_ref, *rest) = refs[: len(names)], refs[len(names) :]
+    states = rest[: len(arrays.states)]
+    outputs = rest[len(arrays.states) :]
+    copies = [
+      (x, ref, inputs[x]) for x, ref in zip(names, input_refs, strict=True)
+    ]
     w = lax.axis_index("w")
-    p = w if alone else lax.div(w, 2)
+    in_program = w if state_only else lax.div(w, 2)
 
     @pl.when(w == 0)
     def _():
-      if not call.pairs:
-        plgpu.copy_gmem_to_smem(rolls_ref, rolls, once.at[0])
+      if not launch.pairs:
+        plgpu.copy_gmem_to_smem(rolls_ref, rolls, loaded.at[0])
         return
       for half in range(2):
-        plgpu.copy_gmem_to_smem(rolls_ref.at[half], rolls.at[half], once.at[0])
+        plgpu.copy_gmem_to_smem(
+          rolls_ref.at[half], rolls.at[half], loaded.at[0]
+        )
 
-    def run(role) -> None:
-      here = _place(call, p, N)
+    def walk(role) -> None:
+      here = _place(launch, in_program, walks)
+      count = jnp.zeros((), f32)
+      if has_count:
+        count = states[2][here.s, here.b, here.h]
       work = Work(
-        call,
+        launch,
         here,
-        _of_head(shared, p, alone=alone),
-        {name: x.at[p] for name, x in inputs.items()},
-        {name: x.at[p] for name, x in tiles.items()},
-        outs[: len(what.outs)],
-        rolls.at[here.half] if call.pairs else rolls,
-        operand.at[w] if call.by_shared else None,
-        states[2][here.at[:2] + (here.h,)] if M == 3 else jnp.zeros((), f32),
+        _of_walk(shared, in_program, state_only=state_only),
+        {x: buffer.at[in_program] for x, buffer in inputs.items()},
+        {x: buffer.at[in_program] for x, buffer in staging.items()},
+        outputs[: len(arrays.outputs)],
+        rolls.at[here.half] if launch.pairs else rolls,
+        operand.at[w] if launch.by_shared else None,
+        count,
       )
-      order = lambda i: here.first + (here.chunks - 1 - i if what.left else i)
-      fetch = functools.partial(_fetch, work, pairs, shared.full, p)
-      plgpu.barrier_wait(once.at[0])
-      role(work, parts, order, fetch)
 
-    keep = functools.partial(
-      _state,
+      def chunk_at(i):
+        step = here.chunks - 1 - i if arrays.from_end else i
+        return here.first_chunk + step
+
+      fetch = functools.partial(_fetch, work, copies)
+      plgpu.barrier_wait(loaded.at[0])
+      role(work, steps, chunk_at, fetch)
+
+    state_role = functools.partial(
+      _state_warpgroup,
       before=states[:2],
-      after=outs[len(what.outs) :],
-      left=what.left,
+      after=outputs[len(arrays.outputs) :],
+      from_end=arrays.from_end,
     )
-    exists = lax.axis_index("n") * N + p < call.B * call.heads
-    if alone:
-      pl.when(exists)(lambda: run(keep))
+    exists = lax.axis_index("n") * walks + in_program < launch.B * launch.walks
+    if state_only:
+      pl.when(exists)(lambda: walk(state_role))
     else:
-      output = lax.rem(w, 2) == 1
-      pl.when(exists & ~output)(lambda: run(keep))
-      pl.when(exists & output)(lambda: run(_output))
+      is_output = lax.rem(w, 2) == 1
+      pl.when(exists & ~is_output)(lambda: walk(state_role))
+      pl.when(exists & is_output)(lambda: walk(_output_warpgroup))
 
   kernel = plgpu.kernel(
     body,
-    out_type=[*what.outs, *state_shapes(call) * what.after],
+    out_type=[
+      *arrays.outputs,
+      *(state_shapes(launch) if arrays.write_states else ()),
+    ],
     scratch_types=scratch,
-    compiler_params=common.compiler_params(),
-    kernel_name=f"polynomial_{call.prefix}{what.name}",
-    grid=(call.slices, -(-call.B * call.heads // N)),
+    compiler_params=tiles.compiler_params(),
+    kernel_name=f"polynomial_{launch.kernel_prefix}{name}",
+    grid=(launch.slices, -(-launch.B * launch.walks // walks)),
     grid_names=("s", "n"),
     num_threads=WARPGROUPS,
     thread_name="w",
   )
-  table = common.rolls()
-  if call.pairs:
-    halves = (range(half * PAIR, F - (1 - half) * PAIR) for half in range(2))
-    table = np.stack([common.rolls(blocks) for blocks in halves])
-  table = jnp.asarray(table, call.dtype)
   return kernel(
-    *what.streams.values(), *what.rows.values(), table, *what.states
+    *arrays.streams.values(),
+    *arrays.per_token.values(),
+    jnp.asarray(features.rolling_matrices(launch), launch.dtype),
+    *arrays.states,
   )
 
 
-def _scratch(call: common.Call, what: Launch, N: int, *, alone: bool) -> dict:
-  """Shared memory of a program of N heads."""
-  stages = call.stages
-  width = lambda name: F if name in FEATURES else V
-  inputs = {
-    name: common.smem(call, N, stages, C, width(name)) for name in what.streams
-  }
-  for name, x in what.rows.items():
-    inputs[name] = plgpu.SMEM((N, stages, C), x.dtype)
-  barrier = plgpu.Barrier(num_arrivals=1, num_barriers=N)
-  tile = functools.partial(common.smem, call, N)
-  shared = Shared(
-    phi=tile(C, call.E),
-    wide=tile(C, V),
-    kv=None if alone else tile(V, call.E),
-    kk=None if alone else tile(2, V, F),
-    x=tile(C, F) if call.segments else None,
-    values=tile(C, V) if call.segments else None,
-    full=plgpu.Barrier(num_arrivals=len(inputs), num_barriers=N * stages),
-    ready=barrier,
-    read=barrier,
-    done=barrier,
-  )
-  rolls = common.smem(call, F, common.CYCLIC * F)
-  if call.pairs:
-    rolls = common.smem(call, 2, F, PAIR * F)
-  tiles = {}
-  for name, shape, swizzle in what.tiles:
-    if swizzle is None:
-      tiles[name] = plgpu.SMEM((N, *shape), f32)
-    else:
-      tiles[name] = tile(*shape, swizzle=swizzle)
-  return dict(
-    inputs=inputs,
-    tiles=tiles,
-    shared=shared,
-    rolls=rolls,
-    once=plgpu.Barrier(num_arrivals=1 + call.pairs, num_barriers=1),
-    operand=common.smem(call, WARPGROUPS, C, F) if call.by_shared else None,
-  )
+def state_shapes(launch: Launch) -> list[jax.ShapeDtypeStruct]:
+  """Describe KVᵀ and KK of all slices: (slices, B, walks, TILE, ·) float32."""
+  at = (launch.slices, launch.B, launch.walks, TILE)
+  return [
+    jax.ShapeDtypeStruct((*at, launch.E), f32),
+    jax.ShapeDtypeStruct((*at, PART), f32),
+  ]
 
 
-def _bytes(scratch: dict) -> int:
-  leaves = jax.tree.leaves(scratch, is_leaf=lambda x: hasattr(x, "dtype"))
-  return sum(
-    math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
-    for x in leaves
-    if not isinstance(x, plgpu.Barrier)
-  )
+# The two warpgroups.
 
 
-def _place(call: common.Call, p, N: int) -> Place:
-  s, n = lax.axis_index("s"), lax.axis_index("n") * N + p
-  first = s * call.chunks
-  chunks = jnp.minimum(call.chunks, call.total - first)
-  b, head = lax.div(n, call.heads), lax.rem(n, call.heads)
-  h, tile, part = head, None, ()
-  if call.m > 1:
-    h, number = lax.div(h, call.parts), lax.rem(h, call.parts)
-    part = _part(call, number)
-  if call.tiles > 1:
-    h, tile = lax.div(h, call.tiles), lax.rem(h, call.tiles)
-  return Place(p, s, b, head, h, tile, first, chunks, *part)
-
-
-def _part(call: common.Call, number):
-  """(i, j, half) of a head's part: pairs (0, 1), (0, 2), …, (1, 2), …"""
-  if not call.pairs:
-    return number, number, 0
-  pair, half = lax.div(number, 2), lax.rem(number, 2)
-  i, j, start = 0, pair + 1, 0
-  for row in range(1, call.m - 1):
-    start += call.m - row
-    later = pair >= start
-    i = i + jnp.where(later, 1, 0)
-    j = j + jnp.where(later, 1 + row - call.m, 0)
-  return i, j, half
-
-
-def _of_head(shared: Shared, p, *, alone: bool) -> Shared:
-  tiles = ("phi", "wide", "x", "values") + (() if alone else ("kv", "kk"))
-  mine = {name: getattr(shared, name) for name in tiles}
-  return shared._replace(
-    **{name: x.at[p] for name, x in mine.items() if x is not None}
-  )
-
-
-def _output(work: Work, parts: Parts, order, fetch) -> None:
-  """The warpgroup that writes the outputs; it fetches for both."""
-  call, here, shared = work.call, work.here, work.shared
-  p, stages = here.p, call.stages
+def _output_warpgroup(work: Work, steps: Steps, chunk_at, fetch) -> None:
+  """Write the outputs of each chunk; fetch the inputs for both warpgroups."""
+  here, shared, stages = work.here, work.shared, work.launch.stages
+  n = here.in_program
   for i in range(stages):
-    pl.when(i < here.chunks)(functools.partial(fetch, order(i), i))
+    pl.when(i < here.chunks)(functools.partial(fetch, chunk_at(i), i))
 
   def step(i, _):
     slot = lax.rem(i, stages)
-    at = order(i), slot
-    plgpu.barrier_wait(shared.done.at[p])
+    at = chunk_at(i), slot
+    plgpu.barrier_wait(shared.state_written.at[n])
+    # The state holds the last chunk now, so that both warpgroups have used its
+    # inputs, and its stage is free.
     ahead = i - 1 + stages
     pl.when((i > 0) & (ahead < here.chunks))(
-      lambda: fetch(order(ahead), lax.rem(ahead, stages))
+      lambda: fetch(chunk_at(ahead), lax.rem(ahead, stages))
     )
-    plgpu.barrier_wait(shared.full.at[p * stages + slot])
-    part = parts.through_state(work, *at)
-    plgpu.barrier_wait(shared.ready.at[p])
-    plgpu.barrier_arrive(shared.read.at[p])
-    parts.within(work, *at, part)
+    plgpu.barrier_wait(shared.copied.at[n * stages + slot])
+    from_outside = steps.through_state(work, *at)
+    plgpu.barrier_wait(shared.features_written.at[n])
+    plgpu.barrier_arrive(shared.state_read.at[n])
+    steps.finish(work, *at, from_outside)
     return ()
 
   lax.fori_loop(0, here.chunks, step, ())
   plgpu.wait_smem_to_gmem(0)
 
 
-def _state(
-  work: Work, parts: Parts, order, fetch, *, before, after, left: bool
+def _state_warpgroup(
+  work: Work, steps: Steps, chunk_at, fetch, *, before, after, from_end: bool
 ) -> None:
-  """The warpgroup that keeps the state."""
-  call, here, shared = work.call, work.here, work.shared
-  p, stages, alone = here.p, call.stages, parts.within is None
-  shrink = 1.0 if left else call.shrink
-  shared.wide[...] = common.zeros((C, V), call.dtype)
+  """Keep the state in registers, and add each chunk to it.
+
+  Args:
+    work: of this warpgroup.
+    steps: what the kernel does with a chunk.
+    chunk_at: the chunk of each step of the walk.
+    fetch: starts the copies of a chunk's inputs into a stage.
+    before: references to KVᵀ and KK before the slices, or ().
+    after: references to which to write those after the slices, or ().
+    from_end: whether the walk is from the end. The state is one of cotangents
+      then, which `gradient_scale` has brought into range.
+  """
+  launch, here, shared = work.launch, work.here, work.shared
+  n, stages, state_only = here.in_program, launch.stages, steps.finish is None
+  scale = 1.0 if from_end else launch.state_scale
+  shared.extended[...] = tiles.zeros((C, TILE), launch.dtype)
   plgpu.commit_smem()
-  state = _load(before, here, call, left=left)
-  if alone:
+  state = _load_state(before, here, launch, from_end=from_end)
+  if state_only:
     for i in range(stages):
-      pl.when(i < here.chunks)(functools.partial(fetch, order(i), i))
+      pl.when(i < here.chunks)(functools.partial(fetch, chunk_at(i), i))
   else:
-    _show(shared, *state, shrink)
-    plgpu.barrier_arrive(shared.done.at[p])
+    _write_state(shared, *state, scale)
+    plgpu.barrier_arrive(shared.state_written.at[n])
 
   def step(i, state):
     slot = lax.rem(i, stages)
-    at = order(i), slot
-    plgpu.barrier_wait(shared.full.at[p * stages + slot])
-    parts.features(work, *at)
+    at = chunk_at(i), slot
+    plgpu.barrier_wait(shared.copied.at[n * stages + slot])
+    steps.write_features(work, *at)
     plgpu.commit_smem()
-    if not alone:
-      plgpu.barrier_arrive(shared.ready.at[p])
-    state = _update(work, _kept(work, slot, state), *parts.update(work, slot))
-    if alone:
-      plgpu.commit_smem()  # the update has read its chunk and features
+    if not state_only:
+      plgpu.barrier_arrive(shared.features_written.at[n])
+    state = _reset_at_boundary(work, slot, state)
+    state = _update(work, state, *steps.summed_tiles(work, slot))
+    if state_only:
+      plgpu.commit_smem()  # the update has read the chunk's inputs and features
       ahead = i + stages
-      pl.when(ahead < here.chunks)(lambda: fetch(order(ahead), slot))
+      pl.when(ahead < here.chunks)(lambda: fetch(chunk_at(ahead), slot))
       return state
-    plgpu.barrier_wait(shared.read.at[p])
-    _show(shared, *state, shrink)
-    plgpu.barrier_arrive(shared.done.at[p])
+    plgpu.barrier_wait(shared.state_read.at[n])
+    _write_state(shared, *state, scale)
+    plgpu.barrier_arrive(shared.state_written.at[n])
     return state
 
   kv, kk = lax.fori_loop(0, here.chunks, step, state)
   if after:
-    after[0][here.at] = kv
-    after[1][here.at] = kk
+    after[0][here.state_index] = kv
+    after[1][here.state_index] = kk
 
 
-def _load(refs, here: Place, call: common.Call, *, left: bool):
-  """(KVᵀ, KK) in registers.
+def _load_state(refs, here: Place, launch: Launch, *, from_end: bool):
+  """Load (KVᵀ, KK) before the slice into registers; zeros if there are none.
 
-  Arrays of all borders have one more than there are slices.
+  The arrays may have an entry for each slice, or one more: the states at all
+  slice boundaries. A walk from the end starts from the later boundary.
   """
   if not refs:
-    return common.zeros((V, call.E)), common.zeros((V, F))
-  behind = refs[0].shape[0] - call.slices if left else 0
-  at = (here.s + behind, *here.at[1:])
+    return tiles.zeros((TILE, launch.E)), tiles.zeros((TILE, PART))
+  shift = refs[0].shape[0] - launch.slices if from_end else 0
+  at = (here.s + shift, *here.state_index[1:])
   load = functools.partial(plgpu.load, layout=LAYOUT, optimized=False)
   return load(refs[0].at[at]), load(refs[1].at[at])
 
 
-def _kept(work: Work, slot, state):
-  """The state, or zeros where a document begins or ends in the chunk."""
-  if not work.call.segments:
+def _reset_at_boundary(work: Work, slot, state):
+  """Set the state to zeros where a document begins or ends in the chunk.
+
+  It does not where one token, and so all of them, is of the document of the
+  states before and after the chunk.
+  """
+  if not work.launch.segments:
     return state
-  both = FIRST | LAST
-  joined = (work.inputs["codes"][slot, 0] & both) == both
-  return tuple(jnp.where(joined, x, jnp.zeros_like(x)) for x in state)
-
-
-def _show(shared: Shared, kv, kk, shrink: float) -> None:
-  shared.kv[...] = common.times(kv, shrink).astype(shared.kv.dtype)
-  common.store_split(shared.kk, common.times(kk, shrink))
-  plgpu.commit_smem()
+  both = OF_STATE_BEFORE | OF_STATE_AFTER
+  unbroken = (work.inputs["codes"][slot, 0] & both) == both
+  return tuple(jnp.where(unbroken, x, jnp.zeros_like(x)) for x in state)
 
 
 def _update(work: Work, state, x_s, values_s):
-  """KVᵀ += vᵀ features and KK += [k̃ …]ᵀ k, on the tensor core."""
+  """Add valuesᵀ φ to KVᵀ, and k̃ᵀ k to KK, on the tensor core."""
   kv, kk = state
-  wide, phi = work.shared.wide, work.shared.phi
+  extended, phi = work.shared.extended, work.shared.phi
   return tuple(
-    common.add_mmas(
+    tiles.add_mmas(
       work,
       (kv, (values_s.transpose((1, 0)), phi)),
-      (kk, (wide.transpose((1, 0)), x_s)),
+      (kk, (extended.transpose((1, 0)), x_s)),
     )
   )
 
 
-def _fetch(work: Work, pairs, full, p, chunk, slot) -> None:
-  """Starts the copies of one chunk; TMA fills what is beyond T with 0."""
-  call, here = work.call, work.here
-  b, barrier = here.b, full.at[p * call.stages + slot]
-  for name, ref, buffer in pairs:
-    tokens, target = pl.ds(chunk * C, C), buffer.at[p, slot]
+def _write_state(shared: Shared, kv, kk, scale: float) -> None:
+  """Write the tensor core's copy of a state to shared memory."""
+  shared.kv[...] = tiles.times(kv, scale).astype(shared.kv.dtype)
+  tiles.store_high_low(shared.kk, tiles.times(kk, scale))
+  plgpu.commit_smem()
+
+
+# Where a walk is, and its inputs.
+
+
+def _place(launch: Launch, in_program, walks: int) -> Place:
+  """Find the slice, row, head, value tile and term of a walk."""
+  s, n = lax.axis_index("s"), lax.axis_index("n") * walks + in_program
+  first = s * launch.chunks
+  chunks = jnp.minimum(launch.chunks, launch.total_chunks - first)
+  b, walk = lax.div(n, launch.walks), lax.rem(n, launch.walks)
+  h, tile, term = walk, None, ()
+  if not launch.fused:
+    h, number = lax.div(h, launch.terms), lax.rem(h, launch.terms)
+    term = _term(launch, number)
+  if launch.value_tiles > 1:
+    h, tile = lax.div(h, launch.value_tiles), lax.rem(h, launch.value_tiles)
+  return Place(in_program, s, b, walk, h, tile, first, chunks, *term)
+
+
+def _term(launch: Launch, number):
+  """Return (i, j, half) of a term.
+
+  Squares are (0, 0), (1, 1), …; pairs (0, 1), (0, 2), …, (1, 2), …, two terms
+  each. `number` is traced, so that the pair is counted and not looked up.
+  """
+  if not launch.pairs:
+    return number, number, 0
+  pair, half = lax.div(number, 2), lax.rem(number, 2)
+  i, j, start = 0, pair + 1, 0
+  for first in range(1, launch.parts - 1):
+    start += launch.parts - first
+    later = pair >= start
+    i = i + jnp.where(later, 1, 0)
+    j = j + jnp.where(later, 1 + first - launch.parts, 0)
+  return i, j, half
+
+
+def _of_walk(shared: Shared, in_program, *, state_only: bool) -> Shared:
+  """Select a walk's part of the program's shared memory, except barriers."""
+  names = ["phi", "extended", "x", "values"]
+  if not state_only:
+    names += ["kv", "kk"]
+  buffers = {name: getattr(shared, name) for name in names}
+  return shared._replace(
+    **{x: ref.at[in_program] for x, ref in buffers.items() if ref is not None}
+  )
+
+
+def _fetch(work: Work, copies: list, chunk, slot) -> None:
+  """Start the copies of one chunk's inputs; TMA fills with 0 beyond T."""
+  launch, here = work.launch, work.here
+  barrier = work.shared.copied.at[here.in_program * launch.stages + slot]
+  for name, ref, buffer in copies:
+    tokens = pl.ds(chunk * C, C)
+    target = buffer.at[here.in_program, slot]
     if len(ref.shape) == 3:
-      row = 0 if ref.shape[1] == 1 else here.head
-      if call.m > 1 and ref.shape[1] > 1:
-        row = lax.div(row, call.parts)
-      source = ref.at[b, row, tokens]
+      line = 0 if ref.shape[1] == 1 else here.walk
+      if not launch.fused and ref.shape[1] > 1:
+        line = lax.div(line, launch.terms)  # all terms share r and dz
+      source = ref.at[here.b, line, tokens]
     else:
       width = buffer.shape[-1]
-      # Not a plain 0: TMA fills what is beyond the width, but a slice that is
-      # static and too wide is refused.
-      start = 0 if width == ref.shape[-1] else b * 0
-      if width == V and here.tile is not None:
-        start = here.tile * V
-      if call.m > 1 and name in FEATURES:
-        start = (here.j if name.endswith("j") else here.i) * F
-      source = ref.at[b, tokens, here.h, pl.ds(start, width)]
+      # TMA fills what is beyond the width with 0, too. But a slice that is
+      # static and too wide is refused, so that this 0 is a traced one.
+      start = 0 if width == ref.shape[-1] else here.b * 0
+      if width == TILE and here.tile is not None:
+        start = here.tile * TILE
+      if not launch.fused and name in FEATURE_INPUTS:
+        start = (here.j if name.endswith("j") else here.i) * PART
+      source = ref.at[here.b, tokens, here.h, pl.ds(start, width)]
     plgpu.copy_gmem_to_smem(source, target, barrier)
 
 
-def state_shapes(call: common.Call) -> list:
-  """Of the states of all slices."""
-  at = (call.slices, call.B, call.heads, V)
-  return [
-    jax.ShapeDtypeStruct((*at, call.E), f32),
-    jax.ShapeDtypeStruct((*at, F), f32),
-  ]
+# Shared memory.
+
+
+def _scratch(
+  launch: Launch, arrays: Arrays, walks: int, *, state_only: bool
+) -> dict:
+  """Describe the shared memory of a program; `body` receives it by name."""
+  stages = launch.stages
+  inputs = {
+    name: tiles.smem(
+      launch, walks, stages, C, PART if name in FEATURE_INPUTS else TILE
+    )
+    for name in arrays.streams
+  }
+  for name, x in arrays.per_token.items():
+    inputs[name] = plgpu.SMEM((walks, stages, C), x.dtype)
+  barrier = plgpu.Barrier(num_arrivals=1, num_barriers=walks)
+  tile = functools.partial(tiles.smem, launch, walks)
+  shared = Shared(
+    phi=tile(C, launch.E),
+    extended=tile(C, TILE),
+    kv=None if state_only else tile(TILE, launch.E),
+    kk=None if state_only else tile(2, TILE, PART),
+    x=tile(C, PART) if launch.segments else None,
+    values=tile(C, TILE) if launch.segments else None,
+    copied=plgpu.Barrier(num_arrivals=len(inputs), num_barriers=walks * stages),
+    features_written=barrier,
+    state_read=barrier,
+    state_written=barrier,
+  )
+  rolls = tiles.smem(launch, PART, SQUARE_BLOCKS * PART)
+  if launch.pairs:
+    rolls = tiles.smem(launch, 2, PART, HALF_BLOCKS * PART)
+  staging = {}
+  for name, shape, swizzle in arrays.staging:
+    if swizzle is None:
+      staging[name] = plgpu.SMEM((walks, *shape), f32)
+    else:
+      staging[name] = tile(*shape, swizzle=swizzle)
+  operand = None
+  if launch.by_shared:
+    operand = tiles.smem(launch, WARPGROUPS, C, PART)
+  return dict(
+    inputs=inputs,
+    loaded=plgpu.Barrier(num_arrivals=1 + launch.pairs, num_barriers=1),
+    operand=operand,
+    rolls=rolls,
+    shared=shared,
+    staging=staging,
+  )
+
+
+def _bytes(scratch: dict) -> int:
+  """Count the bytes of all buffers; barriers are small."""
+  leaves = jax.tree.leaves(scratch, is_leaf=lambda x: hasattr(x, "dtype"))
+  return sum(
+    math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
+    for x in leaves
+    if not isinstance(x, plgpu.Barrier)
+  )

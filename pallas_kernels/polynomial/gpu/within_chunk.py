@@ -1,26 +1,41 @@
-"""Hopper kernels that finish what the parts of wide features began.
+"""The kernels that finish a pass where F > 16: they add the chunk's own tokens.
 
-A chunk's own tokens are added to the sums that reach it through the parts'
-states (`gpu_parts.py`), with scores of all features, and the results written.
-There is no state: a warpgroup does a chunk of a head, and all its values.
+The walks of the terms have written what reaches each chunk through their states
+(`partial_sums.py`). The kernels here add these sums up, add the tokens of the
+chunk itself with scores of all parts, and write the results. They have no state
+and no walk: a warpgroup does one chunk of one head, with all its value tiles.
+The equations are those of `forward.py` and `backward.py`.
 """
 
+from collections.abc import Callable
 import functools
+from typing import NamedTuple
 
 import jax
-from jax import lax
+from jax import Array, lax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.polynomial.gpu import documents, tiles as common
-from pallas_kernels.polynomial.gpu.launch import C, Call, F, V, pairs_of
+from pallas_kernels.polynomial.gpu import (
+  documents,
+  partial_sums,
+  pipeline,
+  tiles,
+)
+from pallas_kernels.polynomial.gpu.launch import (
+  PART,
+  TILE,
+  C,
+  Launch,
+  Plan,
+  pairs_of,
+)
+from pallas_kernels.polynomial.gpu.pipeline import Staging
 from pallas_kernels.polynomial.gpu.tiles import (
-  COLUMNS,
+  FIRST_AXIS,
   LAYOUT,
-  ROWS,
-  Place,
-  Work,
+  SECOND_AXIS,
   add_mma,
   columns,
   f32,
@@ -28,184 +43,314 @@ from pallas_kernels.polynomial.gpu.tiles import (
   mmas,
   times,
 )
+from pallas_kernels.polynomial.gpu.work import Place, Work
 
-HEADS = 2  # warpgroups of a program: 255 registers a thread
+WARPGROUPS = 2  # of a program, which leaves 255 registers a thread
 
 
-def forward(q, k, v, rows, sums, m: int, call: Call) -> list:
-  """o (B, T, H, P).
+class _Stream(NamedTuple):
+  """An input of which a warpgroup reads a few columns.
+
+  Attributes:
+    array: (B, T, H, ·).
+    start: the first column.
+    width: the number of columns.
+  """
+
+  array: Array
+  start: int
+  width: int
+
+
+def forward(
+  q: Array,
+  k: Array,
+  v: Array,
+  per_token: dict[str, Array],
+  sums: list[list[Array]],
+  plan: Plan,
+) -> Array:
+  """Finish the forward.
 
   Args:
-    q, k: (B, T, H, m · 16); v: (B, T, H, P).
-    rows: z, Σ sim' through the states, (B, H, T filled up); and codes.
-    sums: Σ sim' v of the parts (i, i) and of the pairs, as `gpu_parts.py` has
-      them.
-    m: parts of q and k.
-    call: the call as a whole.
+    q: (B, T, H, 16 · parts), padded as `launch.Plan` pads it.
+    k: likewise.
+    v: (B, T, H, P), padded likewise.
+    per_token: the codes of documents, (B, 1, T padded), or {}.
+    sums: for the squares and for the pairs, the outputs of `forward.forward`.
+    plan: the launches of the call.
+
+  Returns:
+    o (B, T, H, P).
   """
-  streams = _features(m, q=q, k=k) | _values(call, v=v)
-  out = jax.ShapeDtypeStruct((call.B, call.rows, call.H, call.P), call.dtype)
-  tiles = (common.values_tile("o", call),)
-  role = functools.partial(_forward, m=m)
-  return _launch("forward", role, streams, rows, sums, [out], tiles, call)
-
-
-def backward_queries(q, k, v, do, rows, sums, m: int, call: Call) -> list:
-  """dq (B, T, H, m · 16); r and dz, (B, H, T filled up).
-
-  Args:
-    rows: z and num through the states, and codes.
-    sums: dnum and dden of the parts (i, i), then dnum of i and j and dden of i
-      and j of the pairs.
-  """
-  streams = _features(m, q=q, k=k) | _values(call, v=v, do=do)
-  across = jax.ShapeDtypeStruct((call.B, call.H, call.total * C), f32)
-  shape = (call.B, call.rows, call.H, m * F)
-  outs = [jax.ShapeDtypeStruct(shape, call.dtype), across, across]
-  tiles = (("dq", (C, F), common.SWIZZLE_32), ("rows", (2, C), None))
-  role = functools.partial(_queries, m=m)
-  return _launch("queries", role, streams, rows, sums, outs, tiles, call)
-
-
-def backward_keys(q, k, v, do, rows, sums, m: int, call: Call) -> list:
-  """dk (B, T, H, m · 16) and dv (B, T, H, P).
-
-  Args:
-    rows: r and dz, (B, H, T filled up), and codes.
-    sums: dk and dv of the parts (i, i), then dk of i and of j and dv of the
-      pairs.
-  """
-  streams = _features(m, q=q, k=k) | _values(call, v=v, do=do)
-  at = call.B, call.rows, call.H
-  outs = [jax.ShapeDtypeStruct((*at, x), call.dtype) for x in (m * F, call.P)]
-  tiles = (
-    ("dk", (C, F), common.SWIZZLE_32),
-    common.values_tile("dv", call),
+  launch, numerators, z_BHT = plan.whole, [], jnp.float32(0)
+  for (numerator, z), walks in zip(sums, plan.launches, strict=True):
+    numerators.append(numerator)
+    z_BHT += partial_sums.add_terms(z, walks)
+  shape = (launch.B, launch.padded_T, launch.H, launch.P)
+  (o,) = _run(
+    "forward",
+    _forward,
+    _part_streams(launch, q=q, k=k) | _value_streams(launch, v=v),
+    dict(z=z_BHT) | per_token,
+    numerators,
+    [jax.ShapeDtypeStruct(shape, launch.dtype)],
+    [pipeline.value_staging("o", launch)],
+    launch,
   )
-  role = functools.partial(_keys, m=m)
-  return _launch("keys", role, streams, rows, sums, outs, tiles, call)
+  return o
 
 
-def _features(m: int, **arrays) -> dict:
-  """Streams by name: an array, where its columns begin, and how many."""
+def backward_queries(
+  q: Array,
+  k: Array,
+  v: Array,
+  do: Array,
+  per_token: dict[str, Array],
+  sums: list[list[Array]],
+  plan: Plan,
+) -> list[Array]:
+  """Finish the derivative with respect to the queries.
+
+  Args:
+    q: (B, T, H, 16 · parts), padded as `launch.Plan` pads it.
+    k: likewise.
+    v: (B, T, H, P), padded likewise.
+    do: likewise.
+    per_token: the codes of documents, (B, 1, T padded), or {}.
+    sums: for the squares and for the pairs, the outputs of
+      `backward.backward_queries`.
+    plan: the launches of the call.
+
+  Returns:
+    dq (B, T, H, 16 · parts), r and dz (B, H, T padded) float32.
+  """
+  launch, gradients = plan.whole, []
+  num_BHT, z_BHT = jnp.float32(0), jnp.float32(0)
+  for (*wide, z, num), walks in zip(sums, plan.launches, strict=True):
+    gradients += wide
+    num_BHT += partial_sums.add_walks(num, walks)
+    z_BHT += partial_sums.add_terms(z, walks)
+  vector = jax.ShapeDtypeStruct(
+    (launch.B, launch.H, launch.total_chunks * C), f32
+  )
+  shape = (launch.B, launch.padded_T, launch.H, launch.parts * PART)
+  return _run(
+    "queries",
+    _backward_queries,
+    _part_streams(launch, q=q, k=k) | _value_streams(launch, v=v, do=do),
+    dict(z=z_BHT, num=num_BHT) | per_token,
+    gradients,
+    [jax.ShapeDtypeStruct(shape, launch.dtype), vector, vector],
+    [
+      Staging("dq", (C, PART), tiles.SWIZZLE_32),
+      Staging("vectors", (2, C), None),
+    ],
+    launch,
+  )
+
+
+def backward_keys(
+  q: Array,
+  k: Array,
+  v: Array,
+  do: Array,
+  per_token: dict[str, Array],
+  sums: list[list[Array]],
+  plan: Plan,
+) -> list[Array]:
+  """Finish the derivative with respect to the keys and values.
+
+  Args:
+    q: (B, T, H, 16 · parts), padded as `launch.Plan` pads it.
+    k: likewise.
+    v: (B, T, H, P), padded likewise.
+    do: likewise.
+    per_token: r and dz, (B, H, T padded); and the codes of documents.
+    sums: for the squares and for the pairs, the outputs of
+      `backward.backward_keys`.
+    plan: the launches of the call.
+
+  Returns:
+    dk (B, T, H, 16 · parts) and dv (B, T, H, P).
+  """
+  launch = plan.whole
+  at = launch.B, launch.padded_T, launch.H
+  widths = launch.parts * PART, launch.P
+  return _run(
+    "keys",
+    _backward_keys,
+    _part_streams(launch, q=q, k=k) | _value_streams(launch, v=v, do=do),
+    per_token,
+    [x for outputs in sums for x in outputs],
+    [jax.ShapeDtypeStruct((*at, width), launch.dtype) for width in widths],
+    [
+      Staging("dk", (C, PART), tiles.SWIZZLE_32),
+      pipeline.value_staging("dv", launch),
+    ],
+    launch,
+  )
+
+
+def _part_streams(launch: Launch, **arrays: Array) -> dict[str, _Stream]:
+  """Name the parts of q and k: "q0", "q1", …, "k0" and so on."""
   return {
-    f"{name}{i}": (x, i * F, F) for name, x in arrays.items() for i in range(m)
-  }
-
-
-def _values(call: Call, **arrays) -> dict:
-  return {
-    f"{name}{t}": (x, t * V, V)
+    f"{name}{i}": _Stream(x, i * PART, PART)
     for name, x in arrays.items()
-    for t in range(call.tiles)
+    for i in range(launch.parts)
   }
 
 
-def _launch(name, role, streams, rows, sums, outs, tiles, call: Call) -> list:
-  """Grid (chunks, groups of heads); role(work, chunk, sums)."""
-  arrays = [x for x, _, _ in streams.values()] + list(rows.values())
-  smem = functools.partial(common.smem, call, HEADS)
-  inputs = {x: smem(1, C, width) for x, (_, _, width) in streams.items()}
-  for x, row in rows.items():
-    inputs[x] = plgpu.SMEM((HEADS, 1, C), row.dtype)
-  buffers = {
-    x: plgpu.SMEM((HEADS, *shape), f32)
-    if swizzle is None
-    else smem(*shape, swizzle=swizzle)
-    for x, shape, swizzle in tiles
+def _value_streams(launch: Launch, **arrays: Array) -> dict[str, _Stream]:
+  """Name the value tiles: "v0", "v1", "do0" and so on."""
+  return {
+    f"{name}{t}": _Stream(x, t * TILE, TILE)
+    for name, x in arrays.items()
+    for t in range(launch.value_tiles)
   }
 
-  def body(*refs, inputs, tiles, full, operand):
-    first, last = len(arrays), len(arrays) + len(sums)
-    sources, parts, outs = refs[:first], refs[first:last], refs[last:]
-    w = lax.axis_index("w")
-    n, chunk = lax.axis_index("n") * HEADS + w, lax.axis_index("s")
-    b, h = lax.div(n, call.H), lax.rem(n, call.H)
 
-    @pl.when(n < call.B * call.H)
-    def _():
-      work = Work(
-        call,
-        Place(w, 0, b, h, h, None, chunk, 1),
-        None,
-        {x: buffer.at[w] for x, buffer in inputs.items()},
-        {x: buffer.at[w] for x, buffer in tiles.items()},
-        outs,
-        None,
-        operand.at[w] if call.by_shared else None,
-        None,
-      )
-      _fetch(work, streams, rows, sources, full.at[w], chunk)
-      plgpu.barrier_wait(full.at[w])
-      role(work, chunk, parts)
-      plgpu.wait_smem_to_gmem(0)
-
-  operand = common.smem(call, HEADS, C, F) if call.by_shared else None
-  kernel = plgpu.kernel(
-    body,
-    out_type=outs,
-    scratch_types=dict(
-      inputs=inputs,
-      tiles=buffers,
-      full=plgpu.Barrier(num_arrivals=len(inputs), num_barriers=HEADS),
-      operand=operand,
-    ),
-    compiler_params=common.compiler_params(),
-    kernel_name=f"polynomial_chunk_{name}",
-    grid=(call.total, -(-call.B * call.H // HEADS)),
-    grid_names=("s", "n"),
-    num_threads=HEADS,
-    thread_name="w",
-  )
-  return kernel(*arrays, *sums)
+# What a warpgroup does with its chunk: (work, chunk, references to the sums).
 
 
-def _fetch(work: Work, streams, rows, sources, barrier, chunk) -> None:
-  """Starts the copies of a chunk; TMA fills what is beyond T or P with 0."""
-  here, tokens = work.here, pl.ds(chunk * C, C)
-  for name, ref in zip((*streams, *rows), sources, strict=True):
-    if name in rows:
-      source = ref.at[here.b, 0 if ref.shape[1] == 1 else here.h, tokens]
-    else:
-      _, start, width = streams[name]
-      if width > F and ref.shape[-1] != width:
-        start = here.b * 0 + start  # a static slice that is too wide is refused
-      source = ref.at[here.b, tokens, here.h, pl.ds(start, width)]
-    plgpu.copy_gmem_to_smem(source, work.inputs[name].at[0], barrier)
+def _forward(work: Work, chunk, sums) -> None:
+  """Write o of a chunk."""
+  launch = work.launch
+  scores = _scores(_streams(work, "q"), _streams(work, "k"))
+  (a,) = mmas(work, scores)
+  seen = _causal_mask(work, query_axis=0)
+  sim = jnp.where(seen, tiles.polynomial(a, launch), 0.0)
+  z = _vector(work, "z")
+  r = 1.0 / (z + sim.sum(axis=1) + launch.eps)
+  low = sim.astype(launch.dtype)
+  for tile, v_s in enumerate(_streams(work, "v")):
+    numerator = _sum(work, chunk, _all_terms(work, sums, tile))
+    existing = v_s.at[:, pl.ds(0, launch.tile_width)]
+    numerator = add_mma(work, numerator, (low, existing))
+    o = numerator * columns(r, launch.tile_width)
+    _write(work, "o", o, _value_target(work, work.outputs[0], chunk, tile))
 
 
-def _stream(work: Work, name: str, count: int) -> list:
+def _backward_queries(work: Work, chunk, sums) -> None:
+  """Write dq, r and dz of a chunk.
+
+  As in `backward.py`, r and dz are complete before da is rounded.
+  """
+  launch, here = work.launch, work.here
+  ks = _streams(work, "k")
+  do, v = _streams(work, "do"), _streams(work, "v")
+  a, dsim = mmas(work, _scores(_streams(work, "q"), ks), _scores(do, v))
+  seen = _causal_mask(work, query_axis=0)
+  sim = jnp.where(seen, tiles.polynomial(a, launch), 0.0)
+  z = _vector(work, "z") + sim.sum(axis=1)
+  num = _vector(work, "num") + (sim * dsim).sum(axis=1)
+  r = 1.0 / (z + launch.eps)
+  dz = -(num * r) * r
+  dscores = columns(r, C) * dsim + columns(dz, C)
+  da = dscores * tiles.derivative(a, launch)
+  da = jnp.where(seen, da, 0.0).astype(launch.dtype)
+  dnum_ii, dden_ii, dnum_i, dnum_j, dden_i, dden_j = sums
+  for i, k_s in enumerate(ks):
+    # dnum is a sum over the values; dden is the same for all of them.
+    dnums = _terms_of_part(
+      work, dnum_ii, dnum_i, dnum_j, i, value_tiles=launch.value_tiles
+    )
+    dnum = _sum(work, chunk, dnums)
+    ddens = _terms_of_part(work, dden_ii, dden_i, dden_j, i, value_tiles=1)
+    dden = _sum(work, chunk, ddens)
+    dq = columns(r, PART) * dnum + columns(dz, PART) * dden
+    dq = add_mma(work, dq, (da, k_s))
+    _write(work, "dq", dq, _part_target(work, work.outputs[0], chunk, i))
+  token = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=FIRST_AXIS)
+  exists = chunk * C + token < launch.T
+  vectors_s = work.staging["vectors"]
+  vectors_s[0] = jnp.where(exists, r, 0.0)
+  vectors_s[1] = jnp.where(exists, dz, 0.0)
+  plgpu.commit_smem()
+  for n, ref in enumerate(work.outputs[1:]):
+    target = ref.at[here.b, here.h, pl.ds(chunk * C, C)]
+    plgpu.copy_smem_to_gmem(vectors_s.at[n], target)
+
+
+def _backward_keys(work: Work, chunk, sums) -> None:
+  """Write dk and dv of a chunk. The scores are [key, query] here."""
+  launch = work.launch
+  qs = _streams(work, "q")
+  do, v = _streams(work, "do"), _streams(work, "v")
+  a, dsim = mmas(work, _scores(_streams(work, "k"), qs), _scores(v, do))
+  seen = _causal_mask(work, query_axis=1)
+
+  def for_each_key(name):
+    value = times(_vector(work, name, SECOND_AXIS), launch.gradient_scale)
+    return lax.broadcast_in_dim(value, (C, C), [1])
+
+  r, dz = for_each_key("r"), for_each_key("dz")
+  da = (r * dsim + dz) * tiles.derivative(a, launch)
+  da = jnp.where(seen, da, 0.0).astype(launch.dtype)
+  sim = jnp.where(seen, r * tiles.polynomial(a, launch), 0.0)
+  sim = sim.astype(launch.dtype)
+  dk_ii, dv_squares, dk_i, dk_j, dv_pairs = sums
+  unscale = 1 / launch.gradient_scale
+  for i, q_s in enumerate(qs):
+    dk = times(mma(work, (da, q_s), shape=(C, PART)), unscale)
+    dks = _terms_of_part(
+      work, dk_ii, dk_i, dk_j, i, value_tiles=launch.value_tiles
+    )
+    dk = dk + _sum(work, chunk, dks)
+    _write(work, "dk", dk, _part_target(work, work.outputs[0], chunk, i))
+  for tile, do_s in enumerate(do):
+    operands = sim, do_s.at[:, pl.ds(0, launch.tile_width)]
+    dv = times(mma(work, operands, shape=(C, launch.tile_width)), unscale)
+    dvs = _all_terms(work, (dv_squares, dv_pairs), tile)
+    dv = dv + _sum(work, chunk, dvs)
+    _write(work, "dv", dv, _value_target(work, work.outputs[1], chunk, tile))
+
+
+# Inputs.
+
+
+def _streams(work: Work, name: str) -> list:
+  """List the parts or value tiles of an input, in shared memory."""
+  launch = work.launch
+  count = launch.parts if name in ("q", "k") else launch.value_tiles
   return [work.inputs[f"{name}{n}"].at[0] for n in range(count)]
 
 
-def _inner(xs: list, ys: list) -> tuple:
-  """The product that is Σ x yᵀ over the parts, for `mmas`."""
-  pairs = [(x, y.transpose((1, 0))) for x, y in zip(xs, ys, strict=True)]
-  return ((C, C), *pairs)
+def _scores(xs: list, ys: list) -> tuple:
+  """Describe the product Σ x yᵀ over parts or value tiles, for `mmas`."""
+  operands = [(x, y.transpose((1, 0))) for x, y in zip(xs, ys, strict=True)]
+  return ((C, C), *operands)
 
 
-def _row(work: Work, name: str, layout=ROWS):
+def _vector(work: Work, name: str, layout=FIRST_AXIS):
+  """Load an input with one value a token, (C,)."""
   return plgpu.load(work.inputs[name].at[0], layout=layout)
 
 
-def _seen(work: Work, queries: int):
-  return documents.seen(work, 0, 0, C, queries=queries)
+def _causal_mask(work: Work, *, query_axis: int):
+  """Whether a query attends to a key of the chunk, (C, C)."""
+  return documents.causal_mask(work, 0, 0, C, query_axis=query_axis)
 
 
-def _sum(work: Work, chunk, terms):
-  """Σ of the parts' sums at this chunk; terms: (array, number of the head)."""
+# Sums through the states. A list of (reference, number of the walk) says which
+# of them are added up.
+
+
+def _sum(work: Work, chunk, walks: list[tuple]):
+  """Load and add the sums of these walks, (C, ·) float32."""
   total, tokens = None, pl.ds(chunk * C, C)
-  for ref, head in terms:
-    source = ref.at[work.here.b, head, tokens]
+  for ref, walk in walks:
+    source = ref.at[work.here.b, walk, tokens]
     x = plgpu.load(source, layout=LAYOUT, optimized=False)
     total = x if total is None else total + x
   return total
 
 
-def _all_parts(work: Work, refs, m: int, tile: int) -> list:
-  """The terms of a tile of values: all parts of both kinds."""
-  at = work.here.h * work.call.tiles + tile
-  counts = m, m * (m - 1)
+def _all_terms(work: Work, refs, tile: int) -> list[tuple]:
+  """List a value tile's walks of all squares, refs[0], and pairs, refs[1]."""
+  launch = work.launch
+  at = work.here.h * launch.value_tiles + tile
+  counts = launch.parts, launch.parts * (launch.parts - 1)
   return [
     (ref, at * count + n)
     for ref, count in zip(refs, counts, strict=True)
@@ -213,109 +358,154 @@ def _all_parts(work: Work, refs, m: int, tile: int) -> list:
   ]
 
 
-def _of_part(work: Work, refs, m: int, i: int, tiles: int) -> list:
-  """The terms of x_i, in this many tiles; refs: of (i, i), of i, of j."""
-  own, of_i, of_j = refs
-  terms = []
-  for tile in range(tiles):
-    at = work.here.h * work.call.tiles + tile
-    terms.append((own, at * m + i))
-    for n, (first, second) in enumerate(pairs_of(m)):
-      ref = of_i if first == i else of_j if second == i else None
-      if ref is not None:
-        start = at * (m * (m - 1)) + 2 * n
-        terms += [(ref, start), (ref, start + 1)]
-  return terms
+def _terms_of_part(
+  work: Work, square_ref, first_ref, second_ref, i: int, *, value_tiles: int
+) -> list[tuple]:
+  """List the walks that have a gradient of x_i.
+
+  Args:
+    work: of the warpgroup.
+    square_ref: gradients of the squares.
+    first_ref: gradients of the first part of pairs.
+    second_ref: gradients of the second part of pairs.
+    i: the part.
+    value_tiles: of how many value tiles, which are added up.
+  """
+  launch, walks = work.launch, []
+  terms_of_pairs = launch.parts * (launch.parts - 1)
+  for tile in range(value_tiles):
+    at = work.here.h * launch.value_tiles + tile
+    walks.append((square_ref, at * launch.parts + i))
+    for n, (first, second) in enumerate(pairs_of(launch.parts)):
+      if i not in (first, second):
+        continue
+      ref = first_ref if first == i else second_ref
+      start = at * terms_of_pairs + 2 * n
+      walks += [(ref, start), (ref, start + 1)]
+  return walks
 
 
-def _store(work: Work, name: str, x, target) -> None:
-  tile = work.tiles[name]
+# Outputs.
+
+
+def _write(work: Work, name: str, x, target) -> None:
+  """Copy a tile to HBM through its staging memory."""
+  staging = work.staging[name]
   plgpu.wait_smem_to_gmem(0)
-  tile[...] = x.astype(tile.dtype)
+  staging[...] = x.astype(staging.dtype)
   plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(tile, target)
+  plgpu.copy_smem_to_gmem(staging, target)
 
 
-def _feature_target(work: Work, ref, chunk, i: int):
+def _part_target(work: Work, ref, chunk, i: int):
+  """Select a chunk of part i from an array (B, T, H, 16 · parts)."""
   here = work.here
-  return ref.at[here.b, pl.ds(chunk * C, C), here.h, pl.ds(i * F, F)]
+  return ref.at[here.b, pl.ds(chunk * C, C), here.h, pl.ds(i * PART, PART)]
 
 
 def _value_target(work: Work, ref, chunk, tile: int):
-  here, tiles = work.here, work.call.tiles
-  here = here._replace(tile=here.b * 0 + tile if tiles > 1 else None)
-  return common.values_at(work._replace(here=here), ref, chunk)
+  """Select a chunk of a value tile from an array (B, T, H, P)."""
+  here = work.here
+  # A slice that is static and too wide is refused; hence a traced number.
+  traced = here.b * 0 + tile if work.launch.value_tiles > 1 else None
+  at = work._replace(here=here._replace(tile=traced))
+  return tiles.value_columns(at, ref, chunk)
 
 
-def _forward(work: Work, chunk, sums, *, m: int) -> None:
-  call = work.call
-  (a,) = mmas(work, _inner(_stream(work, "q", m), _stream(work, "k", m)))
-  sim = jnp.where(_seen(work, 0), common.polynomial(a, call), 0.0)
-  r = 1.0 / (_row(work, "z") + sim.sum(axis=1) + call.eps)
-  low = sim.astype(call.dtype)
-  for tile, v_s in enumerate(_stream(work, "v", call.tiles)):
-    num = _sum(work, chunk, _all_parts(work, sums, m, tile))
-    num = add_mma(work, num, (low, v_s.at[:, pl.ds(0, call.width)]))
-    o = num * columns(r, call.width)
-    _store(work, "o", o, _value_target(work, work.outs[0], chunk, tile))
+# The launch.
 
 
-def _queries(work: Work, chunk, sums, *, m: int) -> None:
-  call, here = work.call, work.here
-  ks = _stream(work, "k", m)
-  do, v = (_stream(work, name, call.tiles) for name in ("do", "v"))
-  a, dsim = mmas(work, _inner(_stream(work, "q", m), ks), _inner(do, v))
-  seen = _seen(work, 0)
-  sim = jnp.where(seen, common.polynomial(a, call), 0.0)
-  z = _row(work, "z") + sim.sum(axis=1)
-  num = _row(work, "num") + (sim * dsim).sum(axis=1)
-  r = 1.0 / (z + call.eps)
-  dz = -(num * r) * r
-  # r and dz are known before this is rounded, as in `gpu_backward.py`.
-  da = (columns(r, C) * dsim + columns(dz, C)) * common.derivative(a, call)
-  da = jnp.where(seen, da, 0.0).astype(call.dtype)
-  dnums, ddens = (sums[0], sums[2], sums[3]), (sums[1], sums[4], sums[5])
-  for i, k_s in enumerate(ks):
-    dnum = _sum(work, chunk, _of_part(work, dnums, m, i, call.tiles))
-    dden = _sum(work, chunk, _of_part(work, ddens, m, i, 1))
-    dq = columns(r, F) * dnum + columns(dz, F) * dden
-    dq = add_mma(work, dq, (da, k_s))
-    _store(work, "dq", dq, _feature_target(work, work.outs[0], chunk, i))
-  row = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=ROWS)
-  exists = chunk * C + row < call.T
-  rows_s = work.tiles["rows"]
-  rows_s[0] = jnp.where(exists, r, 0.0)
-  rows_s[1] = jnp.where(exists, dz, 0.0)
-  plgpu.commit_smem()
-  for n, ref in enumerate(work.outs[1:]):
-    target = ref.at[here.b, here.h, pl.ds(chunk * C, C)]
-    plgpu.copy_smem_to_gmem(rows_s.at[n], target)
+def _run(
+  name: str,
+  finish: Callable,
+  streams: dict[str, _Stream],
+  per_token: dict[str, Array],
+  sums: list[Array],
+  outputs: list[jax.ShapeDtypeStruct],
+  staging: list[Staging],
+  launch: Launch,
+) -> list[Array]:
+  """Run a kernel over the grid (chunks, groups of heads).
 
+  Args:
+    name: of the kernel, in a profile.
+    finish: (work, chunk, references to the sums) writes the outputs.
+    streams: by name, what is read chunk by chunk.
+    per_token: by name, inputs with one value a token, (B, 1 or H, T padded).
+    sums: the sums through the states.
+    outputs: shapes and dtypes of the outputs.
+    staging: shared memory from which the outputs are copied.
+    launch: the call as a whole.
+  """
+  arrays = [x.array for x in streams.values()] + list(per_token.values())
+  smem = functools.partial(tiles.smem, launch, WARPGROUPS)
+  inputs = {x: smem(1, C, stream.width) for x, stream in streams.items()}
+  for x, values in per_token.items():
+    inputs[x] = plgpu.SMEM((WARPGROUPS, 1, C), values.dtype)
+  buffers = {
+    x.name: plgpu.SMEM((WARPGROUPS, *x.shape), f32)
+    if x.swizzle is None
+    else smem(*x.shape, swizzle=x.swizzle)
+    for x in staging
+  }
 
-def _keys(work: Work, chunk, sums, *, m: int) -> None:
-  """Tiles of scores are [key, query]."""
-  call = work.call
-  qs = _stream(work, "q", m)
-  do, v = (_stream(work, name, call.tiles) for name in ("do", "v"))
-  a, dsim = mmas(work, _inner(_stream(work, "k", m), qs), _inner(v, do))
-  seen = _seen(work, 1)
-  r, dz = (
-    lax.broadcast_in_dim(
-      times(_row(work, name, COLUMNS), call.grow), (C, C), [1]
-    )
-    for name in ("r", "dz")
+  def body(*refs, copied, inputs, operand, staging):
+    first, last = len(arrays), len(arrays) + len(sums)
+    w = lax.axis_index("w")
+    n, chunk = lax.axis_index("n") * WARPGROUPS + w, lax.axis_index("s")
+    b, h = lax.div(n, launch.H), lax.rem(n, launch.H)
+
+    @pl.when(n < launch.B * launch.H)
+    def _():
+      work = Work(
+        launch,
+        Place(w, 0, b, h, h, None, chunk, 1),
+        shared=None,
+        inputs={x: buffer.at[w] for x, buffer in inputs.items()},
+        staging={x: buffer.at[w] for x, buffer in staging.items()},
+        outputs=refs[last:],
+        rolls=None,
+        operand=operand.at[w] if launch.by_shared else None,
+        initial_count=None,
+      )
+      _fetch(work, streams, per_token, refs[:first], copied.at[w], chunk)
+      plgpu.barrier_wait(copied.at[w])
+      finish(work, chunk, refs[first:last])
+      plgpu.wait_smem_to_gmem(0)
+
+  operand = None
+  if launch.by_shared:
+    operand = tiles.smem(launch, WARPGROUPS, C, PART)
+  kernel = plgpu.kernel(
+    body,
+    out_type=outputs,
+    scratch_types=dict(
+      copied=plgpu.Barrier(num_arrivals=len(inputs), num_barriers=WARPGROUPS),
+      inputs=inputs,
+      operand=operand,
+      staging=buffers,
+    ),
+    compiler_params=tiles.compiler_params(),
+    kernel_name=f"polynomial_chunk_{name}",
+    grid=(launch.total_chunks, -(-launch.B * launch.H // WARPGROUPS)),
+    grid_names=("s", "n"),
+    num_threads=WARPGROUPS,
+    thread_name="w",
   )
-  da = (r * dsim + dz) * common.derivative(a, call)
-  da = jnp.where(seen, da, 0.0).astype(call.dtype)
-  sim = jnp.where(seen, r * common.polynomial(a, call), 0.0)
-  sim = sim.astype(call.dtype)
-  dks, dvs = (sums[0], sums[2], sums[3]), (sums[1], sums[4])
-  for i, q_s in enumerate(qs):
-    dk = times(mma(work, (da, q_s), shape=(C, F)), 1 / call.grow)
-    dk = dk + _sum(work, chunk, _of_part(work, dks, m, i, call.tiles))
-    _store(work, "dk", dk, _feature_target(work, work.outs[0], chunk, i))
-  for tile, do_s in enumerate(do):
-    pair = sim, do_s.at[:, pl.ds(0, call.width)]
-    dv = times(mma(work, pair, shape=(C, call.width)), 1 / call.grow)
-    dv = dv + _sum(work, chunk, _all_parts(work, dvs, m, tile))
-    _store(work, "dv", dv, _value_target(work, work.outs[1], chunk, tile))
+  return kernel(*arrays, *sums)
+
+
+def _fetch(work: Work, streams, per_token, sources, barrier, chunk) -> None:
+  """Start the copies of a chunk; TMA fills with 0 beyond T or P."""
+  here, tokens = work.here, pl.ds(chunk * C, C)
+  for name, ref in zip((*streams, *per_token), sources, strict=True):
+    if name in per_token:
+      line = 0 if ref.shape[1] == 1 else here.h
+      source = ref.at[here.b, line, tokens]
+    else:
+      _, start, width = streams[name]
+      if width > PART and ref.shape[-1] != width:
+        # A slice that is static and too wide is refused; a traced one is not.
+        start = here.b * 0 + start
+      source = ref.at[here.b, tokens, here.h, pl.ds(start, width)]
+    plgpu.copy_gmem_to_smem(source, work.inputs[name].at[0], barrier)

@@ -1,4 +1,7 @@
-"""The Hopper kernels, operands in shared memory, interpreted on a CPU."""
+"""The Hopper kernels, interpreted on a CPU.
+
+Interpret mode needs the operands of products in shared memory (`by_shared`).
+"""
 
 import functools
 
@@ -18,7 +21,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 
 from pallas_kernels.polynomial.gpu import passes as gpu
 
-# Of ‖a − ref‖ / ‖ref‖: operands round to 2⁻⁹ and 2⁻¹² each.
+# Limits of ‖a − ref‖ / ‖ref‖: each operand rounds to 2⁻⁹ or 2⁻¹².
 _TOLERANCE = {"bfloat16": 5e-3, "float16": 6e-4}
 
 
@@ -32,7 +35,7 @@ def _inputs(T, P, dtype, F=16):
 
 
 def _all(passes, kernel, arrays, runs_BT, state, dstate):
-  """o, the final state and every gradient."""
+  """Return o, the final state and every gradient."""
   q, k, v, do = arrays
   o, after, kept = passes.forward(
     q, k, v, runs_BT, state, kernel, return_state=True
@@ -45,7 +48,7 @@ def _all(passes, kernel, arrays, runs_BT, state, dstate):
 
 
 @pytest.mark.parametrize(
-  "T, P, coefficients, dtype, borders",
+  "T, P, coefficients, dtype, boundaries",
   [
     (70, 16, REBASED, "bfloat16", (0, 0)),
     (70, 80, BASED, "float16", (20, 66)),
@@ -55,12 +58,12 @@ def _all(passes, kernel, arrays, runs_BT, state, dstate):
     ),
   ],
 )
-def test_interpreted_kernels(T, P, coefficients, dtype, borders):
+def test_values_and_gradients_equal_xla(T, P, coefficients, dtype, boundaries):
   kernel = Kernel(coefficients.scaled(0.25), 1e-6, by_shared=True)
   arrays = _inputs(T, P, dtype)
   runs_BT = None
-  if any(borders):
-    steps = jnp.zeros((1, T), jnp.int32).at[0, jnp.array(borders)].set(1)
+  if any(boundaries):
+    steps = jnp.zeros((1, T), jnp.int32).at[0, jnp.array(boundaries)].set(1)
     runs_BT = documents_lib.document_runs(jnp.cumsum(steps, axis=1))
   wide = [x.astype(jnp.float32) for x in arrays]
   reference = functools.partial(_all, xla, kernel)
@@ -82,21 +85,21 @@ def test_interpreted_kernels(T, P, coefficients, dtype, borders):
 
 
 @pytest.mark.parametrize(
-  "F, borders",
+  "F, boundaries",
   [
     (16, ()),
     pytest.param(16, (300, 700, 1090), marks=pytest.mark.slow),
     pytest.param(24, (300, 700, 1090), marks=pytest.mark.slow),
   ],
 )
-def test_sums_of_slices(F, borders):
-  """Of 18 chunks in two slices, each made of two halves."""
+def test_states_of_slices_equal_xla(F, boundaries):
+  """18 chunks in two slices, each summed as two halves."""
   T = 1100
   kernel = Kernel(BASED.scaled(0.25), 1e-6, by_shared=True)
   q, k, v, do = _inputs(T, 16, "bfloat16", F)
   runs_BT = None
-  if borders:
-    steps = jnp.zeros((1, T), jnp.int32).at[0, jnp.array(borders)].set(1)
+  if boundaries:
+    steps = jnp.zeros((1, T), jnp.int32).at[0, jnp.array(boundaries)].set(1)
     runs_BT = documents_lib.document_runs(jnp.cumsum(steps, axis=1))
   across = jax.random.normal(jax.random.key(1), (1, T, 1, 2))
   r_BTH, dz_BTH = 0.01 * (across**2)[..., 0], 0.01 * across[..., 1]

@@ -1,4 +1,4 @@
-"""The Hopper kernels of more than 16 features, interpreted on a CPU."""
+"""The Hopper kernels with more than 16 features, interpreted on a CPU."""
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,15 @@ if not devices.has_mosaic_gpu():
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
-from pallas_kernels.polynomial.gpu import passes, wide_passes, wide_states
+from pallas_kernels.polynomial.gpu import launch, passes, states
 
-# Of ‖a − ref‖ / ‖ref‖: operands round to 2⁻⁹ and 2⁻¹² each.
+# Limits of ‖a − ref‖ / ‖ref‖: each operand rounds to 2⁻⁹ or 2⁻¹².
 _TOLERANCE = {"bfloat16": 5e-3, "float16": 6e-4}
 _COEFFICIENTS = {REBASED: po.REBASED, BASED: po.BASED}
 
 
-def _check(T, F, P, coefficients, dtype, borders="none", states=False, B=1):
-  """o, the final state and every gradient, against float64."""
+def _check(T, F, P, coefficients, dtype, boundaries="none", states=False, B=1):
+  """Compare o, the final state and every gradient with float64."""
   x = make_inputs(
     B,
     T,
@@ -32,7 +32,7 @@ def _check(T, F, P, coefficients, dtype, borders="none", states=False, B=1):
     F,
     P,
     coefficients=_COEFFICIENTS[coefficients],
-    boundaries=borders,
+    boundaries=boundaries,
     state=states,
     final=states,
     dtype=dtype,
@@ -55,7 +55,7 @@ _slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-  "T, F, P, coefficients, dtype, borders, states",
+  "T, F, P, coefficients, dtype, boundaries, states",
   [
     (70, 32, 16, REBASED, "bfloat16", "none", False),
     pytest.param(1, 32, 64, BASED, "bfloat16", "none", False, marks=_slow),
@@ -65,18 +65,20 @@ _slow = pytest.mark.slow
     pytest.param(130, 64, 12, BASED, "bfloat16", "random", True, marks=_slow),
   ],
 )
-def test_interpreted_kernels(T, F, P, coefficients, dtype, borders, states):
-  _check(T, F, P, coefficients, dtype, borders, states)
+def test_values_and_gradients_equal_float64(
+  T, F, P, coefficients, dtype, boundaries, states
+):
+  _check(T, F, P, coefficients, dtype, boundaries, states)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "coefficients, borders, states",
+  "coefficients, boundaries, states",
   [(REBASED, "none", False), (BASED, "random", True)],
 )
-def test_slices_of_time(coefficients, borders, states):
-  """Of 18 chunks in two slices."""
-  _check(1100, 32, 16, coefficients, "bfloat16", borders, states)
+def test_slices_of_time_equal_float64(coefficients, boundaries, states):
+  """18 chunks in two slices."""
+  _check(1100, 32, 16, coefficients, "bfloat16", boundaries, states)
 
 
 @pytest.mark.parametrize("cotangent", [False, True])
@@ -84,17 +86,18 @@ def test_slices_of_time(coefficients, borders, states):
 @pytest.mark.parametrize(
   "F, P",
   [
+    (16, 80),
     (17, 80),
     pytest.param(24, 12, marks=_slow),
     pytest.param(32, 64, marks=_slow),
     (64, 48),
   ],
 )
-def test_states_go_into_parts_and_back(F, P, coefficients, cotangent):
+def test_states_convert_to_terms_and_back(F, P, coefficients, cotangent):
   q = jnp.zeros((2, 64, 3, F), jnp.bfloat16)
   v = jnp.zeros((2, 64, 3, P), jnp.bfloat16)
   kernel = Kernel(coefficients.scaled(0.25), 1e-6)
-  _, kinds = wide_passes.calls(q, v, None, kernel)
+  plan = launch.plan(q, v, None, kernel)
   rng = np.random.default_rng(0)
   state = jax.tree.map(
     lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype),
@@ -103,15 +106,13 @@ def test_states_go_into_parts_and_back(F, P, coefficients, cotangent):
 
   @jax.jit
   def there_and_back(state):
-    parts = [
-      wide_states.to_parts(state, kind, F, cotangent=cotangent)
-      for kind in kinds
+    terms = [
+      states.to_kernel(state, walks, plan, cotangent=cotangent)
+      for walks in plan.launches
     ]
-    corner_BH = state.kk_BHGG[:, :, -1, -1]
-    found = wide_states.from_parts(
-      parts, kinds, F, P, corner_BH, cotangent=cotangent
-    )
-    return wide_states.with_skew(found, state, None, F)
+    count_BH = state.kk_BHGG[:, :, -1, -1]
+    found = states.from_kernel(terms, count_BH, plan, cotangent=cotangent)
+    return states.restore_lost(found, state, None, plan)
 
   for a, b in zip(there_and_back(state), state, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)  # halves are added in float32

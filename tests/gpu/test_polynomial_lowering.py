@@ -1,4 +1,4 @@
-"""The Hopper kernels lower for CUDA on a machine without one."""
+"""The Hopper kernels lower for CUDA on a machine without a GPU."""
 
 import jax
 from jax import ShapeDtypeStruct
@@ -37,7 +37,7 @@ def _forward_and_backward(kernel, states):
 
 
 @pytest.mark.parametrize("name", _EACH)
-def test_every_spec_lowers(name):
+def test_every_named_shape_lowers(name):
   spec = _EACH[name]
   kernel = Kernel(spec.coefficients.scaled(spec.F**-0.5), 1e-6)
   q, k, v = spec.arrays()
@@ -50,8 +50,8 @@ def test_every_spec_lowers(name):
       assert f"polynomial_{prefix}{kernel_name}" in text
   for kernel_name in ("forward", "queries", "keys"):
     assert (f"polynomial_chunk_{kernel_name}" in text) == (spec.F > 16)
-  # Long rows of few heads are cut, and then need their slices' states.
-  cut = launch.PROGRAMS // 2 >= spec.B * spec.H * len(prefixes)
+  # Long rows of few heads are cut into slices, which need their states.
+  cut = spec.B * spec.H * len(prefixes) <= launch.PROGRAMS // 2
   for prefix in prefixes:
     assert (f"polynomial_{prefix}key_state" in text) == cut
     assert (f"polynomial_{prefix}query_cotangent" in text) == cut
@@ -65,7 +65,7 @@ def test_every_spec_lowers(name):
 
 
 @pytest.mark.parametrize("T, F", [(1, 16), (63, 16), (520, 16), (1030, 24)])
-def test_states_lower(T, F):
+def test_calls_with_states_lower(T, F):
   spec = _EACH["based-360m"]
   kernel = Kernel(spec.coefficients.scaled(0.25), 1e-6)
   q = ShapeDtypeStruct((2, T, 3, F), jnp.bfloat16)
@@ -92,7 +92,7 @@ def test_states_lower(T, F):
     (dict(F=8, states=True), "states with F=8"),
   ],
 )
-def test_what_it_cannot_do_is_named(change, word):
+def test_unsupported_calls_name_the_reason(change, word):
   call = dict(F=16, P=64, dtype=jnp.bfloat16, eps=1e-6, states=False)
   call |= change
   q = ShapeDtypeStruct((2, 64, 3, call["F"]), call["dtype"])
