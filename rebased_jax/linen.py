@@ -1,32 +1,47 @@
-"""Flax Linen: the same modules, with the same parameter names.
+"""Flax Linen versions of the same modules, with the same parameter names.
 
-lm = rebased_jax.linen.lm(config)
-params = lm.init(jax.random.key(0), tokens)["params"]
-logits = lm.apply({"params": params}, tokens)
+    lm = rebased_jax.linen.lm(config)
+    params = lm.init(jax.random.key(0), tokens)["params"]
+    logits = lm.apply({"params": params}, tokens)
+
+The parameters are those of the NNX modules, `nnx.to_pure_dict` of their state,
+so that either kind of module can use what the other has trained.
 """
 
 from flax import linen, nnx
 
-from rebased_jax.mixers import base
+from rebased_jax.mixers.base import Mixer, MixerConfig, Site
 from rebased_jax.model import LM, ModelConfig
 
 
 def lm(config: ModelConfig, *, name: str | None = None) -> linen.Module:
-  """The language model as a Linen module."""
+  """Return the language model as a Linen module.
+
+  Args:
+    config: the model's config.
+    name: name of the module in its parent. None: Linen chooses one.
+  """
   return nnx.bridge.to_linen(LM, config, name=name)
 
 
 def mixer(
-  config: base.MixerConfig,
+  config: MixerConfig,
   width: int,
   *,
   dtype: str = "float32",
   name: str | None = None,
 ) -> linen.Module:
-  """A mixer as a Linen module, to use inside your own."""
-  site = base.Site(width, dtype=dtype)
+  """Return a mixer as a Linen module, to use inside your own modules.
+
+  Args:
+    config: the mixer's config.
+    width: D, the width of its input and output.
+    dtype: name of the compute dtype. Parameters are float32.
+    name: name of the module in its parent. None: Linen chooses one.
+  """
+  site = Site(width, dtype=dtype)
   return nnx.bridge.to_linen(_make, config, site, name=name)
 
 
-def _make(config: base.MixerConfig, site: base.Site, *, rngs: nnx.Rngs):
+def _make(config: MixerConfig, site: Site, *, rngs: nnx.Rngs) -> Mixer:
   return config.make(site, rngs=rngs)

@@ -1,4 +1,4 @@
-"""Models of the paper (arXiv 2402.10644), by the names of its systems."""
+"""The models of the paper (arXiv 2402.10644), by the names of its systems."""
 
 import dataclasses
 from typing import Literal, NamedTuple
@@ -9,16 +9,17 @@ from rebased_jax.mixers import (
   BasedConfig,
   HyenaConfig,
   MambaConfig,
+  MixerConfig,
   ReBasedConfig,
   RWKVConfig,
 )
-from rebased_jax.mixers.base import MixerConfig
+from rebased_jax.mixers.polynomial import PolynomialConfig
 from rebased_jax.model import ModelConfig
 
-EPS = 1e-12  # of the official code
+EPS = 1e-12  # that of the official code
 
-# Table 1: the kernels between x² and ReBased's (γ·norm(x) + β)².
-VARIANTS: dict[str, MixerConfig] = {
+#: The kernels of Table 1, from x² to ReBased's (γ ∘ norm(x) + β)², and Based.
+VARIANTS: dict[str, PolynomialConfig] = {
   "based": BasedConfig(eps=EPS),
   "x2": ReBasedConfig(
     eps=EPS, normalize=False, use_gamma=False, use_beta=False
@@ -31,7 +32,7 @@ VARIANTS: dict[str, MixerConfig] = {
 
 
 class System(NamedTuple):
-  """The mixers of a pair of layers, and the block around each."""
+  """The mixers of a pair of layers, and the kind of block around them."""
 
   first: MixerConfig
   second: MixerConfig
@@ -39,17 +40,18 @@ class System(NamedTuple):
 
 
 def hybrid(mixer: MixerConfig) -> System:
-  """The short convolution, then the mixer."""
+  """Return the short convolution followed by a mixer."""
   return System(BaseConvConfig(), mixer)
 
 
 def double(mixer: MixerConfig) -> System:
-  """The mixer in both layers."""
+  """Return a system with the same mixer in both layers of a pair."""
   return System(mixer, mixer)
 
 
-# By the names of Table 4 and Figure 7, where Based and ReBased are hybrids; the
-# last four are in no table. "double" is the official code's word.
+#: The systems, by the names of Table 4 and Figure 7. There "based" and
+#: "rebased" are hybrids. The last four are in no table. "double" is the word of
+#: the official code.
 SYSTEMS: dict[str, System] = {
   "attention": double(AttentionConfig()),
   "conv-attention": hybrid(AttentionConfig()),
@@ -64,8 +66,10 @@ SYSTEMS: dict[str, System] = {
   "conv-hyena": hybrid(HyenaConfig()),
 }
 
+#: The widths of Table 4.
 WIDTHS = (64, 128, 256, 512)
-# Rows of the position table, by width: Table 4 mixes models of several lengths.
+#: Rows of the position table at each of these widths. Table 4 counts models of
+#: different lengths.
 TABLE_4: dict[str, tuple[int, ...]] = {
   "attention": (1024, 1024, 1024, 1024),
   "conv-attention": (512, 128, 128, 128),
@@ -80,10 +84,10 @@ TABLE_4: dict[str, tuple[int, ...]] = {
 def mqar(
   system: System, *, width: int, length: int, vocab_size: int = 8192
 ) -> ModelConfig:
-  """The two-layer model of the MQAR experiments, Tables 1 and 4.
+  """Return the two-layer model of the MQAR experiments, Tables 1 and 4.
 
   Args:
-    system: its mixers. Mamba's blocks come without dropout.
+    system: its mixers. Mamba's system has no dropout.
     width: D.
     length: tokens of an example, and rows of the position table.
     vocab_size: V.
@@ -99,21 +103,21 @@ def mqar(
   )
 
 
-# H·F of Based and ReBased in Table 9's models. Its counts allow no other, so
-# the "12 heads" and "head dim 16" of the paper's Tables 6 and 8 cannot both
-# hold: 64 heads keep the latter and are the default.
+#: H·F of Based and ReBased in the models of Table 9. Its parameter counts allow
+#: no other value, so that "12 heads" and "head dim 16" of the paper's Tables 6
+#: and 8 cannot both hold. 64 heads keep the latter, and are the default.
 PILE_FEATURES = 1024
 
 
-def pile(mixer: MixerConfig, *, heads: int = 64) -> ModelConfig:
-  """The 18-layer hybrid of Table 9.
+def pile(mixer: PolynomialConfig, *, heads: int = 64) -> ModelConfig:
+  """Return the 18-layer hybrid of Table 9.
 
   Args:
-    mixer: of the even layers, Based or ReBased.
-    heads: H, with F = 1024 / H: any gives Table 9's count.
+    mixer: Based or ReBased, the second layer of each pair.
+    heads: H; F = 1024 / H. Every divisor gives the count of Table 9.
 
   Raises:
-    ValueError: the heads do not divide 1024.
+    ValueError: `heads` does not divide 1024.
   """
   if heads < 1 or PILE_FEATURES % heads:
     raise ValueError(f"heads={heads}: expected a divisor of {PILE_FEATURES}")
@@ -121,24 +125,32 @@ def pile(mixer: MixerConfig, *, heads: int = 64) -> ModelConfig:
   return _pile_hybrid(mixer, heads, features, width=768, pairs=9)
 
 
-def pile_text(mixer: MixerConfig) -> ModelConfig:
-  """The same with H = 12 and F = 16, as the paper's text has it: 145 M."""
+def pile_text(mixer: PolynomialConfig) -> ModelConfig:
+  """Return the same hybrid with the paper's text: H = 12, F = 16, 145 M."""
   return _pile_hybrid(mixer, 12, 16, width=768, pairs=9)
 
 
-def pile_large(mixer: MixerConfig, *, width: int) -> ModelConfig:
-  """A hybrid beyond the paper: 28 layers, F = P = 16, and so H = width / 16.
+def pile_large(mixer: PolynomialConfig, *, width: int) -> ModelConfig:
+  """Return a larger hybrid than the paper's: 28 layers, F = P = 16.
 
-  364 M parameters at width 1024, 1.35 G at 2048.
+  It has 364 M parameters at width 1024 and 1.35 G at width 2048.
+
+  Args:
+    mixer: Based or ReBased, the second layer of each pair.
+    width: D; H = D / 16.
   """
   return _pile_hybrid(mixer, width // 16, 16, width=width, pairs=14)
 
 
 def pile_attention(*, width: int = 768) -> ModelConfig:
-  """Table 9's softmax attention, 12 layers of 12 heads; q, k, v have no bias.
+  """Return the softmax attention of Table 9; q, k and v have no bias.
 
-  At widths 1024 and 2048 it has the 24 layers of 16 heads of GPT-3's models,
-  358 M and 1.32 G. Raises ValueError at any other.
+  Args:
+    width: D. 768 has 12 layers of 12 heads, as in Table 9. 1024 and 2048 have
+      24 layers of 16 heads, as GPT-3's models: 358 M and 1.32 G parameters.
+
+  Raises:
+    ValueError: `width` is none of the three.
   """
   sizes = {768: (12, 6), 1024: (16, 12), 2048: (16, 12)}
   if width not in sizes:
@@ -149,7 +161,7 @@ def pile_attention(*, width: int = 768) -> ModelConfig:
 
 
 def _pile_hybrid(
-  mixer: MixerConfig, heads: int, features: int, *, width: int, pairs: int
+  mixer: PolynomialConfig, heads: int, features: int, *, width: int, pairs: int
 ) -> ModelConfig:
   mixer = dataclasses.replace(mixer, heads=heads, features=features)
   return _pile(hybrid(mixer), width=width, pairs=pairs)
@@ -169,9 +181,10 @@ def _pile(system: System, *, width: int, pairs: int) -> ModelConfig:
 
 
 def make_models() -> dict[str, ModelConfig]:
-  """The models whose parameters the paper counts, by table, system and width.
+  """Return the models whose parameters the paper counts.
 
-  As in "table-4-conv-attention-64" and "table-9-rebased".
+  Their names have the table, the system and, for Table 4, the width:
+  "table-4-conv-attention-64" or "table-9-rebased".
   """
   models = {
     f"table-4-{name}-{width}": mqar(SYSTEMS[name], width=width, length=rows)

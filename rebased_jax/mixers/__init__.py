@@ -1,7 +1,7 @@
 """The mixers: one file each, its config included.
 
-`base.py` has the interface. A new mixer is one file here and one line in
-`MIXER_CONFIGS`.
+`base.py` has the interface. A new mixer is one file here, one line below, and
+one entry in `tests/helpers/mixer_registry.py`.
 """
 
 from rebased_jax.mixers.attention import (
@@ -27,14 +27,3 @@ from rebased_jax.mixers.rebased import (
   ReBasedConfig as ReBasedConfig,
 )
 from rebased_jax.mixers.rwkv import RWKV as RWKV, RWKVConfig as RWKVConfig
-
-#: The config of every mixer of this package.
-MIXER_CONFIGS: tuple[type[MixerConfig], ...] = (
-  AttentionConfig,
-  BaseConvConfig,
-  BasedConfig,
-  HyenaConfig,
-  MambaConfig,
-  ReBasedConfig,
-  RWKVConfig,
-)

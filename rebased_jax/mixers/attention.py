@@ -296,7 +296,7 @@ class Attention(Mixer):
 
 
 def _put(cache_BSHF: Array, slots_BT: Array, x_BTHF: Array) -> Array:
-  """Return the cache with x in these slots; slots after the last are dropped."""
+  """Return the cache with x in these slots; other slots are dropped."""
   rows_B1 = jnp.arange(len(slots_BT))[:, None]
   return cache_BSHF.at[rows_B1, slots_BT].set(x_BTHF, mode="drop")
 

@@ -274,9 +274,7 @@ class Mixer(nnx.Module):
     B, T = x_BTD.shape[:2]
     self._check_integers("segment_ids", segment_ids)
     if segment_ids.shape != (B, T):
-      raise self._wrong_shape(
-        "segment_ids", segment_ids, f"(B, T) = {(B, T)}"
-      )
+      raise self._wrong_shape("segment_ids", segment_ids, f"(B, T) = {(B, T)}")
 
   def _check_tokens(self, x: Array, form: str) -> None:
     rank = form.count(",") + 1

@@ -18,6 +18,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes, causal_conv, gated_conv
+from pallas_kernels.gated_conv import has_kernel
 from rebased_jax.config_checks import check_positive
 from rebased_jax.linear import linear
 from rebased_jax.mixers.base import Mixer, MixerConfig, Site, take_positions
@@ -76,13 +77,21 @@ class BaseConv(Mixer):
     query_positions: Array | None,
   ) -> Array:
     u_BTD = x_BTD.astype(self.dtype)
+    taps = self.kernel.shape[-2]
+    if not has_kernel(u_BTD, taps, segment_ids=segment_ids, axes=axes):
+      # XLA computes it as `prefill`, so that gradients are bit-identical.
+      return super()._mix(
+        u_BTD,
+        segment_ids=segment_ids,
+        axes=axes,
+        query_positions=query_positions,
+      )
     y_BTD = gated_conv(
       u_BTD,
       self.gate.product(u_BTD),
       self.kernel[...],
       self.bias[...],
       self.gate.bias[...],
-      segment_ids=segment_ids,
       axes=axes,
     )
     return take_positions(y_BTD, query_positions)

@@ -4,16 +4,17 @@
     g_t = x1_t ∘ v_t
     y_t = ( x2_t ∘ (Σ_{s≤t} h_{t−s} ∘ g_s + d ∘ g_t) ) W_out + b_out
 
-The filter h is implicit: a small network computes it from the lag p = 0 … L − 1.
+The filter h is implicit: a small network computes it from the lag p, which runs
+from 0 to L − 1.
 
     h_p = exp(−p/(L−1) · |δ|) ∘ W_4 sin(f ∘ (W_3 sin(f ∘ (W_2 sin(f ∘ (W_1 z_p
           + b_1)) + b_2)) + b_3))
     z_p = [p/(L−1), cos θ_p, −sin θ_p],   θ_p = 10⁻⁴ · 2π p / L    at the start
 
 z and f are trained. δ is fixed: it runs from ln(0.01)/1.5 to ln(0.01)/0.3 over
-the channels. Constants and initial values are zoology's (arXiv 2312.04927): all
-linear layers, the filter's too, start from N(0, 0.02²), so that h starts near 0;
-d starts from N(0, 1).
+the channels. Constants and initial values are zoology's (arXiv 2312.04927). All
+linear layers, the filter's too, start from N(0, 0.02²), so that h starts near
+0. d starts from N(0, 1).
 """
 
 from collections.abc import Callable
@@ -263,9 +264,7 @@ class Hyena(Mixer):
     after_BLD = window_BSD[:, T:]
     return y_BTD, HyenaState(after_BLD, conv_BKD, state.position_B + T)
 
-  def _gate(
-    self, x_BTD: Array, past_BKD: Array
-  ) -> tuple[Array, Array, Array]:
+  def _gate(self, x_BTD: Array, past_BKD: Array) -> tuple[Array, Array, Array]:
     """Return x2 in the compute dtype, g in float32, and the inputs to keep."""
     c_BTD, past_BKD = self.conv(
       self.in_proj(x_BTD.astype(self.dtype)), past_BKD
@@ -274,9 +273,7 @@ class Hyena(Mixer):
     acc = sum_dtype(self.dtype)
     return outer_BTD, inner_BTD.astype(acc) * v_BTD.astype(acc), past_BKD
 
-  def _gate_output(
-    self, outer_BTD: Array, g_BTD: Array, c_BTD: Array
-  ) -> Array:
+  def _gate_output(self, outer_BTD: Array, g_BTD: Array, c_BTD: Array) -> Array:
     """Return x2 ∘ (c + d ∘ g) in the compute dtype."""
     d_11D = self.bias[...].astype(g_BTD.dtype)[None, None]
     return outer_BTD * (c_BTD + d_11D * g_BTD).astype(self.dtype)

@@ -160,7 +160,7 @@ class Mamba(Mixer):
   def _scan(
     self, x_BTD: Array, state: MambaState, segment_ids: Array | None
   ) -> tuple[Array, MambaState]:
-    """Return h_t C_t + D ∘ x_t, (B, T, I), and the state after the last token."""
+    """Return h_t C_t + D ∘ x_t, (B, T, I), and the state after the row."""
     u_BTI, past_BKI = self.conv(
       self.in_proj(x_BTD), state.past_BKI, segment_ids
     )

@@ -161,7 +161,7 @@ class PolynomialMixer(Mixer):
     query_positions: Array | None,
   ) -> Array:
     k_BTHF, v_BTHP = self.key(x_BTD), self.value(x_BTD)
-    if query_positions is not None and self._is_quadratic(query_positions, axes):
+    if self._are_few(query_positions, axes):
       x_BMD = take_positions(x_BTD, query_positions)
       o_BMHP = polynomial_attention_at(
         self.query(x_BMD),
@@ -170,7 +170,7 @@ class PolynomialMixer(Mixer):
         query_positions,
         segment_ids=segment_ids,
         coefficients=self.coefficients,
-      eps=self.eps,
+        eps=self.eps,
       )
       return self.output(o_BMHP)
     o_BTHP = polynomial_attention(
@@ -186,13 +186,14 @@ class PolynomialMixer(Mixer):
     o_BTD = o_BTHP.reshape(*o_BTHP.shape[:2], -1)
     return self.project.o(take_positions(o_BTD, query_positions))
 
-  def _is_quadratic(
-    self, query_positions: Array, axes: ShardAxes | None
+  def _are_few(
+    self, query_positions: Array | None, axes: ShardAxes | None
   ) -> bool:
-    """Whether to compute the rows of the attention matrix of these queries."""
+    """Whether to compute only these queries' rows of the attention matrix."""
+    if query_positions is None or self.implementation is not None:
+      return False
     has_whole_rows = axes is None or axes.time is None
-    few = query_positions.shape[1] <= FEW_QUERIES
-    return few and has_whole_rows and self.implementation is None
+    return has_whole_rows and query_positions.shape[1] <= FEW_QUERIES
 
   def init_state(self, batch: int) -> State:
     """Return the state before a document's first token: all sums are 0."""

@@ -89,9 +89,7 @@ class RWKV(Mixer):
   """
 
   config_type = RWKVConfig
-  no_time_axis = (
-    "its sums run from chunk to chunk; split batch or channels"
-  )
+  no_time_axis = "its sums run from chunk to chunk; split batch or channels"
 
   def __init__(
     self,
@@ -264,7 +262,7 @@ class _InitialValues(NamedTuple):
 
 
 def _initial_values(width: int, layer: int, layers: int) -> _InitialValues:
-  """Return the initial values of the five (D,) parameters, as in RWKV's code."""
+  """Return the initial values of the (D,) parameters, as in RWKV's code."""
   i_D = jnp.arange(width, dtype=jnp.float32)
   depth = layer / max(layers - 1, 1)  # from 0 to 1
   speed_D = (i_D / max(width - 1, 1)) ** (0.7 + 1.3 * depth)
