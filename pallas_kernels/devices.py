@@ -1,11 +1,23 @@
-"""The one place that knows versions of jax and kinds of devices."""
+"""Versions of jax and kinds of devices; no other module knows them.
 
+It answers three questions: which platform calls run on, whether the Hopper and
+TPU kernels can run there, and whether this jax has what they are written with.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import functools
+import importlib
 import os
+import warnings
 
 import jax
 import jax.numpy as jnp
 
-_MOSAIC_GPU = (0, 11)  # the first jax whose Pallas Mosaic GPU the kernels fit
+WARPGROUP = 128  # threads of a Hopper GPU that work on one row of an array
+
+# The first jax whose Pallas Mosaic GPU has what the kernels are written with.
+_MOSAIC_GPU = (0, 11)
 
 # The generations that the TPU kernels are compiled for, by jax's names.
 _TPUS = {
@@ -19,10 +31,10 @@ _TPUS = {
 
 
 def _device() -> tuple[str, str]:
-  """(platform, kind) of the ambient mesh's devices, or of this process's.
+  """Return (platform, kind) of the devices that calls run on.
 
-  A mesh of devices that are not here is what a step is compiled for ahead of
-  time.
+  They are the ambient mesh's devices, or else this process's. A mesh of devices
+  that are not attached is what a step is compiled for ahead of time.
   """
   abstract = jax.sharding.get_abstract_mesh().abstract_device
   if abstract is not None:
@@ -32,12 +44,21 @@ def _device() -> tuple[str, str]:
 
 
 def platform() -> str:
-  """The platform that calls run on: "cpu", "gpu", "tpu"."""
+  """Return the platform that calls run on: "cpu", "gpu" or "tpu"."""
   return _device()[0]
 
 
+def device_kind() -> str:
+  """Return jax's name of this process's first device."""
+  return jax.devices()[0].device_kind
+
+
 def tpu_generation() -> str:
-  """ "v5e", "v5p" or "v6e"; NotImplementedError where there is none of them."""
+  """Return the TPU generation that calls run on: "v5e", "v5p" or "v6e".
+
+  Raises:
+    NotImplementedError: calls run on another platform or another TPU.
+  """
   found, kind = _device()
   if found != "tpu":
     raise NotImplementedError(
@@ -50,10 +71,14 @@ def tpu_generation() -> str:
   return _TPUS[kind]
 
 
-def tpu_topology(generation: str) -> list:
-  """Devices of a TPU that is not attached, to compile for; needs libtpu.
+def tpu_topology(generation: str) -> list[jax.Device]:
+  """Return devices of a TPU that is not attached, to compile for.
 
-  For a process of its own: the TPU runtime is told that it is alone.
+  It needs libtpu and sets environment variables for the whole process: they
+  tell the TPU runtime that it runs alone on one host.
+
+  Args:
+    generation: "v5e", "v5p" or "v6e".
   """
   from jax.experimental import topologies
 
@@ -71,7 +96,7 @@ def tpu_topology(generation: str) -> list:
 
 
 def check_gpu() -> None:
-  """Raises NotImplementedError where the Hopper kernels cannot run."""
+  """Raise NotImplementedError where the Hopper kernels cannot run."""
   device = jax.devices()[0]
   if device.platform != "gpu":
     raise NotImplementedError(
@@ -91,7 +116,7 @@ def check_gpu() -> None:
 
 
 def is_hopper() -> bool:
-  """Whether the Hopper kernels can run, where calls run."""
+  """Whether calls run on a Hopper GPU with a jax that has its kernels."""
   if platform() != "gpu":
     return False
   try:
@@ -101,23 +126,77 @@ def is_hopper() -> bool:
   return True
 
 
-def varying_axes(x: jax.Array) -> frozenset[str]:
-  """Of a `jax.shard_map` around the call that checks what x varies over."""
-  return jax.typeof(x).manual_axis_type.varying
-
-
-def device_kind() -> str:
-  """The name of this process's first device, as jax has it."""
-  return jax.devices()[0].device_kind
-
-
 def has_mosaic_gpu() -> bool:
-  """Whether this jax can lower the Hopper kernels."""
+  """Whether this jax is new enough to lower the Hopper kernels."""
   return jax.__version_info__[:2] >= _MOSAIC_GPU
 
 
+@contextlib.contextmanager
+def kernel_imports(implementation: str) -> Iterator[None]:
+  """Turn a failed import of kernels into a NotImplementedError with the reason.
+
+  Pallas is experimental: a jax that is newer than the kernels may have moved or
+  removed what they import. Callers with another implementation then use it.
+
+  Args:
+    implementation: "gpu" or "tpu", for the message.
+  """
+  try:
+    yield
+  except (ImportError, AttributeError, TypeError) as error:
+    raise NotImplementedError(
+      f"implementation={implementation!r} cannot be imported with jax "
+      f"{jax.__version__} ({error}); use implementation='xla' or a jax that "
+      "this version was tested with"
+    ) from error
+
+
+@functools.cache
+def can_import_kernels(module: str) -> bool:
+  """Whether this jax can import a module of Hopper kernels.
+
+  The first failure warns that XLA runs instead.
+
+  Args:
+    module: full name, such as "pallas_kernels.gelu.gpu".
+  """
+  try:
+    with kernel_imports("gpu"):
+      importlib.import_module(module)
+  except NotImplementedError as error:
+    warnings.warn(f"{module} is not used, XLA runs: {error}", stacklevel=3)
+    return False
+  return True
+
+
+def takes_row_kernel(x: jax.Array) -> bool:
+  """Whether a Hopper kernel over rows can take x where calls run.
+
+  It can on a Hopper GPU, if x has a 16-bit dtype and is not empty. It cannot
+  inside a `jax.shard_map` that checks what varies over the mesh: jax does not
+  know over which axes a kernel's results vary. Cast all inputs with
+  `sharding.vary_alike` first, so that one of them speaks for all.
+  """
+  narrow = x.dtype in (jnp.bfloat16, jnp.float16) and x.size > 0
+  return narrow and is_hopper() and not varying_axes(x)
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+  """Return the mesh axes that x varies over.
+
+  They are axes of a `jax.shard_map` around the call that checks them; outside
+  such a map there are none.
+  """
+  return jax.typeof(x).manual_axis_type.varying
+
+
 def why_not_cudnn(dtype: jnp.dtype, head_width: int) -> str | None:
-  """Why cuDNN's attention cannot run here on such heads; None: it can."""
+  """Return why cuDNN's attention cannot run here; None if it can.
+
+  Args:
+    dtype: of queries, keys and values.
+    head_width: numbers in one head's query.
+  """
   device = jax.devices()[0]
   if device.platform != "gpu":
     return f"needs a GPU; this process runs on {device.platform}"

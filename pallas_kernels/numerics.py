@@ -1,6 +1,6 @@
 """Dtypes of sums, and per-channel parameters with float32 gradients.
 
-Sums are float32, or float64 for float64 inputs.
+Every sum is taken in float32, or in float64 for float64 inputs.
 """
 
 import jax
@@ -10,31 +10,52 @@ import jax.numpy as jnp
 from pallas_kernels.sharding import vary_alike
 
 
-def sum_dtype(dtype) -> jnp.dtype:
-  """The dtype of sums: float32, or float64 for float64 inputs."""
+def sum_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+  """Return the dtype of sums: float32, or float64 for float64 inputs."""
   return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-def product_precision(dtype) -> jax.lax.Precision:
-  """Full precision for float32 and float64 operands on every device."""
+def product_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:
+  """Return the precision of matrix products with operands of this dtype.
+
+  It is HIGHEST for float32 and float64, which devices would otherwise round to
+  fewer bits, and DEFAULT for 16-bit operands.
+  """
   low = jnp.dtype(dtype).itemsize < 4
   return jax.lax.Precision.DEFAULT if low else jax.lax.Precision.HIGHEST
 
 
 def add_bias(x_D: Array, b_D: Array) -> Array:
-  """x + b (…, D), in the dtype of x; b is (D,)."""
+  """Return x + b (…, D) in x's dtype; the gradient of b is summed in float32.
+
+  Args:
+    x_D: (…, D).
+    b_D: (D,), rounded to x's dtype before the addition.
+  """
+  # The cast to x's dtype comes after the broadcast, so that jax's transpose
+  # casts the cotangent to the wide dtype before it sums.
   wide_D = b_D.astype(sum_dtype(x_D.dtype))
   return x_D + jnp.broadcast_to(wide_D, x_D.shape).astype(x_D.dtype)
 
 
 def broadcast_parameter(parameter_D: Array, like_D: Array) -> Array:
-  """A parameter with as many axes as `like_D`, and in its dtype."""
+  """Return the parameter with `like_D`'s dtype and number of axes.
+
+  New axes of size 1 come first, which strict rank promotion asks for.
+  """
   shape = (1,) * (like_D.ndim - parameter_D.ndim) + parameter_D.shape
   return parameter_D.astype(like_D.dtype).reshape(shape)
 
 
 def scale_channels(x_D: Array, w_D: Array) -> Array:
-  """w ∘ x (…, D), in the dtype of x; w is (D,). Not for forward mode."""
+  """Return w ∘ x (…, D) in x's dtype; the gradient of w is summed in float32.
+
+  It has reverse-mode derivatives only.
+
+  Args:
+    x_D: (…, D).
+    w_D: (D,), rounded to x's dtype before the product.
+  """
   return _scale_channels(*vary_alike(x_D, w_D))
 
 

@@ -1,9 +1,9 @@
-"""Which mesh axes split an operator's arrays, and how its parts run on them."""
+"""Which mesh axes split an operator's arrays, and how parts run on devices."""
 
 from collections.abc import Callable
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax import Array
@@ -11,30 +11,38 @@ from jax.sharding import PartitionSpec
 
 from pallas_kernels import devices
 
+# A mesh axis, or several that split one array axis together; None: no axis.
 Axis = str | tuple[str, ...] | None
 
-
-def _names(axis: Axis) -> tuple[str, ...]:
-  return (axis,) if isinstance(axis, str) else axis or ()
+# How `map_over_mesh` splits an array over the devices:
+#   "tokens"          (B, T, ·) by rows and time
+#   "token_channels"  (B, T, D) by rows, time and channels
+#   "channels"        (D,) by channels, as a "token_channels" array's last axis
+#   "whole"           not at all: every device has the whole array
+Placement = Literal["tokens", "token_channels", "channels", "whole"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardAxes:
-  """Which axes of the ambient mesh split the batch, the heads and the time.
+  """The axes of the ambient mesh that split an operator's arrays.
 
-  The mesh is the one of `jax.set_mesh`; None splits nothing.
+  The ambient mesh is that of `jax.set_mesh`. An axis of size 1, or None, splits
+  nothing.
   """
 
+  #: Mesh axes that split the batch.
   batch: Axis = None
+  #: Mesh axes that split the heads, and channels where there are no heads.
   heads: Axis = None
+  #: Mesh axes that split the time: each device holds a slice of every row.
   time: Axis = None
 
   def check(self, batch: int, heads: int | None, time: int) -> None:
-    """Raises ValueError where the ambient mesh does not fit the sizes.
+    """Raise ValueError if the ambient mesh does not fit these sizes.
 
     Args:
-      batch: rows.
-      heads: None of what has no heads.
+      batch: number of rows.
+      heads: number of heads; None where nothing is split by heads.
       time: tokens of a row.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -60,45 +68,61 @@ class ShardAxes:
         )
 
   def devices(self, axis: Axis) -> int:
-    """How many devices of the ambient mesh one of the three splits over."""
+    """Return how many devices of the ambient mesh these axes split over.
+
+    Args:
+      axis: one of this record's three fields.
+    """
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes[name] for name in _names(axis))
 
   def are_alone(self, *axes: Axis) -> bool:
-    """Whether only these of the three split anything on the ambient mesh."""
+    """Whether the ambient mesh splits nothing but by these axes."""
     names = {name for axis in axes for name in _names(axis)}
     sizes = jax.sharding.get_abstract_mesh().shape
     return all(size == 1 for name, size in sizes.items() if name not in names)
 
   def bt_names(self) -> tuple[str, ...]:
-    """The mesh's axes that split batch or time."""
+    """Return the names of the mesh axes that split batch or time."""
     return *_names(self.batch), *_names(self.time)
 
   def btx(self) -> PartitionSpec:
-    """Of (B, T, H, ·) arrays."""
+    """Return the layout of (B, T, H, ·) arrays."""
     return PartitionSpec(self.batch, self.time, self.heads)
 
   def bt(self) -> PartitionSpec:
-    """Of (B, T) arrays."""
+    """Return the layout of (B, T) arrays, and of (B, T, ·) with whole rows."""
     return PartitionSpec(self.batch, self.time)
 
   def state(self) -> PartitionSpec:
-    """Of a state's (B, H, ·, ·) arrays."""
+    """Return the layout of a recurrent state's (B, H, ·, ·) arrays."""
     return PartitionSpec(self.batch, self.heads)
 
   def before(self) -> PartitionSpec:
-    """Of what an implementation keeps of the tokens before a device's."""
+    """Return the layout of (N, B, H, ·) arrays, N time slices or chunks.
+
+    An implementation keeps in them what the tokens before each slice sum to.
+    """
     return PartitionSpec(self.time, self.batch, self.heads)
 
 
 def axes_of(*trees: Any) -> frozenset[str]:
-  """The axes that any of the arrays varies over; outside none."""
+  """Return the mesh axes that any of the arrays varies over.
+
+  They are axes of a `jax.shard_map` around the call; outside one there are
+  none.
+  """
   leaves = jax.tree.leaves(trees)
   return frozenset().union(*map(devices.varying_axes, leaves))
 
 
 def vary_alike(*trees: Any) -> tuple[Any, ...]:
-  """The same values, each varying over all that any of them varies over."""
+  """Return the same values, all cast to vary over the same mesh axes.
+
+  Inside a `jax.shard_map` that checks what varies, a derivative of our own must
+  return cotangents that vary as their inputs do. With inputs that vary alike
+  that is automatic, and jax inserts the sums in the cast's transpose.
+  """
   names = axes_of(*trees)
 
   def vary(x: Array) -> Array:
@@ -109,31 +133,38 @@ def vary_alike(*trees: Any) -> tuple[Any, ...]:
 
 
 def map_over_mesh(
-  run: Callable[..., Any], axes: ShardAxes | None, *, inputs: Any, outputs: Any
+  run: Callable[..., Any],
+  axes: ShardAxes | None,
+  *,
+  inputs: Any,
+  outputs: Any,
 ) -> Callable[..., Any]:
-  """`run` of each device's part of arrays over the ambient mesh.
+  """Return a function that runs `run` on each device's part of its arrays.
 
   Args:
     run: works on the part of one device, and may use `sum_over_tokens`.
     axes: the mesh axes that split the arrays; None: `run` takes them whole.
-    inputs: a letter for each array, "r": of tokens, (B, T, ·); "c": likewise,
-      of channels that the axes of heads split; "p": the parameter (channels,)
-      of a "c"; "w": whole on every device.
-    outputs: likewise.
+    inputs: a tree of the arguments' structure with a `Placement` an array. The
+      first array has the tokens: (B, T, ·).
+    outputs: a tree of the results' structure, likewise.
 
-  The first array is of tokens. ValueError where the mesh does not fit it.
+  Raises:
+    ValueError: when called, if the mesh does not fit the batch and the time.
   """
   if axes is None:
     return run
-  specs = {
-    "r": axes.bt(),
-    "c": axes.btx(),
-    "p": jax.P(axes.heads),
-    "w": jax.P(),
+  specs: dict[Placement, PartitionSpec] = {
+    "tokens": axes.bt(),
+    "token_channels": axes.btx(),
+    "channels": PartitionSpec(axes.heads),
+    "whole": PartitionSpec(),
   }
   in_specs, out_specs = jax.tree.map(specs.__getitem__, (inputs, outputs))
   split = jax.shard_map(
-    run, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    run,
+    in_specs=in_specs,
+    out_specs=out_specs,
+    check_vma=False,  # jax does not know what a kernel's results vary over
   )
 
   def checked(*arrays):
@@ -145,10 +176,19 @@ def map_over_mesh(
 
 
 def flatten_tokens(x_BTD: Array) -> Array:
-  """(R, D), R = B T."""
+  """Return (R, D): one row a token, R = B · T."""
   return x_BTD.reshape(-1, x_BTD.shape[-1])
 
 
 def sum_over_tokens(sums: Any, axes: ShardAxes | None) -> Any:
-  """In `run`: sums of a device's tokens, summed over all that split tokens."""
+  """Return sums over the tokens of all devices, inside `map_over_mesh`'s run.
+
+  Args:
+    sums: a tree of sums over one device's tokens.
+    axes: the mesh axes of the map; None: one device has all tokens.
+  """
   return sums if axes is None else jax.lax.psum(sums, axes.bt_names())
+
+
+def _names(axis: Axis) -> tuple[str, ...]:
+  return (axis,) if isinstance(axis, str) else axis or ()

@@ -1,33 +1,51 @@
-"""The MLP of a block, W₂ gelu(W₁ x + b₁) + b₂."""
+"""The MLP of a block: W₂ gelu(W₁ x + b₁) + b₂."""
 
 from flax import nnx
 from jax import Array
 
-from pallas_kernels import ShardAxes, numerics
-from pallas_kernels.gelu.xla import gelu
-from rebased_jax.mixers import base
+from pallas_kernels import ShardAxes, gelu
+from pallas_kernels.numerics import add_bias
+from rebased_jax.linear import linear
 
 
 class MLP(nnx.Module):
-  """W₂ gelu(W₁ x + b₁) + b₂, with the exact GELU."""
+  """W₂ gelu(W₁ x + b₁) + b₂, with the exact GELU.
+
+  Parameters: up/{kernel (D, hidden), bias}, down/{kernel (hidden, D), bias}.
+  """
 
   def __init__(
     self, width: int, hidden: int, *, dtype: str, stddev: float, rngs: nnx.Rngs
   ):
-    """Of x (…, width); W₂ is drawn with `stddev`."""
-    make = lambda i, o, stddev: base.linear(
-      i, o, dtype=dtype, rngs=rngs, use_bias=True, stddev=stddev
+    """Draw W₁ from N(0, 0.02²) and W₂ from N(0, stddev²).
+
+    Args:
+      width: D.
+      hidden: the hidden width.
+      dtype: of the computation; parameters are float32.
+      stddev: standard deviation of W₂'s initial entries.
+      rngs: a source of keys.
+    """
+    self.up = linear(
+      width, hidden, dtype=dtype, rngs=rngs, use_bias=True, stddev=0.02
     )
-    self.up = make(width, hidden, 0.02)
-    self.down = make(hidden, width, stddev)
+    self.down = linear(
+      hidden, width, dtype=dtype, rngs=rngs, use_bias=True, stddev=stddev
+    )
 
   def __call__(self, x: Array) -> Array:
+    """Return the MLP of x (…, D)."""
     y, bias = self.parts(x)
-    return numerics.add_bias(y, bias)
+    return add_bias(y, bias)
 
   def parts(
     self, x: Array, axes: ShardAxes | None = None
   ) -> tuple[Array, Array]:
-    """W₂ gelu(…) and b₂, which is float32."""
+    """Return W₂ gelu(W₁ x + b₁) (…, D), and b₂ (D,) that is yet to be added.
+
+    Args:
+      x: (…, D); (B, T, D) with axes.
+      axes: the mesh axes that split batch and time; None: there is no mesh.
+    """
     hidden = gelu(self.up.product(x), self.up.bias[...], axes=axes)
     return self.down.product(hidden), self.down.bias[...]

@@ -1,14 +1,11 @@
-"""Softmax cross-entropy with its gradient, in one kernel; see `gpu.py`."""
+"""Softmax cross-entropy of a tied head, without whole logits: `cross_entropy`.
 
-from jax import Array
+`operator.py` has the public function and its derivative, `xla.py` the losses of
+logits in XLA, `gpu.py` the Hopper kernel that makes losses and gradients of
+logits.
+"""
 
-from pallas_kernels import hopper
+from pallas_kernels.cross_entropy.operator import cross_entropy as cross_entropy
+from pallas_kernels.cross_entropy.xla import TokenLosses as TokenLosses
 
-WIDTH = 1024  # logits that a warpgroup takes at a time
-_ALIGNED = 8  # logits of 16 bytes, at which a row has to begin
-
-
-def runs_on(logits_V: Array) -> bool:
-  """Whether the kernel takes such logits, on the device that calls run on."""
-  V = logits_V.shape[-1]
-  return V >= WIDTH and V % _ALIGNED == 0 and hopper.takes(logits_V)
+__all__ = ["TokenLosses", "cross_entropy"]

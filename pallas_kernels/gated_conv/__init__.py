@@ -1,13 +1,13 @@
-"""The backward of a gated short convolution, in one pass; see `gpu.py`."""
+"""Short causal convolutions over packed documents: `gated_conv`, `causal_conv`.
 
-from jax import Array
+`operator.py` has the public functions and the kernel's derivative, `xla.py` the
+convolution in XLA, `gpu.py` the Hopper kernel of the backward.
+"""
 
-from pallas_kernels import hopper
+from pallas_kernels.gated_conv.operator import (
+  causal_conv as causal_conv,
+  gated_conv as gated_conv,
+  has_kernel as has_kernel,
+)
 
-_TAPS = 4  # whose channels a program's registers hold
-
-
-def runs_on(u_BTD: Array, taps: int) -> bool:
-  """Whether the kernel takes such an array, on the device that calls run on."""
-  fits = u_BTD.shape[-1] % hopper.WARPGROUP == 0 and 1 <= taps <= _TAPS
-  return fits and hopper.takes(u_BTD)
+__all__ = ["causal_conv", "gated_conv", "has_kernel"]

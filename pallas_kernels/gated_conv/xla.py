@@ -1,74 +1,81 @@
-"""A gated short convolution, causal, over packed documents."""
-
-import functools
+"""A short causal depthwise convolution in XLA, also of rows split over time."""
 
 import jax
 from jax import Array
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from pallas_kernels import numerics
 from pallas_kernels.documents import document_runs
-from pallas_kernels.sharding import ShardAxes, map_over_mesh, sum_over_tokens
+from pallas_kernels.numerics import add_bias, scale_channels
+from pallas_kernels.sharding import ShardAxes
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def gated(
-  u_BTD: Array,
-  z_BTD: Array,
-  kernel_KD: Array,
-  bias_D: Array,
-  of_z_D: Array,
-  axes: ShardAxes | None,
-) -> Array:
-  """c ∘ (z + of_z) + u, of rows that are one document each."""
-  return _forward(u_BTD, z_BTD, kernel_KD, bias_D, of_z_D, axes)[0]
-
-
-def _forward(u_BTD, z_BTD, kernel_KD, bias_D, of_z_D, axes):
-  del axes
-  past = kernel_KD.shape[0] - 1
-  none_BKD = jnp.zeros_like(u_BTD, shape=(u_BTD.shape[0], past, u_BTD.shape[2]))
-  c_BTD, _ = depthwise(kernel_KD, bias_D, u_BTD, none_BKD, None)
-  y_BTD = c_BTD * numerics.add_bias(z_BTD, of_z_D) + u_BTD
-  return y_BTD, (u_BTD, z_BTD, kernel_KD, bias_D, of_z_D)
-
-
-def _backward(axes, kept, dy_BTD):
-  from pallas_kernels.gated_conv import gpu  # takes long to import
-
-  def run(u_BTD, z_BTD, dy_BTD, *parameters):
-    du_BTD, dz_BTD, sums = gpu.backward(u_BTD, z_BTD, dy_BTD, *parameters)
-    return du_BTD, dz_BTD, sum_over_tokens(sums, axes)
-
-  u_BTD, z_BTD, *parameters = kept
-  inputs, outputs = ("r", "r", "r", "w", "w", "w"), ("r", "r", "w")
-  run = map_over_mesh(run, axes, inputs=inputs, outputs=outputs)
-  wide = [x.astype(jnp.float32) for x in parameters]
-  du_BTD, dz_BTD, sums = run(u_BTD, z_BTD, dy_BTD, *wide)
-  sums = sums[:-2], sums[-2], sums[-1]
-  to = [x.astype(p.dtype) for x, p in zip(sums, parameters, strict=True)]
-  return du_BTD, dz_BTD, *to
-
-
-gated.defvjp(_forward, _backward)
-
-
-def over_time(
-  kernel_KD: Array,
+def causal_conv(
+  taps_KD: Array,
   bias_D: Array,
   x_BTD: Array,
   past_BKD: Array,
   segment_ids: Array | None,
-  axes: ShardAxes | None,
+  past_ids_BK: Array | None = None,
 ) -> tuple[Array, Array]:
-  """`depthwise` of rows whose time the mesh may split.
+  """Return c_t = bias + Σ_j taps_j ∘ x_{t−K+1+j}, and the last K − 1 tokens.
+
+  A token of another document than the one looked from counts as 0. That holds
+  within the row, for the past, and for the last K − 1 tokens.
+
+  Args:
+    taps_KD: (K, D).
+    bias_D: (D,).
+    x_BTD: the tokens.
+    past_BKD: the K − 1 tokens before them.
+    segment_ids: integers (B, T); None: a row is one document.
+    past_ids_BK: ids of the past; None: it belongs to the first token's
+      document.
+  """
+  T, past = x_BTD.shape[1], past_BKD.shape[1]
+  window_BSD = jnp.concatenate([past_BKD, x_BTD], axis=1)  # S = K − 1 + T
+  shifted = [window_BSD[:, j : j + T] for j in range(past + 1)]
+  after_BKD = window_BSD[:, T:]
+  if segment_ids is not None:
+    if past_ids_BK is None:
+      runs_BT = document_runs(segment_ids)
+      runs_BS = jnp.pad(runs_BT, ((0, 0), (past, 0)))
+    else:
+      window_BS = jnp.concatenate([past_ids_BK, segment_ids], axis=1)
+      runs_BS = document_runs(window_BS)
+      runs_BT = runs_BS[:, past:]
+
+    def own(x, j, runs):
+      """Return x from place j of the window on; 0 in other documents."""
+      is_own = runs_BS[:, j : j + runs.shape[1]] == runs
+      return jnp.where(is_own[..., None], x, 0)
+
+    shifted = [own(x, j, runs_BT) for j, x in enumerate(shifted)]
+    after_BKD = own(after_BKD, T, runs_BT[:, -1:].repeat(past, axis=1))
+  scaled = map(scale_channels, shifted, taps_KD)
+  c_BTD = add_bias(next(scaled), bias_D)
+  for scaled_BTD in scaled:
+    c_BTD += scaled_BTD
+  return c_BTD, after_BKD
+
+
+def over_time(
+  taps_KD: Array,
+  bias_D: Array,
+  x_BTD: Array,
+  past_BKD: Array,
+  segment_ids: Array | None,
+  axes: ShardAxes,
+) -> tuple[Array, Array]:
+  """Return `causal_conv` of rows whose time the mesh splits.
+
+  Each device takes the K − 1 tokens before its slice from its neighbour on the
+  left; the first device takes `past_BKD`.
 
   Raises:
-    ValueError: a device holds fewer than K − 1 tokens of a row.
+    ValueError: the mesh does not fit batch and time, or a device would hold
+      fewer than K − 1 tokens of a row.
   """
-  if axes is None or axes.time is None:
-    return depthwise(kernel_KD, bias_D, x_BTD, past_BKD, segment_ids)
   axes.check(x_BTD.shape[0], None, x_BTD.shape[1])
   past, time = past_BKD.shape[1], axes.time
   devices = axes.devices(time)
@@ -78,7 +85,7 @@ def over_time(
       f"tokens, split over {devices} devices: expected at least {past} on each"
     )
 
-  def local(kernel_KD, bias_D, x_BTD, past_BKD, ids_BT):
+  def local(taps_KD, bias_D, x_BTD, past_BKD, ids_BT):
     here = jax.lax.axis_index(time)
     shift = [(i, i + 1) for i in range(devices - 1)]
     left = lambda x_BT: jax.lax.ppermute(x_BT[:, -past:], time, shift)
@@ -86,13 +93,14 @@ def over_time(
     past_ids_BK = None
     if past and ids_BT is not None:
       past_ids_BK = jnp.where(here == 0, ids_BT[:, :1], left(ids_BT))
-    c_BTD, after_BKD = depthwise(
-      kernel_KD, bias_D, x_BTD, past_BKD, ids_BT, past_ids_BK
+    c_BTD, after_BKD = causal_conv(
+      taps_KD, bias_D, x_BTD, past_BKD, ids_BT, past_ids_BK
     )
     last = jnp.where(here == devices - 1, after_BKD, 0)
     return c_BTD, jax.lax.psum(last, time)
 
-  # Channels are apart: they are split as heads are, where they divide.
+  # Channels do not meet in a depthwise convolution. They stay split as heads
+  # are, if the number of devices divides them.
   channels = axes.heads
   if channels is not None and x_BTD.shape[-1] % axes.devices(channels):
     channels = None
@@ -104,41 +112,4 @@ def over_time(
     in_specs=(taps, bias, tokens, rows, axes.bt()),
     out_specs=(tokens, rows),
     check_vma=False,
-  )(kernel_KD, bias_D, x_BTD, past_BKD, segment_ids)
-
-
-def depthwise(
-  kernel_KD: Array,
-  bias_D: Array,
-  x_BTD: Array,
-  past_BKD: Array,
-  segment_ids: Array | None,
-  past_ids_BK: Array | None = None,
-) -> tuple[Array, Array]:
-  """c_BTD = bias + Σ_j kernel_j ∘ x_{t−K+1+j}, and the last K − 1 tokens.
-
-  Another document's tokens count as 0, before the row, in it and behind it.
-  The past is of the first token's document, unless it has ids of its own.
-  """
-  T, past = x_BTD.shape[1], past_BKD.shape[1]
-  window_BSD = jnp.concatenate([past_BKD, x_BTD], axis=1)  # S = K − 1 + T
-  taps = [window_BSD[:, j : j + T] for j in range(past + 1)]
-  after_BKD = window_BSD[:, T:]
-  if segment_ids is not None:
-    if past_ids_BK is None:
-      runs_BT = document_runs(segment_ids)
-      runs_BS = jnp.pad(runs_BT, ((0, 0), (past, 0)))
-    else:
-      window_BS = jnp.concatenate([past_ids_BK, segment_ids], axis=1)
-      runs_BS = document_runs(window_BS)
-      runs_BT = runs_BS[:, past:]
-    own = lambda x, j, runs: jnp.where(
-      (runs_BS[:, j : j + runs.shape[1]] == runs)[..., None], x, 0
-    )
-    taps = [own(x, j, runs_BT) for j, x in enumerate(taps)]
-    after_BKD = own(after_BKD, T, runs_BT[:, -1:].repeat(past, axis=1))
-  scaled = map(numerics.scale_channels, taps, kernel_KD)
-  c_BTD = numerics.add_bias(next(scaled), bias_D)
-  for scaled_BTD in scaled:
-    c_BTD += scaled_BTD
-  return c_BTD, after_BKD
+  )(taps_KD, bias_D, x_BTD, past_BKD, segment_ids)

@@ -1,16 +1,9 @@
-"""GELU of a product and its bias, in one pass each way; see `gpu.py`."""
+"""The exact GELU with a bias: `gelu`.
 
-from jax import Array
+`operator.py` has the public function and the kernels' derivative, `xla.py` the
+same in XLA, `gpu.py` the Hopper kernels.
+"""
 
-from pallas_kernels import hopper
+from pallas_kernels.gelu.operator import gelu as gelu
 
-
-def runs_on(z_D: Array, parts: int = 1) -> bool:
-  """Whether the kernels take such an array, on the device that calls run on.
-
-  Args:
-    z_D: (…, D).
-    parts: that devices split D into.
-  """
-  fits = z_D.shape[-1] % (parts * hopper.WARPGROUP) == 0
-  return fits and hopper.takes(z_D)
+__all__ = ["gelu"]

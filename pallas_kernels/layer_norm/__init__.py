@@ -1,15 +1,13 @@
-"""A residual sum with its layer norm, in one pass each way; see `gpu.py`."""
+"""Layer normalisation: `layer_norm`, and `add_layer_norm` of a residual sum.
 
-from jax import Array
-import jax.numpy as jnp
+`operator.py` has the public functions and their derivatives, `xla.py` the
+equations in XLA, `gpu.py` the Hopper kernels of `add_layer_norm`.
+"""
 
-from pallas_kernels import hopper
+from pallas_kernels.layer_norm.operator import (
+  add_layer_norm as add_layer_norm,
+  layer_norm as layer_norm,
+)
+from pallas_kernels.layer_norm.xla import residual_sum as residual_sum
 
-_WIDEST = 2048  # of a row, that their registers hold
-
-
-def runs_on(x_BTD: Array, y_BTD: Array) -> bool:
-  """Whether the kernels take such arrays, on the device that calls run on."""
-  width = x_BTD.shape[-1]
-  fits = width % hopper.WARPGROUP == 0 and width <= _WIDEST
-  return fits and x_BTD.dtype == jnp.float32 and hopper.takes(y_BTD)
+__all__ = ["add_layer_norm", "layer_norm", "residual_sum"]

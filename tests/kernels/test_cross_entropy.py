@@ -1,19 +1,19 @@
-"""The loss in parts is the plain one: values, gradients, memory, meshes."""
+"""Cross-entropy, whole and in parts: values, gradients, memory, meshes."""
 
-from hopper_cases import on_the_card
+from hopper_cases import assert_lowers, on_the_card
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 import numpy as np
 import pytest
 
-from pallas_kernels import devices
-from pallas_kernels.cross_entropy.xla import _total_and_best, cross_entropy
-from rebased_jax import ShardAxes
+from pallas_kernels import ShardAxes, cross_entropy, devices
+from pallas_kernels.cross_entropy import operator
+from pallas_kernels.cross_entropy.xla import log_sum_and_best
 
 B, T, D, V = 4, 12, 16, 37
-# float32: the same sums in another order. bfloat16: the logits are rounded to
-# it, ∂loss/∂z is for the products, and x and E's gradients are; 2⁻⁹ each.
+# float32: the same sums in another order. bfloat16: the logits, ∂loss/∂z and
+# the gradients of x and E are rounded to it, 2⁻⁹ each.
 TOLERANCES = {"float32": 1e-6, "bfloat16": 1e-2}
 
 
@@ -27,7 +27,7 @@ def _inputs(dtype: str = "float32"):
 
 
 def _run(inputs, **options):
-  """(loss, tokens), and the gradients of x and E."""
+  """Return (loss, tokens), and the gradients of x and E."""
   loss = lambda *inputs: cross_entropy(*inputs, **options)
 
   def scaled(*inputs):
@@ -50,50 +50,52 @@ def _assert_near(found, wanted, tolerance: float) -> None:
 def test_parts_are_the_whole(dtype: str) -> None:
   inputs = _inputs(dtype)
   wanted = _run(inputs)
-  for chunks in (2, 12) if dtype == "float32" else (3,):
-    (loss, tokens), grads = _run(inputs, chunks=chunks)
+  for parts in (2, 12) if dtype == "float32" else (3,):
+    (loss, tokens), grads = _run(inputs, parts=parts)
     _assert_near((loss, tokens), wanted[0], TOLERANCES[dtype])
     _assert_near(grads, wanted[1], TOLERANCES[dtype])
-  # Without a gradient it is another program, whose logits stay in float32.
-  alone = jax.jit(lambda *x: cross_entropy(*x, chunks=4))(*inputs)
+  # Without a gradient the logits stay in float32.
+  alone = jax.jit(lambda *x: cross_entropy(*x, parts=4))(*inputs)
   _assert_near(alone, wanted[0], 1e-6)
 
 
 @pytest.fixture
 def gpu(monkeypatch) -> None:
-  """A GPU's program, here: a part's logits are read in one reduction."""
+  """Run the GPU's program here: one reduction reads a part's logits."""
   monkeypatch.setattr(devices, "platform", lambda: "gpu")
 
 
 def test_one_reduction_gives_the_same(gpu) -> None:
   inputs = _inputs()
   wanted = _run(inputs)
-  found = _run(inputs, chunks=4)
-  one = str(jax.make_jaxpr(_total_and_best)(jnp.ones(3)))
+  found = _run(inputs, parts=4)
+  one = str(jax.make_jaxpr(log_sum_and_best)(jnp.ones(3)))
   assert one.count("reduce") == 1
   _assert_near(found[0], wanted[0], 1e-6)
   _assert_near(found[1], wanted[1], TOLERANCES["float32"])
 
 
-def _wide_inputs(words: int = 1048):
-  """In bfloat16, of a vocabulary that the kernel takes."""
+def _wide_inputs(vocabulary_size: int = 1048):
+  """Return inputs in bfloat16, with a vocabulary that the kernel takes."""
   keys = jax.random.split(jax.random.key(0), 4)
   x_BTD = 2 * jax.random.normal(keys[0], (2, 4, D), jnp.bfloat16)
-  embedding_VD = jax.random.normal(keys[1], (words, D))
-  targets_BT = jax.random.randint(keys[2], (2, 4), 0, words)
-  targets_BT = targets_BT.at[0].set(jnp.array([0, 1023, 1024, words - 1]))
+  embedding_VD = jax.random.normal(keys[1], (vocabulary_size, D))
+  targets_BT = jax.random.randint(keys[2], (2, 4), 0, vocabulary_size)
+  targets_BT = targets_BT.at[0].set(
+    jnp.array([0, 1023, 1024, vocabulary_size - 1])
+  )
   return x_BTD, embedding_VD, targets_BT, jax.random.uniform(keys[3], (2, 4))
 
 
-def _assert_kernel(rows: int, words: int, *, rtol: float) -> None:
-  """The kernel of such logits against the equations in float64."""
+def _assert_kernel(rows: int, vocabulary_size: int, *, rtol: float) -> None:
+  """Compare the kernel with the equations in float64."""
   from pallas_kernels.cross_entropy import gpu
 
   rng = np.random.default_rng(0)
-  logits = (4 * rng.normal(size=(rows, words))).astype(jnp.bfloat16)
+  logits = (4 * rng.normal(size=(rows, vocabulary_size))).astype(jnp.bfloat16)
   logits[0, 5:7] = 64  # the first counts
-  targets = rng.integers(0, words, rows).astype(np.int32)
-  targets[:3] = 5, words - 1, 0
+  targets = rng.integers(0, vocabulary_size, rows).astype(np.int32)
+  targets[:3] = 5, vocabulary_size - 1, 0
   weights = rng.uniform(size=rows).astype(np.float32)
   weights[1] = 0
   dz, top, total, best = jax.device_get(
@@ -112,9 +114,9 @@ def _assert_kernel(rows: int, words: int, *, rtol: float) -> None:
   assert error <= 2.0**-8 * np.linalg.norm(wanted)  # half of its last bit
 
 
-@pytest.mark.parametrize("words", [1024, 1048, 5128])
-def test_the_kernel_is_the_equations(interpreted, words) -> None:
-  _assert_kernel(3, words, rtol=1e-6)
+@pytest.mark.parametrize("vocabulary_size", [1024, 1048, 5128])
+def test_the_kernel_is_the_equations(interpreted, vocabulary_size) -> None:
+  _assert_kernel(3, vocabulary_size, rtol=1e-6)
 
 
 def test_what_the_kernel_makes_of_odd_logits(interpreted) -> None:
@@ -132,7 +134,7 @@ def test_what_the_kernel_makes_of_odd_logits(interpreted) -> None:
   np.testing.assert_array_equal(best[:2], [3, 0])
   share = np.float64(dz[0, [3, 9]]) - [-0.2689, 0.2689]
   assert np.abs(share).max() < 2e-3 and np.count_nonzero(dz[0]) == 2
-  # And so no loss that passes as one.
+  # So no token's loss is finite by accident.
   assert not np.isfinite(top[2:] + np.log(total[2:])).any()
 
 
@@ -143,10 +145,10 @@ def test_parts_through_the_kernel(interpreted, monkeypatch, split) -> None:
   if split:
     options = dict(axes=ShardAxes(batch="data"))
   with jax.set_mesh(mesh):
-    jaxpr = jax.make_jaxpr(lambda *x: _run(x, chunks=2, **options))(*inputs)
-    found = _run(inputs, chunks=2, **options)
+    jaxpr = jax.make_jaxpr(lambda *x: _run(x, parts=2, **options))(*inputs)
+    found = _run(inputs, parts=2, **options)
     monkeypatch.setattr(devices, "is_hopper", lambda: False)
-    wanted = _run(inputs, chunks=2, **options)
+    wanted = _run(inputs, parts=2, **options)
   assert "cross_entropy" in str(jaxpr)
   _assert_near(found[0], wanted[0], 1e-6)
   _assert_near(found[1], wanted[1], TOLERANCES["bfloat16"])
@@ -154,21 +156,21 @@ def test_parts_through_the_kernel(interpreted, monkeypatch, split) -> None:
 
 @on_the_card
 @pytest.mark.parametrize("rows", [3, 601])  # fewer than programs, and more
-@pytest.mark.parametrize("words", [1024, 1032, 50304])
-def test_the_kernel_on_the_card(rows, words) -> None:
-  # Its powers are the card's quick ones, within 2⁻²¹ for each unit of the
-  # exponent, of which there are up to 64.
-  _assert_kernel(rows, words, rtol=3e-5)
+@pytest.mark.parametrize("vocabulary_size", [1024, 1032, 50304])
+def test_the_kernel_on_the_card(rows, vocabulary_size) -> None:
+  # It uses the card's fast exponentials. They are within 2⁻²¹ for each unit of
+  # the exponent, which goes up to 64.
+  _assert_kernel(rows, vocabulary_size, rtol=3e-5)
 
 
 @on_the_card
 def test_parts_on_the_card(monkeypatch) -> None:
   inputs = _wide_inputs(50304)
-  found, again = (_run(inputs, chunks=2) for _ in range(2))
+  found, again = (_run(inputs, parts=2) for _ in range(2))
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True):
     np.testing.assert_array_equal(a, b)
   monkeypatch.setattr(devices, "is_hopper", lambda: False)
-  wanted = _run(inputs, chunks=2)
+  wanted = _run(inputs, parts=2)
   _assert_near(found[0], wanted[0], 3e-5)
   _assert_near(found[1], wanted[1], TOLERANCES["bfloat16"])
 
@@ -182,7 +184,7 @@ def test_one_reduction_over_a_split_vocabulary(gpu) -> None:
   spec = jax.sharding.NamedSharding(mesh, jax.P("tensor", None))
   with jax.set_mesh(mesh):
     split = x, jax.device_put(embedding, spec), *inputs[2:]
-    found = _run(split, chunks=3, axes=ShardAxes(batch="data"))
+    found = _run(split, parts=3, axes=ShardAxes(batch="data"))
   _assert_near(found, wanted, TOLERANCES["float32"])
 
 
@@ -198,13 +200,83 @@ def test_what_one_reduction_makes_of_odd_logits(gpu) -> None:
       [1, np.inf, 2, 3],
     ]
   )
-  total, best = jax.jit(_total_and_best)(rows)
+  total, best = jax.jit(log_sum_and_best)(rows)
   wide = np.float64(rows[:4])
   top = wide.max(-1, keepdims=True)
   wanted = top[:, 0] + np.log(np.exp(wide - top).sum(-1))
   np.testing.assert_allclose(total[:4], wanted, rtol=1e-6)
   np.testing.assert_array_equal(best[:4], [1, 0, 1, 2])
-  assert not np.isfinite(total[4:]).any()  # and so no loss that passes as one
+  assert not np.isfinite(total[4:]).any()  # so no loss is finite by accident
+
+
+def _equations(x_BTD, embedding_VD, targets_BT, weights_BT):
+  """Return the loss, dx and dE in float64."""
+  x, embedding = np.float64(x_BTD), np.float64(embedding_VD)
+  weights, targets = np.float64(weights_BT), np.asarray(targets_BT)
+  z = x @ embedding.T
+  powers = np.exp(z - z.max(-1, keepdims=True))
+  softmax = powers / powers.sum(-1, keepdims=True)
+  onehot = np.eye(embedding.shape[0])[targets]
+  nll = -np.log((softmax * onehot).sum(-1))
+  dz = weights[..., None] * (softmax - onehot)
+  dembedding = np.einsum("btv,btd->vd", dz, x)
+  return (nll * weights).sum(), dz @ embedding, dembedding
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize(
+  "dtype, limit",
+  [
+    ("float32", 2e-6),
+    ("bfloat16", 1e-2),
+    ("float16", 2e-3),
+    ("float64", 1e-13),
+  ],
+)
+def test_values_and_gradients(parts, dtype, limit) -> None:
+  x, embedding, targets, weights = jax.device_get(_inputs())
+  with jax.enable_x64(True):
+    wide = "float64" if dtype == "float64" else "float32"
+    embedding, weights = embedding.astype(wide), weights.astype(wide)
+    inputs = x.astype(jnp.dtype(dtype)), embedding, targets, weights
+    (loss, tokens), grads = _run(inputs, parts=parts)
+    assert (loss.dtype, tokens.nll_BM.dtype) == (wide, wide)
+    assert [g.dtype for g in grads] == [dtype, wide]
+  # The products use E in x's dtype, and so do the equations.
+  rounded = embedding.astype(jnp.dtype(dtype))
+  wanted = _equations(inputs[0], rounded, targets, weights)
+  for a, b in zip((loss, *grads), wanted, strict=True):
+    a = np.float64(a) / (1 if a.ndim == 0 else 3)  # `_run` scales by 3
+    assert np.linalg.norm(a - b) <= limit * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_single_token_and_a_word_alone(parts) -> None:
+  x, embedding, targets, weights = _inputs()
+  one = x[:, :parts], embedding, targets[:, :parts], weights[:, :parts]
+  loss = cross_entropy(*one, parts=parts)[0]
+  np.testing.assert_allclose(loss, _equations(*one)[0], rtol=1e-5)
+  # With V = 1 every loss is 0.
+  alone = x, embedding[:1], jnp.zeros_like(targets), weights
+  assert cross_entropy(*alone, parts=parts)[0] == 0
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_without_weights_every_token_counts_1(parts) -> None:
+  *inputs, weights = _inputs()
+  wanted = cross_entropy(*inputs, jnp.ones_like(weights), parts=parts)
+  found = cross_entropy(*inputs, parts=parts)
+  _assert_near(found, wanted, 0)
+
+
+def test_the_kernel_lowers(hopper) -> None:
+  """The smallest vocabulary of the kernel is one block of it."""
+  from pallas_kernels.cross_entropy import gpu
+
+  assert gpu.BLOCK == operator._FEWEST_LOGITS
+  inputs = _wide_inputs(50304)
+  run = lambda *x: _run(x, parts=2)
+  assert_lowers(run, *inputs, kernel="cross_entropy", programs=1)
 
 
 def test_the_plain_loss_is_the_formula() -> None:
@@ -216,31 +288,33 @@ def test_the_plain_loss_is_the_formula() -> None:
   loss, tokens = cross_entropy(x_BTD, embedding_VD, targets_BT, weights_BT)
   np.testing.assert_allclose(tokens.nll_BM, nll_BT, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(loss, (nll_BT * weights_BT).sum(), rtol=1e-5)
-  np.testing.assert_array_equal(tokens.right_BM, z_BTV.argmax(-1) == targets_BT)
+  np.testing.assert_array_equal(
+    tokens.correct_BM, z_BTV.argmax(-1) == targets_BT
+  )
 
 
 @pytest.mark.parametrize(
   "shape", [dict(data=4, time=2), dict(data=2, tensor=4)], ids=str
 )
 def test_over_a_mesh(shape: dict[str, int]) -> None:
-  """Rows and tokens are each device's; another axis may split V."""
+  """Each device has rows and tokens; another axis may split V."""
   mesh = jax.make_mesh(
     tuple(shape.values()), tuple(shape), (AxisType.Auto,) * len(shape)
   )
   time = "time" if "time" in shape else None
   axes = ShardAxes(batch="data", time=time)
-  wanted = _run(_inputs(), chunks=1)
+  wanted = _run(_inputs(), parts=1)
   x, embedding, *rest = _inputs()
   with jax.set_mesh(mesh):
     if "tensor" in shape:
       spec = jax.sharding.NamedSharding(mesh, jax.P(None, "tensor"))
       embedding = jax.device_put(embedding, spec)
-    found = _run((x, embedding, *rest), chunks=3, axes=axes)
+    found = _run((x, embedding, *rest), parts=3, axes=axes)
   _assert_near(found, wanted, TOLERANCES["float32"])
 
 
 def test_logits_are_never_whole() -> None:
-  """XLA's account of the gradient's program, at 2048 tokens of 4096 words."""
+  """Compare XLA's memory analysis, at 2048 tokens and V = 4096."""
   shape = lambda *x, dtype=jnp.float32: jax.ShapeDtypeStruct(x, dtype)
   inputs = (
     shape(2, 1024, 32),
@@ -249,8 +323,8 @@ def test_logits_are_never_whole() -> None:
     shape(2, 1024),
   )
 
-  def temporaries(chunks: int) -> int:
-    loss = lambda *inputs: cross_entropy(*inputs, chunks=chunks)[0]
+  def temporaries(parts: int) -> int:
+    loss = lambda *inputs: cross_entropy(*inputs, parts=parts)[0]
     lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*inputs)
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
@@ -260,5 +334,5 @@ def test_logits_are_never_whole() -> None:
 
 
 def test_parts_that_do_not_divide_are_refused() -> None:
-  with pytest.raises(ValueError, match="loss_chunks=5: expected a divisor of"):
-    _run(_inputs(), chunks=5)
+  with pytest.raises(ValueError, match="parts=5: expected a divisor of"):
+    _run(_inputs(), parts=5)

@@ -1,4 +1,6 @@
-"""The gated convolution's kernel against its equations in float64."""
+"""The gated convolution: XLA and kernel against float64 equations."""
+
+import itertools
 
 from flax import nnx
 from hopper_cases import (
@@ -13,13 +15,13 @@ from jax.sharding import AxisType
 import numpy as np
 import pytest
 
-from pallas_kernels import ShardAxes, devices, gated_conv as kernel
-from pallas_kernels.gated_conv.xla import gated as _by_kernel
+from pallas_kernels import ShardAxes, causal_conv, devices, gated_conv
+from pallas_kernels.gated_conv import has_kernel
 from rebased_jax import BaseConvConfig
 from rebased_jax.mixers import base
 
-ROUNDED = 2e-2  # XLA rounds c, g and what is between to bfloat16, 2⁻⁹ each
-NAMES = ("y", "du", "dz", "dtaps", "dbias", "dof_z")
+ROUNDED = 2e-2  # XLA rounds every operation to bfloat16, 2⁻⁹ each
+NAMES = ("y", "du", "dz", "dtaps", "dbias", "dz_bias")
 
 
 def _inputs(B: int, T: int, D: int, K: int = 3, dtype="bfloat16"):
@@ -29,29 +31,29 @@ def _inputs(B: int, T: int, D: int, K: int = 3, dtype="bfloat16"):
   return (u, z, normal(K, D), normal(D), normal(D)), dy
 
 
-def _equations(u_BTD, z_BTD, taps_KD, bias_D, of_z_D):
+def _equations(u_BTD, z_BTD, taps_KD, bias_D, z_bias_D):
   K, T = taps_KD.shape[0], u_BTD.shape[1]
   before_BSD = np.pad(u_BTD, ((0, 0), (K - 1, 0), (0, 0)))
   c_BTD = bias_D + sum(taps_KD[j] * before_BSD[:, j : j + T] for j in range(K))
-  return c_BTD, c_BTD * (z_BTD + of_z_D) + u_BTD
+  return c_BTD, c_BTD * (z_BTD + z_bias_D) + u_BTD
 
 
 def _wanted(inputs, dy_BTD):
-  u, z, taps, bias, of_z = map(np.float64, inputs)
+  u, z, taps, bias, z_bias = map(np.float64, inputs)
   dy = np.float64(dy_BTD)
   K, T = taps.shape[0], u.shape[1]
-  c, y = _equations(u, z, taps, bias, of_z)
-  e, dz = dy * (z + of_z), dy * c
-  behind = np.pad(e, ((0, 0), (0, K - 1), (0, 0)))
+  c, y = _equations(u, z, taps, bias, z_bias)
+  e, dz = dy * (z + z_bias), dy * c
+  after = np.pad(e, ((0, 0), (0, K - 1), (0, 0)))
   before = np.pad(u, ((0, 0), (K - 1, 0), (0, 0)))
-  later = lambda j: behind[:, K - 1 - j :][:, :T]
+  later = lambda j: after[:, K - 1 - j :][:, :T]
   du = dy + sum(taps[j] * later(j) for j in range(K))
   dtaps = [(e * before[:, j : j + T]).sum((0, 1)) for j in range(K)]
   return y, du, dz, np.stack(dtaps), e.sum((0, 1)), dz.sum((0, 1))
 
 
 def _both(inputs, dy_BTD, axes=None):
-  y_BTD, pull = jax.vjp(lambda *x: _by_kernel(*x, axes), *inputs)
+  y_BTD, pull = jax.vjp(lambda *x: gated_conv(*x, axes=axes), *inputs)
   return y_BTD, *pull(dy_BTD)
 
 
@@ -63,6 +65,121 @@ def _assert_near(found, wanted) -> None:
     # are of float32.
     limit = 2e-6 if a.dtype == np.float32 else 2.5e-3
     assert error <= (1e-2 if name == "y" else limit), (name, error)
+
+
+def _masked_wanted(inputs, dy_BTD, ids_BT):
+  """Return `_wanted` of packed documents: each one is a row of its own."""
+  rows = []
+  for u, z, dy, ids in zip(*inputs[:2], dy_BTD, ids_BT, strict=True):
+    cuts = [0, *(np.flatnonzero(ids[1:] != ids[:-1]) + 1), len(ids)]
+    pieces = [
+      _wanted((u[None, i:j], z[None, i:j], *inputs[2:]), dy[None, i:j])
+      for i, j in itertools.pairwise(cuts)
+    ]
+    joined = [
+      np.concatenate(x, axis=1) for x in list(zip(*pieces, strict=True))[:3]
+    ]
+    sums = [sum(x) for x in list(zip(*pieces, strict=True))[3:]]
+    rows.append((joined, sums))
+  tokens = [np.concatenate(x) for x in zip(*(r[0] for r in rows), strict=True)]
+  sums = [sum(x) for x in zip(*(r[1] for r in rows), strict=True)]
+  return *tokens, *sums
+
+
+# XLA rounds the five operations of each pass to 16 bits.
+LIMITS = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 2e-3}
+
+
+@pytest.mark.parametrize(
+  "T, K, dtype, documents",
+  [
+    (1, 3, "float32", False),
+    (2, 4, "float32", True),  # fewer tokens than taps
+    (17, 3, "float32", True),
+    (5, 1, "bfloat16", True),
+    (17, 3, "bfloat16", False),
+    (17, 3, "float16", True),
+  ],
+)
+def test_values_and_gradients_of_xla(T, K, dtype, documents) -> None:
+  inputs, dy_BTD = _inputs(2, T, 7, K, dtype)
+  ids_BT = None
+  if documents:
+    ids_BT = np.random.default_rng(1).integers(0, 2, (2, T))
+
+  def run(inputs, dy_BTD):
+    call = lambda *x: gated_conv(*x, segment_ids=ids_BT)
+    y_BTD, pull = jax.vjp(call, *inputs)
+    return y_BTD, *pull(dy_BTD)
+
+  found = jax.device_get(jax.jit(run)(inputs, dy_BTD))
+  ids_BT = np.zeros((2, T)) if ids_BT is None else ids_BT
+  wanted = _masked_wanted(inputs, dy_BTD, ids_BT)
+  for name, a, b in zip(NAMES, found, wanted, strict=True):
+    assert a.shape == b.shape, name
+    error = np.linalg.norm(np.float64(a) - b) / np.linalg.norm(b)
+    assert error <= LIMITS[dtype], (name, error)
+
+
+def test_in_float64() -> None:
+  inputs, dy_BTD = _inputs(2, 7, 5, dtype="float32")
+  with jax.enable_x64(True):
+    wide = jax.tree.map(np.float64, (inputs, dy_BTD))
+    found = jax.device_get(jax.jit(_both)(*wide))
+  for a, b in zip(found, _wanted(inputs, dy_BTD), strict=True):
+    assert a.dtype == np.float64
+    assert np.linalg.norm(a - b) <= 1e-13 * np.linalg.norm(b)
+
+
+def test_without_a_bias_of_the_gate() -> None:
+  (*inputs, z_bias_D), _ = _inputs(2, 7, 5, dtype="float32")
+  wanted = gated_conv(*inputs, np.zeros_like(z_bias_D))
+  np.testing.assert_array_equal(gated_conv(*inputs), wanted)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 6])
+def test_a_state_continues_a_row(cut) -> None:
+  """Two calls of `causal_conv` are one, wherever the row is cut."""
+  (u, _, taps, bias, _), _ = _inputs(2, 9, 5, dtype="float32")
+  ids = np.array([[0] * 5 + [1] * 4, [0] * 9])
+  wanted, last = causal_conv(u, taps, bias, segment_ids=ids)
+  # A document that goes on after the cut keeps its past; others start anew.
+  same = ids[:, cut] == ids[:, cut - 1]
+  first, state = causal_conv(u[:, :cut], taps, bias, segment_ids=ids[:, :cut])
+  state = jnp.where(same[:, None, None], state, 0)
+  second, after = causal_conv(
+    u[:, cut:],
+    taps,
+    bias,
+    initial_state=state,
+    segment_ids=ids[:, cut:],
+  )
+  found = jnp.concatenate([first, second], axis=1)
+  np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+  np.testing.assert_array_equal(after, last)
+
+
+@pytest.mark.parametrize(
+  "axes",
+  [
+    ShardAxes(batch="data", time="other"),
+    ShardAxes(time=("data", "other")),
+    ShardAxes(heads="data", time="other"),
+  ],
+)
+def test_time_over_a_mesh(axes) -> None:
+  inputs, dy_BTD = _inputs(2, 12, 6, dtype="float32")
+  ids_BT = np.array([[0] * 5 + [1] * 7, [0, 1] * 6])
+  mesh = jax.make_mesh((2, 2), ("data", "other"), (AxisType.Auto,) * 2)
+
+  def run(inputs, dy_BTD):
+    call = lambda *x: gated_conv(*x, segment_ids=ids_BT, axes=axes)
+    y_BTD, pull = jax.vjp(call, *inputs)
+    return y_BTD, *pull(dy_BTD)
+
+  with jax.set_mesh(mesh):
+    found = jax.device_get(jax.jit(run)(inputs, dy_BTD))
+  _assert_near(found, _masked_wanted(inputs, dy_BTD, ids_BT))
 
 
 CELLS = [
@@ -84,7 +201,7 @@ def test_interpreted_kernel(
 
   monkeypatch.setattr(gpu, "PROGRAMS", programs)
   inputs, dy_BTD = _inputs(B, T, D, K, dtype)
-  assert kernel.runs_on(inputs[0], K)
+  assert has_kernel(inputs[0], K)
   found = jax.jit(_both)(inputs, dy_BTD)
   _assert_near(found, _wanted(inputs, dy_BTD))
 
@@ -168,7 +285,7 @@ def test_the_kernel_lowers(hopper, shape) -> None:
 )
 def test_what_the_kernel_does_not_take(monkeypatch, shape, taps, dtype):
   monkeypatch.setattr(devices, "is_hopper", lambda: True)
-  assert not kernel.runs_on(np.zeros(shape, dtype), taps)
+  assert not has_kernel(np.zeros(shape, dtype), taps)
 
 
 @on_the_card
@@ -177,7 +294,7 @@ def test_what_the_kernel_does_not_take(monkeypatch, shape, taps, dtype):
 )
 def test_the_kernel_on_the_card(B, T, D, K, dtype) -> None:
   inputs, dy_BTD = _inputs(B, T, D, K, dtype)
-  assert kernel.runs_on(inputs[0], K)
+  assert has_kernel(inputs[0], K)
   call = jax.jit(_both)
   found = same_bits(call, inputs, dy_BTD)
   _assert_near(found, _wanted(inputs, dy_BTD))

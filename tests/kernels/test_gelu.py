@@ -1,4 +1,4 @@
-"""GELU of a product and its bias: both programs against float64 equations."""
+"""GELU of x + bias: XLA and kernels against float64 equations."""
 
 import math
 import re
@@ -10,8 +10,9 @@ from jax.sharding import AxisType
 import numpy as np
 import pytest
 
-from pallas_kernels import ShardAxes, devices, gelu as kernel
-from pallas_kernels.gelu.xla import gelu
+from pallas_kernels import ShardAxes, devices, gelu
+from pallas_kernels.gelu import xla
+from pallas_kernels.gelu.operator import has_kernel
 
 _ERF = np.vectorize(math.erf)
 
@@ -19,29 +20,30 @@ _ERF = np.vectorize(math.erf)
 def _inputs(shape, dtype="bfloat16"):
   rng = np.random.default_rng(0)
   normal = lambda *s: rng.normal(size=s).astype(np.float32)
-  z_BTD, dy_BTD = (2 * normal(*shape) for _ in range(2))
+  x_BTD, dy_BTD = (2 * normal(*shape) for _ in range(2))
   to = lambda x: x.astype(jnp.dtype(dtype))
-  return to(z_BTD), normal(shape[-1]), to(dy_BTD)
+  return to(x_BTD), normal(shape[-1]), to(dy_BTD)
 
 
-def _wanted(z_BTD, b_D, dy_BTD):
-  """y, dz and db, in float64."""
-  z_BTD, b_D, dy_BTD = map(np.float64, (z_BTD, b_D, dy_BTD))
-  x_BTD = z_BTD + b_D
-  below_BTD = 0.5 * (1 + _ERF(x_BTD / math.sqrt(2)))
-  density_BTD = np.exp(-(x_BTD**2) / 2) / math.sqrt(2 * math.pi)
-  dz_BTD = dy_BTD * (below_BTD + x_BTD * density_BTD)
-  tokens = tuple(range(z_BTD.ndim - 1))
-  return x_BTD * below_BTD, dz_BTD, dz_BTD.sum(axis=tokens)
+def _wanted(x_BTD, b_D, dy_BTD):
+  """Return y, dx and db in float64."""
+  x_BTD, b_D, dy_BTD = map(np.float64, (x_BTD, b_D, dy_BTD))
+  u_BTD = x_BTD + b_D
+  below_BTD = 0.5 * (1 + _ERF(u_BTD / math.sqrt(2)))
+  density_BTD = np.exp(-(u_BTD**2) / 2) / math.sqrt(2 * math.pi)
+  dx_BTD = dy_BTD * (below_BTD + u_BTD * density_BTD)
+  tokens = tuple(range(x_BTD.ndim - 1))
+  return u_BTD * below_BTD, dx_BTD, dx_BTD.sum(axis=tokens)
 
 
-def _both(z_BTD, b_D, dy_BTD, axes=None):
-  y_BTD, pull = jax.vjp(lambda z, b: gelu(z, b, axes=axes), z_BTD, b_D)
+def _both(x_BTD, b_D, dy_BTD, axes=None):
+  y_BTD, pull = jax.vjp(lambda x, b: gelu(x, b, axes=axes), x_BTD, b_D)
   return y_BTD, *pull(dy_BTD)
 
 
 def _assert_near(found, wanted, *, of_sum=1e-6) -> None:
-  for name, a, b in zip(("y", "dz", "db"), found, wanted, strict=True):
+  names = ("y", "dx", "db")[: len(wanted)]
+  for name, a, b in zip(names, found, wanted, strict=True):
     assert a.shape == b.shape
     error = np.linalg.norm(np.float64(a) - b) / np.linalg.norm(b)
     # 16 bits round to 2⁻⁹ of a value at most; sums are of float32.
@@ -50,16 +52,39 @@ def _assert_near(found, wanted, *, of_sum=1e-6) -> None:
 
 
 @pytest.mark.parametrize(
-  "dtype, of_sum",
-  # In 16 bits x is rounded to them, and dz before it is summed.
-  [("float32", 1e-6), ("bfloat16", 5e-3), ("float16", 1e-3)],
+  "shape, dtype, of_sum",
+  # In 16 bits x + b is rounded to them, and dx before it is summed.
+  [
+    ((2, 65, 24), "float32", 1e-6),
+    ((2, 65, 24), "bfloat16", 5e-3),
+    ((2, 65, 24), "float16", 1e-3),
+    ((2, 1, 7), "float32", 1e-6),
+    ((130, 5), "bfloat16", 5e-3),
+  ],
 )
-def test_values_and_gradients_of_xla(dtype, of_sum) -> None:
-  inputs = _inputs((2, 65, 24), dtype)
+def test_values_and_gradients_of_xla(shape, dtype, of_sum) -> None:
+  inputs = _inputs(shape, dtype)
   found = jax.device_get(jax.jit(_both)(*inputs))
   assert [x.dtype for x in found] == [dtype, dtype, np.float32]
   _assert_near(found, _wanted(*inputs), of_sum=of_sum)
-  assert not kernel.runs_on(inputs[0])
+  assert not has_kernel(inputs[0])
+
+
+def test_in_float64() -> None:
+  with jax.enable_x64(True):
+    inputs = [np.float64(x) for x in _inputs((2, 5, 24), "float32")]
+    found = jax.device_get(jax.jit(_both)(*inputs))
+  for a, b in zip(found, _wanted(*inputs), strict=True):
+    assert a.dtype == np.float64
+    assert np.linalg.norm(a - b) <= 1e-13 * np.linalg.norm(b)
+
+
+def test_without_a_bias() -> None:
+  x_BTD, b_D, dy_BTD = _inputs((2, 5, 24), "float32")
+  found, pull = jax.vjp(gelu, x_BTD)
+  y_BTD, dx_BTD, _ = _wanted(x_BTD, np.zeros_like(b_D), dy_BTD)
+  np.testing.assert_allclose(found, y_BTD, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(pull(dy_BTD)[0], dx_BTD, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -79,10 +104,17 @@ def test_interpreted_kernels(
   monkeypatch.setattr(gpu, "PROGRAMS", programs)
   monkeypatch.setattr(gpu, "PROGRAMS_BACKWARD", programs)
   inputs = _inputs(shape, dtype)
-  assert kernel.runs_on(inputs[0])
+  assert has_kernel(inputs[0])
   found = jax.jit(_both)(*inputs)
   assert [x.dtype for x in found] == [dtype, dtype, np.float32]
   _assert_near(found, _wanted(*inputs))
+
+
+def test_interpreted_kernels_without_a_bias(interpreted) -> None:
+  x_BTD, b_D, dy_BTD = _inputs((1, 3, 128))
+  found, pull = jax.vjp(gelu, x_BTD)
+  wanted = _wanted(x_BTD, np.zeros_like(b_D), dy_BTD)
+  _assert_near((found, *pull(dy_BTD)), wanted[:2])
 
 
 def test_the_distribution(hopper) -> None:
@@ -109,7 +141,7 @@ def test_channels_over_a_mesh(interpreted) -> None:
   axes = ShardAxes(batch="data", heads="tensor", time="time")
   with jax.set_mesh(mesh):
     found = jax.jit(lambda *x: _both(*x, axes))(*inputs)
-    # Parts of 64 channels, which are no kernel's.
+    # The kernels do not take parts of 64 channels.
     narrow = [x[..., :128] for x in inputs]
     text = str(jax.make_jaxpr(lambda *x: gelu(*x, axes=axes))(*narrow[:2]))
   _assert_near(found, _wanted(*inputs))
@@ -124,25 +156,24 @@ def test_axes_without_a_mesh(axes) -> None:
     gelu(*_inputs((2, 4, 256))[:2], axes=axes)
 
 
-def test_the_backward_keeps_the_product_alone() -> None:
-  z_BTD, b_D, _ = _inputs((2, 4, 24), "float32")
-  kept = jax.vjp(gelu, z_BTD, b_D)[1]
-  sizes = [x.shape for x in jax.tree.leaves(kept) if x.size >= z_BTD.size]
-  assert sizes == [z_BTD.shape]
+def test_the_backward_keeps_x_alone() -> None:
+  x_BTD, b_D, _ = _inputs((2, 4, 24), "float32")
+  kept = jax.vjp(gelu, x_BTD, b_D)[1]
+  sizes = [x.shape for x in jax.tree.leaves(kept) if x.size >= x_BTD.size]
+  assert sizes == [x_BTD.shape]
 
 
 @pytest.fixture
 def equations_for_kernels(hopper, monkeypatch):
-  """The same in XLA, so that a program over a mesh can be read."""
+  """XLA in place of the kernels, so that a program over a mesh can be read."""
   from pallas_kernels.gelu import gpu
-  from pallas_kernels.gelu.xla import _by_erf
 
-  def backward(z_RD, b_D, dy_RD):
+  def backward(x_RD, b_D, dy_RD):
     wide = lambda x: x.astype(jnp.float32)
-    dz_RD, db_D = jax.vjp(_by_erf, wide(z_RD), b_D)[1](wide(dy_RD))
-    return dz_RD.astype(z_RD.dtype), db_D
+    dx_RD, db_D = jax.vjp(xla.gelu, wide(x_RD), b_D)[1](wide(dy_RD))
+    return dx_RD.astype(x_RD.dtype), db_D
 
-  monkeypatch.setattr(gpu, "forward", _by_erf)
+  monkeypatch.setattr(gpu, "forward", xla.gelu)
   monkeypatch.setattr(gpu, "backward", backward)
 
 
@@ -167,27 +198,27 @@ def test_devices_sum_the_biass_gradient_alone(equations_for_kernels):
 def test_channels_that_the_axes_do_not_name_stay_split(equations_for_kernels):
   # The tensor axis splits the weights, but not heads that it does not divide.
   mesh = jax.make_mesh((2, 2), ("data", "tensor"), (AxisType.Auto,) * 2)
-  z_BTD, b_D, _ = _inputs((2, 4, 256))
+  x_BTD, b_D, _ = _inputs((2, 4, 256))
   axes = ShardAxes(batch="data")
   with jax.set_mesh(mesh):
-    z_BTD = jax.device_put(z_BTD, jax.P("data", None, "tensor"))
+    x_BTD = jax.device_put(x_BTD, jax.P("data", None, "tensor"))
     b_D = jax.device_put(b_D, jax.P("tensor"))
-    run = jax.jit(lambda z, b: gelu(z, b, axes=axes)).lower(z_BTD, b_D)
+    run = jax.jit(lambda x, b: gelu(x, b, axes=axes)).lower(x_BTD, b_D)
     text = run.compile().as_text()
   assert "bf16[1,4,128]" in text and "all-gather" not in text
 
 
 def test_a_bias_in_bfloat16(equations_for_kernels):
-  z_BTD, b_D, dy_BTD = _inputs((1, 5, 128))
-  found = _both(z_BTD, b_D.astype(jnp.bfloat16), dy_BTD)
+  x_BTD, b_D, dy_BTD = _inputs((1, 5, 128))
+  found = _both(x_BTD, b_D.astype(jnp.bfloat16), dy_BTD)
   assert [x.dtype for x in found] == [jnp.bfloat16] * 3
 
 
 @pytest.mark.parametrize("width", [128, 3072, 8192])
 def test_the_kernels_lower(hopper, width) -> None:
   call = lambda *x: jax.vmap(_both)(*x)
-  z_BTD, b_D, dy_BTD = _inputs((2, 7, width))
-  inputs = z_BTD, np.stack([b_D, b_D]), dy_BTD
+  x_BTD, b_D, dy_BTD = _inputs((2, 7, width))
+  inputs = x_BTD, np.stack([b_D, b_D]), dy_BTD
   assert_lowers(call, *inputs, kernel="gelu_backward")
 
 
@@ -201,7 +232,7 @@ def test_the_kernels_lower(hopper, width) -> None:
 )
 def test_what_the_kernels_do_not_take(monkeypatch, shape, dtype) -> None:
   monkeypatch.setattr(devices, "is_hopper", lambda: True)
-  assert not kernel.runs_on(np.zeros(shape, dtype))
+  assert not has_kernel(np.zeros(shape, dtype))
 
 
 @on_the_card
@@ -216,7 +247,7 @@ def test_what_the_kernels_do_not_take(monkeypatch, shape, dtype) -> None:
 )
 def test_the_kernels_on_the_card(shape, dtype) -> None:
   inputs = _inputs(shape, dtype)
-  assert kernel.runs_on(inputs[0])
+  assert has_kernel(inputs[0])
   call = jax.jit(_both)
   found = same_bits(call, *inputs)
   _assert_near(found, _wanted(*inputs))

@@ -12,8 +12,14 @@ import model_cases
 import numpy as np
 import pytest
 
-from pallas_kernels import BASED, devices, polynomial_attention, zero_state
-from pallas_kernels.cross_entropy import xla
+from pallas_kernels import (
+  BASED,
+  cross_entropy,
+  devices,
+  gelu,
+  polynomial_attention,
+  zero_state,
+)
 from rebased_jax import (
   AttentionConfig,
   BaseConvConfig,
@@ -36,7 +42,13 @@ CONFIG = ModelConfig(
 
 
 def _split(call, *, checks: bool, whole: int = 0):
-  """`call` of each device's rows; its first inputs are whole, and its sum."""
+  """Return `call` on each device's rows, summed over the devices.
+
+  Args:
+    call: returns a sum over its rows.
+    checks: whether the map checks what varies.
+    whole: number of first inputs that every device has whole.
+  """
 
   def run(*inputs):
     specs = [
@@ -57,7 +69,7 @@ def mesh():
 
 
 def _assert_same_gradients(call, *inputs, whole: int, limit: float) -> None:
-  """Split as on one device, by the inputs that are floating."""
+  """Compare the gradients of floating inputs with those on one device."""
   numbers = tuple(
     n
     for n, x in enumerate(inputs)
@@ -72,7 +84,7 @@ def _assert_same_gradients(call, *inputs, whole: int, limit: float) -> None:
 
 
 def _of_model(config):
-  """The loss, its parameters and its tokens."""
+  """Return a loss, its parameters and its tokens."""
   graph, params = model_cases.make(config)
   tokens_BT = np.arange(B * T, dtype=np.int32).reshape(B, T) % 32
 
@@ -85,7 +97,8 @@ def _of_model(config):
 
 @pytest.mark.parametrize(
   "dtype, limit, has_hopper",
-  # On a Hopper GPU too this is XLA's program: kernels would not know.
+  # On a Hopper GPU this is XLA's program too: jax does not know over which axes
+  # a kernel's results vary.
   [("float32", 1e-5, False), ("bfloat16", 5e-2, True)],
 )
 def test_gradients_of_a_model(mesh, monkeypatch, dtype, limit, has_hopper):
@@ -110,13 +123,13 @@ def test_gradients_of_a_model(mesh, monkeypatch, dtype, limit, has_hopper):
 def test_jax_checks_every_system(mesh, mixer, remat) -> None:
   config = dataclasses.replace(CONFIG, second=mixer, remat=remat)
   loss, *inputs = _of_model(config)
-  # jax raises where something varies otherwise than is said.
+  # jax raises if something varies over other axes than declared.
   run = jax.grad(_split(loss, checks=True, whole=1))
   jax.eval_shape(run, *inputs)
 
 
 def test_gradients_of_the_operator_with_whole_inputs(mesh) -> None:
-  """Keys and values of one row, and a state, that all devices have."""
+  """All devices have the keys and values of one row, and a state."""
   q, k, v = _qkv("float32")
   state = zero_state(1, 2, 16, 16, coefficients=BASED)
   state = jax.tree.map(lambda x: x + 1, state)
@@ -137,8 +150,8 @@ def test_gradients_of_the_operator_with_whole_inputs(mesh) -> None:
   _assert_same_gradients(call, *inputs, whole=3, limit=1e-5)
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_gradients_of_the_loss(mesh, chunks) -> None:
+@pytest.mark.parametrize("parts", [1, 2])
+def test_gradients_of_the_loss(mesh, parts) -> None:
   rng = np.random.default_rng(0)
   embedding_VD = rng.normal(size=(32, D)).astype(np.float32)
   x_BTD = rng.normal(size=(B, T, D)).astype(np.float32)
@@ -147,7 +160,7 @@ def test_gradients_of_the_loss(mesh, chunks) -> None:
   def call(embedding_VD, x_BTD, targets_BT):
     weights_BT = jnp.ones(targets_BT.shape, jnp.float32)
     found = (x_BTD, embedding_VD, targets_BT, weights_BT)
-    return xla.cross_entropy(*found, chunks=chunks)[0]
+    return cross_entropy(*found, parts=parts)[0]
 
   inputs = embedding_VD, x_BTD, targets_BT
   _assert_same_gradients(call, *inputs, whole=1, limit=1e-5)
@@ -169,7 +182,7 @@ def test_a_kernel_of_the_operator_is_refused(mesh, monkeypatch) -> None:
 def test_by_default_xla_computes_it_and_says_so(mesh, monkeypatch) -> None:
   call = lambda *x: polynomial_attention(*x).astype(jnp.float32).sum()
 
-  def both():  # of a program of its own
+  def both():  # compiled anew at each call
     run = _split(call, checks=True)
     return jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2)))(*_qkv())
 
@@ -185,8 +198,6 @@ def test_by_default_xla_computes_it_and_says_so(mesh, monkeypatch) -> None:
 
 
 def test_a_kernel_is_taken_where_nothing_varies(mesh, hopper) -> None:
-  from pallas_kernels.gelu.xla import gelu
-
   z_BTD, b_D = np.ones((B, T, D), jnp.bfloat16), np.ones(D, np.float32)
 
   def has_kernel(call, *inputs, checks):
@@ -196,7 +207,7 @@ def test_a_kernel_is_taken_where_nothing_varies(mesh, hopper) -> None:
   call = lambda b, z: gelu(z, b).astype(jnp.float32).sum()
   assert has_kernel(call, b_D, z_BTD, checks=False)
   assert not has_kernel(call, b_D, z_BTD, checks=True)
-  # z is whole, and the bias of another row on each device.
+  # z is whole, and each device has another row of the bias.
   call = lambda z, b: gelu(z, b[0]).astype(jnp.float32).sum()
   assert not has_kernel(call, z_BTD, np.ones((2, D), np.float32), checks=True)
 

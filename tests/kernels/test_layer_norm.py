@@ -8,15 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import devices
-from pallas_kernels.layer_norm.xla import layer_norm
+from pallas_kernels import devices, layer_norm
 from rebased_jax.layer_norm import LayerNorm
 
 EPS = 1e-5
 
 
 def _equations(x_D, scale_D, bias_D):
-  """As jax would differentiate it."""
+  """Return y, which jax differentiates."""
   mean_1 = x_D.mean(axis=-1, keepdims=True)
   variance_1 = ((x_D - mean_1) ** 2).mean(axis=-1, keepdims=True)
   scale_D, bias_D = (
@@ -33,7 +32,7 @@ def _inputs(shape, mean=0.0):
 
 
 def _with_gradients(call, *inputs, dy_D):
-  """(y, dx, dscale, dbias), of one program."""
+  """Return (y, dx, dscale, dbias), from one compiled program."""
 
   @jax.jit
   def run(inputs, dy_D):
@@ -45,7 +44,7 @@ def _with_gradients(call, *inputs, dy_D):
 
 @functools.cache
 def _wanted(shape):
-  """The inputs, and what the equations make of them in float64."""
+  """Return inputs, a cotangent, and what the equations give in float64."""
   *inputs, dy_D = _inputs(shape, mean=0.5)
   with jax.enable_x64(True):
     return inputs, dy_D, _with_gradients(_equations, *inputs, dy_D=dy_D)
@@ -58,7 +57,7 @@ def _error(found, wanted) -> float:
 
 @pytest.fixture(params=["cpu", "gpu"])
 def program(request, monkeypatch) -> None:
-  """That of each platform: a GPU's takes both moments in one reduction."""
+  """Run each platform's program: a GPU's has one reduction for both moments."""
   monkeypatch.setattr(devices, "platform", lambda: request.param)
 
 
@@ -70,13 +69,15 @@ def program(request, monkeypatch) -> None:
     ("float32", "float32", 1e-6),
     ("float32", "bfloat16", 4e-3),  # y and dy are rounded to 2⁻⁹
     ("float64", "float64", 1e-13),
+    ("bfloat16", "bfloat16", 1e-2),  # and so are x and the parameters
+    ("float16", "float32", 1.5e-3),
   ],
 )
 def test_values_and_gradients(shape, dtype, out, limit) -> None:
   inputs, dy_D, wanted = _wanted(shape)
   with jax.enable_x64(True):
     cast = [x.astype(dtype) for x in inputs]
-    call = lambda *x: layer_norm(*x, EPS, jnp.dtype(out))
+    call = lambda *x: layer_norm(*x, eps=EPS, dtype=out)
     y, *found = _with_gradients(call, *cast, dy_D=dy_D.astype(jnp.dtype(out)))
   assert y.dtype == out and [x.dtype for x in found] == [dtype] * 3
   if shape[-1] == 1:  # y is β, whatever x is
@@ -94,7 +95,7 @@ def test_the_variance_of_a_row_far_from_zero() -> None:
   x_D, scale_D, bias_D, _ = _inputs((64, 768), mean=3e3)
   x_D = np.float32(x_D)
   # A function of its own for each platform: jax.jit would take the other's.
-  call = jax.jit(lambda *x: layer_norm(*x, EPS, jnp.dtype("float32")))
+  call = jax.jit(lambda *x: layer_norm(*x, eps=EPS))
   found = call(x_D, np.float32(scale_D), np.float32(bias_D))
   with jax.enable_x64(True):
     wanted = _equations(np.float64(x_D), scale_D, bias_D)
@@ -107,7 +108,7 @@ def test_batches_and_second_derivatives() -> None:
   x_D, scale_D, bias_D, dy_D = (
     jnp.asarray(x, jnp.float32) for x in _inputs((3, 8))
   )
-  one = lambda x: layer_norm(x, scale_D, bias_D, EPS, jnp.dtype("float32"))
+  one = lambda x: layer_norm(x, scale_D, bias_D, eps=EPS)
   loss = lambda x, f: (f(x) * dy_D[0]).sum() ** 2
   gradient = lambda f: jax.vmap(jax.grad(lambda x: loss(x, f)))
   plain = lambda x: _equations(x, scale_D, bias_D)
@@ -117,6 +118,27 @@ def test_batches_and_second_derivatives() -> None:
   both = lambda f: jax.jit(lambda x_D: (gradient(f)(x_D), twice(f)(x_D[0])))
   for found, wanted in zip(both(one)(x_D), both(plain)(x_D), strict=True):
     assert _error(found, wanted) <= 1e-5
+
+
+@pytest.mark.usefixtures("program")
+def test_groups_have_parameters_each() -> None:
+  rng = np.random.default_rng(0)
+  x_GD, scale_GD, bias_GD = np.float32(rng.standard_normal((3, 4, 6)))
+  found = layer_norm(x_GD[None], scale_GD, bias_GD, eps=EPS)[0]
+  each = zip(x_GD, scale_GD, bias_GD, strict=True)
+  wanted = [layer_norm(*group, eps=EPS) for group in each]
+  np.testing.assert_allclose(found, np.stack(wanted), rtol=1e-6, atol=1e-6)
+
+
+def test_no_scale_and_no_bias_are_1_and_0() -> None:
+  x_D, scale_D, bias_D, _ = (np.float32(x) for x in _inputs((3, 8)))
+  one, zero = np.ones_like(scale_D), np.zeros_like(bias_D)
+  for found, wanted in (
+    (layer_norm(x_D), layer_norm(x_D, one, zero)),
+    (layer_norm(x_D, scale_D), layer_norm(x_D, scale_D, zero)),
+    (layer_norm(x_D, bias=bias_D), layer_norm(x_D, one, bias_D)),
+  ):
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_parameters_start_at_one_and_zero() -> None:

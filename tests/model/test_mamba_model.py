@@ -11,7 +11,6 @@ from model_cases import make
 import numpy as np
 import pytest
 
-from pallas_kernels.layer_norm.xla import Stream
 from rebased_jax import (
   LM,
   BaseConvConfig,
@@ -19,6 +18,7 @@ from rebased_jax import (
   ModelConfig,
   ShardAxes,
 )
+from rebased_jax.layer_norm import Stream
 
 B, T, V, D = 2, 10, 11, 8
 MAMBA = MambaConfig(state=3)

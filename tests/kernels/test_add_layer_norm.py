@@ -1,4 +1,4 @@
-"""The residual sum with its norm: both programs against float64 equations."""
+"""A residual sum with its norm: XLA and kernels against float64 equations."""
 
 import re
 
@@ -15,28 +15,34 @@ from jax.sharding import AxisType
 import numpy as np
 import pytest
 
-from pallas_kernels import ShardAxes, devices, layer_norm
-from pallas_kernels.layer_norm.xla import Stream, add_layer_norm
+from pallas_kernels import ShardAxes, add_layer_norm, devices
+from pallas_kernels.layer_norm.operator import has_kernel
 from rebased_jax import LM, AttentionConfig, ModelConfig, ReBasedConfig
 
 EPS = 1e-5
 
 
 def _inputs(shape, dtype="bfloat16", *, has_bias=True):
+  """Return (x, y, y_bias, scale, bias) and the cotangents of s and n."""
   rng = np.random.default_rng(0)
   normal = lambda *s: rng.normal(size=s).astype(np.float32)
   x_BTD, y_BTD = 3 + normal(*shape), normal(*shape).astype(jnp.dtype(dtype))
-  scale_D, bias_D, of_y_D = 1 + normal(3, shape[-1])
+  scale_D, bias_D, y_bias_D = 1 + normal(3, shape[-1])
   cotangents = normal(*shape), normal(*shape).astype(jnp.dtype(dtype))
-  stream = Stream(x_BTD, y_BTD, of_y_D if has_bias else None)
-  return (stream, scale_D, bias_D), cotangents
+  y_bias_D = y_bias_D if has_bias else None
+  return (x_BTD, y_BTD, y_bias_D, scale_D, bias_D), cotangents
 
 
-def _equations(stream, scale_D, bias_D):
-  x_BTD, y_BTD, of_y_D = stream
+def _call(x_BTD, y_BTD, y_bias_D, scale_D, bias_D, axes=None):
+  return add_layer_norm(
+    x_BTD, y_BTD, scale_D, bias_D, y_bias=y_bias_D, eps=EPS, axes=axes
+  )
+
+
+def _equations(x_BTD, y_BTD, y_bias_D, scale_D, bias_D):
   s_BTD = x_BTD + y_BTD
-  if of_y_D is not None:
-    s_BTD += of_y_D.reshape((1,) * (s_BTD.ndim - 1) + of_y_D.shape)
+  if y_bias_D is not None:
+    s_BTD += y_bias_D.reshape((1,) * (s_BTD.ndim - 1) + y_bias_D.shape)
   mean_BT1 = s_BTD.mean(axis=-1, keepdims=True)
   variance_BT1 = ((s_BTD - mean_BT1) ** 2).mean(axis=-1, keepdims=True)
   hat_BTD = (s_BTD - mean_BT1) / jnp.sqrt(variance_BT1 + EPS)
@@ -56,9 +62,9 @@ def _wanted(inputs, cotangents):
 
 
 def _assert_near(found, wanted) -> None:
-  names = ["s", "n", "dx", "dy", "dof_y", "dscale", "dbias"]
+  names = ["s", "n", "dx", "dy", "dy_bias", "dscale", "dbias"]
   if len(found) < len(names):
-    names.remove("dof_y")
+    names.remove("dy_bias")
   for name, a, b in zip(names, found, wanted, strict=True):
     wide = np.asarray(a, np.float64)
     error = np.linalg.norm(wide - b) / np.linalg.norm(b)
@@ -67,15 +73,33 @@ def _assert_near(found, wanted) -> None:
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_values_and_gradients_of_xla(dtype, has_bias) -> None:
-  inputs, cotangents = _inputs((2, 5, 24), dtype, has_bias=has_bias)
-  call = lambda *x: add_layer_norm(*x, EPS)
+@pytest.mark.parametrize(
+  "shape, dtype",
+  [
+    ((2, 5, 24), "bfloat16"),
+    ((2, 5, 24), "float16"),
+    ((2, 5, 24), "float32"),
+    ((1, 1, 3), "float32"),
+    ((7, 13), "bfloat16"),
+  ],
+)
+def test_values_and_gradients_of_xla(shape, dtype, has_bias) -> None:
+  inputs, cotangents = _inputs(shape, dtype, has_bias=has_bias)
   run = jax.jit(_both, static_argnums=0)
-  found = jax.device_get(run(call, inputs, cotangents))
+  found = jax.device_get(run(_call, inputs, cotangents))
   assert [x.dtype for x in found[:4]] == [np.float32, dtype, np.float32, dtype]
   _assert_near(found, _wanted(inputs, cotangents))
-  assert not layer_norm.runs_on(*inputs[0][:2])
+  assert not has_kernel(*inputs[:2])
+
+
+def test_in_float64() -> None:
+  (x, y, *parameters), (ds, dn) = _inputs((2, 5, 24), "float32")
+  with jax.enable_x64(True):
+    wide = jax.tree.map(np.float64, ((x, y, *parameters), (ds, dn)))
+    found = jax.device_get(jax.jit(_both, static_argnums=0)(_call, *wide))
+  assert {a.dtype for a in found} == {np.dtype("float64")}
+  for a, b in zip(found, _wanted(*wide), strict=True):
+    assert np.linalg.norm(a - b) <= 1e-13 * np.linalg.norm(b)
 
 
 @pytest.mark.parametrize(
@@ -93,9 +117,8 @@ def test_interpreted_kernels(
   monkeypatch.setattr(gpu, "PROGRAMS", programs)
   monkeypatch.setattr(gpu, "PROGRAMS_OF_BIAS", programs)
   inputs, cotangents = _inputs(shape, dtype, has_bias=has_bias)
-  assert layer_norm.runs_on(*inputs[0][:2])
-  call = lambda *x: add_layer_norm(*x, EPS)
-  found = _both(call, jax.tree.map(jnp.asarray, inputs), cotangents)
+  assert has_kernel(*inputs[:2])
+  found = _both(_call, jax.tree.map(jnp.asarray, inputs), cotangents)
   _assert_near(found, _wanted(inputs, cotangents))
 
 
@@ -103,30 +126,31 @@ def test_rows_over_a_mesh(interpreted) -> None:
   mesh = jax.make_mesh((2, 2), ("data", "time"), (AxisType.Auto,) * 2)
   inputs, cotangents = _inputs((2, 4, 128))
   with jax.set_mesh(mesh):
-    call = lambda *x: add_layer_norm(
-      *x, EPS, axes=ShardAxes(batch="data", time="time")
-    )
+    axes = ShardAxes(batch="data", time="time")
+    call = lambda *x: _call(*x, axes)
     found = jax.jit(lambda *x: _both(call, *x))(inputs, cotangents)
   _assert_near(found, _wanted(inputs, cotangents))
 
 
 @pytest.fixture
 def equations_for_kernels(hopper, monkeypatch):
-  """The same in XLA, so that a program over a mesh can be read."""
+  """XLA in place of the kernels, so that a program over a mesh can be read."""
   from pallas_kernels.layer_norm import gpu
 
-  def forward(x_RD, y_RD, of_y_D, scale_D, bias_D, *, eps):
+  def forward(x_RD, y_RD, y_bias_D, scale_D, bias_D, *, eps):
     assert eps == EPS
-    stream = Stream(x_RD, y_RD.astype(x_RD.dtype), of_y_D)
-    s_RD, n_RD = _equations(stream, scale_D, bias_D)
+    y_RD_wide = y_RD.astype(x_RD.dtype)
+    s_RD, n_RD = _equations(x_RD, y_RD_wide, y_bias_D, scale_D, bias_D)
     return s_RD, n_RD.astype(y_RD.dtype)
 
   def backward(s_RD, ds_RD, dn_RD, scale_D, *, eps, has_bias):
     assert eps == EPS
-    stream = Stream(s_RD, jnp.zeros_like(s_RD), jnp.zeros_like(scale_D))
-    _, pull = jax.vjp(_equations, stream, scale_D, jnp.zeros_like(scale_D))
-    (dx_RD, _, dof_y_D), *sums = pull((ds_RD, dn_RD.astype(s_RD.dtype)))
-    sums += [dof_y_D] * has_bias
+    zero_RD, zero_D = jnp.zeros_like(s_RD), jnp.zeros_like(scale_D)
+    _, pull = jax.vjp(_equations, s_RD, zero_RD, zero_D, scale_D, zero_D)
+    cotangents = ds_RD, dn_RD.astype(s_RD.dtype)
+    dx_RD, _, dy_bias_D, *sums = pull(cotangents)
+    if has_bias:
+      sums.append(dy_bias_D)
     return dx_RD, dx_RD.astype(dn_RD.dtype), *sums
 
   monkeypatch.setattr(gpu, "forward", forward)
@@ -141,7 +165,7 @@ def test_devices_sum_the_parameters_gradients_alone(
   mesh = jax.make_mesh((2, 2, 2), names, (AxisType.Auto,) * 3)
   inputs, cotangents = _inputs((2, 4, 128), has_bias=has_bias)
   axes = ShardAxes(batch="data", time="time", heads="tensor")
-  call = lambda *x: add_layer_norm(*x, EPS, axes=axes)
+  call = lambda *x: _call(*x, axes)
   with jax.set_mesh(mesh):
     run = jax.jit(lambda *x: _both(call, *x)).lower(inputs, cotangents)
     run = run.compile()
@@ -151,11 +175,9 @@ def test_devices_sum_the_parameters_gradients_alone(
 
 
 def test_parameters_in_bfloat16(equations_for_kernels):
-  (stream, *of_norm), cotangents = _inputs((1, 5, 128))
-  narrow = lambda p: p.astype(jnp.bfloat16)
-  stream = stream._replace(bias_D=narrow(stream.bias_D))
-  inputs = (stream, *map(narrow, of_norm))
-  found = _both(lambda *x: add_layer_norm(*x, EPS), inputs, cotangents)
+  (x, y, *parameters), cotangents = _inputs((1, 5, 128))
+  inputs = (x, y, *(p.astype(jnp.bfloat16) for p in parameters))
+  found = _both(_call, inputs, cotangents)
   assert [x.dtype for x in found[-3:]] == [jnp.bfloat16] * 3
 
 
@@ -188,7 +210,7 @@ def test_a_model_without_mlps(interpreted, monkeypatch) -> None:
 @pytest.mark.parametrize("width", [128, 768, 2048])
 def test_the_kernels_lower(hopper, width) -> None:
   inputs, cotangents = _inputs((2, 7, width))
-  run = lambda *x: _both(lambda *y: add_layer_norm(*y, EPS), *x)
+  run = lambda *x: _both(_call, *x)
   assert_lowers(run, inputs, cotangents, kernel="add_norm_backward")
 
 
@@ -203,9 +225,7 @@ def test_the_kernels_lower(hopper, width) -> None:
 )
 def test_what_the_kernels_do_not_take(monkeypatch, shape, dtype) -> None:
   monkeypatch.setattr(devices, "is_hopper", lambda: True)
-  assert not layer_norm.runs_on(
-    np.zeros(shape, np.float32), np.zeros(shape, dtype)
-  )
+  assert not has_kernel(np.zeros(shape, np.float32), np.zeros(shape, dtype))
 
 
 @on_the_card
@@ -221,7 +241,7 @@ def test_what_the_kernels_do_not_take(monkeypatch, shape, dtype) -> None:
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_the_kernels_on_the_card(shape, dtype, has_bias) -> None:
   inputs, cotangents = _inputs(shape, dtype, has_bias=has_bias)
-  assert layer_norm.runs_on(*inputs[0][:2])
-  call = jax.jit(lambda *x: _both(lambda *y: add_layer_norm(*y, EPS), *x))
+  assert has_kernel(*inputs[:2])
+  call = jax.jit(lambda *x: _both(_call, *x))
   found = same_bits(call, inputs, cotangents)
   _assert_near(found, _wanted(inputs, cotangents))

@@ -1,4 +1,4 @@
-"""Gradients of what every token shares are summed in float32."""
+"""Gradients of parameters that all tokens share are summed in float32."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from rebased_jax import LM, presets
 
 
 def _equations(jaxpr):
-  """Of a jaxpr and all within it."""
+  """Yield the equations of a jaxpr and of all jaxprs inside it."""
   for equation in jaxpr.eqns:
     yield equation
     for value in jax.tree.leaves(
@@ -35,7 +35,7 @@ def test_no_gradient_is_summed_in_16_bits(name) -> None:
   graph, params = nnx.split(LM(config, rngs=nnx.Rngs(0)))
   tokens_BT = np.ones((2, 32), np.int32)
   loss = lambda params: nnx.merge(graph, params)(tokens_BT).sum()
-  # Sums alone: products round what they have summed in float32.
+  # Only sums: products are summed in float32 and rounded afterwards.
   with jax.numpy_dtype_promotion("standard"):  # flax's RMSNorm needs it
     jaxpr = jax.make_jaxpr(jax.grad(loss))(params).jaxpr
   sums = [
@@ -85,5 +85,5 @@ def test_values_and_gradients(dtype) -> None:
     )
     near(y_BTD, y64, rounding)
     near(dx_BTD, dx64, rounding)
-    # Of a sum of 6,000 terms in float32, and not of their dtype.
+    # The rounding of 6,000 terms summed in float32, not in their dtype.
     assert np.linalg.norm(dp_D - dp64) <= 1e-6 * np.linalg.norm(dp64)

@@ -1,0 +1,267 @@
+"""Softmax cross-entropy of a tied head, a part of the tokens at a time.
+
+    z_t = E x_t,   nll_t = log Σ_v exp z_tv − z_t,target
+    loss = Σ_t w_t nll_t
+    ∂loss/∂z_t = w_t (softmax z_t − onehot target_t)
+
+With one part, jax differentiates the loss of the whole logits (B, M, V). With
+more, the logits of one part of each row's tokens exist at a time. The forward
+pass makes the gradients of x and E on the way, so that nothing is computed
+twice and no array of M · V numbers is kept. Token t is in part
+t mod (M / parts): a device that holds a slice of every row keeps its tokens.
+
+The products with ∂loss/∂z take it in x's dtype. In a pass with gradients a
+part's logits are kept in that dtype too, and their softmax is computed in
+float32, on a Hopper GPU by one kernel. Without gradients the logits stay in
+float32.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from pallas_kernels import devices
+from pallas_kernels.arguments import check_floats, check_integers
+from pallas_kernels.cross_entropy import xla
+from pallas_kernels.cross_entropy.xla import TokenLosses
+from pallas_kernels.numerics import sum_dtype
+from pallas_kernels.sharding import ShardAxes, vary_alike
+
+# The kernel reads rows in blocks of gpu.BLOCK logits and loads of 16 bytes.
+_FEWEST_LOGITS = 1024
+_ALIGNED = 8
+
+
+class _Plan(NamedTuple):
+  """The static part of a call."""
+
+  parts: int
+  axes: ShardAxes | None
+
+
+class _Split(NamedTuple):
+  """How the tokens of one device were cut out."""
+
+  names: tuple[str, ...]  # of the mesh axes that split the tokens
+  has_whole_rows: bool  # whether no other axis splits anything, such as V
+
+
+def cross_entropy(
+  x: Array,
+  embedding: Array,
+  targets: Array,
+  weights: Array | None = None,
+  *,
+  parts: int = 1,
+  axes: ShardAxes | None = None,
+) -> tuple[Array, TokenLosses]:
+  """Compute Σ w · nll of a tied head, nll = −log softmax(x Eᵀ)[target].
+
+  Differentiable in x and the embedding. With several parts the whole logits
+  never exist. On a Hopper GPU the loss and the gradient of a part's 16-bit
+  logits come from one kernel, if V is a multiple of 8 and at least 1024.
+
+  Args:
+    x: (B, M, D), of any float dtype: the features of M tokens a row.
+    embedding: E (V, D), of any float dtype; the products use it in x's dtype.
+    targets: integers (B, M), each in [0, V).
+    weights: w (B, M), floats; 0 leaves a token out. They have no gradient.
+      None: 1 for every token.
+    parts: parts that each row's M tokens are computed in, one after the other:
+      the logits take 1/parts of the memory. It divides the tokens of a row on a
+      device. Several parts have reverse-mode first derivatives only.
+    axes: the axes of the ambient mesh that split batch and tokens; they matter
+      for several parts. None: the arrays are whole, or XLA splits them.
+
+  Returns:
+    (loss, tokens): the sum, a scalar, and a `TokenLosses` of each token, all
+    float32, or float64 for float64 inputs. No gradient flows through tokens.
+
+  Raises:
+    ValueError: an argument does not fit, the mesh does not fit batch and
+      tokens, or `parts` does not divide the tokens of a row on a device. The
+      message names the argument.
+  """
+  check_floats("x", x, ("B", "M", "D"))
+  check_floats("embedding", embedding, ("V", x.shape[-1]), nonempty=True)
+  check_integers("targets", targets, x.shape[:2])
+  if weights is None:
+    weights = jnp.ones(x.shape[:2], sum_dtype(x.dtype))
+  check_floats("weights", weights, x.shape[:2])
+  if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1:
+    raise ValueError(f"parts={parts!r}: expected an integer ≥ 1")
+  if parts == 1:
+    tokens = xla.token_losses(xla.logits(x, embedding), targets)
+    fixed = jax.tree.map(jax.lax.stop_gradient, tokens)
+    return (weights * tokens.nll_BM).sum(), fixed
+  if axes is not None:
+    axes.check(x.shape[0], None, x.shape[1])
+  arrays = vary_alike(x, embedding, targets, weights)
+  return _in_parts(*arrays, _Plan(parts, axes))
+
+
+def has_kernel(logits_V: Array) -> bool:
+  """Whether `cross_entropy` runs its Hopper kernel for logits (…, V)."""
+  V = logits_V.shape[-1]
+  return (
+    V >= _FEWEST_LOGITS
+    and V % _ALIGNED == 0
+    and devices.takes_row_kernel(logits_V)
+    and devices.can_import_kernels("pallas_kernels.cross_entropy.gpu")
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _in_parts(x_BMD, embedding_VD, targets_BM, weights_BM, plan: _Plan):
+  return _over_mesh(_losses, plan, has_grads=False)(
+    x_BMD, embedding_VD.astype(x_BMD.dtype), targets_BM, weights_BM
+  )
+
+
+def _in_parts_forward(x_BMD, embedding_VD, targets_BM, weights_BM, plan):
+  run = _over_mesh(_losses_and_gradients, plan, has_grads=True)
+  result, (dx_BMD, dembedding_VD) = run(
+    x_BMD, embedding_VD.astype(x_BMD.dtype), targets_BM, weights_BM
+  )
+  return result, (dx_BMD, dembedding_VD.astype(embedding_VD.dtype))
+
+
+def _in_parts_backward(plan, grads, cotangents):
+  del plan
+  scale, _ = cotangents
+  dx_BMD, dembedding_VD = jax.tree.map(
+    lambda x: (x.astype(scale.dtype) * scale).astype(x.dtype), grads
+  )
+  return dx_BMD, dembedding_VD, None, None
+
+
+_in_parts.defvjp(_in_parts_forward, _in_parts_backward)
+
+
+def _over_mesh(
+  function: Callable[..., Any], plan: _Plan, *, has_grads: bool
+) -> Callable[..., Any]:
+  """Return the function, run on each device's tokens."""
+  axes = plan.axes
+  if axes is None:
+    split = _Split((), has_whole_rows=True)
+    return functools.partial(function, parts=plan.parts, split=split)
+  names = axes.bt_names()
+  sizes = jax.sharding.get_abstract_mesh().shape
+  alone = axes.are_alone(axes.batch, axes.time)
+  split = _Split(names, has_whole_rows=alone)
+  rows, whole = axes.bt(), jax.P()
+  result = whole, TokenLosses(rows, rows)
+  return jax.shard_map(
+    functools.partial(function, parts=plan.parts, split=split),
+    in_specs=(rows, whole, rows, rows),
+    out_specs=(result, (rows, whole)) if has_grads else result,
+    # Other axes may split V; they are left to XLA.
+    axis_names=set(sizes) if alone else set(names),
+    check_vma=False,
+  )
+
+
+def _losses(x_BMD, embedding_VD, targets_BM, weights_BM, *, parts, split):
+  """Return (Σ w nll, tokens), the sum over all devices."""
+
+  def part(total, inputs):
+    x_BCD, targets_BC, weights_BC = inputs
+    logits_BCV = xla.logits(x_BCD, embedding_VD)
+    tokens, _ = xla.token_losses_and_log_sums(logits_BCV, targets_BC)
+    return total + (weights_BC * tokens.nll_BM).sum(), tokens
+
+  inputs = _split_tokens((x_BMD, targets_BM, weights_BM), parts)
+  zero = jnp.zeros((), sum_dtype(x_BMD.dtype))
+  zero, _ = vary_alike(zero, inputs)
+  total, tokens = jax.lax.scan(part, zero, inputs)
+  return jax.lax.psum(total, split.names), _join_tokens(tokens)
+
+
+def _losses_and_gradients(
+  x_BMD, embedding_VD, targets_BM, weights_BM, *, parts, split
+):
+  """Return `_losses`, and (dx, dE) of the sum; dE in the sums' dtype."""
+  dtype = sum_dtype(x_BMD.dtype)
+
+  def part(carry, inputs):
+    total, dembedding_VD = carry
+    x_BCD, targets_BC, weights_BC = inputs
+    logits_BCV = xla.logits(x_BCD, embedding_VD, x_BCD.dtype)
+    if split.has_whole_rows and has_kernel(logits_BCV):
+      tokens, dlogits_BCV = _by_kernel(logits_BCV, targets_BC, weights_BC)
+    else:
+      logits_BCV = logits_BCV.astype(dtype)
+      tokens, log_sum_BC = xla.token_losses_and_log_sums(logits_BCV, targets_BC)
+      dlogits_BCV = xla.logits_gradient(
+        logits_BCV, log_sum_BC, targets_BC, weights_BC
+      )
+      dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
+    dx_BCD = jnp.einsum("bcv,vd->bcd", dlogits_BCV, embedding_VD)
+    dembedding_VD += jnp.einsum(
+      "bcv,bcd->vd",
+      dlogits_BCV,
+      x_BCD,
+      preferred_element_type=dembedding_VD.dtype,
+    )
+    total += (weights_BC * tokens.nll_BM).sum()
+    return (total, dembedding_VD), (tokens, dx_BCD)
+
+  inputs = _split_tokens((x_BMD, targets_BM, weights_BM), parts)
+  zeros = jnp.zeros((), dtype), jnp.zeros(embedding_VD.shape, dtype)
+  zeros, _ = vary_alike(zeros, inputs)
+  sums, of_tokens = jax.lax.scan(part, zeros, inputs)
+  total, dembedding_VD = jax.lax.psum(sums, split.names)
+  tokens, dx_BMD = _join_tokens(of_tokens)
+  return (total, tokens), (dx_BMD, dembedding_VD)
+
+
+def _by_kernel(
+  logits_BCV: Array, targets_BC: Array, weights_BC: Array
+) -> tuple[TokenLosses, Array]:
+  """Return each token's loss, and ∂(w nll)/∂z in z's dtype."""
+  from pallas_kernels.cross_entropy import gpu  # takes long to import
+
+  flat = lambda x_BC: x_BC.reshape(-1)
+  dlogits_RV, *found = gpu.losses(
+    logits_BCV.reshape(-1, logits_BCV.shape[-1]),
+    flat(targets_BC.astype(jnp.int32)),
+    flat(weights_BC.astype(jnp.float32)),
+  )
+  top_BC, total_BC, best_BC = (x.reshape(targets_BC.shape) for x in found)
+  log_sum_BC = top_BC + jnp.log(total_BC)
+  tokens = xla.losses_from_log_sums(logits_BCV, targets_BC, log_sum_BC, best_BC)
+  return tokens, dlogits_RV.reshape(logits_BCV.shape)
+
+
+def _split_tokens(tree: Any, parts: int) -> Any:
+  """Return (parts, B, C, …) arrays of (B, M, …) ones, C = M / parts.
+
+  Token t is in part t mod parts.
+  """
+
+  def split(x_BM):
+    B, M, *rest = x_BM.shape
+    if M % parts:
+      raise ValueError(
+        f"parts={parts}: expected a divisor of the {M} targets of a row on a "
+        "device"
+      )
+    return jnp.moveaxis(x_BM.reshape(B, M // parts, parts, *rest), 2, 0)
+
+  return jax.tree.map(split, tree)
+
+
+def _join_tokens(tree: Any) -> Any:
+  """Return (B, M, …) arrays: the inverse of `_split_tokens`."""
+
+  def join(x_NBC):
+    x_BCN = jnp.moveaxis(x_NBC, 0, 2)
+    B, C, N, *rest = x_BCN.shape
+    return x_BCN.reshape(B, C * N, *rest)
+
+  return jax.tree.map(join, tree)

@@ -1,0 +1,233 @@
+"""Layer normalisation, alone or of a residual sum, and its derivatives.
+
+    x̂ = (x − μ) / σ,   μ = mean x,   σ² = mean (x − μ)² + eps
+    y = γ ∘ x̂ + β
+    dx = (g − mean g − x̂ mean(g ∘ x̂)) / σ,   g = γ ∘ dy
+    dγ = Σ dy ∘ x̂,   dβ = Σ dy
+
+(Ba et al., 2016). The backward pass keeps x and two numbers a token, and makes
+x̂ again. jax's own derivative would keep x − μ and more of every token in
+float32, which is a third of the memory traffic of a training step's norms.
+"""
+
+import functools
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from pallas_kernels import devices
+from pallas_kernels.arguments import check_eps, check_floats
+from pallas_kernels.layer_norm import xla
+from pallas_kernels.sharding import (
+  ShardAxes,
+  flatten_tokens,
+  map_over_mesh,
+  sum_over_tokens,
+  vary_alike,
+)
+
+_WIDEST = 2048  # the longest row that a warpgroup's registers hold
+
+
+def layer_norm(
+  x: Array,
+  scale: Array | None = None,
+  bias: Array | None = None,
+  *,
+  eps: float = 1e-5,
+  dtype: jax.typing.DTypeLike | None = None,
+) -> Array:
+  """Normalise x over its last axis: γ ∘ (x − mean x) / √(var x + eps) + β.
+
+  Everything is computed in float32, or in float64 for float64 inputs.
+  Derivatives of any order exist in reverse mode.
+
+  Args:
+    x: (…, D), of any float dtype.
+    scale: γ, of the shape of x's last axes: (D,), or (groups, D) for another
+      row of γ a group. None: 1.
+    bias: β, of scale's shape; (D,) without one. None: 0.
+    eps: added to the variance.
+    dtype: of the result. None: x's.
+
+  Returns:
+    (…, D), in `dtype`.
+
+  Raises:
+    ValueError: an argument does not fit; the message names it.
+  """
+  _check_norm(x, scale, bias, eps)
+  if scale is None:
+    scale = _filled(1, x, bias)
+  if bias is None:
+    bias = _filled(0, x, scale)
+  dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+  return _layer_norm(*vary_alike(x, scale, bias), eps, dtype)
+
+
+def add_layer_norm(
+  x: Array,
+  y: Array,
+  scale: Array,
+  bias: Array,
+  *,
+  y_bias: Array | None = None,
+  eps: float = 1e-5,
+  axes: ShardAxes | None = None,
+) -> tuple[Array, Array]:
+  """Add y to the residual stream x and normalise: s = x + (y + y_bias), LN(s).
+
+  On a Hopper GPU, a float32 x and a 16-bit y with D a multiple of 128 up to
+  2048 run in one kernel a pass, which reads and writes every array once. The
+  kernels have no forward mode and no second derivative. Everything else is
+  computed by XLA.
+
+  Args:
+    x: the residual stream, (B, T, D) or (…, D); float32 or float64.
+    y: what is added to it, of x's shape and any float dtype.
+    scale: γ, (D,).
+    bias: β, (D,).
+    y_bias: (D,), a bias that y lacks. None: no bias.
+    eps: added to the variance.
+    axes: the axes of the ambient mesh that split batch and time, of (B, T, D)
+      arrays. None: the arrays are whole, or XLA splits them.
+
+  Returns:
+    (s, n): s (…, D) in x's dtype and n = LN(s) (…, D) in y's dtype.
+
+  Raises:
+    ValueError: an argument does not fit, or the mesh does not fit batch and
+      time where a kernel runs; the message names the argument.
+  """
+  check_floats("x", x, ("…", "D") if axes is None else ("B", "T", "D"))
+  check_floats("y", y, x.shape)
+  for name, parameter in (("scale", scale), ("bias", bias), ("y_bias", y_bias)):
+    if parameter is not None:
+      check_floats(name, parameter, x.shape[-1:])
+  check_eps(eps)
+  x, y, y_bias, scale, bias = vary_alike(x, y, y_bias, scale, bias)
+  if has_kernel(x, y):
+    return _by_kernel(x, y, y_bias, scale, bias, eps, axes)
+  s = xla.residual_sum(x, y, y_bias)
+  return s, _layer_norm(s, scale, bias, eps, y.dtype)
+
+
+def has_kernel(x: Array, y: Array) -> bool:
+  """Whether `add_layer_norm` runs its Hopper kernels for such arrays."""
+  width = x.shape[-1]
+  fits = width % devices.WARPGROUP == 0 and width <= _WIDEST
+  return (
+    fits
+    and x.dtype == jnp.float32
+    and devices.takes_row_kernel(y)
+    and devices.can_import_kernels("pallas_kernels.layer_norm.gpu")
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _layer_norm(x_D, scale_D, bias_D, eps, dtype):
+  return _forward(x_D, scale_D, bias_D, eps, dtype)[0]
+
+
+def _forward(x_D, scale_D, bias_D, eps, dtype):
+  y_D, moments = xla.forward(x_D, scale_D, bias_D, eps, dtype)
+  return y_D, (x_D, scale_D, bias_D, *moments)
+
+
+def _backward(eps, dtype, kept, dy_D):
+  del eps, dtype
+  return xla.backward(*kept, dy_D)
+
+
+_layer_norm.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _by_kernel(x_BTD, y_BTD, y_bias_D, scale_D, bias_D, eps, axes):
+  return _kernel_forward(x_BTD, y_BTD, y_bias_D, scale_D, bias_D, eps, axes)[0]
+
+
+def _kernel_forward(x_BTD, y_BTD, y_bias_D, scale_D, bias_D, eps, axes):
+  from pallas_kernels.layer_norm import gpu  # takes long to import
+
+  def run(x_BTD, y_BTD, y_bias_D, scale_D, bias_D):
+    s_RD, n_RD = gpu.forward(
+      flatten_tokens(x_BTD),
+      flatten_tokens(y_BTD),
+      y_bias_D,
+      scale_D,
+      bias_D,
+      eps=eps,
+    )
+    return s_RD.reshape(x_BTD.shape), n_RD.reshape(x_BTD.shape)
+
+  run = map_over_mesh(
+    run,
+    axes,
+    inputs=("tokens", "tokens", "whole", "whole", "whole"),
+    outputs=("tokens", "tokens"),
+  )
+  wide = jax.tree.map(_wide, (y_bias_D, scale_D, bias_D))
+  s_BTD, n_BTD = run(x_BTD, y_BTD, *wide)
+  return (s_BTD, n_BTD), (s_BTD, y_bias_D, scale_D, bias_D)
+
+
+def _kernel_backward(eps, axes, kept, cotangents):
+  from pallas_kernels.layer_norm import gpu
+
+  s_BTD, y_bias_D, scale_D, bias_D = kept
+  has_bias = y_bias_D is not None
+
+  def run(s_BTD, ds_BTD, dn_BTD, scale_D):
+    dx_RD, dy_RD, *sums = gpu.backward(
+      *map(flatten_tokens, (s_BTD, ds_BTD, dn_BTD)),
+      scale_D,
+      eps=eps,
+      has_bias=has_bias,
+    )
+    dx_BTD, dy_BTD = (x_RD.reshape(s_BTD.shape) for x_RD in (dx_RD, dy_RD))
+    return dx_BTD, dy_BTD, sum_over_tokens(sums, axes)
+
+  sums = ["whole"] * (3 if has_bias else 2)
+  run = map_over_mesh(
+    run,
+    axes,
+    inputs=("tokens", "tokens", "tokens", "whole"),
+    outputs=("tokens", "tokens", sums),
+  )
+  dx_BTD, dy_BTD, sums = run(s_BTD, *cotangents, _wide(scale_D))
+  dscale_D, dbias_D = sums[0], sums[1]
+  dy_bias_D = sums[2].astype(y_bias_D.dtype) if has_bias else None
+  return (
+    dx_BTD,
+    dy_BTD,
+    dy_bias_D,
+    dscale_D.astype(scale_D.dtype),
+    dbias_D.astype(bias_D.dtype),
+  )
+
+
+_by_kernel.defvjp(_kernel_forward, _kernel_backward)
+
+
+def _wide(parameter_D: Array) -> Array:
+  return parameter_D.astype(jnp.float32)
+
+
+def _filled(value: float, x: Array, like: Array | None) -> Array:
+  shape = x.shape[-1:] if like is None else like.shape
+  return jnp.full(shape, value, xla.sum_dtype(x.dtype))
+
+
+def _check_norm(
+  x: Array, scale: Array | None, bias: Array | None, eps: float
+) -> None:
+  check_floats("x", x, ("…", "D"))
+  for name, parameter in (("scale", scale), ("bias", bias)):
+    if parameter is not None:
+      axes = parameter.ndim if 1 <= parameter.ndim <= x.ndim else 1
+      check_floats(name, parameter, x.shape[-axes:])
+  if scale is not None and bias is not None:
+    check_floats("bias", bias, scale.shape)
+  check_eps(eps)

@@ -1,0 +1,186 @@
+"""The scan of Mamba (arXiv 2312.00752), in chunks, and its derivative.
+
+    h_t = exp(Δ_t A) ∘ h_{t−1} + (Δ_t ∘ x_t) B_tᵀ,   y_t = h_t C_t
+
+A chunk's states come from an associative scan over pairs (decay, drive),
+
+    (a₁, b₁) then (a₂, b₂)  =  (a₂ ∘ a₁, a₂ ∘ b₁ + b₂)
+
+and one state a chunk is kept. The backward computes each chunk's states again,
+so that no array of all tokens' states is ever held. No term is divided and no
+exponent is positive, so that any Δ ≥ 0 is safe.
+"""
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from pallas_kernels.arguments import check_floats, check_integers
+from pallas_kernels.documents import document_runs
+from pallas_kernels.sharding import vary_alike
+
+# A chunk has C = TOKENS / B tokens, at least CHUNK and at most LONGEST. Longer
+# chunks take more levels of the associative scan. With few rows they save steps
+# that leave a device idle.
+CHUNK = 32
+LONGEST = 256
+TOKENS = 1024
+
+
+def selective_scan(
+  x: Array,
+  delta: Array,
+  A: Array,
+  B: Array,
+  C: Array,
+  *,
+  initial_state: Array | None = None,
+  segment_ids: Array | None = None,
+  chunk: int | None = None,
+) -> tuple[Array, Array]:
+  """Scan h_t = exp(Δ_t A) ∘ h_{t−1} + (Δ_t ∘ x_t) B_tᵀ and read y_t = h_t C_t.
+
+  Sizes: I channels of N states each. Time is linear in T. Memory for the
+  backward is one state a chunk beside the arguments. It has reverse-mode
+  derivatives only. The skip D ∘ x and the gate of Mamba's mixer are not part of
+  it. Over a mesh, batch and channels may be split, by XLA; time may not.
+
+  Args:
+    x: the input, (B, T, I), of any float dtype; float32 is advised. All arrays
+      have its dtype, which is also that of the states.
+    delta: Δ ≥ 0 (B, T, I), each channel's step.
+    A: (I, N), ≤ 0.
+    B: (B, T, N), what writes into the states.
+    C: (B, T, N), what reads them.
+    initial_state: h (B, I, N) before the first token, of its document. None:
+      zeros.
+    segment_ids: integers (B, T). A document is a run of one id; its state
+      starts from zeros. An Inf or NaN in one document stays in it. None: a row
+      is one document.
+    chunk: the most tokens of a row that are scanned at once. None: 32 to 256,
+      more for fewer rows.
+
+  Returns:
+    (y, state): y (B, T, I), and h (B, I, N) after the last token, of the last
+    token's document; both in x's dtype.
+
+  Raises:
+    ValueError: an argument does not fit; the message names it.
+  """
+  check_floats("x", x, ("B", "T", "I"), nonempty=True)
+  rows, T, I = x.shape
+  like = ("x", x)
+  check_floats("delta", delta, x.shape, like=like)
+  check_floats("A", A, (I, "N"), like=like, nonempty=True)
+  N = A.shape[1]
+  check_floats("B", B, (rows, T, N), like=like)
+  check_floats("C", C, (rows, T, N), like=like)
+  if initial_state is None:
+    initial_state = jnp.zeros((rows, I, N), x.dtype)
+  check_floats("initial_state", initial_state, (rows, I, N), like=like)
+  if segment_ids is not None:
+    check_integers("segment_ids", segment_ids, (rows, T))
+  if chunk is None:
+    chunk = min(max(TOKENS // rows, CHUNK), LONGEST)
+  if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+    raise ValueError(f"chunk={chunk!r}: expected an integer ≥ 1, or None")
+  return _scan_chunks(x, delta, A, B, C, initial_state, segment_ids, chunk)
+
+
+def _scan_chunks(
+  x_BTI, delta_BTI, A_IN, B_BTN, C_BTN, h_BIN, segment_ids_BT, chunk
+):
+  T = x_BTI.shape[1]
+  count = -(-T // chunk)
+  size = -(-T // count)
+
+  def chunks(x_BT):
+    """Return (chunks, C, B, …); the padding has Δ = 0: no state changes."""
+    x_TB = jnp.moveaxis(x_BT, 1, 0)
+    pad = [(0, count * size - T)] + [(0, 0)] * (x_TB.ndim - 1)
+    return jnp.pad(x_TB, pad).reshape(count, size, *x_TB.shape[1:])
+
+  starts_BT = None
+  if segment_ids_BT is not None:
+    # Whether a token starts a document, and so forgets the one before.
+    starts_BT = jnp.diff(document_runs(segment_ids_BT), axis=1, prepend=0) != 0
+  arrays = (x_BTI, delta_BTI, B_BTN, C_BTN, starts_BT)
+
+  @jax.checkpoint
+  def body(h_BIN, inputs):
+    x_CBI, delta_CBI, B_CBN, C_CBN, starts_CB = inputs
+    decay_CBIN = jnp.exp(delta_CBI[..., None] * A_IN[None, None])
+    drive_CBIN = (delta_CBI * x_CBI)[..., None] * B_CBN[:, :, None]
+    h_CBIN = _states(decay_CBIN, drive_CBIN, h_BIN, starts_CB)
+    return h_CBIN[-1], (h_CBIN * C_CBN[:, :, None]).sum(axis=-1)
+
+  A_IN, h_BIN, arrays = vary_alike(A_IN, h_BIN, arrays)
+  h_BIN, y = jax.lax.scan(body, h_BIN, jax.tree.map(chunks, arrays))
+  y_TBI = y.reshape(count * size, *y.shape[2:])[:T]
+  return jnp.moveaxis(y_TBI, 0, 1), h_BIN
+
+
+def _states(decay_CBIN, drive_CBIN, h_BIN, starts_CB) -> Array:
+  """Return h after each token of a chunk, from the state before the chunk."""
+  if starts_CB is not None:
+    h_BIN = jnp.where(starts_CB[0, :, None, None], 0, h_BIN)
+  drive_CBIN = drive_CBIN.at[0].add(decay_CBIN[0] * h_BIN)
+  return _recurrence(decay_CBIN, drive_CBIN, starts_CB)
+
+
+@jax.custom_vjp
+def _recurrence(a_CBIN: Array, b_CBIN: Array, starts_CB: Array | None) -> Array:
+  """Return h_t = a_t ∘ h_{t−1} + b_t from h = 0.
+
+  A token that starts a document forgets h_{t−1}, also where it is NaN.
+  """
+  return _scan(a_CBIN, b_CBIN, starts_CB)
+
+
+def _forward(a_CBIN, b_CBIN, starts_CB):
+  h_CBIN = _scan(a_CBIN, b_CBIN, starts_CB)
+  return h_CBIN, (a_CBIN, h_CBIN, starts_CB)
+
+
+def _backward(kept, dh_CBIN):
+  """Return da and db: db_t = dh_t + a_{t+1} ∘ db_{t+1}, da_t = db_t ∘ h_{t−1}.
+
+  The first is the same recurrence from the right.
+  """
+  a_CBIN, h_CBIN, starts_CB = kept
+  later = lambda x: jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])
+  after_CBIN, stops_CB = later(a_CBIN), None
+  before_CBIN = jnp.concatenate([jnp.zeros_like(h_CBIN[:1]), h_CBIN[:-1]])
+  if starts_CB is not None:
+    stops_CB = later(starts_CB)
+    after_CBIN = jnp.where(stops_CB[..., None, None], 0, after_CBIN)
+    before_CBIN = jnp.where(starts_CB[..., None, None], 0, before_CBIN)
+  db_CBIN = _scan(after_CBIN, dh_CBIN, stops_CB, reverse=True)
+  return db_CBIN * before_CBIN, db_CBIN, None
+
+
+_recurrence.defvjp(_forward, _backward)
+
+
+def _scan(a_CBIN, b_CBIN, starts_CB, *, reverse: bool = False) -> Array:
+  """Return `_recurrence` by an associative scan; from the right if reverse."""
+  if starts_CB is None:
+
+    def join(old, new):
+      (a_old, b_old), (a_new, b_new) = old, new
+      return a_new * a_old, a_new * b_old + b_new
+
+    pairs = (a_CBIN, b_CBIN)
+    return jax.lax.associative_scan(join, pairs, reverse=reverse)[1]
+
+  def join_documents(old, new):
+    (a_old, b_old, starts_old), (a_new, b_new, starts_new) = old, new
+    keep = lambda x: jnp.where(starts_new, 0, x)
+    return (
+      a_new * keep(a_old),
+      a_new * keep(b_old) + b_new,
+      starts_old | starts_new,
+    )
+
+  triples = (a_CBIN, b_CBIN, starts_CB[..., None, None])
+  return jax.lax.associative_scan(join_documents, triples, reverse=reverse)[1]
