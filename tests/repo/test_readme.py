@@ -6,7 +6,8 @@ import re
 import subprocess
 import sys
 
-from train import cli, presets
+from rebased_jax import presets as model_presets
+from train import cli, mqar_presets, presets
 
 _ROOT = Path(__file__).parents[2]
 _README = (_ROOT / "README.md").read_text()
@@ -48,16 +49,16 @@ def test_the_script_runs_beside_the_users_own_train_py(tmp_path):
 
 
 def test_the_presets_are_named():
-  names = presets.make_presets() | presets.presets.make_models()
+  names = presets.make_presets() | model_presets.make_models()
   listed = set()
   for pattern in re.findall(r"`((?:mqar|pile-|table)[\w.{},-]*)`", _TRAINING):
     parts = re.split(r"\{([^}]*)\}", pattern)
     choices = [x.split(",") if i % 2 else [x] for i, x in enumerate(parts)]
     listed |= {"".join(words) for words in itertools.product(*choices)}
   assert listed <= names.keys()
-  assert names.keys() - listed - presets.ALIASES.keys() == {"lm-tiny"}
-  lengths = ",".join(map(str, presets.ABLATION_LENGTHS))
-  variants = ",".join(presets.presets.VARIANTS)
+  assert names.keys() - listed - mqar_presets.ALIASES.keys() == {"lm-tiny"}
+  lengths = ",".join(map(str, mqar_presets.ABLATION_LENGTHS))
+  variants = ",".join(model_presets.VARIANTS)
   assert f"mqar-paper-ablation-{{{variants}}}-{{{lengths}}}" in _TRAINING
 
 
