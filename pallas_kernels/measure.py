@@ -1,9 +1,9 @@
-"""Inputs, values and times of a call, for tuning and for benchmarks.
+"""Inputs, errors and times of the attention operator, for benchmarks.
 
-Times are wall times of a run of calls that the device works off one after the
-other, divided by their number; the median of several runs, after warm ones.
-Nothing is timed here before its values are known: `relative` says how far they
-are from a reference, ‖a − b‖ / ‖b‖.
+A time is the wall time of a run of calls that the device executes one after the
+other, divided by their number. It is the median of several runs after a warm
+one. Benchmarks check values before they time: `relative` gives the distance
+from a reference, ‖a − b‖ / ‖b‖.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,18 +18,20 @@ import numpy as np
 from pallas_kernels.polynomial.api import polynomial_attention
 from pallas_kernels.polynomial.arg_specs import ArgSpec
 
-# Of ‖a − b‖ / ‖b‖. bfloat16 operands give 3e-3 to 6e-3; the rest is for the
-# first tokens that `settled` keeps.
+# The largest ‖a − b‖ / ‖b‖ of a correct result. bfloat16 operands give 3e-3 to
+# 6e-3; the rest is for early tokens whose cotangent `settled` keeps.
 TOLERANCE = 1e-2
+# Names of what `forward_and_backward` returns.
 RESULTS = ("o", "dq", "dk", "dv")
-# Options of programs that are not timed: on a GPU XLA times its own kernels as
-# it compiles, which takes long and wants the device to itself.
+# Compiler options of programs that are not timed. Without them XLA times its own
+# GPU kernels while it compiles, which takes long and disturbs other timings.
 UNTIMED = {"xla_gpu_autotune_level": 0}
-_RUN_SECONDS = 0.02  # of calls in a run, so that its two ends do not count
+# The length of a run: long enough that starting and waiting do not count.
+_RUN_SECONDS = 0.02
 
 
 def normal(shapes: Sequence[tuple[int, ...]]) -> list[Array]:
-  """bfloat16 arrays from N(0, 1), the same ones each time."""
+  """Return bfloat16 arrays from N(0, 1), the same in every call."""
   keys = jax.random.split(jax.random.key(0), len(shapes))
   return [
     jax.random.normal(key, shape, jnp.bfloat16)
@@ -38,13 +40,18 @@ def normal(shapes: Sequence[tuple[int, ...]]) -> list[Array]:
 
 
 def inputs(spec: ArgSpec) -> list[Array]:
-  """q, k (B, T, H, F), v and the cotangent of o (B, T, H, P)."""
+  """Return bfloat16 q, k (B, T, H, F), v and o's cotangent (B, T, H, P)."""
   q, k, v = spec.arrays()
   return normal([x.shape for x in (q, k, v, v)])
 
 
 def operator(spec: ArgSpec, implementation: str | None) -> Callable:
-  """(q, k, v) → o by one implementation."""
+  """Return the function (q, k, v) → o of one implementation.
+
+  Args:
+    spec: gives the coefficients.
+    implementation: as in `polynomial_attention`.
+  """
   return functools.partial(
     polynomial_attention,
     coefficients=spec.coefficients,
@@ -53,7 +60,7 @@ def operator(spec: ArgSpec, implementation: str | None) -> Callable:
 
 
 def forward_and_backward(call: Callable) -> Callable:
-  """(q, k, v, do) → o, dq, dk, dv."""
+  """Return the function (q, k, v, do) → (o, dq, dk, dv) of an operator."""
 
   def run(q, k, v, do):
     o, pull = jax.vjp(call, q, k, v)
@@ -63,19 +70,26 @@ def forward_and_backward(call: Callable) -> Callable:
 
 
 def settled(do: Array, tokens: int = 64) -> Array:
-  """do with zeros for the first tokens, half a row's at most.
+  """Return the cotangent with zeros at the first tokens, for checks.
 
-  For checks of gradients: a query of a short past may see Σ sim near 0, where
-  the gradient is a difference of large equal terms that rounding rules. Rows of
-  one head in a few hundred are enough to rule the norm of all.
+  A query with a short past may have Σ sim near 0. Its gradient is then a
+  difference of large terms that are nearly equal, which rounding decides. A few
+  such rows in a few hundred dominate the norm of the whole gradient.
+
+  Args:
+    do: the cotangent of o, (B, T, H, P).
+    tokens: how many tokens of a row are zeroed, at most half of the row.
   """
   T = do.shape[1]
   return do.at[:, : min(tokens, T // 2)].set(0)
 
 
 def relative(found: Sequence[Array], expected: Sequence[Array]) -> list[float]:
-  """‖a − b‖ / ‖b‖ of each pair, in float32; NaN where a has one."""
-  norm = lambda x: jnp.linalg.norm(x.astype(jnp.float32).ravel())
+  """Return ‖a − b‖ / ‖b‖ of each pair, in float32; NaN if a has a NaN."""
+
+  def norm(x: Array) -> Array:
+    return jnp.linalg.norm(x.astype(jnp.float32).ravel())
+
   return [
     float(norm(a.astype(jnp.float32) - b.astype(jnp.float32)) / norm(b))
     for a, b in zip(found, expected, strict=True)
@@ -85,9 +99,13 @@ def relative(found: Sequence[Array], expected: Sequence[Array]) -> list[float]:
 def milliseconds(
   call: Callable[[], object], budget: float = 0.3, runs: int = 9
 ) -> float:
-  """The median time of a call, in about `budget` seconds.
+  """Return the median time of a call in milliseconds.
 
-  A slow call runs fewer times, three at least after the warm one.
+  Args:
+    call: returns arrays.
+    budget: seconds that the measurement may take, about.
+    runs: the most runs. A slow call has fewer, but at least three after the
+      warm one.
   """
   jax.block_until_ready(call())
   first = _seconds(call, 1)
@@ -97,6 +115,7 @@ def milliseconds(
 
 
 def _seconds(call: Callable[[], object], calls: int) -> float:
+  """Return the wall time of a call in a run of `calls` of them, in seconds."""
   start = time.perf_counter()
   for _ in range(calls):
     result = call()

@@ -98,8 +98,15 @@ def cross_entropy(
     tokens = xla.token_losses(xla.logits(x, embedding), targets)
     fixed = jax.tree.map(jax.lax.stop_gradient, tokens)
     return (weights * tokens.nll_BM).sum(), fixed
+  on_device = x.shape[1]
   if axes is not None:
     axes.check(x.shape[0], None, x.shape[1])
+    on_device //= axes.devices(axes.time)
+  if on_device % parts:
+    raise ValueError(
+      f"parts={parts}: expected a divisor of the {on_device} targets of a row "
+      "on a device"
+    )
   arrays = vary_alike(x, embedding, targets, weights)
   return _in_parts(*arrays, _Plan(parts, axes))
 
@@ -246,11 +253,6 @@ def _split_tokens(tree: Any, parts: int) -> Any:
 
   def split(x_BM):
     B, M, *rest = x_BM.shape
-    if M % parts:
-      raise ValueError(
-        f"parts={parts}: expected a divisor of the {M} targets of a row on a "
-        "device"
-      )
     return jnp.moveaxis(x_BM.reshape(B, M // parts, parts, *rest), 2, 0)
 
   return jax.tree.map(split, tree)
