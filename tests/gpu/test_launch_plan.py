@@ -16,7 +16,7 @@ from pallas_kernels.polynomial.gpu import launch
 def _plan(B, T, H, F, P, coefficients=REBASED, dtype=jnp.bfloat16):
   q = jax.ShapeDtypeStruct((B, T, H, F), dtype)
   v = jax.ShapeDtypeStruct((B, T, H, P), dtype)
-  return launch.plan(q, v, None, Kernel(coefficients, 1e-6))
+  return launch.make_plan(q, v, None, Kernel(coefficients, 1e-6))
 
 
 @pytest.mark.parametrize(

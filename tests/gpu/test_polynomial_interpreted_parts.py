@@ -97,7 +97,7 @@ def test_states_convert_to_terms_and_back(F, P, coefficients, cotangent):
   q = jnp.zeros((2, 64, 3, F), jnp.bfloat16)
   v = jnp.zeros((2, 64, 3, P), jnp.bfloat16)
   kernel = Kernel(coefficients.scaled(0.25), 1e-6)
-  plan = launch.plan(q, v, None, kernel)
+  plan = launch.make_plan(q, v, None, kernel)
   rng = np.random.default_rng(0)
   state = jax.tree.map(
     lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype),

@@ -47,7 +47,7 @@ def test_boundary_states_equal_a_loop(
   array = jax.ShapeDtypeStruct((B, T, H, PART), jnp.bfloat16)
   values = jax.ShapeDtypeStruct((B, T, H, TILE), jnp.bfloat16)
   runs_BT = jnp.zeros((B, T), jnp.int32) if documents else None
-  plan = launch.plan(array, values, runs_BT, Kernel(coefficients, 1e-6))
+  plan = launch.make_plan(array, values, runs_BT, Kernel(coefficients, 1e-6))
   (walks,) = plan.launches
   assert (walks.slices, walks.half_slices.slices) == (S, halves)
   rng = np.random.default_rng(halves)

@@ -205,7 +205,7 @@ def query_cotangents(
 
 
 def _query_gradients(work: Work, chunk, slot):
-  """Compute the parts of dq from the tokens before the chunk.
+  """Compute what dq gets from the tokens before the chunk.
 
   dq = r dnum + dz dden, where dnum and dden are the gradients of num = do·Σ
   sim' v and of z = Σ sim'. Where sim' is a square, num is homogeneous of degree

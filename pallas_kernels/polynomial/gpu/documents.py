@@ -181,8 +181,8 @@ def causal_mask(work: Work, slot, start: int, width: int, *, query_axis: int):
     width: the number of columns.
     query_axis: 0 where the scores are [query, key], 1 where [key, query].
   """
-  row, column = iota((C, width), 0), iota((C, width), 1) + start
-  seen = row >= column if query_axis == 0 else column >= row
+  line, column = iota((C, width), 0), iota((C, width), 1) + start
+  seen = line >= column if query_axis == 0 else column >= line
   if not work.launch.segments:
     return seen
   run_C = codes(work, slot) >> 2

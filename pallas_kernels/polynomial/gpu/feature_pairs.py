@@ -95,7 +95,7 @@ def _through_state(work: Work, chunk, slot):
 
 
 def _query_gradients(work: Work, chunk, slot):
-  """Compute the parts of dq from the tokens before.
+  """Compute what dq gets from the tokens before the chunk.
 
   Returns:
     (dnum_i, dnum_j, dden_i, dden_j, z, num): as `backward._query_gradients`

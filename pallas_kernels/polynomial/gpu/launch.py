@@ -41,7 +41,7 @@ SLICE_CHUNKS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-  """The static part of one kernel launch.
+  """The static record of one kernel launch.
 
   The coefficients are those of the operator divided by c2, which cancels in
   o, and multiplied by a power of two: sim' = c2 a² + c1 a + c0 of a = q·k.
@@ -114,7 +114,9 @@ class Launch:
   @property
   def kernel_prefix(self) -> str:
     """What the kernels' names in a profile start with."""
-    return "pair_" if self.pairs else "" if self.fused else "part_"
+    if self.fused:
+      return ""
+    return "pair_" if self.pairs else "part_"
 
   @property
   def state_scale(self) -> float:
@@ -207,8 +209,10 @@ class Plan:
     return _pad(x_BTHP, self.whole.P)
 
 
-def plan(q: Array, v: Array, runs_BT: Array | None, kernel: Kernel) -> Plan:
-  """Make the plan of a call.
+def make_plan(
+  q: Array, v: Array, runs_BT: Array | None, kernel: Kernel
+) -> Plan:
+  """Plan the launches of a call.
 
   Args:
     q: queries or keys (B, T, H, F), of which the shape and dtype are read.

@@ -1,10 +1,9 @@
 """The five passes of the Hopper implementation, as `operator.Passes` has them.
 
-One path serves every F. A pass makes the plan of its launches (`launch.plan`),
-pads the arrays, finds the states at slice boundaries, runs each launch of the
-plan, and brings the results into the public form. With one part (F ≤ 16) the
-only launch gives the results. With more, its sums are finished by
-`within_chunk.py`.
+One path serves every F. A pass plans its launches (`launch.make_plan`), pads
+the arrays, finds the states at slice boundaries, runs each launch of the plan,
+and brings the results into the public form. With one part (F ≤ 16) the only
+launch gives the results. With more, `within_chunk.py` finishes its sums.
 
 Two forms go from pass to pass. `before` is a list with the states before the
 slices of each launch. r and dz are (B, H · value_tiles, T padded to chunks)
@@ -20,13 +19,17 @@ from pallas_kernels.polynomial.gpu import (
   backward as backward_kernels,
   documents,
   forward as forward_kernels,
-  launch,
   states,
   time_slices,
   within_chunk,
 )
 from pallas_kernels.polynomial.gpu.documents import Documents
-from pallas_kernels.polynomial.gpu.launch import PART, Launch, Plan
+from pallas_kernels.polynomial.gpu.launch import (
+  PART,
+  Launch,
+  Plan,
+  make_plan,
+)
 from pallas_kernels.polynomial.operator import Kernel, raise_if_unsupported
 from pallas_kernels.polynomial.state import State
 
@@ -70,26 +73,26 @@ def forward(
   return_state: bool,
 ) -> tuple[Array, State | None, list[tuple]]:
   """Return o_BTHP, the state after the last token or None, and `before`."""
-  plan = launch.plan(q, v, runs_BT, kernel)
+  plan = make_plan(q, v, runs_BT, kernel)
   T = plan.whole.T
   q, k, v = plan.pad_features(q), plan.pad_features(k), plan.pad_values(v)
   masks = documents.describe(runs_BT, plan)
   before = [
     time_slices.states_before(
-      k, v, masks, states.to_kernel(state, walks, plan), state, walks
+      k, v, masks, states.to_kernel(state, launch, plan), state, launch
     )
-    for walks in plan.launches
+    for launch in plan.launches
   ]
   sums, after = [], []
-  for walks, states_before in zip(plan.launches, before, strict=True):
-    one_slice = walks.slices == 1
+  for launch, states_before in zip(plan.launches, before, strict=True):
+    one_slice = launch.slices == 1
     outputs, states_after = forward_kernels.forward(
       q,
       k,
       v,
-      documents.kernel_inputs(masks, walks, past=True),
+      documents.kernel_inputs(masks, launch, past=True),
       states_before,
-      walks,
+      launch,
       write_states=return_state and one_slice,
     )
     sums.append(outputs)
@@ -102,7 +105,7 @@ def forward(
   o = o[:, :T, :, : plan.P]
   if not return_state:
     return o, None, before
-  found = [[x[-1] for x in pair] for pair in after]
+  found = [[x[-1] for x in arrays] for arrays in after]
   count_BH = documents.last_document_tokens(runs_BT, plan.whole)
   count_BH = time_slices.total_count(count_BH, state, masks, plan.whole)
   final = states.from_kernel(found, count_BH, plan)
@@ -113,10 +116,12 @@ def key_state(
   k: Array, v: Array, runs_BT: Array | None, kernel: Kernel
 ) -> State:
   """Return the state after the last token, from a zero state."""
-  plan = launch.plan(k, v, runs_BT, kernel)
+  plan = make_plan(k, v, runs_BT, kernel)
   k, v = plan.pad_features(k), plan.pad_values(v)
   masks = documents.describe(runs_BT, plan)
-  found = [time_slices.key_state(k, v, masks, x) for x in plan.launches]
+  found = [
+    time_slices.key_state(k, v, masks, launch) for launch in plan.launches
+  ]
   count_BH = documents.last_document_tokens(runs_BT, plan.whole)
   return states.from_kernel(found, count_BH, plan)
 
@@ -131,7 +136,7 @@ def backward_queries(
   kernel: Kernel,
 ) -> tuple[Array, Array, Array]:
   """Return dq_BTHF, r and dz."""
-  plan = launch.plan(q, v, runs_BT, kernel)
+  plan = make_plan(q, v, runs_BT, kernel)
   T = plan.whole.T
   q, k = plan.pad_features(q), plan.pad_features(k)
   v, do = plan.pad_values(v), plan.pad_values(do)
@@ -142,11 +147,11 @@ def backward_queries(
       k,
       v,
       do,
-      documents.kernel_inputs(masks, walks, past=True),
+      documents.kernel_inputs(masks, launch, past=True),
       states_before,
-      walks,
+      launch,
     )
-    for walks, states_before in zip(plan.launches, before, strict=True)
+    for launch, states_before in zip(plan.launches, before, strict=True)
   ]
   if plan.fused:
     ((dq, r, dz),) = sums
@@ -176,17 +181,17 @@ def backward_keys(
   return_state: bool,
 ) -> tuple[Array, Array, State | None]:
   """Return dk_BTHF, dv_BTHP and the cotangent of the incoming state or None."""
-  plan = launch.plan(q, v, runs_BT, kernel)
+  plan = make_plan(q, v, runs_BT, kernel)
   T = plan.whole.T
   q, k = plan.pad_features(q), plan.pad_features(k)
   v, do = plan.pad_values(v), plan.pad_values(do)
   masks = documents.describe(runs_BT, plan)
   sums, before = [], []
-  for walks in plan.launches:
-    one_slice = walks.slices == 1
-    per_token = dict(r=r, dz=dz) | documents.kernel_inputs(masks, walks)
-    final = states.to_kernel(dstate, walks, plan, cotangent=True)
-    after = time_slices.cotangents_after(q, do, per_token, masks, final, walks)
+  for launch in plan.launches:
+    one_slice = launch.slices == 1
+    per_token = dict(r=r, dz=dz) | documents.kernel_inputs(masks, launch)
+    final = states.to_kernel(dstate, launch, plan, cotangent=True)
+    after = time_slices.cotangents_after(q, do, per_token, masks, final, launch)
     outputs, states_before = backward_kernels.backward_keys(
       q,
       k,
@@ -194,7 +199,7 @@ def backward_keys(
       do,
       per_token,
       after,
-      walks,
+      launch,
       write_states=return_state and one_slice,
     )
     sums.append(outputs)
@@ -209,7 +214,7 @@ def backward_keys(
   dk, dv = dk[:, :T, :, : plan.F], dv[:, :T, :, : plan.P]
   if not return_state:
     return dk, dv, None
-  found = [[x[0] for x in pair] for pair in before]
+  found = [[x[0] for x in arrays] for arrays in before]
   return dk, dv, _cotangent(found, dz, dstate, masks, plan)
 
 
@@ -222,13 +227,13 @@ def query_cotangent(
   kernel: Kernel,
 ) -> State:
   """Return the incoming state's cotangent, if the returned one's is 0."""
-  plan = launch.plan(q, do, runs_BT, kernel)
+  plan = make_plan(q, do, runs_BT, kernel)
   q, do = plan.pad_features(q), plan.pad_values(do)
   masks = documents.describe(runs_BT, plan)
   found = []
-  for walks in plan.launches:
-    per_token = dict(r=r, dz=dz) | documents.kernel_inputs(masks, walks)
-    found.append(time_slices.query_cotangent(q, do, per_token, masks, walks))
+  for launch in plan.launches:
+    per_token = dict(r=r, dz=dz) | documents.kernel_inputs(masks, launch)
+    found.append(time_slices.query_cotangent(q, do, per_token, masks, launch))
   return _cotangent(found, dz, None, masks, plan)
 
 
@@ -261,7 +266,7 @@ def _of_heads(x: Array, whole: Launch) -> Array:
 def _sum_over_value_tiles(
   dq: Array, dz: Array, whole: Launch
 ) -> tuple[Array, Array]:
-  """Sum the value tiles' shares of dq (B, T, walks, 16) and of dz."""
+  """Sum the value tiles' shares of dq (B, T, launch, 16) and of dz."""
   if whole.value_tiles == 1:
     return dq, dz
   dq = _sum_features_over_value_tiles(dq, whole)
@@ -270,7 +275,7 @@ def _sum_over_value_tiles(
 
 
 def _sum_features_over_value_tiles(x: Array, whole: Launch) -> Array:
-  """Sum the value tiles' shares of dq or dk, (B, T, walks, 16), in float32."""
+  """Sum the value tiles' shares of dq or dk, (B, T, launch, 16), in float32."""
   if whole.value_tiles == 1:
     return x
   each = x.reshape(*x.shape[:2], whole.H, whole.value_tiles, -1)

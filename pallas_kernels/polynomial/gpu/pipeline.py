@@ -143,11 +143,11 @@ def run(name: str, launch: Launch, steps: Steps, arrays: Arrays) -> list[Array]:
     slice (`state_shapes`).
   """
   state_only = steps.finish is None
-  walks = WARPGROUPS if state_only else WARPGROUPS // 2
-  scratch = _scratch(launch, arrays, walks, state_only=state_only)
+  per_program = WARPGROUPS if state_only else WARPGROUPS // 2
+  scratch = _scratch(launch, arrays, per_program, state_only=state_only)
   if _bytes(scratch) > SHARED_MEMORY:
     launch = dataclasses.replace(launch, stages=1)
-    scratch = _scratch(launch, arrays, walks, state_only=state_only)
+    scratch = _scratch(launch, arrays, per_program, state_only=state_only)
   names = (*arrays.streams, *arrays.per_token)
   has_count = len(arrays.states) == 3
 
@@ -172,7 +172,7 @@ def run(name: str, launch: Launch, steps: Steps, arrays: Arrays) -> list[Array]:
         )
 
     def walk(role) -> None:
-      here = _place(launch, in_program, walks)
+      here = _place(launch, in_program, per_program)
       count = jnp.zeros((), f32)
       if has_count:
         count = states[2][here.s, here.b, here.h]
@@ -202,7 +202,9 @@ def run(name: str, launch: Launch, steps: Steps, arrays: Arrays) -> list[Array]:
       after=outputs[len(arrays.outputs) :],
       from_end=arrays.from_end,
     )
-    exists = lax.axis_index("n") * walks + in_program < launch.B * launch.walks
+    exists = (
+      lax.axis_index("n") * per_program + in_program < launch.B * launch.walks
+    )
     if state_only:
       pl.when(exists)(lambda: walk(state_role))
     else:
@@ -219,7 +221,7 @@ def run(name: str, launch: Launch, steps: Steps, arrays: Arrays) -> list[Array]:
     scratch_types=scratch,
     compiler_params=tiles.compiler_params(),
     kernel_name=f"polynomial_{launch.kernel_prefix}{name}",
-    grid=(launch.slices, -(-launch.B * launch.walks // walks)),
+    grid=(launch.slices, -(-launch.B * launch.walks // per_program)),
     grid_names=("s", "n"),
     num_threads=WARPGROUPS,
     thread_name="w",
@@ -376,9 +378,13 @@ def _write_state(shared: Shared, kv, kk, scale: float) -> None:
 # Where a walk is, and its inputs.
 
 
-def _place(launch: Launch, in_program, walks: int) -> Place:
-  """Find the slice, row, head, value tile and term of a walk."""
-  s, n = lax.axis_index("s"), lax.axis_index("n") * walks + in_program
+def _place(launch: Launch, in_program, per_program: int) -> Place:
+  """Find the slice, row, head, value tile and term of a walk.
+
+  `per_program` is the number of walks in a program.
+  """
+  s = lax.axis_index("s")
+  n = lax.axis_index("n") * per_program + in_program
   first = s * launch.chunks
   chunks = jnp.minimum(launch.chunks, launch.total_chunks - first)
   b, walk = lax.div(n, launch.walks), lax.rem(n, launch.walks)
@@ -410,7 +416,7 @@ def _term(launch: Launch, number):
 
 
 def _of_walk(shared: Shared, in_program, *, state_only: bool) -> Shared:
-  """Select a walk's part of the program's shared memory, except barriers."""
+  """Select a walk's share of the program's shared memory, except barriers."""
   names = ["phi", "extended", "x", "values"]
   if not state_only:
     names += ["kv", "kk"]
@@ -449,20 +455,27 @@ def _fetch(work: Work, copies: list, chunk, slot) -> None:
 
 
 def _scratch(
-  launch: Launch, arrays: Arrays, walks: int, *, state_only: bool
+  launch: Launch, arrays: Arrays, per_program: int, *, state_only: bool
 ) -> dict:
-  """Describe the shared memory of a program; `body` receives it by name."""
+  """Describe the shared memory of a program; `body` receives it by name.
+
+  `per_program` is the number of walks in a program.
+  """
   stages = launch.stages
   inputs = {
     name: tiles.smem(
-      launch, walks, stages, C, PART if name in FEATURE_INPUTS else TILE
+      launch,
+      per_program,
+      stages,
+      C,
+      PART if name in FEATURE_INPUTS else TILE,
     )
     for name in arrays.streams
   }
   for name, x in arrays.per_token.items():
-    inputs[name] = plgpu.SMEM((walks, stages, C), x.dtype)
-  barrier = plgpu.Barrier(num_arrivals=1, num_barriers=walks)
-  tile = functools.partial(tiles.smem, launch, walks)
+    inputs[name] = plgpu.SMEM((per_program, stages, C), x.dtype)
+  barrier = plgpu.Barrier(num_arrivals=1, num_barriers=per_program)
+  tile = functools.partial(tiles.smem, launch, per_program)
   shared = Shared(
     phi=tile(C, launch.E),
     extended=tile(C, TILE),
@@ -470,7 +483,9 @@ def _scratch(
     kk=None if state_only else tile(2, TILE, PART),
     x=tile(C, PART) if launch.segments else None,
     values=tile(C, TILE) if launch.segments else None,
-    copied=plgpu.Barrier(num_arrivals=len(inputs), num_barriers=walks * stages),
+    copied=plgpu.Barrier(
+      num_arrivals=len(inputs), num_barriers=per_program * stages
+    ),
     features_written=barrier,
     state_read=barrier,
     state_written=barrier,
@@ -481,7 +496,7 @@ def _scratch(
   staging = {}
   for name, shape, swizzle in arrays.staging:
     if swizzle is None:
-      staging[name] = plgpu.SMEM((walks, *shape), f32)
+      staging[name] = plgpu.SMEM((per_program, *shape), f32)
     else:
       staging[name] = tile(*shape, swizzle=swizzle)
   operand = None

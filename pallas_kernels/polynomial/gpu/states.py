@@ -94,23 +94,23 @@ def from_kernel(
     if cotangent:
       scale = 1 / launch.gradient_scale
       kv, kk = times(kv, scale), times(kk, scale)
-    walks = launch.B, launch.H, launch.value_tiles, launch.terms
-    kv = kv.reshape(*walks, TILE, launch.E).transpose(0, 1, 3, 5, 2, 4)
+    axes = launch.B, launch.H, launch.value_tiles, launch.terms
+    kv = kv.reshape(*axes, TILE, launch.E).transpose(0, 1, 3, 5, 2, 4)
     kvs.append(kv.reshape(*kv.shape[:4], -1)[..., : plan.P])
-    kks.append(kk.reshape(*walks, TILE, PART)[:, :, 0])
-  rows = [_products_from_terms(kvs, plan, cotangent)]
+    kks.append(kk.reshape(*axes, TILE, PART)[:, :, 0])
+  blocks = [_products_from_terms(kvs, plan, cotangent)]
   of_squares, start = kvs[0], SQUARE_BLOCKS * PART
   if squares.c1:
     linear = of_squares[:, :, :, start : start + PART]
     linear = linear.reshape(*linear.shape[:2], -1, plan.P)
-    rows.append(linear[:, :, : plan.F])
+    blocks.append(linear[:, :, : plan.F])
     start += PART
   if squares.c0 and cotangent:
     both = of_squares[:, :, :, start : start + 2]
-    rows.append(both.sum(axis=(2, 3))[:, :, None])
+    blocks.append(both.sum(axis=(2, 3))[:, :, None])
   elif squares.c0:
-    rows.append(of_squares[:, :, 0, start : start + 1])
-  kv = jnp.concatenate(rows, axis=2)
+    blocks.append(of_squares[:, :, 0, start : start + 1])
+  kv = jnp.concatenate(blocks, axis=2)
   return State(kv, _kk_from_terms(kks, count_BH, plan, cotangent))
 
 
@@ -283,10 +283,10 @@ def _kk_to_terms(kk, launch: Launch, F: int, cotangent: bool) -> Array:
   square = (kk[:, :, :F, :F] + kk[:, :, :F, :F].mT) / 2
   square = jnp.pad(square, ((0, 0), (0, 0), (0, padding), (0, padding)))
   square = square.reshape(*kk.shape[:2], m, PART, m, PART)
-  pairs = [(i, i) for i in range(m)]
+  indices = [(i, i) for i in range(m)]
   if launch.pairs:
-    pairs = [pair for pair in pairs_of(m) for _ in range(2)]
-  lines = [jnp.stack([square[:, :, i, :, j] for i, j in pairs], axis=2)]
+    indices = [pair for pair in pairs_of(m) for _ in range(2)]
+  lines = [jnp.stack([square[:, :, i, :, j] for i, j in indices], axis=2)]
   if not launch.pairs and kk.shape[-1] > F:
     line = kk[:, :, F:, :F] + kk[:, :, :F, F:].mT
     line = jnp.pad(line, ((0, 0), (0, 0), (0, 0), (0, padding)))

@@ -198,8 +198,8 @@ def boundary_states(
   N, kv_tiles = sums[0].shape[0], launch.E // PART
 
   def body(*refs):
-    row, tile = lax.axis_index("row"), lax.axis_index("tile")
-    b, walk = lax.div(row, launch.walks), lax.rem(row, launch.walks)
+    n, tile = lax.axis_index("n"), lax.axis_index("tile")
+    b, walk = lax.div(n, launch.walks), lax.rem(n, launch.walks)
     inputs, outputs = refs[: len(arrays)], refs[len(arrays) :]
 
     def run(which: int, tile) -> None:
@@ -231,7 +231,7 @@ def boundary_states(
     compiler_params=tiles.compiler_params(),
     kernel_name="polynomial_borders",
     grid=(launch.B * launch.walks, kv_tiles + 1),
-    grid_names=("row", "tile"),
+    grid_names=("n", "tile"),
   )
   kv, kk = (x.reshape(*shape, TILE, -1) for x in kernel(*arrays))
   return kv, kk

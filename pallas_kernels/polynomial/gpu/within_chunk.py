@@ -83,20 +83,20 @@ def forward(
   Returns:
     o (B, T, H, P).
   """
-  launch, numerators, z_BHT = plan.whole, [], jnp.float32(0)
-  for (numerator, z), walks in zip(sums, plan.launches, strict=True):
+  whole, numerators, z_BHT = plan.whole, [], jnp.float32(0)
+  for (numerator, z), launch in zip(sums, plan.launches, strict=True):
     numerators.append(numerator)
-    z_BHT += partial_sums.add_terms(z, walks)
-  shape = (launch.B, launch.padded_T, launch.H, launch.P)
+    z_BHT += partial_sums.add_terms(z, launch)
+  shape = (whole.B, whole.padded_T, whole.H, whole.P)
   (o,) = _run(
     "forward",
     _forward,
-    _part_streams(launch, q=q, k=k) | _value_streams(launch, v=v),
+    _part_streams(whole, q=q, k=k) | _value_streams(whole, v=v),
     dict(z=z_BHT) | per_token,
     numerators,
-    [jax.ShapeDtypeStruct(shape, launch.dtype)],
-    [pipeline.value_staging("o", launch)],
-    launch,
+    [jax.ShapeDtypeStruct(shape, whole.dtype)],
+    [pipeline.value_staging("o", whole)],
+    whole,
   )
   return o
 
@@ -125,28 +125,26 @@ def backward_queries(
   Returns:
     dq (B, T, H, 16 · parts), r and dz (B, H, T padded) float32.
   """
-  launch, gradients = plan.whole, []
+  whole, gradients = plan.whole, []
   num_BHT, z_BHT = jnp.float32(0), jnp.float32(0)
-  for (*wide, z, num), walks in zip(sums, plan.launches, strict=True):
+  for (*wide, z, num), launch in zip(sums, plan.launches, strict=True):
     gradients += wide
-    num_BHT += partial_sums.add_walks(num, walks)
-    z_BHT += partial_sums.add_terms(z, walks)
-  vector = jax.ShapeDtypeStruct(
-    (launch.B, launch.H, launch.total_chunks * C), f32
-  )
-  shape = (launch.B, launch.padded_T, launch.H, launch.parts * PART)
+    num_BHT += partial_sums.add_walks(num, launch)
+    z_BHT += partial_sums.add_terms(z, launch)
+  vector = jax.ShapeDtypeStruct((whole.B, whole.H, whole.total_chunks * C), f32)
+  shape = (whole.B, whole.padded_T, whole.H, whole.parts * PART)
   return _run(
     "queries",
     _backward_queries,
-    _part_streams(launch, q=q, k=k) | _value_streams(launch, v=v, do=do),
+    _part_streams(whole, q=q, k=k) | _value_streams(whole, v=v, do=do),
     dict(z=z_BHT, num=num_BHT) | per_token,
     gradients,
-    [jax.ShapeDtypeStruct(shape, launch.dtype), vector, vector],
+    [jax.ShapeDtypeStruct(shape, whole.dtype), vector, vector],
     [
       Staging("dq", (C, PART), tiles.SWIZZLE_32),
       Staging("vectors", (2, C), None),
     ],
-    launch,
+    whole,
   )
 
 
@@ -174,21 +172,21 @@ def backward_keys(
   Returns:
     dk (B, T, H, 16 · parts) and dv (B, T, H, P).
   """
-  launch = plan.whole
-  at = launch.B, launch.padded_T, launch.H
-  widths = launch.parts * PART, launch.P
+  whole = plan.whole
+  at = whole.B, whole.padded_T, whole.H
+  widths = whole.parts * PART, whole.P
   return _run(
     "keys",
     _backward_keys,
-    _part_streams(launch, q=q, k=k) | _value_streams(launch, v=v, do=do),
+    _part_streams(whole, q=q, k=k) | _value_streams(whole, v=v, do=do),
     per_token,
     [x for outputs in sums for x in outputs],
-    [jax.ShapeDtypeStruct((*at, width), launch.dtype) for width in widths],
+    [jax.ShapeDtypeStruct((*at, width), whole.dtype) for width in widths],
     [
       Staging("dk", (C, PART), tiles.SWIZZLE_32),
-      pipeline.value_staging("dv", launch),
+      pipeline.value_staging("dv", whole),
     ],
-    launch,
+    whole,
   )
 
 
