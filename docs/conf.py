@@ -4,8 +4,12 @@ Build it with `sphinx-build -W --keep-going -b html docs docs/_build`.
 """
 
 from importlib import metadata
+import inspect
 import os
 import re
+
+from flax import nnx
+from sphinx.util.inspect import stringify_signature
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # notebooks are executed on a CPU
 
@@ -90,6 +94,17 @@ def _plain_text_to_rst(app, what, name, obj, options, lines):
   lines[:] = ["..", "", *result] if what == "attribute" else result
 
 
+def _signature_of_module(app, what, name, obj, options, signature, returns):
+  """Show the arguments of a module's __init__; its metaclass hides them."""
+  del app, name, options
+  if what != "class" or not issubclass(obj, nnx.Module):
+    return signature, returns
+  parameters = list(inspect.signature(obj.__init__).parameters.values())
+  shown = inspect.Signature(parameters[1:])  # without self
+  return stringify_signature(shown, unqualified_typehints=True), None
+
+
 def setup(app):
+  app.connect("autodoc-process-signature", _signature_of_module)
   # Before napoleon, which listens with the default priority of 500.
   app.connect("autodoc-process-docstring", _plain_text_to_rst, priority=400)
