@@ -2,30 +2,31 @@
 
 import functools
 
+import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from mixer_equations import CASES
+from mixer_registry import LENGTH, MIXERS, WIDTH
 import numpy as np
 
-from rebased_jax.mixers import base
+from rebased_jax import Mixer, Site
 
 # Few shapes: an operation that is not jitted compiles once for all the mixers.
 # Whole rows have 12 tokens, parts of them 6 or, in steps, 1.
-B, T, HALF, D = 2, 12, 6, 8
+B, T, HALF, D = 2, LENGTH, LENGTH // 2, WIDTH
 # Two float32 ways to the same sums of a few dozen terms of size 1: roundings
 # of 6e-8 each, times the condition of a quotient by Σ sim + eps.
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 
 
 def split(make, change=lambda params: params):
-  """(graph, params) of a module: these made, and changed, in one program."""
+  """Return (graph, params) of a module, made and changed in one program."""
   graph, _ = nnx.split(nnx.eval_shape(make))
   return graph, jax.jit(lambda: change(nnx.split(make())[1]))()
 
 
 def moved(params, *, seed: int, by: float):
-  """Parameters away from where they start: 0, 1 and N(0, 0.02²)."""
+  """Return parameters away from where they start: 0, 1 and N(0, 0.02²)."""
   leaves, tree = jax.tree.flatten(params)
   power = lambda count: 1 << (count - 1).bit_length()
   noise = _noise(seed, power(len(leaves)), power(max(p.size for p in leaves)))
@@ -38,7 +39,7 @@ def moved(params, *, seed: int, by: float):
 
 @functools.cache
 def _noise(seed: int, rows: int, size: int) -> np.ndarray:
-  """One program for many modules: a draw of each parameter takes longer."""
+  """Draw for many modules in one program: one draw a parameter takes longer."""
   draw = jax.vmap(lambda key: jax.random.normal(key, (size,), jnp.float32))
   with jax.ensure_compile_time_eval():
     keys = jax.random.split(jax.random.key(seed), rows)
@@ -46,18 +47,18 @@ def _noise(seed: int, rows: int, size: int) -> np.ndarray:
 
 
 class Subject:
-  """A mixer, its parameters moved from 0, 1 and N(0, 0.02²); compiled calls.
+  """A mixer whose parameters have moved, and its compiled calls.
 
   The calls return NumPy arrays: a slice of one compiles nothing.
   """
 
   def __init__(self, name: str, dtype: str = "float32"):
-    site = base.Site(D, layer=1, layers=2, dtype=dtype)
-    fresh = lambda: CASES[name].make(site, rngs=nnx.Rngs(0))
+    site = Site(D, layer=1, layers=2, dtype=dtype)
+    fresh = lambda: MIXERS[name].config.make(site, rngs=nnx.Rngs(0))
     change = lambda params: moved(params, seed=1, by=0.4)
     if dtype == "float32":
       self.graph, self.params = split(fresh, change)
-    else:  # of the same parameters
+    else:  # the same parameters
       self.graph, shapes = nnx.split(nnx.eval_shape(fresh))
       self.params = make(name).params
       kind = lambda params: [
@@ -72,7 +73,7 @@ class Subject:
     self._step = jax.jit(lambda p, *args: self.of(p).step(*args))
     self.zero = self.mixer.init_state(B)
 
-  def of(self, params) -> base.Mixer:
+  def of(self, params) -> Mixer:
     return nnx.merge(self.graph, params)
 
   def prefill(self, x_BTD, state, ids_BT=None):
@@ -89,7 +90,7 @@ class Subject:
     return np.stack(ys, axis=1), state
 
   def gradients(self, x_BTD, w_BMD, ids_BT=None, positions_BM=None):
-    """(dparams, dx_BTD) of Σ w y where w is not 0, and y."""
+    """Return (dparams, dx_BTD) of Σ w y where w is not 0, and y."""
     found = self._gradients(self.params, x_BTD, w_BMD, ids_BT, positions_BM)
     return jax.device_get(found)
 
@@ -110,7 +111,7 @@ _made = functools.cache(Subject)
 
 
 def make(name: str, dtype: str = "float32") -> Subject:
-  """One for each name and dtype, however they are given."""
+  """Return the one subject of a name and a dtype, however they are given."""
   return _made(name, dtype)
 
 
@@ -120,6 +121,5 @@ def tokens(seed: int = 12) -> np.ndarray:
 
 
 def assert_close(found, wanted, **tolerance) -> None:
-  assert jax.tree.structure(found) == jax.tree.structure(wanted)
-  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-    np.testing.assert_allclose(x, y, **(tolerance or CLOSE))
+  """Assert that two trees have the same structure and close arrays."""
+  chex.assert_trees_all_close(found, wanted, **(tolerance or CLOSE))

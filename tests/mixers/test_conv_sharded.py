@@ -10,8 +10,7 @@ from mixer_subject import split
 import numpy as np
 import pytest
 
-from rebased_jax import BaseConvConfig, ShardAxes
-from rebased_jax.mixers.base import Site
+from rebased_jax import BaseConvConfig, ShardAxes, Site
 
 _B, _T, _D = 4, 16, 6
 _AXES = ShardAxes(batch="data", time=("a", "b"))

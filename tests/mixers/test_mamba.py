@@ -7,14 +7,13 @@ import mixer_equations
 import numpy as np
 import pytest
 
-from rebased_jax import MambaConfig, parameter_count
-from rebased_jax.mixers import base
+from rebased_jax import MambaConfig, Site, parameter_count
 
 B = 2
 
 
 def make(width: int = 64, layers: int = 2, **fields):
-  site = base.Site(width, layers=layers)
+  site = Site(width, layers=layers)
   return MambaConfig(**fields).make(site, rngs=nnx.Rngs(0))
 
 

@@ -1,13 +1,14 @@
-"""What every mixer promises, for each of them."""
+"""Tests of every mixer: values, causality, states, documents, dtypes."""
 
 import importlib
+import inspect
 import pkgutil
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import mixer_equations
-from mixer_equations import CASES, NO_DOCUMENTS
+from mixer_registry import MIXERS, ONE_OF_EACH
 from mixer_subject import (
   CLOSE,
   HALF,
@@ -21,9 +22,7 @@ from mixer_subject import (
 import numpy as np
 import pytest
 
-import rebased_jax
-from rebased_jax import mixers, presets
-from rebased_jax.mixers import base
+from rebased_jax import Mixer, MixerConfig, Site, mixers, presets
 
 # Documents are runs of one id: of 3, 6, 3 and of 1, 6, 4, 1 tokens.
 IDS_BT = np.array(
@@ -32,35 +31,48 @@ IDS_BT = np.array(
 DOCUMENTS = ((0, 0, 3), (0, 3, 9), (0, 9, 12), (1, 0, 1), (1, 1, 7), (1, 7, 11))
 LAST = ((0, 9), (1, 11))  # where each row's last document starts
 
-# Entries of parameters that change nothing, by mixer and name: softmax ignores
-# a bias of the keys, the second third, which adds the same to all of a query's
-# scores.
-NO_GRADIENT = {("attention", "qkv/bias"): np.arange(3 * D) // D == 1}
-ONE_EACH = (
-  "based",
-  "rebased",
-  "conv",
-  "attention",
-  "hyena",
-  "mamba",
-  "rwkv",
-)  # of the mixers' classes
-each_mixer = pytest.mark.parametrize("name", CASES)
-each_of_documents = pytest.mark.parametrize(
-  "name", [name for name in CASES if name not in NO_DOCUMENTS]
+each_mixer = pytest.mark.parametrize("name", MIXERS)
+each_mixer_of_documents = pytest.mark.parametrize(
+  "name", [name for name in MIXERS if MIXERS[name].takes_documents]
 )
 
 
-def test_the_list_has_every_mixer() -> None:
-  listed = {type(config) for config in CASES.values()}
+def _others_are_slow(name: str):
+  """A parameter that only the first config of each class runs every time."""
+  if name in ONE_OF_EACH:
+    return pytest.param(name)
+  return pytest.param(name, marks=pytest.mark.slow)
+
+
+one_of_each_mixer = pytest.mark.parametrize(
+  "name", [_others_are_slow(name) for name in MIXERS]
+)
+
+
+def test_the_registry_has_every_mixer() -> None:
   written = set()
   for module in pkgutil.iter_modules(mixers.__path__, mixers.__name__ + "."):
-    for value in vars(importlib.import_module(module.name)).values():
-      is_class = isinstance(value, type) and issubclass(value, base.MixerConfig)
-      if is_class and value is not base.MixerConfig:
-        written.add(value)
-  assert listed == written == set(rebased_jax.MIXER_CONFIGS)
-  assert CASES.keys() >= presets.VARIANTS.keys()
+    written |= _concrete_configs(importlib.import_module(module.name))
+  registered = {type(entry.config) for entry in MIXERS.values()}
+  assert registered == written == _concrete_configs(mixers)
+  assert MIXERS.keys() >= presets.VARIANTS.keys()
+
+
+def _concrete_configs(module) -> set[type]:
+  return {
+    value
+    for value in vars(module).values()
+    if inspect.isclass(value)
+    and issubclass(value, MixerConfig)
+    and not inspect.isabstract(value)
+  }
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_no_mixer_skips_the_checks_of_the_base_class(name) -> None:
+  for method in ("__call__", "prefill", "step"):
+    own = getattr(MIXERS[name].mixer_class, method)
+    assert own is getattr(Mixer, method)
 
 
 @each_mixer
@@ -69,7 +81,8 @@ def test_equals_the_recurrence(name) -> None:
   params = mixer_equations.parameters(subject.mixer)
   x_BTD = tokens()
   for x_TD, y_TD in zip(x_BTD, subject(x_BTD), strict=True):
-    wanted_TD = mixer_equations.recurrence(CASES[name], params, x_TD)
+    entry = MIXERS[name]
+    wanted_TD = entry.recurrence(entry.config, params, np.float64(x_TD))
     np.testing.assert_allclose(y_TD, wanted_TD, **CLOSE)
 
 
@@ -80,13 +93,11 @@ def test_is_causal(name) -> None:
     w_BTD = tokens(13) * (np.arange(T) == t)[None, :, None]
     (_, dx_BTD), _ = make(name).gradients(tokens(), w_BTD)
     assert np.isfinite(dx_BTD).all()
-    # A Fourier transform spreads its roundings, of 6e-8, over the whole row.
-    noise = 1e-5 * np.abs(dx_BTD).max() if name == "hyena" else 0
+    noise = MIXERS[name].noise * np.abs(dx_BTD).max()
     reach[t] = np.asarray(np.abs(dx_BTD) > noise).any(axis=(0, 2))
   assert not np.triu(reach, 1).any()
   assert np.diagonal(reach).all()
-  has_memory = name != "conv-1"
-  assert (np.diagonal(reach, -1) == has_memory).all()
+  assert (np.diagonal(reach, -1) == MIXERS[name].has_memory).all()
 
 
 @each_mixer
@@ -108,7 +119,7 @@ def test_prefill_and_steps_equal_the_whole(name) -> None:
     assert_close((y_BHD, state), (y_BTD[:, part], states[start + HALF]))
 
 
-@each_of_documents
+@each_mixer_of_documents
 def test_documents_do_not_see_each_other(name) -> None:
   subject = make(name)
   x_BTD, ids_BT = tokens(), IDS_BT
@@ -128,7 +139,7 @@ def test_documents_do_not_see_each_other(name) -> None:
       np.testing.assert_array_equal(after[own_BT], before[own_BT])
 
 
-@each_of_documents
+@each_mixer_of_documents
 def test_the_state_is_the_last_documents(name) -> None:
   subject = make(name)
   x_BTD, ids_BT = tokens(), IDS_BT
@@ -145,7 +156,7 @@ def test_the_state_is_the_last_documents(name) -> None:
   assert_close(clean, state, rtol=0, atol=0)
 
 
-@each_of_documents
+@each_mixer_of_documents
 def test_an_incoming_state_is_the_first_documents(name) -> None:
   subject = make(name)
   x_BTD, ids_BT = tokens(), IDS_BT
@@ -161,24 +172,17 @@ def test_an_incoming_state_is_the_first_documents(name) -> None:
 def test_every_parameter_has_a_gradient(name) -> None:
   (grads, _), _ = make(name).gradients(tokens(), tokens(13))
   assert jax.tree.leaves(grads)
+  without = MIXERS[name].without_gradient
   # sim ignores the joint scale of γ and β but for eps, which makes the gradient
   # orthogonal to them; its entries are not zero.
   for path, grad in jax.tree_util.tree_leaves_with_path(grads):
     where = jax.tree_util.keystr(path, simple=True, separator="/")
-    counts = ~NO_GRADIENT.get((name, where), np.zeros(grad.shape, bool))
-    assert np.isfinite(grad).all() and (grad[counts] != 0).all(), where
-  for case, where in NO_GRADIENT:
-    if case == name:
-      assert where in mixer_equations.parameters(make(name).mixer)
+    no_effect = without.get(where, np.zeros(grad.shape, bool))
+    assert np.isfinite(grad).all() and (grad[~no_effect] != 0).all(), where
+  assert without.keys() <= mixer_equations.parameters(make(name).mixer).keys()
 
 
-@pytest.mark.parametrize(
-  "name",
-  [
-    pytest.param(x, marks=[pytest.mark.slow] * (x not in ONE_EACH))
-    for x in CASES
-  ],
-)
+@one_of_each_mixer
 def test_works_under_transformations(name) -> None:
   """vmap, scan and checkpoint, all under jit; gradients pass states."""
   subject = make(name)
@@ -207,13 +211,14 @@ def test_works_under_transformations(name) -> None:
   assert_close(jax.jit(run)(subject.params, x_BTD), wanted)
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_float64_is_float64_throughout(name) -> None:
   """Its parameters are float32 all the same."""
-  moved, x_BTD = make(name).params, tokens().astype(np.float64)
+  entry, moved = MIXERS[name], make(name).params
+  x_BTD = tokens().astype(np.float64)
   with jax.enable_x64(True):
-    site = base.Site(D, layer=1, layers=2, dtype="float64")
-    fresh = lambda: CASES[name].make(site, rngs=nnx.Rngs(0))
+    site = Site(D, layer=1, layers=2, dtype="float64")
+    fresh = lambda: entry.config.make(site, rngs=nnx.Rngs(0))
     graph, params = nnx.split(nnx.eval_shape(fresh))
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
@@ -227,7 +232,7 @@ def test_float64_is_float64_throughout(name) -> None:
   assert y_BTD.dtype == y_BD.dtype == np.float64
   arrays = mixer_equations.parameters(make(name).mixer)
   for row in range(B):
-    wanted_TD = mixer_equations.recurrence(CASES[name], arrays, x_BTD[row])
+    wanted_TD = entry.recurrence(entry.config, arrays, x_BTD[row])
     found_TD = np.concatenate([y_BTD[row], y_BD[row][None]])
     # Sums of a few dozen terms of size 1, rounded to 1e-16 each.
     np.testing.assert_allclose(found_TD, wanted_TD, rtol=1e-12, atol=1e-12)
@@ -245,19 +250,17 @@ def test_bfloat16_is_close_to_float32(name) -> None:
   assert error <= 0.03 * np.linalg.norm(wanted_BTD)
 
 
-@pytest.mark.parametrize(
-  ("name", "dtype"),
-  [
-    *[(name, "float32") for name in CASES],
-    *[
-      pytest.param(
-        x, "bfloat16", marks=[pytest.mark.slow] * (x not in ONE_EACH)
-      )
-      for x in CASES
-    ],
-  ],
-)
-def test_state_size_is_the_bytes_held(name, dtype) -> None:
+@each_mixer
+def test_state_size_is_the_bytes_held(name) -> None:
+  _check_state_size(name, "float32")
+
+
+@one_of_each_mixer
+def test_state_size_is_the_bytes_held_in_bfloat16(name) -> None:
+  _check_state_size(name, "bfloat16")
+
+
+def _check_state_size(name: str, dtype: str) -> None:
   subject = make(name, dtype)
   x_BTD = tokens().astype(dtype)
   for state in (
@@ -281,7 +284,7 @@ def test_state_size_is_the_bytes_held(name, dtype) -> None:
   ],
 )
 def test_query_positions_are_rows_of_the_whole(name, count, documents) -> None:
-  documents = documents and name not in NO_DOCUMENTS
+  documents = documents and MIXERS[name].takes_documents
   ids_BT = IDS_BT if documents else None
   rng = np.random.default_rng(5)
   positions_BM = rng.integers(T, size=(B, count), dtype=np.int32)

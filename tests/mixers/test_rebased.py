@@ -9,11 +9,16 @@ import mixer_equations
 import numpy as np
 import pytest
 
-from rebased_jax import BasedConfig, ReBasedConfig, parameter_count, presets
-from rebased_jax.mixers import base
+from rebased_jax import (
+  BasedConfig,
+  ReBasedConfig,
+  Site,
+  parameter_count,
+  presets,
+)
 
 D, H, F = 8, 2, 4
-SITE = base.Site(D)
+SITE = Site(D)
 
 
 def make(**fields):
@@ -92,7 +97,7 @@ def test_the_weights_are_a_causal_average(name) -> None:
   o_BTHP = jnp.einsum("bhts,bshp->bthp", A_BHTT, v_BTHP)
   # The same sums of six terms in another order.
   np.testing.assert_allclose(
-    mixer.project.out(o_BTHP), mixer(x_BTD), rtol=1e-4, atol=1e-6
+    mixer.output(o_BTHP), mixer(x_BTD), rtol=1e-4, atol=1e-6
   )
 
 
@@ -130,7 +135,7 @@ def test_more_heads_than_width_is_named(config) -> None:
   with pytest.raises(ValueError, match=rf"{name}\.heads=12 at width 8"):
     config.make(SITE, rngs=nnx.Rngs(0))
   wide = dataclasses.replace(config, value_features=2)
-  assert wide.make(SITE, rngs=nnx.Rngs(0)).project.shape.value_features == 2
+  assert wide.make(SITE, rngs=nnx.Rngs(0)).shape.value_features == 2
 
 
 def test_an_unknown_implementation_is_named() -> None:

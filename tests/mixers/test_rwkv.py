@@ -10,14 +10,13 @@ import mixer_equations
 import numpy as np
 import pytest
 
-from rebased_jax import RWKV, RWKVConfig, parameter_count
-from rebased_jax.mixers import base
+from rebased_jax import RWKV, RWKVConfig, Site, parameter_count
 
 B, D = 2, 6
 
 
 def mixer_of(width=D, layer=1, layers=2, **fields) -> RWKV:
-  site = base.Site(width, layer, layers)
+  site = Site(width, layer, layers)
   return RWKVConfig(**fields).make(site, rngs=nnx.Rngs(0))
 
 
@@ -50,7 +49,8 @@ def test_decays_at_the_ends(decay) -> None:
   params = mixer_equations.parameters(mixer)
   with np.errstate(over="ignore"):
     wanted_BTD = [
-      mixer_equations.recurrence(RWKVConfig(), params, x_TD) for x_TD in x_BTD
+      mixer_equations.time_mix(RWKVConfig(), params, np.float64(x_TD))
+      for x_TD in x_BTD
     ]
 
   grads, y_BTD = gradient(_squares, mixer)

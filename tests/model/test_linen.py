@@ -5,24 +5,19 @@ import functools
 from flax import linen, nnx
 import jax
 import jax.numpy as jnp
+from mixer_registry import MIXERS, ONE_OF_EACH
 from mixer_subject import split
 import numpy as np
 import pytest
 
 from rebased_jax import (
   LM,
-  MIXER_CONFIGS,
-  AttentionConfig,
   BaseConvConfig,
-  BasedConfig,
-  HyenaConfig,
-  MambaConfig,
   ModelConfig,
   ReBasedConfig,
-  RWKVConfig,
+  Site,
 )
 import rebased_jax.linen
-from rebased_jax.mixers import base
 
 B, T, D = 2, 6, 8
 SIZES = dict(heads=2, features=4)
@@ -97,25 +92,10 @@ def test_from_nnx_to_linen_and_back() -> None:
   assert_close(model(TOKENS_BT), bridged.apply({"params": trained}, TOKENS_BT))
 
 
-MIXERS = [
-  ReBasedConfig(**SIZES),
-  BasedConfig(**SIZES),
-  BaseConvConfig(),
-  RWKVConfig(wkv_dtype="float32"),
-  AttentionConfig(heads=2),
-  HyenaConfig(length=T),
-  MambaConfig(state=3),
-]
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_mixer_inside_another_linen_module(name) -> None:
+  config = MIXERS[name].config
 
-
-def test_every_mixer_is_listed() -> None:
-  assert {type(config) for config in MIXERS} == set(MIXER_CONFIGS)
-
-
-@pytest.mark.parametrize(
-  "config", MIXERS, ids=lambda config: type(config).__name__
-)
-def test_a_mixer_in_a_module_of_ones_own(config) -> None:
   class Mine(linen.Module):
     @linen.compact
     def __call__(self, x_BTD):
@@ -124,7 +104,7 @@ def test_a_mixer_in_a_module_of_ones_own(config) -> None:
 
   mine = Mine()
   params = jax.jit(mine.init)(jax.random.key(0), X_BTD)["params"]
-  fresh = lambda: config.make(base.Site(D), rngs=nnx.Rngs(5))
+  fresh = lambda: config.make(Site(D), rngs=nnx.Rngs(5))
   graph, state = nnx.split(nnx.eval_shape(fresh))
   assert shapes(params["mixer"]) == shapes(nnx.to_pure_dict(state))
   nnx.replace_by_pure_dict(state, params["mixer"])

@@ -1,4 +1,4 @@
-"""The layers: scanned or one by one, kept or repeated, and their dtypes."""
+"""Tests of layers scanned or one by one, rematerialisation, and dtypes."""
 
 import dataclasses
 

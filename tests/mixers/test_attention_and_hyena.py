@@ -1,4 +1,4 @@
-"""Softmax attention and Hyena, beyond what every mixer promises."""
+"""Tests of softmax attention and Hyena: counts, caches, filters, errors."""
 
 import dataclasses
 
@@ -17,15 +17,15 @@ from rebased_jax import (
   Hyena,
   HyenaConfig,
   ModelConfig,
+  Site,
   parameter_count,
 )
-from rebased_jax.mixers import base
 
 _IDS_BT = np.zeros((B, T), np.int32)
 
 
 def _make(config, width=D, **site):
-  return config.make(base.Site(width, **site), rngs=nnx.Rngs(0))
+  return config.make(Site(width, **site), rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("width", [8, 24, 64])

@@ -1,25 +1,19 @@
-"""What every mixer refuses, in words that name it: shapes, dtypes, sizes."""
+"""Tests of every mixer's error messages: shapes, dtypes, sizes, configs."""
 
 import re
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from mixer_equations import CASES, NO_DOCUMENTS
+from mixer_registry import MIXERS, ONE_OF_EACH
 from mixer_subject import B, D, T, make, tokens
 import numpy as np
 import pytest
 
-from rebased_jax.mixers import base
+from rebased_jax import Mixer, Site
 
-NAMES = ("based", "rebased", "conv", "attention", "hyena", "mamba", "rwkv")
-each_mixer = pytest.mark.parametrize("name", NAMES)
+each_mixer = pytest.mark.parametrize("name", ONE_OF_EACH)
 _IDS_BT = np.zeros((B, T), np.int32)
-
-
-def test_every_class_is_listed() -> None:
-  kinds = {type(config) for config in CASES.values()}
-  assert {type(CASES[name]) for name in NAMES} == kinds
 
 
 def refuses(call, *words: str) -> None:
@@ -70,7 +64,9 @@ def test_integers_where_floats_belong(name) -> None:
   refuses(lambda: mixer(tokens().astype(np.int32)), "x is int32", "floats")
 
 
-@pytest.mark.parametrize("name", [x for x in NAMES if x not in NO_DOCUMENTS])
+@pytest.mark.parametrize(
+  "name", [name for name in ONE_OF_EACH if MIXERS[name].takes_documents]
+)
 @pytest.mark.parametrize(
   ("ids_BT", "words"),
   [
@@ -121,11 +117,10 @@ def test_a_dtype_that_nothing_computes_in(name) -> None:
     _directly(name, "float64")
 
 
-def _directly(name: str, dtype: str) -> base.Mixer:
-  """The mixer without a `Site`, which looks at dtypes too."""
-  config = CASES[name]
-  cls = type(make(name).mixer)
-  return cls(D, config, dtype=dtype, rngs=nnx.Rngs(0))
+def _directly(name: str, dtype: str) -> Mixer:
+  """Make the mixer without a `Site`, which checks dtypes too."""
+  entry = MIXERS[name]
+  return entry.mixer_class(D, entry.config, dtype=dtype, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(
@@ -142,20 +137,20 @@ def _directly(name: str, dtype: str) -> base.Mixer:
 )
 def test_a_wrong_site(fields, words) -> None:
   with pytest.raises(ValueError, match=re.escape(words)):
-    base.Site(**{"width": D, **fields})
+    Site(**{"width": D, **fields})
 
 
 @each_mixer
 @pytest.mark.parametrize("width", [1, 7])
 def test_a_width_that_nothing_divides(name, width) -> None:
   """One token and two; heads of Based and ReBased are floor(D / H) wide."""
-  fields = {"heads": 1} if name in ("attention", "based", "rebased") else {}
-  config = CASES[name]
-  config = type(config)(**fields) if fields else config
+  config = MIXERS[name].config
+  if hasattr(config, "heads"):
+    config = type(config)(heads=1)
 
   @jax.jit
   def run():
-    mixer = config.make(base.Site(width, length=T), rngs=nnx.Rngs(0))
+    mixer = config.make(Site(width, length=T), rngs=nnx.Rngs(0))
     return [mixer(jnp.ones((B, count, width))) for count in (1, 2)]
 
   y_B1D, y_B2D = jax.device_get(run())
@@ -166,19 +161,19 @@ def test_a_width_that_nothing_divides(name, width) -> None:
 @each_mixer
 @pytest.mark.parametrize("width", [0, -4, 2.5, True, "8"], ids=str)
 def test_no_width(name, width) -> None:
-  config = CASES[name]
-  kind = type(make(name).mixer)
+  entry = MIXERS[name]
   refuses(
-    lambda: kind(width, config, rngs=nnx.Rngs(0)), f"width={width!r}", "≥ 1"
+    lambda: entry.mixer_class(width, entry.config, rngs=nnx.Rngs(0)),
+    f"width={width!r}",
+    "≥ 1",
   )
 
 
 @each_mixer
 def test_another_mixers_config(name) -> None:
-  other = CASES["conv" if name != "conv" else "rwkv"]
-  expected = type(CASES[name]).__name__
-  kind = type(make(name).mixer)
+  other = MIXERS["conv" if name != "conv" else "rwkv"].config
+  expected = type(MIXERS[name].config).__name__
   refuses(
-    lambda: kind(D, other, rngs=nnx.Rngs(0)),
+    lambda: MIXERS[name].mixer_class(D, other, rngs=nnx.Rngs(0)),
     f"config is a {type(other).__name__}: expected a {expected}",
   )
