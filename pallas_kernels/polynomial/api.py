@@ -108,8 +108,8 @@ def polynomial_attention(
     s_{ts} = \mathrm{scale} \cdot q_t^\top k_s
 
   where the sums are over the tokens :math:`s \le t` of t's document. With the
-  default coefficients this is the attention of ReBased (arXiv 2402.10644); its
-  γ and β are applied to q and k before.
+  default coefficients this is the attention of ReBased (arXiv 2402.10644), if
+  the norm, γ and β of the paper have been applied to q and k before the call.
 
   Time and memory are linear in T, and so are those of the gradient. The result
   can be differentiated in reverse mode with respect to q, k, v and
@@ -128,15 +128,15 @@ def polynomial_attention(
       similarities are all 0 gets NaN.
     segment_ids: integers (B, T). A run of equal ids is a document, and a token
       sees its own document alone. An Inf or NaN in one document does not reach
-      another. If None, each row is one document.
+      another. If None, each row is one document, and an Inf or NaN may reach
+      any token of its row.
     initial_state: the recurrent state of the tokens before q. It belongs to the
       document of token 0. If None, there are none; pass None, or zeros in its
       row, where token 0 starts a document.
     return_state: whether to return the state after the last token. It belongs
       to the document of that token.
     axes: the axes of the ambient mesh (`jax.set_mesh`) that split batch, heads
-      and time. If None, the call is for one device, or each device calls it
-      inside a `jax.shard_map`.
+      and time. If None, the operator splits nothing and communicates nothing.
     implementation: what computes it.
 
       * `None` (default): the kernels of the device that runs the call. If there
@@ -181,7 +181,10 @@ def polynomial_attention(
   else:
     static = StaticArguments(_passes(name), kernel, axes, return_state)
     o, state = operator.attend(static, q, k, v, segment_ids, initial_state)
-  return (o, state) if return_state else o
+  if not return_state:
+    return o
+  assert state is not None
+  return o, state
 
 
 def polynomial_attention_step(
@@ -405,14 +408,13 @@ def _passes(name: Implementation) -> Passes:
 
 def _kernels(name: Implementation):
   """Import the passes of "gpu" or "tpu"."""
-  # Not at the top of this file: Pallas takes long to import, and older jax
-  # cannot import what the GPU kernels are written with.
-  if name == "tpu":
-    from pallas_kernels.polynomial.tpu import passes
-
-    return passes
-  from pallas_kernels.polynomial.gpu import passes
-
+  # Not at the top of this file: Pallas takes long to import, and some versions
+  # of jax cannot import what the kernels are written with.
+  with devices.kernel_imports(name):
+    if name == "tpu":
+      from pallas_kernels.polynomial.tpu import passes
+    else:
+      from pallas_kernels.polynomial.gpu import passes
   return passes
 
 

@@ -1,7 +1,8 @@
-"""Named shapes, one list for tests, tuning and benchmarks."""
+"""Named sizes of calls, one list for tests and benchmarks."""
 
 import dataclasses
 
+import jax
 from jax import ShapeDtypeStruct
 import jax.numpy as jnp
 
@@ -10,7 +11,18 @@ from pallas_kernels.polynomial.spec import BASED, REBASED, Coefficients
 
 @dataclasses.dataclass(frozen=True)
 class ArgSpec:
-  """The sizes of one call, q and k (B, T, H, F) and v (B, T, H, P)."""
+  """The sizes of one call: q and k are (B, T, H, F), v is (B, T, H, P).
+
+  Attributes:
+    name: the name of the case in tests and benchmark results.
+    B: rows of the batch.
+    T: tokens of a row.
+    H: heads.
+    F: width of a head's queries and keys.
+    P: width of a head's values.
+    coefficients: of the similarity.
+    source: the paper that the sizes are from.
+  """
 
   name: str
   B: int
@@ -21,22 +33,33 @@ class ArgSpec:
   coefficients: Coefficients = REBASED
   source: str = "arXiv 2402.10644"
 
-  def arrays(self, dtype=jnp.bfloat16) -> tuple[ShapeDtypeStruct, ...]:
-    """q, k and v."""
+  def arrays(
+    self, dtype: jax.typing.DTypeLike = jnp.bfloat16
+  ) -> tuple[ShapeDtypeStruct, ShapeDtypeStruct, ShapeDtypeStruct]:
+    """Return the shapes of q, k and v."""
     qk = ShapeDtypeStruct((self.B, self.T, self.H, self.F), dtype)
     v = ShapeDtypeStruct((self.B, self.T, self.H, self.P), dtype)
     return qk, qk, v
 
 
 SPECS: tuple[ArgSpec, ...] = (
-  ArgSpec("lm-1k", 64, 1024, 12, 16, 64),
-  ArgSpec("lm-4k", 16, 4096, 12, 16, 64),
-  ArgSpec("lm-32k", 2, 32768, 12, 16, 64),
-  ArgSpec("lm-64k", 1, 65536, 12, 16, 64),
-  ArgSpec("mqar-64", 512, 256, 12, 16, 5),
-  ArgSpec("mqar-512", 64, 512, 12, 16, 42),
-  ArgSpec("pile-157m", 8, 4096, 64, 16, 12),
-  ArgSpec("based-360m", 8, 2048, 16, 16, 64, BASED, "arXiv 2402.18668"),
-  ArgSpec("wide-32", 8, 4096, 8, 32, 64),
-  ArgSpec("wide-64", 8, 4096, 16, 64, 48),
+  ArgSpec("lm-1k", B=64, T=1024, H=12, F=16, P=64),
+  ArgSpec("lm-4k", B=16, T=4096, H=12, F=16, P=64),
+  ArgSpec("lm-32k", B=2, T=32768, H=12, F=16, P=64),
+  ArgSpec("lm-64k", B=1, T=65536, H=12, F=16, P=64),
+  ArgSpec("mqar-64", B=512, T=256, H=12, F=16, P=5),
+  ArgSpec("mqar-512", B=64, T=512, H=12, F=16, P=42),
+  ArgSpec("pile-157m", B=8, T=4096, H=64, F=16, P=12),
+  ArgSpec(
+    "based-360m",
+    B=8,
+    T=2048,
+    H=16,
+    F=16,
+    P=64,
+    coefficients=BASED,
+    source="arXiv 2402.18668",
+  ),
+  ArgSpec("wide-32", B=8, T=4096, H=8, F=32, P=64),
+  ArgSpec("wide-64", B=8, T=4096, H=16, F=64, P=48),
 )

@@ -75,6 +75,7 @@ class Passes(Protocol):
     runs_BT: Array | None,
     state: State | None,
     kernel: Kernel,
+    /,
     *,
     return_state: bool,
   ) -> tuple[Array, State | None, Any]:
@@ -90,6 +91,7 @@ class Passes(Protocol):
     v_BTHP: Array,
     runs_BT: Array | None,
     kernel: Kernel,
+    /,
   ) -> State:
     """Return the state after the last token, from a zero state."""
     ...
@@ -103,6 +105,7 @@ class Passes(Protocol):
     runs_BT: Array | None,
     before: Any,
     kernel: Kernel,
+    /,
   ) -> tuple[Array, Array, Array]:
     """Return dq_BTHF, r and dz."""
     ...
@@ -118,6 +121,7 @@ class Passes(Protocol):
     runs_BT: Array | None,
     dstate: State | None,
     kernel: Kernel,
+    /,
     *,
     return_state: bool,
   ) -> tuple[Array, Array, State | None]:
@@ -136,6 +140,7 @@ class Passes(Protocol):
     dz: Array,
     runs_BT: Array | None,
     kernel: Kernel,
+    /,
   ) -> State:
     """Return the incoming state's cotangent, if the returned state's is 0."""
     ...
@@ -280,7 +285,7 @@ def _shard_forward(static: StaticArguments, q, k, v, ids_BT, state):
   o, after, before = static.passes.forward(
     q, k, v, runs_BT, state, static.kernel, return_state=static.return_state
   )
-  if static.return_state and static.time is not None:
+  if after is not None and static.time is not None:
     last = jax.lax.axis_size(static.time) - 1
     after = _broadcast_from_shard(after, static.time, last)
   return o, after, before
@@ -292,7 +297,6 @@ def _shard_backward(
   """Run the backward on one device's shards."""
   passes, kernel, time = static.passes, static.kernel, static.time
   runs_BT = None if ids_BT is None else documents_lib.document_runs(ids_BT)
-  has_state = state is not None
   dq, r, dz = passes.backward_queries(q, k, v, do, runs_BT, before, kernel)
   if time is not None:
     own = passes.query_cotangent(q, do, r, dz, runs_BT, kernel)
@@ -304,9 +308,18 @@ def _shard_backward(
       own, joined_DB, dafter, last_DB[here] == last_DB[-1], time
     )
   dk, dv, dbefore = passes.backward_keys(
-    q, k, v, do, r, dz, runs_BT, dafter, kernel, return_state=has_state
+    q,
+    k,
+    v,
+    do,
+    r,
+    dz,
+    runs_BT,
+    dafter,
+    kernel,
+    return_state=state is not None,
   )
-  if has_state and time is not None:
+  if dbefore is not None and time is not None:
     dbefore = _broadcast_from_shard(dbefore, time, 0)
   return dq, dk, dv, dbefore
 

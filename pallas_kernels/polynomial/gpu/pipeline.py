@@ -13,8 +13,9 @@ Two warpgroups share a walk. For each chunk
     signal: state written                  add the tokens of the chunk itself,
                                            write the outputs
 
-The output warpgroup waits for the features only so that it cannot be a whole
-chunk ahead of the state warpgroup.
+No data depends on the wait for the features, which only the state warpgroup
+reads. It keeps the two warpgroups in step: the state is updated while the
+output warpgroup works on the chunk itself.
 
 A program has two such walks, each of a head of its own. A kernel that only sums
 a state has no output warpgroup, and four walks in a program. Barriers are in

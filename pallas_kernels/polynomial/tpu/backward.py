@@ -151,7 +151,9 @@ def _past_query_terms(
   """
   y_GC, z_1C = denominator_products(q_FC, kk_ref, call)
   wide_FC = q_FC.astype(jnp.float32)
-  first_FC = second_FC = do_num_1C = 0.0
+  first_FC: Any = 0.0
+  second_FC: Any = 0.0
+  do_num_1C: Any = 0.0
   for group in call.groups():
     u_EC = dot(kv_ref[group.rows], do_VC, (1, 0), call)
     first, second = feature_cotangent(u_EC, group, wide_FC, call, weighted=True)
@@ -181,8 +183,8 @@ def product_cotangent(
 
 def backward_keys(
   q_BRT: Array,
-  k_BRT: Array | None,
-  v_BRT: Array | None,
+  k_BRT: Array,
+  v_BRT: Array,
   do_BRT: Array,
   r_BH1T: Array,
   dz_BH1T: Array,
@@ -191,12 +193,12 @@ def backward_keys(
   call: Call,
   *,
   return_state: bool,
-) -> tuple[Array | None, Array | None, tuple[Array, Array] | None]:
+) -> tuple[Array, Array, tuple[Array, Array] | None]:
   """Run the kernel from right to left.
 
   Args:
     q_BRT: queries, R = H·F.
-    k_BRT: keys, R = H·F; None, as for v, for the cotangent of the state alone.
+    k_BRT: keys, R = H·F.
     v_BRT: values, R = H·P.
     do_BRT: the cotangent of o, R = H·P.
     r_BH1T: of `backward_queries`.
@@ -209,78 +211,135 @@ def backward_keys(
     return_state: whether to return the cotangent of the state before token 0.
 
   Returns:
-    (dk_BRT, dv_BRT, (dKV_BHEV, dKK_BHGG)), each None where it is not asked for.
+    (dk_BRT, dv_BRT, (dKV_BHEV, dKK_BHGG)); the last is None unless asked for.
   """
   sizes = (call.E, call.V), (call.G, call.G)
-
-  def tokens(rows: int):
-    return launch.token_spec(rows, call, reverse=True)
-
-  scalars = launch.scalar_spec(call, reverse=True)
-  inputs = {
-    "q": (q_BRT, tokens(call.F)),
-    "do": (do_BRT, tokens(call.P)),
-    "r": (r_BH1T, scalars),
-    "dz": (dz_BH1T, scalars),
-  }
-  outputs = {}
-  if k_BRT is not None and v_BRT is not None:
-    for name, x, rows in (("k", k_BRT, call.F), ("v", v_BRT, call.P)):
-      inputs[name] = x, tokens(rows)
-      shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-      outputs[f"d{name}"] = shape, tokens(rows)
+  key_spec = launch.token_spec(call.F, call, reverse=True)
+  value_spec = launch.token_spec(call.P, call, reverse=True)
+  inputs = _query_inputs(q_BRT, do_BRT, r_BH1T, dz_BH1T, call)
+  inputs |= {"k": (k_BRT, key_spec), "v": (v_BRT, value_spec)}
   if start_B1T is not None:
     inputs["starts"] = start_B1T, launch.starts_spec(call, reverse=True)
   inputs |= launch.initial_state(dstate, sizes, call)
+  outputs = {
+    "dk": (jax.ShapeDtypeStruct(k_BRT.shape, k_BRT.dtype), key_spec),
+    "dv": (jax.ShapeDtypeStruct(v_BRT.shape, v_BRT.dtype), value_spec),
+  }
   if return_state:
     outputs |= launch.final_state(sizes, call)
-  name = "query_cotangent" if k_BRT is None else "backward_keys"
-  found = launch.launch(_keys_body, call, inputs, outputs, sizes, name)
-  before = (found["final_kv"], found["final_kk"]) if return_state else None
-  return found.get("dk"), found.get("dv"), before
+  found = launch.launch(
+    _keys_body, call, inputs, outputs, sizes, "backward_keys"
+  )
+  if not return_state:
+    return found["dk"], found["dv"], None
+  return found["dk"], found["dv"], (found["final_kv"], found["final_kk"])
+
+
+def _query_inputs(
+  q_BRT: Array, do_BRT: Array, r_BH1T: Array, dz_BH1T: Array, call: Call
+) -> dict[str, launch.Input]:
+  """Return the inputs of the queries, with blocks from right to left."""
+  scalars = launch.scalar_spec(call, reverse=True)
+  return {
+    "q": (q_BRT, launch.token_spec(call.F, call, reverse=True)),
+    "do": (do_BRT, launch.token_spec(call.P, call, reverse=True)),
+    "r": (r_BH1T, scalars),
+    "dz": (dz_BH1T, scalars),
+  }
 
 
 def _keys_body(refs: Refs, call: Call) -> None:
   chunks.start_state(refs)
-  has_keys = "k" in refs
 
   def chunk(head, lanes, position):
     # Stage 1: products of the chunk's own tokens.
     kv_ref, kk_ref = refs["kv"].at[head], refs["kk"].at[head]
     masks = make_masks(refs.get("starts"), lanes, position, call)
-    q_FC = chunks.load(refs["q"], head, call.F, lanes, masks.valid_1C)
-    do_VC = chunks.load(refs["do"], head, call.P, lanes, masks.valid_1C)
-    r_1C, dz_1C = (
-      zero_outside(masks.valid_1C, refs[name][head, :, lanes])
-      for name in ("r", "dz")
-    )
+    q_FC, do_VC, r_1C, dz_1C = _load_queries(refs, head, lanes, masks, call)
     g_VC = r_1C * do_VC.astype(jnp.float32)
-    if has_keys:
-      k_FC = chunks.load(refs["k"], head, call.F, lanes, masks.valid_1C)
-      v_VC = chunks.load(refs["v"], head, call.P, lanes, masks.valid_1C)
-      a_CC = dot(k_FC, q_FC, (0, 0), call)
-      dsim_CC = dot(v_VC, do_VC, (0, 0), call)
+    k_FC = chunks.load(refs["k"], head, call.F, lanes, masks.valid_1C)
+    v_VC = chunks.load(refs["v"], head, call.P, lanes, masks.valid_1C)
+    a_CC = dot(k_FC, q_FC, (0, 0), call)
+    dsim_CC = dot(v_VC, do_VC, (0, 0), call)
     sums = _query_sums(q_FC, g_VC, dz_1C, masks, call)
     yield
     # Stage 2: the sums within the chunk.
-    if has_keys:
-      sim_CC = similarity(a_CC, masks, call)
-      da_CC = product_cotangent(a_CC, dsim_CC, r_1C, dz_1C, masks, call)
-      dk_FC = sum_over_seen(q_FC, da_CC, masks, call, over_queries=True)
-      dv_VC = sum_over_seen(g_VC, sim_CC, masks, call, over_queries=True)
+    sim_CC = similarity(a_CC, masks, call)
+    da_CC = product_cotangent(a_CC, dsim_CC, r_1C, dz_1C, masks, call)
+    dk_FC = sum_over_seen(q_FC, da_CC, masks, call, over_queries=True)
+    dv_VC = sum_over_seen(g_VC, sim_CC, masks, call, over_queries=True)
     yield
     # Stage 3: the state, which is read and then updated.
-    if has_keys:
-      past_dk_FC, past_dv_VC = _past_key_terms(k_FC, v_VC, kv_ref, kk_ref, call)
+    past_dk_FC, past_dv_VC = _past_key_terms(k_FC, v_VC, kv_ref, kk_ref, call)
     chunks.add_to_state(sums, kv_ref, kk_ref, masks, call, by_feature=True)
-    if has_keys:
-      dk_FC += zero_outside(masks.last_1C, past_dk_FC)
-      dv_VC += zero_outside(masks.last_1C, past_dv_VC)
-      chunks.store(refs["dk"], head, call.F, lanes, dk_FC)
-      chunks.store(refs["dv"], head, call.P, lanes, dv_VC)
+    dk_FC += zero_outside(masks.last_1C, past_dk_FC)
+    dv_VC += zero_outside(masks.last_1C, past_dv_VC)
+    chunks.store(refs["dk"], head, call.F, lanes, dk_FC)
+    chunks.store(refs["dv"], head, call.P, lanes, dv_VC)
 
   chunks.for_each_chunk(chunk, call, reverse=True)
   chunks.finish_state(refs, call)
+
+
+def query_cotangent(
+  q_BRT: Array,
+  do_BRT: Array,
+  r_BH1T: Array,
+  dz_BH1T: Array,
+  start_B1T: Array | None,
+  call: Call,
+) -> tuple[Array, Array]:
+  """Run the kernel without keys: the cotangent of the state alone, from zeros.
+
+  Args:
+    q_BRT: as in `backward_keys`.
+    do_BRT: as in `backward_keys`.
+    r_BH1T: as in `backward_keys`.
+    dz_BH1T: as in `backward_keys`.
+    start_B1T: as in `backward_keys`.
+    call: the launch.
+
+  Returns:
+    (dKV_BHEV, dKK_BHGG), the cotangent of the state before token 0.
+  """
+  sizes = (call.E, call.V), (call.G, call.G)
+  inputs = _query_inputs(q_BRT, do_BRT, r_BH1T, dz_BH1T, call)
+  if start_B1T is not None:
+    inputs["starts"] = start_B1T, launch.starts_spec(call, reverse=True)
+  outputs = launch.final_state(sizes, call)
+  found = launch.launch(
+    _query_cotangent_body, call, inputs, outputs, sizes, "query_cotangent"
+  )
+  return found["final_kv"], found["final_kk"]
+
+
+def _query_cotangent_body(refs: Refs, call: Call) -> None:
+  chunks.start_state(refs)
+
+  def chunk(head, lanes, position):
+    kv_ref, kk_ref = refs["kv"].at[head], refs["kk"].at[head]
+    masks = make_masks(refs.get("starts"), lanes, position, call)
+    q_FC, do_VC, r_1C, dz_1C = _load_queries(refs, head, lanes, masks, call)
+    g_VC = r_1C * do_VC.astype(jnp.float32)
+    sums = _query_sums(q_FC, g_VC, dz_1C, masks, call)
+    yield
+    chunks.add_to_state(sums, kv_ref, kk_ref, masks, call, by_feature=True)
+
+  chunks.for_each_chunk(chunk, call, reverse=True)
+  chunks.finish_state(refs, call)
+
+
+def _load_queries(
+  refs: Refs, head: int, lanes: Any, masks: Masks, call: Call
+) -> tuple[Array, Array, Array, Array]:
+  """Load a chunk's (q_FC, do_VC, r_1C, dz_1C), with 0 past the last token."""
+  q_FC = chunks.load(refs["q"], head, call.F, lanes, masks.valid_1C)
+  do_VC = chunks.load(refs["do"], head, call.P, lanes, masks.valid_1C)
+  r_1C, dz_1C = (
+    zero_outside(masks.valid_1C, refs[name][head, :, lanes])
+    for name in ("r", "dz")
+  )
+  return q_FC, do_VC, r_1C, dz_1C
 
 
 def _past_key_terms(
@@ -290,7 +349,7 @@ def _past_key_terms(
   wide_FC = k_FC.astype(jnp.float32)
   k_GC = extend(wide_FC, None, call)
   dk_FC = 2 * dot_exact_left(kk_ref[...], k_GC, call)[: call.F]
-  dv_VC = 0.0
+  dv_VC: Any = 0.0
   for group, phi_EC in features(wide_FC, call, weighted=False):
     kv_EV = kv_ref[group.rows].astype(call.dtype)
     dv_VC += dot(kv_EV, phi_EC, (0, 0), call)

@@ -34,7 +34,7 @@ from pallas_kernels.polynomial.tpu.products import dot, dot_exact_left
 
 
 def forward(
-  q_BRT: Array | None,
+  q_BRT: Array,
   k_BRT: Array,
   v_BRT: Array,
   start_B1T: Array | None,
@@ -42,11 +42,11 @@ def forward(
   call: Call,
   *,
   return_state: bool,
-) -> tuple[Array | None, tuple[Array, Array] | None]:
+) -> tuple[Array, tuple[Array, Array] | None]:
   """Run the kernel.
 
   Args:
-    q_BRT: queries, R = H·F; None for the state alone.
+    q_BRT: queries, R = H·F.
     k_BRT: keys, R = H·F.
     v_BRT: values, R = H·P.
     start_B1T: the position where each token's document starts; None for one
@@ -56,32 +56,29 @@ def forward(
     return_state: whether to return the state after the last token.
 
   Returns:
-    (o_BRT, (KVᵀ_BHVE, KK_BHGG)), each None where it is not asked for.
+    (o_BRT, (KVᵀ_BHVE, KK_BHGG)); the state is None unless asked for.
   """
   sizes = (call.V, call.E), (call.G, call.G)
   inputs = {
     "k": (k_BRT, launch.token_spec(call.F, call)),
     "v": (v_BRT, launch.token_spec(call.P, call)),
+    "q": (q_BRT, launch.token_spec(call.F, call)),
   }
-  outputs = {}
-  if q_BRT is not None:
-    inputs["q"] = q_BRT, launch.token_spec(call.F, call)
-    shape = jax.ShapeDtypeStruct(v_BRT.shape, v_BRT.dtype)
-    outputs["o"] = shape, launch.token_spec(call.P, call)
   if start_B1T is not None:
     inputs["starts"] = start_B1T, launch.starts_spec(call)
   inputs |= launch.initial_state(state, sizes, call)
+  o = jax.ShapeDtypeStruct(v_BRT.shape, v_BRT.dtype)
+  outputs = {"o": (o, launch.token_spec(call.P, call))}
   if return_state:
     outputs |= launch.final_state(sizes, call)
-  name = "key_state" if q_BRT is None else "forward"
-  found = launch.launch(_body, call, inputs, outputs, sizes, name)
-  after = (found["final_kv"], found["final_kk"]) if return_state else None
-  return found.get("o"), after
+  found = launch.launch(_body, call, inputs, outputs, sizes, "forward")
+  if not return_state:
+    return found["o"], None
+  return found["o"], (found["final_kv"], found["final_kk"])
 
 
 def _body(refs: Refs, call: Call) -> None:
   chunks.start_state(refs)
-  q_ref = refs.get("q")
 
   def chunk(head, lanes, position):
     # Stage 1: products of the chunk's own tokens.
@@ -89,26 +86,66 @@ def _body(refs: Refs, call: Call) -> None:
     masks = make_masks(refs.get("starts"), lanes, position, call)
     k_FC = chunks.load(refs["k"], head, call.F, lanes, masks.valid_1C)
     v_VC = chunks.load(refs["v"], head, call.P, lanes, masks.valid_1C)
-    if q_ref is not None:
-      q_FC = chunks.load(q_ref, head, call.F, lanes)
-      a_CC = dot(k_FC, q_FC, (0, 0), call)
+    q_FC = chunks.load(refs["q"], head, call.F, lanes)
+    a_CC = dot(k_FC, q_FC, (0, 0), call)
     sums = key_sums(k_FC, v_VC, masks, call, by_feature=False)
     yield
     # Stage 2: the sums within the chunk.
-    if q_ref is not None:
-      sim_CC = similarity(a_CC, masks, call)
-      num_VC = sum_over_seen(v_VC, sim_CC, masks, call)
-      z_1C = jnp.sum(sim_CC, axis=0, keepdims=True)
+    sim_CC = similarity(a_CC, masks, call)
+    num_VC = sum_over_seen(v_VC, sim_CC, masks, call)
+    z_1C = jnp.sum(sim_CC, axis=0, keepdims=True)
     yield
     # Stage 3: the state, which is read and then updated.
-    if q_ref is not None:
-      past_VC, past_1C = _past_sums(q_FC, kv_ref, kk_ref, call)
+    past_VC, past_1C = _past_sums(q_FC, kv_ref, kk_ref, call)
     chunks.add_to_state(sums, kv_ref, kk_ref, masks, call, by_feature=False)
-    if q_ref is not None:
-      z_1C += zero_outside(masks.first_1C, past_1C)
-      num_VC += zero_outside(masks.first_1C, past_VC)
-      o_VC = num_VC * (1 / (z_1C + call.eps))
-      chunks.store(refs["o"], head, call.P, lanes, o_VC)
+    z_1C += zero_outside(masks.first_1C, past_1C)
+    num_VC += zero_outside(masks.first_1C, past_VC)
+    o_VC = num_VC * (1 / (z_1C + call.eps))
+    chunks.store(refs["o"], head, call.P, lanes, o_VC)
+
+  chunks.for_each_chunk(chunk, call)
+  chunks.finish_state(refs, call)
+
+
+def key_state(
+  k_BRT: Array, v_BRT: Array, start_B1T: Array | None, call: Call
+) -> tuple[Array, Array]:
+  """Run the kernel without queries: the state alone, from zeros.
+
+  Args:
+    k_BRT: keys, R = H·F.
+    v_BRT: values, R = H·P.
+    start_B1T: as in `forward`.
+    call: the launch.
+
+  Returns:
+    (KVᵀ_BHVE, KK_BHGG).
+  """
+  sizes = (call.V, call.E), (call.G, call.G)
+  inputs = {
+    "k": (k_BRT, launch.token_spec(call.F, call)),
+    "v": (v_BRT, launch.token_spec(call.P, call)),
+  }
+  if start_B1T is not None:
+    inputs["starts"] = start_B1T, launch.starts_spec(call)
+  outputs = launch.final_state(sizes, call)
+  found = launch.launch(
+    _key_state_body, call, inputs, outputs, sizes, "key_state"
+  )
+  return found["final_kv"], found["final_kk"]
+
+
+def _key_state_body(refs: Refs, call: Call) -> None:
+  chunks.start_state(refs)
+
+  def chunk(head, lanes, position):
+    kv_ref, kk_ref = refs["kv"].at[head], refs["kk"].at[head]
+    masks = make_masks(refs.get("starts"), lanes, position, call)
+    k_FC = chunks.load(refs["k"], head, call.F, lanes, masks.valid_1C)
+    v_VC = chunks.load(refs["v"], head, call.P, lanes, masks.valid_1C)
+    sums = key_sums(k_FC, v_VC, masks, call, by_feature=False)
+    yield
+    chunks.add_to_state(sums, kv_ref, kk_ref, masks, call, by_feature=False)
 
   chunks.for_each_chunk(chunk, call)
   chunks.finish_state(refs, call)
@@ -136,7 +173,7 @@ def _past_sums(
 ) -> tuple[Array, Array]:
   """Compute what the state adds to num_VC and to z_1C."""
   _, z_1C = denominator_products(q_FC, kk_ref, call)
-  num_VC = 0.0
+  num_VC: Any = 0.0
   wide_FC = q_FC.astype(jnp.float32)
   for group, phi_EC in features(wide_FC, call, weighted=True):
     num_VC += dot(kv_ref[:, group.rows], phi_EC, (1, 0), call)

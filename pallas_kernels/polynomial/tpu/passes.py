@@ -88,14 +88,11 @@ def key_state(
 ) -> State:
   """Return the state after the last token, from a zero state."""
   call = _call("forward", k_BTHF, v_BTHP, runs_BT, kernel)
-  _, after = forward_kernels.forward(
-    None,
+  after = forward_kernels.key_state(
     _tokens_last(k_BTHF),
     _tokens_last(v_BTHP, call.P),
     _starts(runs_BT, call),
-    None,
     call,
-    return_state=True,
   )
   P = v_BTHP.shape[-1]
   return states_lib.from_kernel(after, P, kernel, call, by_feature=False)
@@ -174,17 +171,13 @@ def query_cotangent(
 ) -> State:
   """Return the cotangent of the state before token 0, if the last's is 0."""
   call = _call("backward_keys", q_BTHF, do_BTHP, runs_BT, kernel)
-  _, _, dbefore = backward_kernels.backward_keys(
+  dbefore = backward_kernels.query_cotangent(
     _tokens_last(q_BTHF),
-    None,
-    None,
     _tokens_last(do_BTHP, call.P),
     r_BH1T,
     dz_BH1T,
     _starts(runs_BT, call),
-    None,
     call,
-    return_state=True,
   )
   P = do_BTHP.shape[-1]
   return states_lib.from_kernel(dbefore, P, kernel, call, by_feature=True)
@@ -201,7 +194,7 @@ def _call(
 def _tokens_last(x_BTHX: Array, rows: int | None = None) -> Array:
   """Lay an array out as (B, H·rows, T), each head's X padded to `rows`."""
   B, T, H, X = x_BTHX.shape
-  if rows not in (None, X):
+  if rows is not None and rows != X:
     x_BTHX = jnp.pad(x_BTHX, ((0, 0), (0, 0), (0, 0), (0, rows - X)))
   return x_BTHX.reshape(B, T, -1).swapaxes(1, 2)
 
