@@ -1,4 +1,4 @@
-"""The Hopper kernels on the card, against "xla" in float32."""
+"""The Hopper kernels on a GPU, against "xla" in float32."""
 
 import functools
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 if jax.devices()[0].platform != "gpu":
   pytest.skip("no GPU", allow_module_level=True)
 
-# Of ‖a − ref‖ / ‖ref‖: bf16 operands round to 2⁻⁹ each.
+# Limit of ‖a − ref‖ / ‖ref‖: bfloat16 operands round to 2⁻⁹ each.
 _TOLERANCE = 5e-3
 
 
@@ -26,8 +26,8 @@ def _inputs(B, T, H, P, F=16, seed=0):
 
 
 def _states(B, H, P, coefficients, F):
-  """A state that tokens could have left, and a cotangent of one."""
-  # Enough of them that Σ sim is not near 0 for any query.
+  """Make a state that tokens could have left, and a cotangent of one."""
+  # Enough tokens that Σ sim is not near 0 for any query.
   q, k, v, _ = _inputs(B, 70 if F == 16 else 300, H, P, F, seed=5)
   _, state = polynomial_attention(
     *(x.astype(jnp.float32) for x in (q, k, v)),
@@ -42,7 +42,7 @@ def _states(B, H, P, coefficients, F):
 
 
 def _all(implementation, q, k, v, do, state, dstate, coefficients):
-  """o, the final state and every gradient."""
+  """Return o, the final state and every gradient."""
 
   def call(q, k, v, state):
     return polynomial_attention(
@@ -60,9 +60,9 @@ def _all(implementation, q, k, v, do, state, dstate, coefficients):
 
 
 def _before_cancellation(q, k, v, do, coefficients):
-  """‖dq‖ and ‖dk‖ of the numerators alone, in float32.
+  """Return ‖dq‖ and ‖dk‖ of the numerators alone, in float32.
 
-  A row that sees itself alone has o = v whatever q and k are: its gradient is
+  A token that sees only itself has o = v whatever q and k are. Its gradient is
   the difference of two equal terms, which may be large.
   """
   q, k, v, do = (x.astype(jnp.float32) for x in (q, k, v, do))
@@ -111,17 +111,17 @@ def _check(B, T, H, P, coefficients, states, F=16):
   "B, T, H, P",
   [(2, 256, 3, 64), (2, 104, 3, 48), (2, 17, 3, 5), (1, 4104, 2, 64)],
 )
-def test_values_and_gradients(B, T, H, P, coefficients, states):
+def test_values_and_gradients_equal_xla(B, T, H, P, coefficients, states):
   _check(B, T, H, P, coefficients, states)
 
 
 @pytest.mark.parametrize("T", [1, 64, 65, 3001])
-def test_tails(T):
+def test_lengths_that_are_no_whole_chunks(T):
   _check(1, T, 12, 12, REBASED, False)
 
 
 @pytest.mark.parametrize("F", [4, 5, 8])
-def test_narrow_features(F):
+def test_fewer_than_16_features(F):
   _check(2, 200, 3, 64, REBASED, False, F)
 
 
@@ -137,14 +137,14 @@ def test_narrow_features(F):
     (1, 2100, 2, 64, 48),
   ],
 )
-def test_wide_features(B, T, H, P, F, coefficients, states):
+def test_more_than_16_features(B, T, H, P, F, coefficients, states):
   _check(B, T, H, P, coefficients, states, F)
 
 
 @pytest.mark.parametrize("F", [24, 64])
 @pytest.mark.parametrize("T", [1, 64, 1100])
-def test_wide_features_of_documents(T, F):
-  """float16, against the same in float32 by "xla"."""
+def test_more_than_16_features_with_documents(T, F):
+  """Compare float16 with "xla" in float32."""
   arrays = [x.astype(jnp.float16) for x in _inputs(2, T, 3, 48, F)]
   ids_BT = jnp.cumsum(jnp.arange(T) % 300 == 299)[None] + jnp.zeros(
     (2, 1), jnp.int32
@@ -176,12 +176,12 @@ def test_wide_features_of_documents(T, F):
 @pytest.mark.parametrize(
   "B, T, F", [(16, 1024, 32), (1, 8192, 32), (2, 700, 64)]
 )
-def test_wide_features_give_the_same_bits(B, T, F):
+def test_repeats_with_more_than_16_features_are_bit_identical(B, T, F):
   _repeat(100, *_inputs(B, T, 4, 48, F))
 
 
 @pytest.mark.parametrize("B, T", [(64, 1024), (2, 32768)])
-def test_the_same_bits(B, T):
+def test_repeats_are_bit_identical(B, T):
   _repeat(200, *_inputs(B, T, 12, 64))
 
 
@@ -199,7 +199,7 @@ def _repeat(count, q, k, v, do):
     assert same(first, run(q, k, v, do))
 
 
-def test_vmap():
+def test_vmap_equals_a_batch():
   q, k, v, _ = _inputs(6, 130, 3, 64)
   split = lambda x: x.reshape(3, 2, *x.shape[1:])
   call = functools.partial(polynomial_attention, implementation="gpu")
@@ -207,7 +207,7 @@ def test_vmap():
   np.testing.assert_array_equal(found.reshape(6, 130, 3, 64), call(q, k, v))
 
 
-def test_it_is_the_default_and_says_what_it_passes_over():
+def test_gpu_is_the_default_and_warns_where_it_cannot_run():
   q, k, v, _ = _inputs(1, 64, 2, 64)
   text = jax.jit(polynomial_attention).lower(q, k, v).as_text()
   assert "polynomial_forward" in text
@@ -217,7 +217,7 @@ def test_it_is_the_default_and_says_what_it_passes_over():
     polynomial_attention(q, k, v, eps=0.0, implementation="gpu")
 
 
-def test_remat_and_scan():
+def test_remat_and_scan_equal_plain_calls():
   q, k, v, _ = _inputs(2, 200, 3, 16)
   call = functools.partial(polynomial_attention, implementation="gpu")
 
@@ -232,7 +232,7 @@ def test_remat_and_scan():
   np.testing.assert_array_equal(grads, by_hand)
 
 
-def test_zero_state_is_no_state():
+def test_a_zero_state_equals_no_state():
   q, k, v, _ = _inputs(2, 200, 3, 64)
   call = functools.partial(polynomial_attention, implementation="gpu")
   zero = zero_state(2, 3, 16, 64)

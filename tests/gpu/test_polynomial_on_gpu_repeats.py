@@ -1,4 +1,4 @@
-"""The Hopper kernels on the card: the same bits, poisoned memory, two GPUs."""
+"""The Hopper kernels on a GPU: repeats, uninitialised memory, two GPUs."""
 
 import functools
 
@@ -18,16 +18,16 @@ if jax.devices()[0].platform != "gpu":
 
 _EACH = {spec.name: spec for spec in arg_specs.SPECS}
 _REPEATS = 1000
-_POISON = 0.5  # of the memory that is free
+_POISON = 0.5  # the share of free memory that is filled with NaN
 
 
 def _both(spec: ArgSpec):
-  """(q, k, v, do) → o and gradients, by the kernels."""
+  """Make a function from (q, k, v, do) to o and the gradients."""
   return measure.forward_and_backward(measure.operator(spec, "gpu"))
 
 
 def _same(a, b):
-  """Whether all bits are the same, as a scalar on the device."""
+  """Whether two results are bit-identical, as a scalar on the device."""
   bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16)
   pairs = zip(a, b, strict=True)
   return functools.reduce(
@@ -37,7 +37,7 @@ def _same(a, b):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", _EACH)
-def test_a_thousand_runs_give_the_same_bits(name):
+def test_a_thousand_runs_are_bit_identical(name):
   spec = _EACH[name]
   both = _both(spec)
 
@@ -46,7 +46,7 @@ def test_a_thousand_runs_give_the_same_bits(name):
     first = both(q, *rest)
 
     def step(_, count):
-      # Depends on the run before, so that XLA cannot take one run for all.
+      # Depends on the last run, so that XLA cannot reuse the first result.
       again = both(jnp.where(count < 0, jnp.nan, q), *rest)
       return count + jnp.where(_same(again, first), 0, 1)
 
@@ -58,7 +58,7 @@ def test_a_thousand_runs_give_the_same_bits(name):
 
 
 def _poison_free_memory() -> None:
-  """Fills half of what is free with NaN, and gives it back."""
+  """Fill half of the free memory with NaN, and free it again."""
   stats = jax.devices()[0].memory_stats()
   free = int(_POISON * (stats["bytes_limit"] - stats["bytes_in_use"]))
   piece = 1 << 30
@@ -75,18 +75,18 @@ def _poison_free_memory() -> None:
   [
     *_EACH.values(),
     ArgSpec("tail", 3, 1037, 2, 16, 64),
-    ArgSpec("cut, with a tail", 1, 9001, 2, 16, 24, arg_specs.BASED),
+    ArgSpec("slices and a tail", 1, 9001, 2, 16, 24, arg_specs.BASED),
     ArgSpec("one token", 2, 1, 3, 16, 64),
   ],
   ids=lambda spec: spec.name,
 )
-def test_nothing_is_read_that_was_not_written(spec):
-  """Results go to buffers of NaN; the rest of the memory is NaN too."""
+def test_uninitialised_memory_is_not_read(spec):
+  """Results go to buffers of NaN; much of the other memory is NaN, too."""
   arrays = measure.inputs(spec)
   both = _both(spec)
   clean = jax.block_until_ready(jax.jit(both)(*arrays))
 
-  # Donated buffers of the results' shapes are where results are written.
+  # XLA writes results to donated buffers of the same shapes.
   poisoned = jax.jit(
     lambda arrays, buffers: both(*arrays),
     donate_argnums=1,
@@ -107,8 +107,8 @@ def test_nothing_is_read_that_was_not_written(spec):
 )
 @pytest.mark.parametrize("split", ["batch", "heads"])
 @pytest.mark.parametrize("B, T, exact", [(50, 256, True), (2, 8192, False)])
-def test_two_gpus_give_what_one_gives(split, B, T, exact):
-  """The same bits where time is not cut; else the slices differ."""
+def test_two_gpus_equal_one(split, B, T, exact):
+  """Bit-identical without slices of time; else the slices differ."""
   spec = ArgSpec("sharded", B, T, 12, 16, 64)
   arrays = measure.inputs(spec)
   alone = jax.jit(_both(spec))(*arrays)
@@ -128,5 +128,5 @@ def test_two_gpus_give_what_one_gives(split, B, T, exact):
     a, b = (np.asarray(x, np.float32) for x in (a, b))
     if exact:
       np.testing.assert_array_equal(a, b)
-    # bfloat16's roundings of two sums of the same, 2⁻⁹ each.
+    # Two sums of the same numbers in another order, rounded to 2⁻⁹ each.
     assert np.linalg.norm(a - b) <= 5e-3 * np.linalg.norm(b)

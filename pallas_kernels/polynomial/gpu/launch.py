@@ -1,8 +1,11 @@
 """The static record of a kernel launch, and the plan of the launches of a call.
 
-A launch is one kernel started on the card. A call is one call of the public
-operator, or one pass of its derivative. F ≤ 16 features need one launch a pass.
-More are cut into m parts of 16, x = (x_1, …, x_m), and
+A call is one call of the public operator, or one pass of its derivative. A
+launch is one kernel started on the GPU. It makes many walks: each is over the
+chunks of a slice of time, for one row, one head, one value tile and one term.
+
+With F ≤ 16 features there is one term. More features are cut into m parts of
+16, x = (x_1, …, x_m), and
 
     (q·k)² = Σ_i (q_i·k_i)² + 2 Σ_{i<j} (q_i·k_i)(q_j·k_j)
 
