@@ -176,7 +176,10 @@ _CORRUPT = {
     "version=1: expected 2",
   ),
   "version": (_changed(lambda x: x.update(version=3)), "version=3: expected 2"),
-  "no run": (_changed(lambda x: x.update(run=3)), "run is a int: expected a train:RunConfig"),
+  "no run": (
+    _changed(lambda x: x.update(run=3)),
+    "run is a int: expected a train:RunConfig",
+  ),
   "type": (
     _changed(lambda x: x["run"]["model"]["second"].update({"class": "Mamba"})),
     "run.model.second.class='Mamba'",

@@ -37,7 +37,7 @@ def _as_dict(counts: bigrams.Counts) -> dict[tuple[int, int], int]:
 @pytest.fixture(params=[7, 100, 1 << 22])
 def chunk(request, monkeypatch) -> int:
   """Pairs at a time: borders inside documents, and merges on the way."""
-  monkeypatch.setattr(bigrams, "_CHUNK", request.param)
+  monkeypatch.setattr(bigrams, "_BLOCK", request.param)
   monkeypatch.setattr(bigrams, "_MERGED", 3)
   return request.param
 
@@ -73,7 +73,9 @@ def test_a_table_holds_what_was_counted(tmp_path) -> None:
   kept, total = bigrams.write(path, least=5)
   assert kept == sum(n >= 5 for n in slow.values()) < total == len(slow)
   assert len(bigrams.frequent([path], 4)) == kept
-  with pytest.raises(DataError, match="less than 5 counts: expected at most 4"):
+  with pytest.raises(
+    DataError, match="fewer than 5 counts: expected at most 4"
+  ):
     bigrams.frequent([path], 3)
   other = str(write_prepared(tmp_path / "other", (texts[:9],)))
   bigrams.write(other)
@@ -101,7 +103,7 @@ def test_tables_that_are_refused(tmp_path) -> None:
     with pytest.raises(DataError, match=f"or tokenizer: .*{name} was"):
       bigrams.frequent([str(other)], 3)
   table.write_bytes(table.read_bytes()[:100])
-  with pytest.raises(DataError, match="no table of counts"):
+  with pytest.raises(DataError, match="not a file of counts"):
     bigrams.frequent([str(path)], 3)
   with pytest.raises(ValueError, match="least=0: expected 1 or more"):
     bigrams.write(str(path), least=0)

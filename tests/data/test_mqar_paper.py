@@ -141,7 +141,7 @@ def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
   def fail(*_):
     raise OSError("disk full")
 
-  monkeypatch.setattr(mqar_paper.os, "fsync", fail)
+  monkeypatch.setattr(mqar_paper, "sync", fail)
   with pytest.raises(OSError, match="disk full"):
     load_paper_examples(SMALL, 20, 42, tmp_path)
   assert list(tmp_path.iterdir()) == []

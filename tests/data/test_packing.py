@@ -16,7 +16,7 @@ _LENGTHS = np.array([len(x) for x in _TEXTS])
 _ALL = np.arange(200)
 
 
-def _rows(plan: plans.Plan, rows: np.ndarray) -> list[list[np.ndarray]]:
+def _rows(plan: plans.RowPlan, rows: np.ndarray) -> list[list[np.ndarray]]:
   """The pieces of each row, as tokens, in the order of their places."""
   pieces, row_P = plan.pieces(rows)
   result: list[list[np.ndarray]] = [[] for _ in rows]

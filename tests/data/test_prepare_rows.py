@@ -10,9 +10,9 @@ import pytest
 from train_cases import call as call
 
 from train.data.prepare.shard import RowCutter
-from train.data.text.prepared_source import PreparedSource
 from train.data.text.lm_batches import LMBatches
 from train.data.text.packing import stream_plan
+from train.data.text.prepared_source import PreparedSource
 from train.data.text.rows import Layout
 from train.data.text.token_source import DataError
 

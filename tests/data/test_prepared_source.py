@@ -11,8 +11,8 @@ import grain
 import numpy as np
 import pytest
 
-from train.data.text.prepared_source import PreparedSource
 from train.data.file_hashes import sampled_hash
+from train.data.text.prepared_source import PreparedSource
 from train.data.text.token_source import DataError, Pieces
 
 _TEXTS = documents(30, seed=3)
@@ -160,7 +160,7 @@ def test_verify_reads_every_byte(folder: Path) -> None:
   content = bytearray(path.read_bytes())
   content[-1] ^= 1
   path.write_bytes(content)
-  with pytest.raises(DataError, match="00002.arrayrecord: another SHA-256"):
+  with pytest.raises(DataError, match="00002.arrayrecord: its SHA-256 is not"):
     source.verify()
 
 

@@ -57,7 +57,7 @@ def test_by_definition(name, packed: bool) -> None:
 
 
 def test_the_perplexities_of_the_paper_have_one_share() -> None:
-  """log All = p log AR + (1 − p) log nonAR, with p = 0.45 in all three rows."""
+  """Log All = p log AR + (1 − p) log nonAR, with p = 0.45 in all three rows."""
   for whole, ar, rest in (
     (16.62, 3.57, 58.57),
     (16.69, 3.72, 57.21),

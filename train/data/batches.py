@@ -28,7 +28,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from train.data.checks import require as require
 
 Batch = dict[str, np.ndarray]
 Fingerprint = dict[str, int | str | float]

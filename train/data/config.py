@@ -1,116 +1,241 @@
-"""Where the batches of a run come from: the data part of its config."""
+"""Where the batches of a run come from: the data part of its config.
+
+`DataConfig` is the interface. To train on data of your own, subclass it and
+`train.data.batches.Batches` in a module of yours. The run folder stores the
+class as `module:Class`.
+"""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from train.data import batches, mqar, mqar_paper
+from train.data import mqar, mqar_paper
+from train.data.batches import Batch, Batches
+from train.data.checks import require
 from train.data.recall import RECALLS, Recall
-from train.data.text import bigram_counts as bigrams, lm_batches
+from train.data.text import bigram_counts, lm_batches
 from train.data.text.packing_cache import CACHE_DIR
 from train.data.text.rows import HeldOut, Layout, Packing, open_source
 from train.data.text.token_source import DataError, TokenSource
 
 
 class Field(NamedTuple):
-  """One array of a batch."""
+  """One array of a batch.
 
-  shape: tuple[int, int]
+  Attributes:
+    shape: its shape, with the rows first.
+    dtype: the name of its dtype, such as "int32".
+  """
+
+  shape: tuple[int, ...]
   dtype: str
 
 
 class DataConfig(abc.ABC):
-  """Abstract: where a run's batches come from."""
+  """Abstract: where a run's batches come from.
 
-  length: int  # tokens of a row
-  vocab_size: int | None  # None where only the files know it
-  workers: int = 0  # processes that read ahead
-  timeout: float | None = 600.0  # seconds for a batch; None: any time
-  recall: Recall | None = None  # the targets that evaluation tells apart
-  perplexity: ClassVar[bool] = False  # whether it says more than accuracy
+  A subclass is a frozen dataclass. It must give, in this order of importance:
+
+  - `length`, the number of input tokens of a row;
+  - `vocab_size`;
+  - `train_batches(rows, seed)` and `eval_batches(rows, seed)`, the batches;
+  - `targets`, if a row does not have one target for each token;
+  - `fields(rows)`, if the arrays should be known without reading a batch.
+
+  `workers`, `timeout` and `recall` have defaults. Declare one as a field of
+  the dataclass to let users change it. A subclass with a `__post_init__` of
+  its own must call `super().__post_init__()`, which checks these values.
+
+  Attributes:
+    length: the number of input tokens of a row.
+    vocab_size: the vocabulary size; None if only the files know it.
+    workers: the number of processes that read ahead; 0 for a thread.
+    timeout: seconds that training waits for a batch; None for no limit.
+    recall: which targets evaluation counts as associative recall, see
+      `train/data/recall.py`; None for none.
+    perplexity: whether perplexity is reported, as for text.
+  """
+
+  length: int
+  vocab_size: int | None
+  workers: int = 0
+  timeout: float | None = 600.0
+  recall: Recall | None = None
+  perplexity: ClassVar[bool] = False
+
+  def __post_init__(self) -> None:
+    """Check the values that all data configs have.
+
+    Raises:
+      ValueError: a value is out of range.
+    """
+    whole = isinstance(self.length, int) and self.length >= 1
+    require(whole, "data.length", self.length, "a positive integer")
+    size = self.vocab_size
+    known = size is None or (isinstance(size, int) and size >= 1)
+    require(known, "data.vocab_size", size, "a positive integer, or None")
+    whole = isinstance(self.workers, int) and self.workers >= 0
+    require(whole, "data.workers", self.workers, "0 or more")
+    some = self.timeout is None or self.timeout > 0
+    expected = "None or a number of seconds above 0"
+    require(some, "data.timeout", self.timeout, expected)
+    known = self.recall in (None, *RECALLS)
+    require(known, "data.recall", self.recall, f"None or one of {RECALLS}")
 
   @property
   def targets(self) -> int:
-    """Targets of a row."""
+    """The number of targets of a row; one for each token by default."""
     return self.length
 
   @abc.abstractmethod
-  def train_batches(self, rows: int, seed: int) -> batches.Batches:
-    """The training batches, of `rows` rows each."""
+  def train_batches(self, rows: int, seed: int) -> Batches:
+    """Return the training batches.
+
+    Args:
+      rows: the number of rows of one global batch.
+      seed: decides the order, and the rows if they are random.
+    """
 
   @abc.abstractmethod
-  def eval_batches(self, rows: int, seed: int) -> batches.Batches:
-    """The held-out batches, finitely many, of `rows` rows each."""
+  def eval_batches(self, rows: int, seed: int) -> Batches:
+    """Return the held-out batches; there must be finitely many.
 
-  @abc.abstractmethod
-  def fields(self, rows: int) -> dict[str, Field]:
-    """The arrays of a training batch of `rows` rows; reads no file."""
+    Args:
+      rows: the number of rows of one global batch. Rows that fill up the last
+        batch have weight 0.
+      seed: the seed of the run.
+    """
 
-  def eval_fields(self, rows: int) -> dict[str, Field]:
-    """The arrays of a batch of the other splits."""
-    return self.fields(rows)
+  def test_batches(self, rows: int, seed: int) -> Batches:
+    """Return the batches of the test split, for `rebased evaluate --test`.
 
-  def test_batches(self, rows: int, seed: int) -> batches.Batches:
-    """The batches of the test split; ValueError where there is none."""
+    Args:
+      rows: the number of rows of one global batch.
+      seed: the seed of the run.
+
+    Raises:
+      ValueError: there is no test split, which is the default.
+    """
     raise ValueError(
       f"{type(self).__name__} has no test split beside its held-out rows"
     )
 
+  def fields(self, rows: int) -> dict[str, Field]:
+    """Return the arrays of a training batch, by name.
+
+    By default this reads one row. A subclass whose data may be absent, for
+    example when a step is only compiled, should override it.
+
+    Args:
+      rows: the number of rows of one global batch.
+    """
+    batch = self.train_batches(rows, 0).read(0, slice(0, 1))
+    return {
+      name: Field((rows, *array.shape[1:]), str(array.dtype))
+      for name, array in batch.items()
+    }
+
+  def eval_fields(self, rows: int) -> dict[str, Field]:
+    """Return the arrays of a held-out batch, by name; as `fields` by default.
+
+    Args:
+      rows: the number of rows of one global batch.
+    """
+    return self.fields(rows)
+
   def read_vocab_size(self) -> int | None:
-    """The vocabulary, from the files where they know it."""
+    """Return the vocabulary size, reading it from the files if necessary."""
     return self.vocab_size
+
+
+def check_batch(batch: Batch, fields: Mapping[str, Field], source: str) -> None:
+  """Check that a batch has the arrays that its config announces.
+
+  Args:
+    batch: the batch.
+    fields: what `DataConfig.fields` returns for its number of rows.
+    source: where the batch comes from, for the message.
+
+  Raises:
+    ValueError: an array is missing, or has another shape or dtype.
+  """
+  if batch.keys() != fields.keys():
+    raise ValueError(
+      f"{source}: a batch has the arrays {sorted(batch)}: expected "
+      f"{sorted(fields)}, as `fields` says"
+    )
+  for name, field in fields.items():
+    array = batch[name]
+    if (array.shape, str(array.dtype)) != tuple(field):
+      raise ValueError(
+        f"{source}: {name} is {array.dtype}{list(array.shape)}: expected "
+        f"{field.dtype}{list(field.shape)}, as `fields` says"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
 class MQARData(DataConfig):
-  """Abstract: rows of multi-query associative recall, of one shape."""
+  """Abstract: multi-query associative recall, in rows of one shape."""
 
+  #: The vocabulary size. One half are keys, the other half values.
   vocab_size: int = 8192
+  #: The tokens of a row.
   length: int = 128
+  #: The key-value pairs of a row, each of which is asked for once.
   pairs: int = 16
+  #: The exponent of the gaps between queries; small values favour early gaps.
   power: float = 0.01
 
-  def __post_init__(self):
-    self.rows()  # raises where there is no such row
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    self.rows()  # raises if there are no such rows
 
   @property
   def targets(self) -> int:
+    """The number of targets of a row: one for each pair."""
     return self.pairs
 
   def rows(self) -> mqar.MQARConfig:
+    """Return the shape of a row; ValueError if it is impossible."""
     return mqar.MQARConfig(self.vocab_size, self.length, self.pairs, self.power)
 
   def fields(self, rows: int) -> dict[str, Field]:
+    """Return the arrays of a batch, by name."""
     predicted = (rows, self.pairs)
-    return dict(
-      tokens=Field((rows, self.length), "int32"),
-      positions=Field(predicted, "int32"),
-      targets=Field(predicted, "int32"),
-      weights=Field(predicted, "float32"),
-    )
+    return {
+      "tokens": Field((rows, self.length), "int32"),
+      "positions": Field(predicted, "int32"),
+      "targets": Field(predicted, "int32"),
+      "weights": Field(predicted, "float32"),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
 class MQARStreamData(MQARData):
   """Unlimited MQAR: example i is a function of (seed, i)."""
 
+  #: The vocabulary size. One half are keys, the other half values.
   vocab_size: int = 256
+  #: The tokens of a row.
   length: int = 32
+  #: The key-value pairs of a row, each of which is asked for once.
   pairs: int = 4
+  #: The number of held-out rows.
   test_examples: int = 2048
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
-    batches.require(
-      self.test_examples >= 1, "data.test_examples", self.test_examples, "≥ 1"
-    )
+    some = self.test_examples >= 1
+    require(some, "data.test_examples", self.test_examples, "≥ 1")
 
-  def train_batches(self, rows: int, seed: int) -> batches.Batches:
+  def train_batches(self, rows: int, seed: int) -> Batches:
+    """Return the training batches, without an end."""
     return mqar.MQARStream(self.rows(), seed, rows)
 
-  def eval_batches(self, rows: int, seed: int) -> batches.Batches:
+  def eval_batches(self, rows: int, seed: int) -> Batches:
+    """Return the batches of the test rows."""
     return mqar.stream_test_batches(
       self.rows(), seed=seed, examples=self.test_examples, rows=rows
     )
@@ -118,13 +243,18 @@ class MQARStreamData(MQARData):
 
 @dataclasses.dataclass(frozen=True)
 class MQARPaperData(MQARData):
-  """The paper's 100,000 training and 3,000 test rows, one set for all seeds."""
+  """The paper's MQAR: 100,000 training and 3,000 test rows for all seeds."""
 
+  #: The number of training rows.
   examples: int = 100_000
+  #: How often the training rows are repeated.
   epochs: int = 64
-  drop_last: bool = False  # an epoch's incomplete last batch; paper: T ≥ 512
+  #: Leave out an epoch's incomplete last batch, as the paper does for
+  #: length ≥ 512.
+  drop_last: bool = False
 
-  def train_batches(self, rows: int, seed: int) -> batches.Batches:
+  def train_batches(self, rows: int, seed: int) -> Batches:
+    """Return the batches of all epochs."""
     return mqar_paper.MQARPaper(
       self.rows(),
       seed=seed,
@@ -134,152 +264,189 @@ class MQARPaperData(MQARData):
       examples=self.examples,
     )
 
-  def eval_batches(self, rows: int, seed: int) -> batches.Batches:
+  def eval_batches(self, rows: int, seed: int) -> Batches:
+    """Return the batches of the test rows."""
     return mqar_paper.paper_test_batches(self.rows(), rows=rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class TextData(DataConfig):
-  """Text as tokens: data sets that `rebased prepare` made, or Megatron's.
+  """Text as tokens: data sets of `rebased prepare`, or in Megatron's format.
 
-  A held-out row is one of documents that are in no training row, or, with
-  `held_out="end"`, one of the last of the stream. `packing` is "stream", rows
-  cut from the documents one behind the other; "documents", whole documents with
-  a reset at each border; or "rows", sequences of `length` + 1 tokens as they
-  are, of which the last are held out.
+  The three packings are described in `train/data/text/packing.py`. Held-out
+  rows come from documents that are in no training row, or, with
+  `held_out="end"`, from the end of the text.
   """
 
-  path: tuple[str, ...] = ()  # prepared folders, or Megatron indices NAME.idx
-  weights: tuple[float, ...] = ()  # of the paths in the mixture; none: by rows
-  length: int = 256  # a row's inputs
+  #: Folders of `rebased prepare`, or Megatron indices NAME.idx.
+  path: tuple[str, ...] = ()
+  #: The share of each path in the mixture. None given: by their rows.
+  weights: tuple[float, ...] = ()
+  #: The inputs of a row. A row has one token more.
+  length: int = 256
+  #: How documents become rows: "stream" concatenates them and cuts; "documents"
+  #: packs whole documents, and attention and state end at their boundaries;
+  #: "rows" takes documents of length + 1 tokens as they are.
   packing: Packing = "stream"
-  validation: float = 0.01  # fraction that is held out
-  test: float = 0.0  # fraction that is held out for `evaluate --test`
-  held_out: HeldOut = "documents"  # or the end of the text, for a few documents
-  eval_path: tuple[str, ...] = ()  # held-out text of its own, in place of it
-  eval_rows: int | None = 1024  # the most held-out rows; None: all
-  shuffle: bool = True  # False: in the order of the files
-  workers: int = 0  # processes that read ahead; 0: a thread
-  cache_dir: str | None = None  # of plans; default ~/.cache/rebased_jax/plans
-  timeout: float | None = 600.0  # seconds for a batch; None: any time
-  recall: Recall | None = "bigram"  # what makes a target AR, see recall.py
-  recall_limit: int | None = None  # an AR bigram's most counts in training
+  #: The fraction that is held out for validation.
+  validation: float = 0.01
+  #: The fraction that is held out for `rebased evaluate --test`.
+  test: float = 0.0
+  #: What is held out of a stream: "documents", or the "end" of the text if
+  #: there are few documents.
+  held_out: HeldOut = "documents"
+  #: Data sets to evaluate on, instead of a part of the paths.
+  eval_path: tuple[str, ...] = ()
+  #: The largest number of held-out rows. None: all.
+  eval_rows: int | None = 1024
+  #: Shuffle the rows. False keeps the order of the files.
+  shuffle: bool = True
+  #: The number of processes that read ahead; 0 for a thread.
+  workers: int = 0
+  #: The folder of cached row plans. None: ~/.cache/rebased_jax/plans.
+  cache_dir: str | None = None
+  #: Seconds that training waits for a batch. None: no limit.
+  timeout: float | None = 600.0
+  #: Which targets evaluation counts as associative recall: those whose token
+  #: ("unigram"), bigram or trigram occurred before in their row. None: none.
+  recall: Recall | None = "bigram"
+  #: A bigram that occurs more often than this in the training text is not
+  #: associative recall. `rebased count` makes the counts. None: no limit.
+  recall_limit: int | None = None
 
   perplexity: ClassVar[bool] = True
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for field in ("path", "eval_path", "weights"):
       value = getattr(self, field)
-      is_tuple = isinstance(value, tuple)
-      batches.require(is_tuple, f"data.{field}", value, "a tuple")
-    self.train_batches(1, 0)  # raises where there are no such rows
-    batches.require(
-      isinstance(self.workers, int) and self.workers >= 0,
-      "data.workers",
-      self.workers,
-      "0 or more",
-    )
-    batches.require(
-      self.eval_rows is None or self.eval_rows >= 1,
-      "data.eval_rows",
-      self.eval_rows,
-      "1 or more, or None",
-    )
-    batches.require(
-      self.timeout is None or self.timeout > 0,
-      "data.timeout",
-      self.timeout,
-      "None or a number of seconds above 0",
-    )
-    batches.require(
-      self.recall in (None, *RECALLS), "data.recall", self.recall, str(RECALLS)
-    )
+      require(isinstance(value, tuple), f"data.{field}", value, "a tuple")
+    super().__post_init__()
+    self.train_batches(1, 0)  # raises if there are no such rows
+    rows = self.eval_rows
+    some = rows is None or rows >= 1
+    require(some, "data.eval_rows", rows, "1 or more, or None")
     limit, expected = self.recall_limit, "None, or 0 or more"
     whole = limit is None or (isinstance(limit, int) and limit >= 0)
-    batches.require(whole, "data.recall_limit", limit, expected)
-    expected += " with data.recall='bigram'"
+    require(whole, "data.recall_limit", limit, expected)
     bigrams = limit is None or self.recall == "bigram"
-    batches.require(bigrams, "data.recall_limit", limit, expected)
+    expected += " with data.recall='bigram'"
+    require(bigrams, "data.recall_limit", limit, expected)
     if self.eval_path:
-      expected = f"0 with data.eval_path={self.eval_path!r}"
       none = self.validation == 0
-      batches.require(none, "data.validation", self.validation, expected)
+      expected = f"0 with data.eval_path={self.eval_path!r}"
+      require(none, "data.validation", self.validation, expected)
     else:
-      expected = "above 0, or a data.eval_path"
       some = self.validation > 0
-      batches.require(some, "data.validation", self.validation, expected)
+      expected = "above 0, or a data.eval_path"
+      require(some, "data.validation", self.validation, expected)
 
   @property
   def vocab_size(self) -> None:
-    return None
-
-  def _layout(self, held_out: bool) -> Layout:
-    fractions = (self.validation, self.test) if held_out else (0.0, 0.0)
-    place = self.held_out if held_out else "documents"
-    return Layout(self.length, self.packing, *fractions, place)
-
-  def _batches(
-    self, rows: int, seed: int, split: str, *, own: bool = False
-  ) -> lm_batches.LMBatches:
-    """The batches of a split, or of all text under `eval_path`."""
-    held_out = own or split != "train"
-    return lm_batches.LMBatches(
-      self.eval_path if own else self.path,
-      self._layout(held_out=not own),
-      rows,
-      seed=seed,
-      split=split,
-      weights=() if own else self.weights,
-      shuffle=self.shuffle,
-      once=held_out,
-      limit=self.eval_rows if held_out else None,
-      cache_dir=CACHE_DIR if self.cache_dir is None else Path(self.cache_dir),
-    )
-
-  def fields(self, rows: int) -> dict[str, Field]:
-    shape = (rows, self.length)
-    names = ("tokens", "targets") + ("segment_ids",) * (
-      self.packing == "documents"
-    )
-    integers = {name: Field(shape, "int32") for name in names}
-    return {**integers, "weights": Field(shape, "float32")}
-
-  def eval_fields(self, rows: int) -> dict[str, Field]:
-    fields = self.fields(rows)
-    if self.recall_limit is not None:
-      fields["rare"] = fields["weights"]
-    return fields
-
-  def train_batches(self, rows: int, seed: int) -> batches.Batches:
-    return self._batches(rows, seed, "train")
-
-  def _with_rare(self, data: lm_batches.LMBatches) -> batches.Batches:
-    if self.recall_limit is None:
-      return data
-    return bigrams.RareBatches(data, self.path, self.recall_limit)
-
-  def eval_batches(self, rows: int, seed: int) -> batches.Batches:
-    if self.eval_path:
-      return self._with_rare(self._batches(rows, seed, "train", own=True))
-    return self._with_rare(self._batches(rows, seed, "validation"))
-
-  def test_batches(self, rows: int, seed: int) -> batches.Batches:
-    batches.require(self.test > 0, "data.test", self.test, "above 0 for a test")
-    return self._with_rare(self._batches(rows, seed, "test"))
+    """None: the files know it; see `read_vocab_size`."""
+    return
 
   def read_vocab_size(self) -> int | None:
+    """Return the largest vocabulary size of the data sets.
+
+    Returns:
+      None if no data set says it, as in Megatron's format.
+
+    Raises:
+      DataError: a data set cannot be read, or their tokenizers differ.
+    """
     paths = (*self.path, *self.eval_path)
     sources = [open_source(path, self.packing) for path in paths]
     _check_tokenizers(sources)
     sizes = [source.vocab_size for source in sources]
     return max((size for size in sizes if size is not None), default=None)
 
+  def fields(self, rows: int) -> dict[str, Field]:
+    """Return the arrays of a training batch, by name; reads no file."""
+    tokens = Field((rows, self.length), "int32")
+    fields = {"tokens": tokens, "targets": tokens}
+    if self.packing == "documents":
+      fields["segment_ids"] = tokens
+    return {**fields, "weights": Field((rows, self.length), "float32")}
+
+  def eval_fields(self, rows: int) -> dict[str, Field]:
+    """Return the arrays of a held-out batch, by name; reads no file."""
+    fields = self.fields(rows)
+    if self.recall_limit is not None:
+      fields["rare"] = fields["weights"]
+    return fields
+
+  def train_batches(self, rows: int, seed: int) -> Batches:
+    """Return the training batches, without an end."""
+    return lm_batches.LMBatches(
+      self.path,
+      self._layout(self.validation, self.test, self.held_out),
+      rows,
+      seed=seed,
+      split="train",
+      weights=self.weights,
+      shuffle=self.shuffle,
+      cache_dir=self._cache_dir,
+    )
+
+  def eval_batches(self, rows: int, seed: int) -> Batches:
+    """Return the batches of the held-out rows, or of `eval_path`."""
+    if not self.eval_path:
+      return self._held_out_batches(rows, seed, "validation")
+    batches = lm_batches.LMBatches(
+      self.eval_path,
+      self._layout(0.0, 0.0, "documents"),
+      rows,
+      seed=seed,
+      split="train",
+      shuffle=self.shuffle,
+      once=True,
+      limit=self.eval_rows,
+      cache_dir=self._cache_dir,
+    )
+    return self._with_rare(batches)
+
+  def test_batches(self, rows: int, seed: int) -> Batches:
+    """Return the batches of the test split; ValueError if there is none."""
+    require(self.test > 0, "data.test", self.test, "above 0 for a test")
+    return self._held_out_batches(rows, seed, "test")
+
+  def _held_out_batches(self, rows: int, seed: int, split: str) -> Batches:
+    """Return the batches of a held-out split, each row once."""
+    batches = lm_batches.LMBatches(
+      self.path,
+      self._layout(self.validation, self.test, self.held_out),
+      rows,
+      seed=seed,
+      split=split,
+      weights=self.weights,
+      shuffle=self.shuffle,
+      once=True,
+      limit=self.eval_rows,
+      cache_dir=self._cache_dir,
+    )
+    return self._with_rare(batches)
+
+  def _with_rare(self, data: Batches) -> Batches:
+    """Add the array `rare` to batches if there is a `recall_limit`."""
+    if self.recall_limit is None:
+      return data
+    return bigram_counts.RareBatches(data, self.path, self.recall_limit)
+
+  def _layout(
+    self, validation: float, test: float, held_out: HeldOut
+  ) -> Layout:
+    return Layout(self.length, self.packing, validation, test, held_out)
+
+  @property
+  def _cache_dir(self) -> Path:
+    return CACHE_DIR if self.cache_dir is None else Path(self.cache_dir)
+
 
 def _check_tokenizers(sources: Sequence[TokenSource]) -> None:
-  """Raises DataError where two data sets were made by two tokenizers."""
+  """Raise DataError if two data sets were made by different tokenizers."""
   known = [x for x in sources if "tokenizer" in x.fingerprint]
   for source in known[1:]:
-    first, other = (x.fingerprint["tokenizer"] for x in (known[0], source))
+    first, other = (str(x.fingerprint["tokenizer"]) for x in (known[0], source))
     if first != other:
       raise DataError(
         f"{source.name}: its tokenizer's SHA-256 is {other[:16]}…: expected "

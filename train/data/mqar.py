@@ -1,8 +1,9 @@
 """Multi-query associative recall (MQAR): its rows, and an unlimited stream.
 
-A row lists N key-value pairs, then asks for every key once, in the gaps of a
-filler of zeros. The target of a query stands at the query's own position and
-never enters the row. With a vocabulary of 32, T = 16 tokens and N = 2 pairs:
+A row lists N key-value pairs. Then it asks for every key once, at random gaps
+in a filler of zeros. The target of a query is its value. It is predicted at the
+position of the query and is not itself in the row. With a vocabulary of 32,
+T = 16 tokens and N = 2 pairs:
 
     position   0  1  2  3 | 4  5  6  7  8  9 10 11 12 13 14 15
     token     10 17 12 29 |10  0 12  0  0  0  0  0  0  0  0  0
@@ -12,8 +13,8 @@ never enters the row. With a vocabulary of 32, T = 16 tokens and N = 2 pairs:
     positions [4, 6]   targets [17, 29]   weights [1, 1]
 
 Keys are drawn from 1..V//2-1 and values from V//2..V-1, each without
-replacement. Gap g, two tokens wide, starts at 2 N + 2 g; the N gaps of a row
-are drawn one after the other without replacement, P(g) ~ (g + 1)^(power - 1).
+replacement. Gap g is two tokens wide and starts at 2 N + 2 g. The N gaps of a
+row are drawn in turn without replacement, P(g) ∝ (g + 1)^(power − 1).
 """
 
 import dataclasses
@@ -26,22 +27,25 @@ from train.data.splitmix64 import hash64, hash64_slots
 
 SPLITS = ("train", "test")
 
-_VERSION = 1
-_MAX_DRAWS = 512
-_CHUNK = 1 << 17
+_VERSION = 1  # of the rows; raise it when they change
+_MAX_DRAWS = 512  # draws of a pair list until it belongs to the split
+_BLOCK = 1 << 17  # hashes that are sorted at a time
 _KEYS, _VALUES, _GAPS = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
 class MQARConfig:
-  """The shape of an MQAR row; ValueError if there is no such row.
+  """The shape of an MQAR row.
 
   Attributes:
     vocab_size: V, larger than `length`.
-    length: T, the tokens of a row, even.
-    pairs: N, the pairs of a row, at most a quarter of `length`; there are
-      then always enough keys and values.
+    length: T, the tokens of a row, an even number.
+    pairs: N, the pairs of a row, at most a quarter of `length`, so that there
+      are always enough keys and values.
     power: the exponent of the gaps; small values favour early gaps.
+
+  Raises:
+    ValueError: there is no such row.
   """
 
   vocab_size: int = 8192
@@ -80,11 +84,11 @@ class MQARConfig:
 
   @property
   def num_gaps(self) -> int:
-    """The number of gaps G that a query may take."""
+    """The number G of gaps in which a query may stand."""
     return (self.length - 2 * self.pairs) // 2
 
   def gap_weights(self) -> np.ndarray:
-    """The weights of the gaps: float64 (G,), not normalised."""
+    """Return the weights of the gaps, not normalised: float64 (G,)."""
     return np.arange(1, self.num_gaps + 1) ** (self.power - 1.0)
 
 
@@ -94,7 +98,13 @@ def mqar_rows(
   values_BN: np.ndarray,
   gaps_BN: np.ndarray,
 ) -> Batch:
-  """Lays out rows from their parts, integers (B, N) in drawing order.
+  """Lay out rows from their keys, values and gaps.
+
+  Args:
+    config: the shape of a row.
+    keys_BN: the keys in the order in which they were drawn, integers.
+    values_BN: the value of each key.
+    gaps_BN: the gap of each key's query.
 
   Returns:
     tokens int32 (B, T), positions int32 (B, N) ascending, targets int32
@@ -105,7 +115,10 @@ def mqar_rows(
   tokens_BT[:, 0 : 2 * N : 2] = keys_BN
   tokens_BT[:, 1 : 2 * N : 2] = values_BN
   order_BN = np.argsort(gaps_BN, axis=1)
-  sort = lambda x_BN: np.take_along_axis(x_BN, order_BN, axis=1)
+
+  def sort(x_BN: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(x_BN, order_BN, axis=1)
+
   positions_BN = 2 * N + 2 * sort(gaps_BN)
   np.put_along_axis(tokens_BT, positions_BN, sort(keys_BN), axis=1)
   return {
@@ -118,20 +131,22 @@ def mqar_rows(
 
 @dataclasses.dataclass(frozen=True)
 class MQARStream(Batches):
-  """MQAR rows without end: example i is a function of (seed, split, i).
+  """An unlimited stream of MQAR rows: example i depends on (seed, split, i).
 
-  Row r of the batch at step s is example s * rows + r, whatever the batch
-  size. A pair list belongs to the split that its hash names, one in eight to
-  the test split, so no two streams of different splits share a pair list,
-  whatever their seeds.
+  Row r of the batch at step s is example s * rows + r. A hash of a pair list
+  decides its split, so that streams of different splits never share a pair
+  list, whatever their seeds. One in eight belongs to the test split.
 
   Attributes:
-    config: the rows.
-    seed: in [0, 2**63).
-    rows: the rows of one global batch.
+    config: the shape of a row.
+    seed: the seed, in [0, 2**63).
+    rows: the number of rows of one global batch.
     split: "train" or "test".
-    examples: the number of examples; None for no end. What the last batch
-      lacks is filled with copies of the last example at weight 0.
+    examples: the number of examples; None for no end. The last batch is filled
+      up with copies of the last example at weight 0.
+
+  Raises:
+    ValueError: a field is out of range.
   """
 
   config: MQARConfig
@@ -150,15 +165,17 @@ class MQARStream(Batches):
 
   @property
   def length(self) -> int:
+    """The number of tokens of a row."""
     return self.config.length
 
   @property
   def num_batches(self) -> int | None:
+    """The number of batches; None if there is no end."""
     return None if self.examples is None else -(-self.examples // self.rows)
 
   @property
   def fingerprint(self) -> Fingerprint:
-    """The fields of the config and of the stream; `examples` 0 for no end."""
+    """The fields of the config and of the stream; `examples` is 0 for none."""
     return {
       "data": "mqar-stream",
       "version": _VERSION,
@@ -170,6 +187,7 @@ class MQARStream(Batches):
     }
 
   def read_rows(self, step: int, start: int, stop: int) -> Batch:
+    """Return rows of a batch."""
     index_B = step * self.rows + np.arange(start, stop)
     if self.examples is None:
       parts = stream_examples(self.config, self.seed, self.split, index_B)
@@ -184,21 +202,34 @@ class MQARStream(Batches):
 def stream_test_batches(
   config: MQARConfig, *, seed: int, examples: int, rows: int
 ) -> MQARStream:
-  """The first `examples` test rows of a stream, the last batch padded."""
+  """Return batches of the first test rows of a stream, the last one padded.
+
+  Args:
+    config: the shape of a row.
+    seed: the seed of the stream.
+    examples: the number of test rows.
+    rows: the number of rows of one global batch.
+  """
   return MQARStream(config, seed, rows, split="test", examples=examples)
 
 
 def stream_examples(
   config: MQARConfig, seed: int, split: str, index_B: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """The examples of the given indices; each depends on its own index only.
+  """Return examples of a stream; each depends only on its own index.
+
+  Args:
+    config: the shape of a row.
+    seed: the seed of the stream.
+    split: "train" or "test".
+    index_B: the numbers of the examples.
 
   Returns:
-    keys, values and gaps, int64 (B, N), in drawing order.
+    Keys, values and gaps, each int64 (B, N), in the order of drawing.
 
   Raises:
-    ValueError: an example found no pair list of its split in 512 draws,
-      because there are next to none.
+    ValueError: no pair list of the split was found in 512 draws, because the
+      vocabulary is so small that there are hardly any.
   """
   B, N = len(index_B), config.pairs
   base_B = hash64(seed, SPLITS.index(split), index_B)
@@ -224,22 +255,35 @@ def stream_examples(
 
 
 def in_test_split(keys_BN: np.ndarray, values_BN: np.ndarray) -> np.ndarray:
-  """Whether pair lists, in their order, belong to the test split: bool (B,)."""
+  """Return whether pair lists belong to the test split: bool (B,).
+
+  Args:
+    keys_BN: the keys, in the order of drawing.
+    values_BN: the value of each key.
+  """
   slots_N = np.arange(keys_BN.shape[1])
   pair_BN = hash64(slots_N, keys_BN, values_BN)
   return hash64(pair_BN.sum(axis=1, dtype=np.uint64)) % np.uint64(8) == 0
 
 
 def _distinct(state_B: np.ndarray, slots: int, count: int) -> np.ndarray:
-  """`count` distinct slots per row in random order: int64 (B, count).
+  """Draw `count` distinct slots for each state, in random order.
 
-  They are the slots with the smallest hashes, by hash. The low bits of a hash
-  give way to its slot, so that a sort of values alone is enough and ties
-  cannot occur.
+  These are the slots with the smallest hashes, ordered by hash. The low bits of
+  each hash are replaced by its slot. So sorting the values sorts the slots too,
+  and there are no ties.
+
+  Args:
+    state_B: the state of each row's generator, uint64.
+    slots: the number of slots to draw from.
+    count: the number of slots to draw.
+
+  Returns:
+    int64 (B, count).
   """
   mask = np.uint64((1 << slots.bit_length()) - 1)
   slot_S = np.arange(slots, dtype=np.uint64)
-  rows = max(1, _CHUNK // slots)
+  rows = max(1, _BLOCK // slots)
   chosen = []
   for first in range(0, len(state_B), rows):
     hash_BS = hash64_slots(state_B[first : first + rows], slots)
@@ -251,10 +295,10 @@ def _distinct(state_B: np.ndarray, slots: int, count: int) -> np.ndarray:
 
 
 def _gaps(state_B: np.ndarray, config: MQARConfig) -> np.ndarray:
-  """Gaps drawn one after the other without replacement: int64 (B, N).
+  """Draw the gaps of each row in turn without replacement: int64 (B, N).
 
-  A gap of weight w waits for an exponential time of rate w; the first N to
-  come, in their order, are the draws (Gumbel top-k, on a log scale).
+  Each gap of weight w gets an exponential time of rate w, and the N gaps with
+  the smallest times are the draws (Gumbel top-k, on a log scale).
   """
   hash_BG = hash64_slots(state_B, config.num_gaps)
   uniform_BG = ((hash_BG >> np.uint64(11)) + 0.5) * 2.0**-53

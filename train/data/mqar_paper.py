@@ -1,19 +1,18 @@
-"""The MQAR data set of the paper, bit for bit, cached on disk.
+"""The MQAR data set of the paper, bit-identical, cached on disk.
 
-The rows are those of `train.data.mqar`; the numbers come from the legacy
-stream of numpy, which does not change between its versions.
+The rows have the layout of `train.data.mqar`. The random numbers come from
+NumPy's legacy generator, which gives the same numbers in all its versions.
 """
 
 import dataclasses
 import functools
 import hashlib
 import logging
-import os
 from pathlib import Path
-import uuid
 
 import numpy as np
 
+from train.atomic import replacing, sync
 from train.data.batches import Batch, Batches, Fingerprint
 from train.data.checks import require
 from train.data.mqar import MQARConfig, mqar_rows
@@ -23,29 +22,32 @@ CACHE_DIR = Path.home() / ".cache" / "rebased_jax" / "mqar"
 TRAIN_SEED, TRAIN_EXAMPLES = 42, 100_000
 TEST_SEED, TEST_EXAMPLES = 52, 3_000
 
-_VERSION = 1
-_DIGEST_BYTES = 32
+_VERSION = 1  # of the examples; raise it when they change
+_DIGEST_BYTES = 32  # a SHA-256 at the end of a cache file
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class MQARPaper(Batches):
-  """The paper's examples, epoch after epoch.
+  """The paper's examples, repeated in epochs.
 
-  The order of an epoch is a function of (seed, epoch). The examples are read
-  from the cache, or made (a minute for 100,000), at the first batch. What the
-  last batch of an epoch lacks is filled with copies of an example at weight 0.
+  The order of an epoch depends on (seed, epoch). The first batch reads the
+  examples from the cache, or makes them, which takes a minute for 100,000. The
+  last batch of an epoch is filled up with copies of an example at weight 0.
 
   Attributes:
-    config: the rows.
-    seed: of the order of the examples, in [0, 2**63).
-    rows: the rows of one global batch.
+    config: the shape of a row.
+    seed: the seed of the order, in [0, 2**63).
+    rows: the number of rows of one global batch.
     epochs: the number of epochs; the batches do not depend on it.
     drop_last: leave out the incomplete last batch of every epoch.
-    shuffle: False keeps the order of the data set in every epoch.
-    examples: the number of examples n.
-    data_seed: of the examples, in [0, 2**32).
-    cache_dir: the directory of the cache.
+    shuffle: shuffle every epoch; False keeps the order of the data set.
+    examples: the number n of examples.
+    data_seed: the seed of the examples, in [0, 2**32).
+    cache_dir: the folder of the cache.
+
+  Raises:
+    ValueError: a field is out of range.
   """
 
   config: MQARConfig
@@ -70,6 +72,7 @@ class MQARPaper(Batches):
 
   @property
   def length(self) -> int:
+    """The number of tokens of a row."""
     return self.config.length
 
   @property
@@ -80,11 +83,12 @@ class MQARPaper(Batches):
 
   @property
   def num_batches(self) -> int:
+    """The number of batches of all epochs."""
     return self.epochs * self.steps_per_epoch
 
   @property
   def fingerprint(self) -> Fingerprint:
-    """The fields of the config and of the data; not the number of epochs."""
+    """The fields of the config and of the data, without the epochs."""
     return {
       "data": "mqar-paper",
       "version": _VERSION,
@@ -99,11 +103,13 @@ class MQARPaper(Batches):
 
   @functools.cached_property
   def _parts(self) -> np.ndarray:
+    """The keys, values and gaps of all examples: int32 (3, n, N)."""
     return load_paper_examples(
       self.config, self.examples, self.data_seed, self.cache_dir
     )
 
   def read_rows(self, step: int, start: int, stop: int) -> Batch:
+    """Return rows of a batch; OSError if the cache cannot be written."""
     epoch, step = divmod(step, self.steps_per_epoch)
     place_B = step * self.rows + np.arange(start, stop)
     index_B = np.minimum(place_B, self.examples - 1)
@@ -117,7 +123,13 @@ class MQARPaper(Batches):
 def paper_test_batches(
   config: MQARConfig, *, rows: int = 512, cache_dir: Path = CACHE_DIR
 ) -> MQARPaper:
-  """The paper's 3,000 test rows once and in order, the last batch padded."""
+  """Return batches of the paper's 3,000 test rows, the last one padded.
+
+  Args:
+    config: the shape of a row.
+    rows: the number of rows of one global batch.
+    cache_dir: the folder of the cache.
+  """
   return MQARPaper(
     config,
     rows=rows,
@@ -131,7 +143,13 @@ def paper_test_batches(
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
-  """The order of the examples in an epoch: int64 (n,), read-only."""
+  """Return the order of the examples in an epoch: int64 (n,), read-only.
+
+  Args:
+    seed: the seed of the order.
+    epoch: the number of the epoch.
+    examples: the number n of examples.
+  """
   hash_n = hash64(seed, epoch, np.arange(examples))
   order_n = np.argsort(hash_n, kind="stable")
   order_n.flags.writeable = False
@@ -139,18 +157,18 @@ def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
 
 
 def paper_examples(config: MQARConfig, examples: int, seed: int) -> np.ndarray:
-  """Makes the examples of the paper: it trains on seed 42, tests on 52.
+  """Make the examples of the paper, which trains on seed 42 and tests on 52.
 
-  The legacy stream draws the keys of all rows, then their values, then their
+  The legacy generator draws the keys of all rows, then their values, then their
   gaps.
 
   Args:
-    config: the rows.
-    examples: the number of rows n.
-    seed: in [0, 2**32).
+    config: the shape of a row.
+    examples: the number n of rows.
+    seed: the seed of the generator, in [0, 2**32).
 
   Returns:
-    int32 (3, n, N): keys, values and gaps in drawing order.
+    Keys, values and gaps in the order of drawing, int32 (3, n, N).
   """
   random = np.random.RandomState(seed)
   weights = config.power * config.gap_weights()
@@ -169,16 +187,22 @@ def paper_examples(config: MQARConfig, examples: int, seed: int) -> np.ndarray:
 def load_paper_examples(
   config: MQARConfig, examples: int, seed: int, cache_dir: Path = CACHE_DIR
 ) -> np.ndarray:
-  """`paper_examples`, kept in a file of `cache_dir`.
+  """Return what `paper_examples` returns, from a cache file if there is one.
 
-  A file that is truncated, damaged or of other contents is made again. A file
-  appears whole or not at all, so processes may share the directory.
+  A file that is truncated, damaged or has another content is made again. A file
+  appears whole or not at all, so that processes may share the folder.
+
+  Args:
+    config: the shape of a row.
+    examples: the number n of rows.
+    seed: the seed of the generator.
+    cache_dir: the folder of the cache.
 
   Returns:
-    int32 (3, n, N), read-only and mapped from the file.
+    int32 (3, n, N), read-only and memory-mapped from the file.
 
   Raises:
-    OSError: the directory cannot be written.
+    OSError: the folder cannot be written.
   """
   path = Path(cache_dir) / (
     f"mqar{_VERSION}-v{config.vocab_size}-t{config.length}-n{config.pairs}"
@@ -196,7 +220,7 @@ def load_paper_examples(
 
 
 def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-  """The mapped array of a sound file, else None."""
+  """Return the memory-mapped array of a file; None if it is not sound."""
   if not path.exists():
     return None
   if path.stat().st_size > _DIGEST_BYTES:
@@ -211,23 +235,18 @@ def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _save(path: Path, parts: np.ndarray) -> None:
-  """Writes the array and a checksum, and only then gives the file its name."""
+  """Write the array, and a checksum after it."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-  try:
+  with replacing(path) as temporary:
     with open(temporary, "wb") as file:
       np.save(file, parts)
       file.flush()
       file.write(_checksum(path, np.memmap(temporary, np.uint8, "r")))
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+    sync(temporary)
 
 
 def _checksum(path: Path, body: np.ndarray) -> bytes:
-  """The checksum of a file, over its name, which tells its contents, too."""
+  """Return a checksum of a file's name and content; the name has the seed."""
   checksum = hashlib.sha256(path.name.encode())
   checksum.update(body)
   return checksum.digest()

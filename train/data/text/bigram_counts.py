@@ -1,18 +1,20 @@
-"""How often each pair of neighbouring tokens is in a data set.
+"""Count how often each pair of neighbouring tokens occurs in a data set.
 
     c(a, b) = #{ i : (w_i, w_i+1) = (a, b) }
 
-over the documents one behind the other, borders among them, as rows of a stream
-have them; where records are rows, within each row. `rebased count PATH` writes
-the pairs that occur `least` times or more:
+The documents are concatenated, and pairs across a document boundary count, as
+they occur in the rows of a stream. If the data set consists of rows, pairs are
+counted within each row. `rebased count PATH` writes the pairs that occur
+`least` times or more:
 
     PATH/bigrams.npz, or NAME.bigrams.npz beside a Megatron NAME.idx
-      pair_deltas   uint64, of a · 2³² + b in ascending order, the first itself
-      counts        uint32, of each pair; 2³² − 1 is that many or more
+      pair_deltas   uint64, the pairs a · 2³² + b in ascending order, stored as
+                    differences; the first one is stored itself
+      counts        uint32, of each pair; 2³² − 1 means that many or more
       record        JSON: version, least, tokens, the data set's fingerprint
 
-A target of evaluation is rare where c(token, target) ≤ limit, over all data
-sets of the run's training text.
+A target of evaluation is rare if c(token, target) ≤ limit, summed over all data
+sets that the run trains on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,12 +22,13 @@ import dataclasses
 import functools
 import io
 import json
-import os
 from pathlib import Path
+from typing import Any
 import zipfile
 
 import numpy as np
 
+from train.atomic import write_bytes
 from train.data.batches import (
   Batch,
   Batches,
@@ -37,16 +40,17 @@ from train.data.text.rows import fill_pieces, open_source
 from train.data.text.token_source import DataError, Pieces, TokenSource
 
 _VERSION = 1
-_CHUNK = 1 << 22  # pairs at a time
-_MERGED = 16  # chunks that wait to be merged
-_MOST = 2**32 - 1
+_BLOCK = 1 << 22  # pairs that are counted at a time
+_MERGED = 16  # blocks whose counts are merged together
+_MOST = 2**32 - 1  # the largest count that is stored
 _SHIFT = np.uint64(32)
 
-Counts = tuple[np.ndarray, np.ndarray]  # pairs, ascending; how often each is
+# Pairs a · 2³² + b, uint64, ascending; and the count of each, int64.
+Counts = tuple[np.ndarray, np.ndarray]
 
 
 def table_path(path: str) -> Path:
-  """Where the counts of a data set are."""
+  """Return the path of the counts of the data set at `path`."""
   place = Path(path)
   if place.suffix == ".idx":
     return place.with_suffix(".bigrams.npz")
@@ -54,23 +58,23 @@ def table_path(path: str) -> Path:
 
 
 def pairs_of(a_N: np.ndarray, b_N: np.ndarray) -> np.ndarray:
-  """a · 2³² + b, uint64, of tokens ≥ 0."""
+  """Return the pairs a · 2³² + b of tokens a, b ≥ 0, as uint64."""
   return (a_N.astype(np.uint64) << _SHIFT) | b_N.astype(np.uint64)
 
 
 def _read_pairs(source: TokenSource) -> Iterator[np.ndarray]:
-  """The pairs of all tokens, a chunk at a time, each once."""
+  """Yield the pairs of all tokens, block by block, each pair once."""
   length_n = source.lengths
   end_n = np.cumsum(length_n)
   total = int(end_n[-1]) if len(end_n) else 0
-  for begin in range(0, total - 1, _CHUNK):
-    stop = min(begin + _CHUNK + 1, total)
+  for begin in range(0, total - 1, _BLOCK):
+    stop = min(begin + _BLOCK + 1, total)
     first, last = np.searchsorted(end_n, (begin, stop - 1), side="right")
     document_P = np.arange(first, last + 1)
     start_P = end_n[document_P] - length_n[document_P]
     low_P = np.maximum(start_P, begin)
     size_P = np.minimum(end_n[document_P], stop) - low_P
-    some_P = size_P > 0  # of documents that are not empty
+    some_P = size_P > 0  # leave out empty documents
     pieces = Pieces(document_P, low_P - start_P, size_P, low_P - begin)
     pieces = Pieces(*(x_P[some_P] for x_P in pieces))
     row_P = np.zeros(len(pieces.place_P), np.int64)
@@ -78,13 +82,14 @@ def _read_pairs(source: TokenSource) -> Iterator[np.ndarray]:
     tokens_N = filled.tokens_RW[0]
     kept_N = np.ones(len(tokens_N) - 1, bool)
     if source.row_length is not None:
-      border_P = pieces.place_P[pieces.start_P == 0]
-      kept_N[border_P[border_P > 0] - 1] = False
+      # A pair across two rows does not occur in training.
+      begin_P = pieces.place_P[pieces.start_P == 0]
+      kept_N[begin_P[begin_P > 0] - 1] = False
     yield pairs_of(tokens_N[:-1], tokens_N[1:])[kept_N]
 
 
 def _merge(parts: Sequence[Counts]) -> Counts:
-  """The counts of several, summed."""
+  """Return the sums of counts."""
   pair_M = np.concatenate([pairs for pairs, _ in parts])
   count_M = np.concatenate([counts for _, counts in parts])
   order_M = np.argsort(pair_M, kind="stable")
@@ -97,10 +102,16 @@ def _merge(parts: Sequence[Counts]) -> Counts:
 
 
 def count(source: TokenSource) -> Counts:
-  """(pairs, how often each is): uint64 and int64, of every pair.
+  """Count every pair of a data set.
+
+  Args:
+    source: the data set.
+
+  Returns:
+    The pairs in ascending order, uint64, and their counts, int64.
 
   Raises:
-    DataError: a file cannot be read, or a token is outside of the vocabulary.
+    DataError: a file cannot be read, or a token is outside the vocabulary.
   """
   none = (np.empty(0, np.uint64), np.empty(0, np.int64))
   waiting: list[Counts] = [none]
@@ -112,16 +123,19 @@ def count(source: TokenSource) -> Counts:
 
 
 def write(path: str, least: int = 1) -> tuple[int, int]:
-  """Counts a data set and writes its table; (pairs in it, of all).
+  """Count the pairs of a data set and write the counts beside it.
 
   Args:
     path: a prepared folder, or a Megatron index.
-    least: a pair that occurs less often is left out.
+    least: leave out pairs that occur less often.
+
+  Returns:
+    The number of pairs in the file, and the number of all pairs.
 
   Raises:
     ValueError: `least` is below 1.
-    DataError: there is no data set, or it is not sound.
-    OSError: the table cannot be written.
+    DataError: there is no data set, or it is damaged.
+    OSError: the file cannot be written.
   """
   require(least >= 1, "least", least, "1 or more")
   source = open_source(path)
@@ -140,20 +154,22 @@ def write(path: str, least: int = 1) -> tuple[int, int]:
     counts=np.minimum(count_N[kept_N], _MOST).astype(np.uint32),
     record=np.array(json.dumps(record)),
   )
-  out = table_path(path)
-  temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-  temporary.write_bytes(data.getvalue())
-  temporary.replace(out)
+  write_bytes(table_path(path), data.getvalue())
   return int(kept_N.sum()), len(pair_N)
 
 
 def _load(path: str, limit: int, least: int | None) -> Counts:
-  """The table of a data set.
+  """Read the counts of a data set.
 
   Args:
-    path: of the data set.
-    limit: the table has to know every pair that is more frequent.
-    least: what its own has to be; None: any up to limit + 1.
+    path: the data set.
+    limit: the file must hold every pair that occurs more often.
+    least: the largest `least` that the file may have been written with; None
+      for limit + 1.
+
+  Raises:
+    DataError: the file is missing or damaged, belongs to another data set, or
+      leaves out too many pairs.
   """
   place = table_path(path)
   again = f"`rebased count {path}` makes it"
@@ -164,7 +180,9 @@ def _load(path: str, limit: int, least: int | None) -> Counts:
       record = json.loads(str(data["record"]))
       delta_N, count_N = data["pair_deltas"], data["counts"]
   except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-    raise DataError(f"{place}: no table of counts: {error}; {again}") from error
+    raise DataError(
+      f"{place}: not a file of counts: {error}; {again}"
+    ) from error
   if record.get("version") != _VERSION:
     raise DataError(f"{place}: version {record.get('version')}; {again}")
   try:
@@ -176,20 +194,24 @@ def _load(path: str, limit: int, least: int | None) -> Counts:
   most = limit + 1 if least is None else least
   if record["least"] > most:
     raise DataError(
-      f"{place}: it leaves out pairs of less than {record['least']} counts: "
+      f"{place}: it leaves out pairs with fewer than {record['least']} counts: "
       f"expected at most {most}; `rebased count {path} --least {most}` makes it"
     )
   return np.cumsum(delta_N, dtype=np.uint64), count_N.astype(np.int64)
 
 
 def frequent(paths: Sequence[str], limit: int) -> np.ndarray:
-  """The pairs that all data sets together have more than `limit` times.
+  """Return the pairs that occur more than `limit` times, uint64, ascending.
 
-  uint64, ascending. Of several data sets each table has to hold every pair.
+  Args:
+    paths: the data sets, whose counts are summed.
+    limit: the largest count of a rare pair.
 
   Raises:
-    DataError: a table is missing, of another data set, or leaves out too much.
+    DataError: a file of counts is missing, belongs to another data set, or
+      leaves out too many pairs.
   """
+  # With several data sets, pairs that are rare in each may be frequent in sum.
   least = None if len(paths) == 1 else 1
   pair_N, count_N = _merge([_load(path, limit, least) for path in paths])
   return pair_N[count_N > limit]
@@ -197,36 +219,41 @@ def frequent(paths: Sequence[str], limit: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class RareBatches(Batches):
-  """Batches of text with `rare`: float32 (B, T), 1 where the target is rare.
+  """Add the array `rare` to batches: float32 (B, T), 1 if a target is rare.
 
   Attributes:
-    inner: the batches.
-    paths: the data sets whose counts they are.
-    limit: a pair of more counts is frequent.
+    inner: the batches of text.
+    paths: the data sets whose counts are used.
+    limit: the largest count of a rare pair.
   """
 
   inner: Batches
   paths: tuple[str, ...]
   limit: int
 
-  def __getstate__(self) -> dict:
+  def __getstate__(self) -> dict[str, Any]:
+    # Without the cached pairs: a worker process reads them itself.
     fields = dataclasses.fields(self)
     return {field.name: getattr(self, field.name) for field in fields}
 
   @property
   def rows(self) -> int:
+    """The number of rows of one global batch."""
     return self.inner.rows
 
   @property
   def length(self) -> int:
+    """The number of input tokens of a row."""
     return self.inner.length
 
   @property
   def num_batches(self) -> int | None:
+    """The number of batches."""
     return self.inner.num_batches
 
   @property
   def fingerprint(self) -> Fingerprint:
+    """The fingerprint of the batches, and the limit."""
     return {**self.inner.fingerprint, "recall_limit": self.limit}
 
   @functools.cached_property
@@ -234,9 +261,11 @@ class RareBatches(Batches):
     return frequent(self.paths, self.limit)
 
   def read_rows(self, step: int, start: int, stop: int) -> Batch:
+    """Return rows of a batch, with the array `rare`."""
     batch = self.inner.read(step, slice(start, stop))
     pair_BT = pairs_of(batch["tokens"], batch["targets"])
     place_BT = np.searchsorted(self._frequent_N, pair_BT)
+    # A last entry that no pair equals keeps `place_BT` inside the array.
     known_N = np.append(self._frequent_N, np.uint64(2**64 - 1))
     rare_BT = known_N[place_BT] != pair_BT
     return batch | {"rare": rare_BT.astype(np.float32)}

@@ -1,63 +1,71 @@
-"""Batches of text for the language model, as pure functions of the step.
+"""Batches of text for language models, as pure functions of the step.
 
-    place p = step · rows + r           r, the row of the global batch
-    (set, q) = mix(p)                   where there are several data sets
+    place p = step · rows + r           r is the row of the global batch
+    (set, q) = mix(p)                   if there are several data sets
     (epoch, i) = divmod(q, rows of the set)
-    row = permute(i; seed, set, epoch)  of the set's plan, W = L + 1 tokens
+    row = permute(i; seed, set, epoch)  a row of the set, W = L + 1 tokens
 
     tokens       int32    (B, T)   the first L tokens of the row
-    targets      int32    (B, T)   the last L
-    weights      float32  (B, T)   1 where the target is of the same document
-    segment_ids  int32    (B, T)   with packed documents: 1, 2, …; 0 is padding
+    targets      int32    (B, T)   the last L tokens of the row
+    weights      float32  (B, T)   1 if the target is in the token's document
+    segment_ids  int32    (B, T)   packing "documents" only: 1, 2, … number the
+                                   documents of a row; 0 is padding
 
-Rows of a stream have no segments, and every weight is 1. Held-out batches hold
-each row once, in an order that no seed changes; what the last batch lacks is
-filled with copies of a row at weight 0.
+With the other packings every weight is 1. Held-out batches hold each row once,
+in an order that does not depend on the seed. The last batch is filled up with
+copies of a row at weight 0.
 """
 
 import dataclasses
 import functools
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from train.data import order
 from train.data.batches import Batch, Batches, Fingerprint
 from train.data.checks import require
-from train.data.text import packing as plans
+from train.data.text import packing
 from train.data.text.packing_cache import CACHE_DIR
 from train.data.text.rows import Layout, fill_rows, make_plan, open_source
 from train.data.text.token_source import DataError, TokenSource
 
 _VERSION = 1
-_HELD_OUT = 1 << 63  # in place of a seed, which is below it
+_HELD_OUT = 1 << 63  # replaces the seed, which is always smaller
 
 
 class _Part(NamedTuple):
-  """One data set of a mixture."""
+  """One data set of a mixture, and the plan of its rows."""
 
   source: TokenSource
-  plan: plans.Plan
+  plan: packing.RowPlan
 
 
 @dataclasses.dataclass(frozen=True)
 class LMBatches(Batches):
-  """Rows of one split of text data sets.
+  """Batches of one split of one or more data sets.
 
-  The files are opened at the first use. Pickles as its fields.
+  The files are opened at the first use.
 
   Attributes:
     paths: prepared folders, and Megatron indices NAME.idx.
-    layout: the rows.
-    rows: the rows of one global batch.
-    seed: of the order, in [0, 2**63).
+    layout: how documents become rows.
+    rows: the number of rows of one global batch.
+    seed: decides the order of the rows, in [0, 2**63).
     split: "train", "validation" or "test".
-    weights: of the data sets in the mixture; () is by their rows.
-    shuffle: False keeps the order of the plan, as preshuffled rows need.
-    once: each row once, the last batch padded; else epoch after epoch.
-    limit: with `once`, the most rows, shared out by the weights; None for all.
-    cache_dir: the folder of the plans.
+    weights: the shares of the data sets in the mixture; () takes their numbers
+      of rows.
+    shuffle: shuffle each epoch; False keeps the order of the plan, for rows
+      that are shuffled already.
+    once: give each row once and pad the last batch; False repeats the data,
+      epoch after epoch.
+    limit: with `once`, the largest number of rows, shared between the data
+      sets by the weights; None for all rows.
+    cache_dir: the folder of the cached row plans.
+
+  Raises:
+    ValueError: a field is outside its range.
   """
 
   paths: tuple[str, ...]
@@ -74,8 +82,8 @@ class LMBatches(Batches):
   def __post_init__(self) -> None:
     require(self.rows >= 1, "rows", self.rows, "1 or more")
     require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2**63)")
-    known = self.split in plans.SPLITS
-    require(known, "split", self.split, f"one of {plans.SPLITS}")
+    known = self.split in packing.SPLITS
+    require(known, "split", self.split, f"one of {packing.SPLITS}")
     some = self.limit is None or self.limit >= 1
     require(some, "limit", self.limit, "1 or more, or None")
     if self.weights:
@@ -85,21 +93,24 @@ class LMBatches(Batches):
       sound = all(0 < x < float("inf") for x in self.weights)
       require(sound, "weights", self.weights, "numbers above 0")
 
-  def __getstate__(self) -> dict:
+  def __getstate__(self) -> dict[str, Any]:
+    # Without the open files: a worker process opens them itself.
     fields = dataclasses.fields(self)
     return {field.name: getattr(self, field.name) for field in fields}
 
   @property
   def length(self) -> int:
+    """The number of input tokens of a row."""
     return self.layout.length
 
   @property
   def num_batches(self) -> int | None:
+    """The number of batches; None if the data is repeated."""
     return -(-int(self._ends[-1]) // self.rows) if self.once else None
 
   @functools.cached_property
   def fingerprint(self) -> Fingerprint:
-    """The order, the layout, and the files of each data set."""
+    """What identifies the layout, the order, and the files of each set."""
     result: Fingerprint = {
       "data": "text",
       "version": _VERSION,
@@ -113,14 +124,14 @@ class LMBatches(Batches):
       "limit": self.limit or 0,
     }
     for i, part in enumerate(self.parts):
-      start = f"path{i}." * (len(self.parts) > 1)
+      start = f"path{i}." if len(self.parts) > 1 else ""
       for field, value in part.source.fingerprint.items():
         result[start + field] = value
     return result
 
   @functools.cached_property
   def parts(self) -> tuple[_Part, ...]:
-    """The opened data sets, and their plans.
+    """The open data sets and the plans of their rows.
 
     Raises:
       DataError: one cannot be read, or has no row of this split.
@@ -131,11 +142,13 @@ class LMBatches(Batches):
     return tuple(self._open(path) for path in self.paths)
 
   def _open(self, path: str) -> _Part:
+    """Open one data set and plan its rows."""
     source = open_source(path, self.layout.packing)
     plan = make_plan(source, self.layout, self.split, self.cache_dir)
     if not len(plan):
+      # Few long documents may leave a split empty.
       few = self.layout.packing == "stream" and self.split != "train"
-      hint = "; held_out='end' holds out the end of the text" * few
+      hint = "; held_out='end' holds out the end of the text" if few else ""
       raise DataError(
         f"{path}: no {self.split} row of length + 1 = {self.length + 1} "
         f"tokens: {len(source)} documents of {source.lengths.sum():,} tokens, "
@@ -145,11 +158,12 @@ class LMBatches(Batches):
 
   @functools.cached_property
   def _sizes(self) -> np.ndarray:
+    """The number of rows of each data set: int64 (K,)."""
     return np.array([len(part.plan) for part in self.parts])
 
   @functools.cached_property
   def _shares(self) -> np.ndarray:
-    """The places of each set in a block of a mixture."""
+    """The places of each data set in a block of the mixture: int64 (K,)."""
     share_K = order.mix_counts(self.weights or tuple(self._sizes.tolist()))
     least = "large enough for one place in 2**16"
     require(share_K.min() > 0, "weights", self.weights, least)
@@ -157,7 +171,7 @@ class LMBatches(Batches):
 
   @functools.cached_property
   def _ends(self) -> np.ndarray:
-    """With `once`: the place behind the last row of each set."""
+    """With `once`: the place after the last row of each set, int64 (K,)."""
     size_K = self._sizes
     if self.limit is not None:
       weight_K = np.asarray(self.weights or size_K, np.float64)
@@ -166,7 +180,14 @@ class LMBatches(Batches):
     return np.cumsum(size_K)
 
   def locate(self, place_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(data set, row of its plan) at places of the epochless order."""
+    """Find the rows at places of the whole training order.
+
+    Args:
+      place_B: step · rows + r, int64.
+
+    Returns:
+      The number of the data set, and the row of its plan, both int64 (B,).
+    """
     if self.once:
       kept_B = np.minimum(place_B, self._ends[-1] - 1)
       set_B = np.searchsorted(self._ends, kept_B, side="right")
@@ -190,6 +211,7 @@ class LMBatches(Batches):
     return set_B, row_B
 
   def read_rows(self, step: int, start: int, stop: int) -> Batch:
+    """Return rows of a batch; DataError if a file cannot be read."""
     place_B = step * self.rows + np.arange(start, stop)
     set_B, row_B = self.locate(place_B)
     width = self.length + 1
@@ -211,7 +233,7 @@ class LMBatches(Batches):
 
 
 def _batch(tokens_BW: np.ndarray, segments_BW: np.ndarray | None) -> Batch:
-  """Inputs, targets and weights of rows of W = L + 1 tokens."""
+  """Make a batch of rows of W = L + 1 tokens; None for rows of a stream."""
   batch = {
     "tokens": tokens_BW[:, :-1].copy(),
     "targets": tokens_BW[:, 1:].copy(),

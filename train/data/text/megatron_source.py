@@ -1,25 +1,26 @@
-"""Megatron's `.idx` and `.bin`, as Pythia's tokens come, merged or not.
+r"""Read data sets in Megatron's format, `.idx` and `.bin`, such as Pythia's.
 
-The index is little-endian, without padding, so that its arrays are unaligned:
+The index is little-endian and has no padding, so its arrays are unaligned:
 
     offset             bytes  what
-    0                  9      MMIDIDX\\0\\0
+    0                  9      MMIDIDX\0\0
     9                  8      version, 1
     17                 1      dtype: 4 int32, 8 uint16
     18                 8      S, the number of sequences
-    26                 8      D, the number of document starts, the end included
+    26                 8      D, the number of document starts, with the end
     34                 4 S    lengths in tokens, int32
     34 + 4 S           8 S    offsets in bytes into the data, int64
     34 + 12 S          8 D    the first sequence of each document, int64, then S
 
-The data is NAME.bin, or the raw cuts NAME-00000-of-0000N.bin, where N is the
-*last* index; a sequence, even a token, may straddle two of them.
+The data is NAME.bin, or NAME.bin cut into NAME-00000-of-0000N.bin, where N is
+the *last* number. A sequence, and even a token, may lie in two of these files.
 
-Sources: Megatron-LM's indexed data set and EleutherAI/pythia (TRAINER 2.1).
-Other forks give the dtype codes 6 and 7 different meanings; tokens are stored
-under 4 and 8 alone, so every other code is refused.
+Sources: Megatron-LM's indexed data set and EleutherAI/pythia. Forks of Megatron
+give the dtype codes 6 and 7 different meanings. Tokens are stored under codes 4
+and 8, so every other code is refused.
 """
 
+from collections.abc import Callable
 import functools
 from pathlib import Path
 import re
@@ -36,26 +37,37 @@ Unit = Literal["document", "sequence"]
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = 34
 _DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
-_CHUNK = 1 << 20
+_BLOCK = 1 << 20  # entries that are checked at a time
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.bin")
 
 
 class Index(NamedTuple):
-  """The contents of a sound index; the arrays are mapped and unaligned."""
+  """The contents of an index; the arrays are memory-mapped and unaligned.
+
+  Attributes:
+    dtype: the dtype of a stored token.
+    lengths_S: the tokens of each sequence, int32.
+    offsets_S: the place of each sequence in the data in bytes, int64.
+    documents_D: the first sequence of each document, and S, int64.
+    total_bytes: the size of the data.
+  """
 
   dtype: np.dtype
-  lengths_S: np.ndarray  # int32
-  offsets_S: np.ndarray  # int64, in bytes
-  documents_D: np.ndarray  # int64, sequence numbers
-  total_bytes: int  # of the data
+  lengths_S: np.ndarray
+  offsets_S: np.ndarray
+  documents_D: np.ndarray
+  total_bytes: int
 
 
 def read_index(path: Path) -> Index:
-  """Maps an index and checks all of it.
+  """Map an index into memory and check all of it.
+
+  Args:
+    path: NAME.idx.
 
   Raises:
-    DataError: it is no such index, is cut, or contradicts itself; the message
-      names the file and the offset.
+    DataError: it is not an index, is truncated, or contradicts itself; the
+      message names the file and the offset.
   """
 
   def wrong(offset: int, text: str) -> NoReturn:
@@ -65,15 +77,18 @@ def read_index(path: Path) -> Index:
   if size < _HEADER:
     wrong(size, f"the file ends inside the header of {_HEADER} bytes")
   content = np.asarray(np.memmap(path, np.uint8, "r"))
-  number = lambda at: int.from_bytes(content[at : at + 8].tobytes(), "little")
+
+  def number(offset: int) -> int:
+    return int.from_bytes(content[offset : offset + 8].tobytes(), "little")
+
   if content[:9].tobytes() != _MAGIC:
     wrong(0, f"{content[:9].tobytes()!r}: expected {_MAGIC!r}")
   if number(9) != 1:
     wrong(9, f"version {number(9)}: expected 1")
   code = int(content[17])
   if code not in _DTYPES:
-    ambiguous = " (float32 or float64, by the fork)" * (code in (6, 7))
-    wrong(17, f"dtype code {code}{ambiguous}: expected 4, int32, or 8, uint16")
+    fork = " (float32 or float64, by the fork)" if code in (6, 7) else ""
+    wrong(17, f"dtype code {code}{fork}: expected 4, int32, or 8, uint16")
   S, D = number(18), number(26)
   if S < 1:
     wrong(18, "no sequences: expected one or more")
@@ -98,12 +113,14 @@ def read_index(path: Path) -> Index:
   return index._replace(total_bytes=total)
 
 
-def _check_sequences(index: Index, pointers: int, wrong) -> int:
-  """The bytes of all sequences, which must lie one behind the other."""
+def _check_sequences(
+  index: Index, pointers: int, wrong: Callable[[int, str], NoReturn]
+) -> int:
+  """Check that the sequences follow each other; return their size in bytes."""
   expected, S = 0, len(index.lengths_S)
-  for first in range(0, S, _CHUNK):
-    length_C = index.lengths_S[first : first + _CHUNK].astype(np.int64)
-    offset_C = index.offsets_S[first : first + _CHUNK]
+  for first in range(0, S, _BLOCK):
+    length_C = index.lengths_S[first : first + _BLOCK].astype(np.int64)
+    offset_C = index.offsets_S[first : first + _BLOCK]
     bad = np.flatnonzero(length_C < 0)
     if bad.size:
       i = first + int(bad[0])
@@ -125,16 +142,18 @@ def _check_sequences(index: Index, pointers: int, wrong) -> int:
   return expected
 
 
-def _check_documents(index: Index, starts: int, wrong) -> None:
-  """Documents begin at 0, rise, and end behind the last sequence."""
+def _check_documents(
+  index: Index, starts: int, wrong: Callable[[int, str], NoReturn]
+) -> None:
+  """Check that the documents' starts rise from 0 to the number of sequences."""
   S, D = len(index.lengths_S), len(index.documents_D)
   if index.documents_D[0] != 0:
     wrong(
       starts,
       f"document 0 begins at sequence {index.documents_D[0]}: expected 0",
     )
-  for first in range(0, D - 1, _CHUNK):
-    start_C = index.documents_D[first : first + _CHUNK + 1]
+  for first in range(0, D - 1, _BLOCK):
+    start_C = index.documents_D[first : first + _BLOCK + 1]
     bad = np.flatnonzero(start_C[1:] <= start_C[:-1])
     if bad.size:
       i = first + int(bad[0]) + 1
@@ -151,10 +170,13 @@ def _check_documents(index: Index, starts: int, wrong) -> None:
 
 
 def find_shards(index: Path) -> list[Path]:
-  """The data files of NAME.idx, in their order.
+  """Return the data files of an index, in their order.
+
+  Args:
+    index: NAME.idx.
 
   Raises:
-    DataError: there is none, one is missing, or there are two sets of them.
+    DataError: there is none, one is missing, or there are two sets of files.
   """
   stem = index.with_suffix("")
   merged = stem.with_name(stem.name + ".bin")
@@ -168,7 +190,8 @@ def find_shards(index: Path) -> list[Path]:
       found[last][shard] = path
   if len(found) + merged.exists() != 1:
     sets = [f"{stem}-*-of-{last}.bin" for last in sorted(found)]
-    sets += [str(merged)] * merged.exists()
+    if merged.exists():
+      sets.append(str(merged))
     raise DataError(
       f"{index}: expected {merged.name} or {stem.name}-00000-of-0000N.bin "
       f"beside it, one of them; found {', '.join(sets) or 'neither'}"
@@ -186,15 +209,22 @@ def find_shards(index: Path) -> list[Path]:
 
 
 class MegatronSource(TokenSource):
-  """Tokens under a Megatron index; pickles as its path.
+  """The documents of a Megatron index.
+
+  It pickles as its path, so that each process maps the files itself.
 
   Args:
     path: NAME.idx.
-    unit: what a document is: the index's documents, or its sequences, which
-      in preshuffled data are ready rows.
+    unit: what counts as a document: the index's documents, or its sequences,
+      which are rows if the data was shuffled before.
+
+  Attributes:
+    path: NAME.idx.
+    unit: "document" or "sequence".
+    shards: the paths of the data files.
 
   Raises:
-    DataError: the index or the files are not sound.
+    DataError: the index or a data file is missing or damaged.
   """
 
   def __init__(self, path: Path | str, unit: Unit = "document") -> None:
@@ -218,11 +248,12 @@ class MegatronSource(TokenSource):
 
   @property
   def name(self) -> str:
+    """The path of the index."""
     return str(self.path)
 
   @functools.cached_property
   def starts(self) -> np.ndarray:
-    """The first byte of each document: int64 (n,)."""
+    """The place of each document in the data in bytes: int64 (n,)."""
     offsets_S = self._index.offsets_S
     if self.unit == "sequence":
       return offsets_S
@@ -230,6 +261,7 @@ class MegatronSource(TokenSource):
 
   @functools.cached_property
   def lengths(self) -> np.ndarray:
+    """The number of tokens of each document: int (n,)."""
     if self.unit == "sequence":
       return self._index.lengths_S
     ends = np.append(self.starts[1:], self._index.total_bytes)
@@ -237,20 +269,22 @@ class MegatronSource(TokenSource):
 
   @property
   def sequences(self) -> int:
-    """The number of sequences, of which documents are made."""
+    """The number of sequences, which make up the documents."""
     return len(self._index.lengths_S)
 
   @property
   def dtype(self) -> np.dtype:
-    """The type of a stored token."""
+    """The dtype of a stored token."""
     return self._index.dtype
 
   @property
   def vocab_size(self) -> None:
+    """None: the format does not say."""
     return None
 
   @functools.cached_property
   def fingerprint(self) -> Fingerprint:
+    """Hashes of the index and of the data files."""
     return {
       "kind": "megatron",
       "unit": self.unit,
@@ -260,11 +294,13 @@ class MegatronSource(TokenSource):
     }
 
   def __len__(self) -> int:
+    """Return the number of documents."""
     if self.unit == "sequence":
       return self.sequences
     return len(self._index.documents_D) - 1
 
   def fill(self, pieces: Pieces, out_N: np.ndarray) -> None:
+    """Write the tokens of pieces to their places; see `TokenSource.fill`."""
     size = self._index.dtype.itemsize
     first_P = self.starts[pieces.document_P] + size * pieces.start_P
     shard_P = np.searchsorted(self._ends, first_P, side="right")
@@ -275,7 +311,7 @@ class MegatronSource(TokenSource):
       out_N[place : place + length] = raw.view(self._index.dtype)
 
   def _bytes(self, begin: int, end: int, shard: int) -> np.ndarray:
-    """The bytes begin..end-1 of the data, the first of them in `shard`."""
+    """Return the bytes begin..end-1 of the data; `shard` holds the first."""
     parts = []
     while True:
       data = self._data[shard]

@@ -1,19 +1,21 @@
-"""Plans: which pieces of which documents make up row r.
+"""Pack documents into rows: which pieces of which documents make up row r.
 
-A row has W = L + 1 tokens, L inputs and L targets. Three ways to cut:
+A row has W = L + 1 tokens, for L inputs and L targets. A packing is one of
 
     rows       a document of W tokens is a row
-    stream     row r holds the tokens [r L, r L + L] of all documents, one
-               behind the other; neighbours share a token, and nothing marks
-               where a document ends (GPT-NeoX, and the paper's Pile runs)
-    documents  whole documents, best fit first; those above W tokens are cut
-               into pieces that share a token, so that each is predicted once
+    stream     row r holds the tokens r L … r L + L of all documents, which are
+               concatenated. Neighbouring rows share a token, and nothing marks
+               a document boundary. GPT-NeoX and the paper's Pile runs do this.
+    documents  whole documents are packed into rows by best fit. A document of
+               more than W tokens is cut into pieces that share a token, so that
+               each token is predicted once.
 
-A plan is computed once, is a function of the lengths alone, and is read by
-row; `order.py` says which rows come when.
+The result is a row plan. It depends only on the lengths of the documents, is
+computed once, and gives any row at any time. `train/data/order.py` decides in
+which order training reads the rows.
 
-Best fit: `Fewer Truncations Improve Language Modeling`, arXiv 2404.10830; here
-all pieces of one length are placed at once.
+Best fit follows "Fewer Truncations Improve Language Modeling", arXiv
+2404.10830. Here all pieces of one length are placed at once.
 """
 
 import abc
@@ -26,48 +28,60 @@ from train.data.text.token_source import Pieces
 
 SPLITS = ("train", "validation", "test")
 
-_SPLIT_KEY = 0x5EED50F5711
-_CHUNK = 1 << 20
-_LEAST = 2  # tokens of a piece: below it there is nothing to predict
+_SPLIT_KEY = 0x5EED50F5711  # makes the splits independent of other hashes
+_BLOCK = 1 << 20  # documents that are hashed at a time
+_LEAST = 2  # the shortest piece; one token has nothing to predict
 
 
-class Plan(abc.ABC):
-  """Rows as pieces of documents.
+class RowPlan(abc.ABC):
+  """Abstract: rows as pieces of documents.
 
   Attributes:
-    width: W, the tokens of a row.
+    width: W, the number of tokens of a row.
   """
 
   width: int
 
   @abc.abstractmethod
   def __len__(self) -> int:
-    """The number of rows."""
+    """Return the number of rows."""
 
   @abc.abstractmethod
   def pieces(self, rows_R: np.ndarray) -> tuple[Pieces, np.ndarray]:
-    """The pieces of rows, and the number of each one's row, from 0 to R − 1.
+    """Return the pieces of some rows.
 
-    Row i of the R rows has the places i W … i W + W − 1 of the buffer.
+    Args:
+      rows_R: the numbers of the rows, int64.
+
+    Returns:
+      The pieces, and for each piece the index of its row in `rows_R`, int64
+      (P,). Row i of the R rows has the places i W … i W + W − 1 of the buffer.
     """
 
   def arrays(self) -> dict[str, np.ndarray]:
-    """The plan's arrays by the names of its fields."""
+    """Return the arrays of the plan by the names of its fields."""
     values = vars(self).items()
     return {name: x for name, x in values if isinstance(x, np.ndarray)}
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedRows(Plan):
-  """The documents 0..count-1, each a row."""
+class FixedRows(RowPlan):
+  """Plan the rows of packing "rows": each document is a row.
+
+  Attributes:
+    width: W, the number of tokens of a document.
+    count: the number of documents.
+  """
 
   width: int
   count: int
 
   def __len__(self) -> int:
+    """Return the number of rows."""
     return self.count
 
   def pieces(self, rows_R: np.ndarray) -> tuple[Pieces, np.ndarray]:
+    """Return the pieces of some rows; see `RowPlan.pieces`."""
     row_R = np.arange(len(rows_R))
     width_R = np.full(len(rows_R), self.width)
     pieces = Pieces(rows_R, np.zeros_like(row_R), width_R, row_R * self.width)
@@ -75,31 +89,42 @@ class FixedRows(Plan):
 
 
 @dataclasses.dataclass(frozen=True)
-class RowRange(Plan):
-  """The rows first..first+count-1 of another plan."""
+class RowRange(RowPlan):
+  """Take the rows first..first+count-1 of another plan.
 
-  plan: Plan
+  Attributes:
+    plan: the other plan.
+    first: the first row.
+    count: the number of rows.
+  """
+
+  plan: RowPlan
   first: int
   count: int
 
   @property
   def width(self) -> int:
+    """The number of tokens of a row."""
     return self.plan.width
 
   def __len__(self) -> int:
+    """Return the number of rows."""
     return self.count
 
   def pieces(self, rows_R: np.ndarray) -> tuple[Pieces, np.ndarray]:
+    """Return the pieces of some rows; see `RowPlan.pieces`."""
     return self.plan.pieces(self.first + rows_R)
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamRows(Plan):
-  """Rows cut from concatenated documents; less than a row is left over.
+class StreamRows(RowPlan):
+  """Plan the rows of packing "stream": cut from concatenated documents.
 
   Attributes:
-    document_n: the documents that are not empty, in their order.
-    start_n: the place of each in the stream, and the stream's end: (n + 1,).
+    width: W, the number of tokens of a row.
+    document_n: the documents that are not empty, in their order, int64.
+    start_n: the place of each document in the stream, and the end of the
+      stream, int64 (n + 1,).
   """
 
   width: int
@@ -107,13 +132,22 @@ class StreamRows(Plan):
   start_n: np.ndarray
 
   def __len__(self) -> int:
+    """Return the number of rows."""
     return max(0, (int(self.start_n[-1]) - 1) // (self.width - 1))
 
   def pieces(self, rows_R: np.ndarray) -> tuple[Pieces, np.ndarray]:
+    """Return the pieces of some rows; see `RowPlan.pieces`."""
     return self.pieces_at(rows_R * (self.width - 1))
 
   def pieces_at(self, begin_R: np.ndarray) -> tuple[Pieces, np.ndarray]:
-    """`pieces` of rows that begin at any places of the stream."""
+    """Return the pieces of rows that begin anywhere in the stream.
+
+    Args:
+      begin_R: the places where the rows begin, int64.
+
+    Returns:
+      What `pieces` returns.
+    """
     end_R = begin_R + self.width
     first_R = np.searchsorted(self.start_n, begin_R, side="right") - 1
     count_R = np.searchsorted(self.start_n, end_R, side="left") - first_R
@@ -133,12 +167,16 @@ class StreamRows(Plan):
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedRows(Plan):
-  """Rows of whole documents; a row's tail may be empty.
+class PackedRows(RowPlan):
+  """Plan the rows of packing "documents"; the end of a row may be empty.
 
   Attributes:
-    first_R: the first piece of each row, and the number of pieces: (n + 1,).
-    document_P, start_P, length_P: the pieces, row by row.
+    width: W, the number of tokens of a row.
+    first_R: the first piece of each row, and the number of pieces, int64
+      (rows + 1,).
+    document_P: the document of each piece, row by row.
+    start_P: the first token of each piece in its document.
+    length_P: the tokens of each piece.
   """
 
   width: int
@@ -148,14 +186,16 @@ class PackedRows(Plan):
   length_P: np.ndarray
 
   def __len__(self) -> int:
+    """Return the number of rows."""
     return len(self.first_R) - 1
 
   def pieces(self, rows_R: np.ndarray) -> tuple[Pieces, np.ndarray]:
+    """Return the pieces of some rows; see `RowPlan.pieces`."""
     first_R = self.first_R[rows_R]
     row_P, within_P = _expand(self.first_R[rows_R + 1] - first_R)
     index_P = first_R[row_P] + within_P
     length_P = self.length_P[index_P].astype(np.int64)
-    before_P = np.cumsum(length_P) - length_P  # over all rows so far
+    before_P = np.cumsum(length_P) - length_P  # over all rows together
     row_first_P = np.flatnonzero(within_P == 0)[row_P]
     place_P = before_P - before_P[row_first_P] + row_P * self.width
     pieces = Pieces(
@@ -170,18 +210,24 @@ class PackedRows(Plan):
 def split_documents(
   count: int, split: str, validation: float, test: float
 ) -> np.ndarray:
-  """The documents of a split, ascending: int64.
+  """Return the documents of a split, ascending, int64.
 
-  A hash of its number places a document, so that each shard gives its share
-  and the other splits stay what they are whatever the run's seed.
+  A hash of its number decides the split of a document. Each shard therefore
+  gives its share, and the splits do not depend on the run's seed.
+
+  Args:
+    count: the number of documents.
+    split: one of SPLITS.
+    validation: the fraction that is held out for validation.
+    test: the fraction that is held out for tests.
   """
   if validation == test == 0:
     return np.arange(count if split == "train" else 0)
   edges = np.array([validation, validation + test])
   chosen = {"validation": 0, "test": 1, "train": 2}[split]
   found = []
-  for first in range(0, count, _CHUNK):
-    number_C = np.arange(first, min(first + _CHUNK, count))
+  for first in range(0, count, _BLOCK):
+    number_C = np.arange(first, min(first + _BLOCK, count))
     unit_C = (hash64(_SPLIT_KEY, number_C) >> np.uint64(11)) * 2.0**-53
     kind_C = np.searchsorted(edges, unit_C, side="right")
     found.append(number_C[kind_C == chosen])
@@ -189,15 +235,24 @@ def split_documents(
 
 
 def split_rows(
-  plan: Plan, split: str, validation: float, test: float
+  plan: RowPlan, split: str, validation: float, test: float
 ) -> RowRange:
-  """The rows of a split: one or more where its fraction is above 0.
+  """Return the rows of a split; at least one if its fraction is above 0.
 
-  The held-out rows are the last ones, so that the others keep their order.
+  The last rows are held out, so that the others keep their order.
+
+  Args:
+    plan: all rows.
+    split: one of SPLITS.
+    validation: the fraction that is held out for validation.
+    test: the fraction that is held out for tests.
   """
   count = len(plan)
-  most = lambda part: min(count, max(int(count * part), part > 0))
-  sizes = {"validation": most(validation), "test": most(test)}
+
+  def size(fraction: float) -> int:
+    return min(count, max(int(count * fraction), fraction > 0))
+
+  sizes = {"validation": size(validation), "test": size(test)}
   train = max(count - sum(sizes.values()), 0)
   firsts = {"train": 0, "validation": train, "test": train}
   firsts["test"] += sizes["validation"]
@@ -207,12 +262,12 @@ def split_rows(
 def stream_plan(
   width: int, lengths_n: np.ndarray, document_n: np.ndarray
 ) -> StreamRows:
-  """The plan of rows cut from the chosen documents.
+  """Plan rows that are cut from concatenated documents.
 
   Args:
     width: W, 2 or more.
-    lengths_n: of all documents.
-    document_n: the chosen ones, in the order of the stream.
+    lengths_n: the tokens of each document of the data set.
+    document_n: the documents to use, in the order of the stream.
   """
   length_n = lengths_n[document_n].astype(np.int64)
   kept_n = length_n > 0
@@ -225,12 +280,14 @@ def stream_plan(
 def packed_plan(
   width: int, lengths_n: np.ndarray, document_n: np.ndarray
 ) -> PackedRows:
-  """The plan of packed documents; those of less than 2 tokens have no place.
+  """Plan rows of whole documents, packed by best fit.
+
+  Documents of fewer than 2 tokens are left out.
 
   Args:
     width: W, 2 or more.
-    lengths_n: of all documents.
-    document_n: the chosen ones.
+    lengths_n: the tokens of each document of the data set.
+    document_n: the documents to use.
   """
   length_n = lengths_n[document_n].astype(np.int64)
   count_n = np.where(length_n < _LEAST, 0, -(-(length_n - 1) // (width - 1)))
@@ -252,20 +309,21 @@ def packed_plan(
 
 
 def best_fit(width: int, counts: np.ndarray) -> tuple[np.ndarray, int]:
-  """Places pieces in bins of `width`, each where the least room is left.
+  """Place pieces in bins, longest first, each where the least room is left.
 
   Args:
-    width: W.
-    counts: (W + 1,), the number of pieces of each length; none below 2.
+    width: W, the size of a bin.
+    counts: the number of pieces of each length, (W + 1,); 0 below length 2.
 
   Returns:
-    The bin of each piece, longest pieces first, int64, and the number of bins.
+    The bin of each piece, longest pieces first, int64; and the number of bins.
   """
   rooms: list[list[np.ndarray]] = [[] for _ in range(width + 1)]
   open_ = np.zeros(width + 1, bool)
   chosen, bins = [], 0
 
   def leave(room: int, bins_m: np.ndarray) -> None:
+    """Keep bins that have this much room left."""
     if room >= _LEAST and bins_m.size:
       rooms[room].append(bins_m)
       open_[room] = True
@@ -294,7 +352,10 @@ def best_fit(width: int, counts: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _expand(count_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """For counts (2, 1, 3): (0 0 1 2 2 2) and (0 1 0 0 1 2)."""
+  """Repeat each index by its count, and number the repetitions.
+
+  Counts (2, 1, 3) give (0 0 1 2 2 2) and (0 1 0 0 1 2).
+  """
   index_P = np.repeat(np.arange(len(count_n)), count_n)
   first_n = np.cumsum(count_n) - count_n
   return index_P, np.arange(len(index_P)) - first_n[index_P]

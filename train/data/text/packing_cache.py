@@ -1,8 +1,8 @@
-"""Plans kept on disk, under the fingerprint of what they are made from.
+"""Keep row plans on disk, under a hash of what they are made from.
 
-A plan is a folder of .npy files and a plan.json with their SHA-256. It appears
-whole or not at all, so processes may share the cache; a damaged one is made
-again.
+A plan is a folder of .npy files and a plan.json with their SHA-256. The folder
+appears whole or not at all, so that processes may share the cache. A damaged
+plan is made again.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,15 +31,15 @@ def cached(
   make: Callable[[], Arrays],
   cache_dir: Path = CACHE_DIR,
 ) -> Arrays:
-  """The arrays of `make`, from the cache where they are there and sound.
+  """Return arrays from the cache, or make them and keep them there.
 
   Args:
-    key: all that the arrays depend on.
-    make: makes them; not called if the cache has them.
+    key: everything that the arrays depend on.
+    make: makes the arrays; it is called if the cache does not have them.
     cache_dir: the folder of the cache.
 
   Returns:
-    The arrays by name, read-only, mapped from their files.
+    The arrays by name, read-only, memory-mapped from their files.
 
   Raises:
     OSError: the folder cannot be written.
@@ -57,7 +57,7 @@ def cached(
 
 
 def _load(folder: Path, text: str) -> Arrays | None:
-  """The mapped arrays of a sound folder, else None."""
+  """Return the memory-mapped arrays of a folder; None if it is not sound."""
   if not folder.exists():
     return None
   try:
@@ -80,7 +80,7 @@ def _load(folder: Path, text: str) -> Arrays | None:
 
 
 def _save(folder: Path, text: str, arrays: Arrays) -> None:
-  """Writes a folder under another name, and only then gives it its own."""
+  """Write a folder under a temporary name, then rename it."""
   folder.parent.mkdir(parents=True, exist_ok=True)
   temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
   temporary.mkdir()
@@ -92,7 +92,8 @@ def _save(folder: Path, text: str, arrays: Arrays) -> None:
       digests[name] = file_hash(path)
     record = {"key": text, "sha256": digests}
     (temporary / "plan.json").write_text(json.dumps(record))
-    if _load(folder, text) is None:  # another process may have made it
+    # Another process may have made it meanwhile.
+    if _load(folder, text) is None:
       shutil.rmtree(folder, ignore_errors=True)
       try:
         os.rename(temporary, folder)

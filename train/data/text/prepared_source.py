@@ -1,14 +1,17 @@
-"""Prepared data sets: a folder of ArrayRecord shards under a `dataset.json`.
+"""Read the data sets that `rebased prepare` makes.
 
-    dataset.json                written last, so that it marks a finished set
-    tokenizer.json              not for the tokenizer "bytes"
+A data set is a folder:
+
+    dataset.json                written last, so it marks a finished data set
+    tokenizer.json              unless the tokenizer is "bytes"
     shard-00000.arrayrecord     a record is a document, or a row of "length" + 1
-                                tokens: little-endian tokens
-    shard-00000.lengths.npy     int64, the tokens of each record
-    shard-00000.domains.npy     int16, into "domain_names"; where there are any
+                                tokens; tokens are little-endian
+    shard-00000.lengths.npy     int64, the number of tokens of each record
+    shard-00000.domains.npy     int16, the domain of each record, an index into
+                                "domain_names"; only if there are domains
 
-Documents are numbered over all shards; where the "kind" is "rows", each row is
-one.
+Documents are numbered over all shards. If the "kind" is "rows", each row counts
+as a document.
 """
 
 import functools
@@ -30,7 +33,7 @@ from train.data.text.token_source import DataError, Pieces, TokenSource
 
 FORMAT, VERSION = "rebased-tokens", 1
 _DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-_TYPES: dict[str, type | tuple[type, ...]] = {
+_TYPES: dict[str, type] = {
   "kind": str,
   "dtype": str,
   "vocab_size": int,
@@ -42,7 +45,10 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def read_sidecar(folder: Path) -> dict[str, Any]:
-  """The dataset.json of a finished data set.
+  """Read and check the dataset.json of a finished data set.
+
+  Args:
+    folder: the data set.
 
   Raises:
     DataError: there is none, or it is not of this format.
@@ -50,8 +56,8 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
   path = folder / "dataset.json"
   if not path.exists():
     raise DataError(
-      f"{folder}: no dataset.json, so it is no prepared data set or an "
-      "unfinished one; `rebased prepare` makes it"
+      f"{folder}: no dataset.json, so it is not a data set, or an unfinished "
+      "one; `rebased prepare` makes or finishes it"
     )
   try:
     data = json.loads(path.read_text())
@@ -73,7 +79,7 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
 
 
 def _check_values(path: Path, data: dict[str, Any]) -> None:
-  """Raises DataError where a field of a sidecar has no meaning."""
+  """Raise DataError if a field of a dataset.json is out of range."""
 
   def check(ok: bool, field: str, expected: str) -> None:
     if not ok:
@@ -85,7 +91,7 @@ def _check_values(path: Path, data: dict[str, Any]) -> None:
   if rows:
     length = data.get("length")
     check(type(length) is int and length >= 1, "length", "1 or more")
-  counts = ("documents", "tokens") + ("rows",) * rows
+  counts = ("documents", "tokens", "rows") if rows else ("documents", "tokens")
   check(data["dtype"] in _DTYPES, "dtype", f"one of {', '.join(_DTYPES)}")
   limit = 2 ** min(8 * _DTYPES[data["dtype"]].itemsize, 31)
   fits = 1 <= data["vocab_size"] <= limit
@@ -108,14 +114,21 @@ def _check_values(path: Path, data: dict[str, Any]) -> None:
 
 
 class PreparedSource(TokenSource):
-  """The documents of a prepared data set; pickles as its path.
+  """The documents of a prepared data set.
+
+  It pickles as its path, so that each process opens the files itself.
 
   Args:
     path: the folder.
 
+  Attributes:
+    path: the folder.
+    sidecar: the content of dataset.json.
+    shards: the paths of the ArrayRecord files.
+
   Raises:
-    DataError: the set is unfinished, or a file is missing or not as
-      dataset.json says.
+    DataError: the data set is unfinished, or a file is missing or does not
+      match dataset.json.
   """
 
   def __init__(self, path: Path | str) -> None:
@@ -133,7 +146,7 @@ class PreparedSource(TokenSource):
     self._lengths_n.flags.writeable = False
 
   def _lengths(self, shard: int) -> np.ndarray:
-    """The lengths of the records of a shard, checked against the sidecar."""
+    """Return the lengths of a shard's records, checked with dataset.json."""
     path = self.shards[shard]
     if not path.exists():
       raise DataError(f"{path}: missing, though dataset.json lists it")
@@ -155,7 +168,7 @@ class PreparedSource(TokenSource):
     return lengths_n
 
   def _array(self, shard: int, what: str, dtype: type) -> np.ndarray:
-    """NAME.what.npy of a shard: one value a record."""
+    """Read NAME.what.npy of a shard, which has one value for each record."""
     path = _beside(self.shards[shard], what)
     expected = self._counts[shard]
     try:
@@ -171,31 +184,35 @@ class PreparedSource(TokenSource):
 
   @property
   def name(self) -> str:
+    """The path of the folder."""
     return str(self.path)
 
   @property
   def row_length(self) -> int | None:
-    """L where the documents are rows of L + 1 tokens, else None."""
+    """L if the documents are rows of L + 1 tokens; None if they are not."""
     return (
       self.sidecar.get("length") if self.sidecar["kind"] == "rows" else None
     )
 
   @property
   def lengths(self) -> np.ndarray:
+    """The number of tokens of each document: int64 (n,), read-only."""
     return self._lengths_n
 
   @property
   def vocab_size(self) -> int:
+    """The vocabulary size of the tokenizer."""
     return self.sidecar["vocab_size"]
 
   @functools.cached_property
   def domains(self) -> np.ndarray | None:
-    """The domain of each document, into `domain_names`; None without any.
+    """The domain of each document, int16 (n,), an index into `domain_names`.
 
-    Rows have none: a row may be of several.
+    None if the documents name no domains, or if they are rows, which may come
+    from several domains.
 
     Raises:
-      DataError: a file is missing, or names a domain that there is not.
+      DataError: a file is missing, or holds a number that is no domain's.
     """
     names = self.sidecar.get("domain_names")
     if not names or self.row_length is not None:
@@ -208,12 +225,13 @@ class PreparedSource(TokenSource):
       domains_n.min() >= 0 and domains_n.max() < len(names)
     ):
       raise DataError(
-        f"{self.path}: a domain outside of its {len(names)} names"
+        f"{self.path}: a domain is outside of its {len(names)} names"
       )
     return domains_n
 
   @functools.cached_property
   def fingerprint(self) -> Fingerprint:
+    """Hashes of dataset.json, the lengths, the files and the tokenizer."""
     return {
       "kind": "prepared",
       "index": file_hash(self.path / "dataset.json"),
@@ -224,16 +242,18 @@ class PreparedSource(TokenSource):
     }
 
   def __len__(self) -> int:
+    """Return the number of documents."""
     return len(self._lengths_n)
 
   def fill(self, pieces: Pieces, out_N: np.ndarray) -> None:
+    """Write the tokens of pieces to their places; see `TokenSource.fill`."""
     shard_P = np.searchsorted(self._ends, pieces.document_P, side="right")
     for shard in np.unique(shard_P).tolist():
       which_Q = np.flatnonzero(shard_P == shard)
       self._fill_from(shard, Pieces(*(x[which_Q] for x in pieces)), out_N)
 
   def _fill_from(self, shard: int, pieces: Pieces, out_N: np.ndarray) -> None:
-    """`fill` with pieces of one shard; each record is read once."""
+    """Fill pieces of one shard; each record is read once."""
     first = int(self._ends[shard]) - self._counts[shard]
     document_R, record_P = np.unique(pieces.document_P, return_inverse=True)
     path, reader = self.shards[shard], self._reader(shard)
@@ -259,14 +279,14 @@ class PreparedSource(TokenSource):
       )
 
   def _reader(self, shard: int) -> ArrayRecordReader:
-    """The open reader of a shard, whose count of records was checked."""
+    """Open a shard, and check its number of records."""
     if shard not in self._readers:
       path = self.shards[shard]
       try:
         reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
         count = reader.num_records()
       except (RuntimeError, ValueError) as error:
-        raise DataError(f"{path}: no ArrayRecord file: {error}") from error
+        raise DataError(f"{path}: not an ArrayRecord file: {error}") from error
       expected = self._counts[shard]
       if count != expected:
         raise DataError(
@@ -276,11 +296,15 @@ class PreparedSource(TokenSource):
     return self._readers[shard]
 
   def verify(self) -> None:
-    """Reads every byte; DataError where a shard is not the one prepared."""
+    """Read every byte and compare the checksums.
+
+    Raises:
+      DataError: a shard changed since it was made.
+    """
     for shard, path in enumerate(self.shards):
       expected = self.sidecar["shards"][shard].get("sha256")
       if expected is not None and file_hash(path) != expected:
-        raise DataError(f"{path}: another SHA-256 than dataset.json says")
+        raise DataError(f"{path}: its SHA-256 is not the one in dataset.json")
 
   def __repr__(self) -> str:
     return f"PreparedSource({self.name!r})"
@@ -290,5 +314,5 @@ class PreparedSource(TokenSource):
 
 
 def _beside(shard: Path, what: str) -> Path:
-  """The file NAME.what.npy of a shard NAME.arrayrecord."""
+  """Return the path NAME.what.npy of a shard NAME.arrayrecord."""
   return shard.with_name(f"{shard.stem}.{what}.npy")

@@ -1,4 +1,7 @@
-"""From a path and a layout to rows of tokens."""
+"""Open a data set, plan its rows, and read them.
+
+path → TokenSource → RowPlan → rows of W = L + 1 tokens
+"""
 
 import dataclasses
 import functools
@@ -9,10 +12,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from train.data.checks import require
-from train.data.text import packing as plans
-from train.data.text.prepared_source import PreparedSource
+from train.data.text import packing
 from train.data.text.megatron_source import MegatronSource, Unit
 from train.data.text.packing_cache import Arrays, cached
+from train.data.text.prepared_source import PreparedSource
 from train.data.text.token_source import DataError, Pieces, TokenSource
 
 Packing = Literal["stream", "documents", "rows"]
@@ -20,22 +23,25 @@ PACKINGS = ("stream", "documents", "rows")
 HeldOut = Literal["documents", "end"]
 HELD_OUT = ("documents", "end")
 
-_VERSION = 1  # of the plans
-_CHUNK = 1 << 20
+_VERSION = 1  # of the row plans; raise it when they change
+_BLOCK = 1 << 20  # lengths that are checked at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """How rows are made of documents; ValueError where there are none.
+  """How documents become rows.
 
   Attributes:
     length: L, the inputs of a row, which has L + 1 tokens.
-    packing: "stream", "documents" or "rows", see `plan.py`.
-    validation: the fraction held out for validation.
-    test: the fraction held out for tests.
-    held_out: what of a stream is held out: "documents", some of all, or "end",
-      its last rows, of whatever documents, a single one among them. Ready rows
-      are held out from the end.
+    packing: "stream", "documents" or "rows"; see `packing.py`.
+    validation: the fraction that is held out for validation.
+    test: the fraction that is held out for tests.
+    held_out: what is held out with packing "stream": "documents" holds out
+      some of the documents, "end" the last rows of the stream, which works
+      even for a single document. Packing "rows" always holds out the last rows.
+
+  Raises:
+    ValueError: a field is outside its range.
   """
 
   length: int
@@ -62,13 +68,16 @@ class Layout:
 
 
 def open_source(path: str, packing: Packing = "stream") -> TokenSource:
-  """The data set at a path: a prepared folder, or a Megatron index.
+  """Open a data set.
 
-  A set that has not changed since is opened once in a process. With the
-  packing "rows" the documents of an index are its sequences.
+  A process opens a data set once, until its files change.
+
+  Args:
+    path: a prepared folder, or a Megatron index NAME.idx.
+    packing: with "rows", the documents of an index are its sequences.
 
   Raises:
-    DataError: there is none, or it is not sound.
+    DataError: there is no data set, or it is damaged.
   """
   place = Path(path)
   if place.is_dir():
@@ -82,7 +91,7 @@ def open_source(path: str, packing: Packing = "stream") -> TokenSource:
 
 
 def _stamp(folder: Path, *patterns: str) -> tuple:
-  """Names, sizes, times and numbers of the files of a data set."""
+  """Return the names, sizes, times and inodes of a data set's files."""
   found = sorted({x for pattern in patterns for x in folder.glob(pattern)})
   stats = ((path.name, path.stat()) for path in found)
   return tuple((name, x.st_size, x.st_mtime_ns, x.st_ino) for name, x in stats)
@@ -100,12 +109,18 @@ def _opened_megatron(path: str, unit: Unit, stamp: tuple) -> MegatronSource:
 
 def make_plan(
   source: TokenSource, layout: Layout, split: str, cache_dir: Path
-) -> plans.Plan:
-  """The plan of one split of a data set, from the cache where it can be.
+) -> packing.RowPlan:
+  """Plan the rows of one split of a data set, or take them from the cache.
+
+  Args:
+    source: the data set.
+    layout: how documents become rows.
+    split: "train", "validation" or "test".
+    cache_dir: the folder of the cache.
 
   Raises:
-    DataError: the packing is "rows" and a document has another length, or the
-      data set is of rows and the packing is not.
+    DataError: the packing is "rows" and a document has another length; or the
+      data set consists of rows and the packing is another one.
     OSError: the cache cannot be written.
   """
   width = layout.length + 1
@@ -119,17 +134,17 @@ def make_plan(
   fractions = (layout.validation, layout.test)
   if layout.packing == "rows":
     _check_rows(source, width)
-    whole: plans.Plan = plans.FixedRows(width, len(source))
-    return plans.split_rows(whole, split, *fractions)
+    rows = packing.FixedRows(width, len(source))
+    return packing.split_rows(rows, split, *fractions)
   if layout.held_out == "end" and fractions != (0, 0):
     all_rows = Layout(layout.length, layout.packing, validation=0.0)
-    whole = make_plan(source, all_rows, "train", cache_dir)
-    return plans.split_rows(whole, split, *fractions)
+    stream = make_plan(source, all_rows, "train", cache_dir)
+    return packing.split_rows(stream, split, *fractions)
   packed = layout.packing == "documents"
-  make = plans.packed_plan if packed else plans.stream_plan
+  make = packing.packed_plan if packed else packing.stream_plan
 
   def arrays() -> Arrays:
-    chosen_n = plans.split_documents(len(source), split, *fractions)
+    chosen_n = packing.split_documents(len(source), split, *fractions)
     return make(width, source.lengths, chosen_n).arrays()
 
   key = {
@@ -138,14 +153,14 @@ def make_plan(
     "split": split,
     **source.fingerprint,
   }
-  kind = plans.PackedRows if packed else plans.StreamRows
+  kind = packing.PackedRows if packed else packing.StreamRows
   return kind(width, **cached(key, arrays, cache_dir))
 
 
 def _check_rows(source: TokenSource, width: int) -> None:
-  """Raises DataError where a document is no row."""
-  for first in range(0, len(source), _CHUNK):
-    length_C = source.lengths[first : first + _CHUNK]
+  """Raise DataError if a document does not have `width` tokens."""
+  for first in range(0, len(source), _BLOCK):
+    length_C = source.lengths[first : first + _BLOCK]
     bad = np.flatnonzero(length_C != width)
     if bad.size:
       raise DataError(
@@ -155,14 +170,23 @@ def _check_rows(source: TokenSource, width: int) -> None:
 
 
 class FilledRows(NamedTuple):
-  """Rows of a plan: their tokens, and where they came from."""
+  """Rows that were read, and the pieces that they were filled from.
 
-  tokens_RW: np.ndarray  # int32, 0 in padding
+  Attributes:
+    tokens_RW: the tokens, int32; 0 in padding.
+    pieces: the pieces of documents.
+    row_P: the row of each piece, int64.
+  """
+
+  tokens_RW: np.ndarray
   pieces: Pieces
   row_P: np.ndarray
 
   def segments_RW(self) -> np.ndarray:
-    """The number of the piece at each place of a row, from 1; 0 in padding."""
+    """Return the number of the piece at each place of a row: int32 (R, W).
+
+    Pieces are numbered from 1 in each row; padding is 0.
+    """
     shape = self.tokens_RW.shape
     first_N = np.zeros(self.tokens_RW.size, np.int32)
     first_N[self.pieces.place_P] = 1
@@ -173,9 +197,18 @@ class FilledRows(NamedTuple):
 
 
 def fill_rows(
-  source: TokenSource, plan: plans.Plan, row_R: np.ndarray
+  source: TokenSource, plan: packing.RowPlan, row_R: np.ndarray
 ) -> FilledRows:
-  """Reads rows of a plan; raises like `fill_pieces`."""
+  """Read rows of a plan.
+
+  Args:
+    source: the data set.
+    plan: the plan of its rows.
+    row_R: the numbers of the rows, int64.
+
+  Raises:
+    DataError: see `fill_pieces`.
+  """
   return fill_pieces(source, *plan.pieces(row_R), (len(row_R), plan.width))
 
 
@@ -185,10 +218,16 @@ def fill_pieces(
   row_P: np.ndarray,
   shape: tuple[int, int],
 ) -> FilledRows:
-  """Reads pieces into rows of this shape (R, W).
+  """Read pieces of documents into rows.
+
+  Args:
+    source: the data set.
+    pieces: the pieces, and their places in the rows.
+    row_P: the row of each piece.
+    shape: (R, W).
 
   Raises:
-    DataError: a file cannot be read, or a token is outside of the vocabulary.
+    DataError: a file cannot be read, or a token is outside the vocabulary.
   """
   tokens_N = np.zeros(shape[0] * shape[1], np.int32)
   source.fill(pieces, tokens_N)
@@ -199,7 +238,7 @@ def fill_pieces(
 def _check_tokens(
   source: TokenSource, pieces: Pieces, tokens_N: np.ndarray
 ) -> None:
-  """Raises DataError where a token is negative or beyond the vocabulary."""
+  """Raise DataError if a token is negative or outside the vocabulary."""
   limit = source.vocab_size or 2**31
   if tokens_N.min() >= 0 and tokens_N.max() < limit:
     return

@@ -1,14 +1,13 @@
 """Sources of tokens: numbered documents, of which any part can be read.
 
-A source is a grain random-access source, `source[i]` is document i. Rows are
-filled from pieces of documents, so a source reads no more than it must:
+A source has random access: `source[i]` is document i. Rows are filled from
+pieces of documents, so that a source reads no more than it must:
 
     place  = of the piece's first token in the buffer
     buffer[place : place + length] = document[start : start + length]
 """
 
 import abc
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +20,14 @@ class DataError(ValueError):
 
 
 class Pieces(NamedTuple):
-  """Parts of documents and their places in a flat buffer, all int64 (P,)."""
+  """Pieces of documents, and their places in a flat buffer.
+
+  Attributes:
+    document_P: the number of each piece's document, int64.
+    start_P: its first token in the document, int64.
+    length_P: the number of its tokens, int64.
+    place_P: the place of its first token in the buffer, int64.
+  """
 
   document_P: np.ndarray
   start_P: np.ndarray
@@ -30,58 +36,61 @@ class Pieces(NamedTuple):
 
 
 class TokenSource(abc.ABC):
-  """Documents of one data set, by number."""
+  """Abstract: the documents of one data set, by number."""
 
   @property
   @abc.abstractmethod
   def name(self) -> str:
-    """What messages call it: its path."""
+    """The data set's name in messages: its path."""
 
   @property
   @abc.abstractmethod
   def lengths(self) -> np.ndarray:
-    """The tokens of each document: int64 (n,), read-only."""
+    """The number of tokens of each document: int64 (n,), read-only."""
 
   @property
   @abc.abstractmethod
   def vocab_size(self) -> int | None:
-    """The size of the vocabulary, None where the files do not say."""
+    """The vocabulary size; None if the files do not say."""
 
   @property
   def row_length(self) -> int | None:
-    """L where the files say that documents are rows of L + 1, else None."""
+    """L if the documents are rows of L + 1 tokens; None if they are not."""
     return None
 
   @property
   @abc.abstractmethod
   def fingerprint(self) -> Fingerprint:
-    """Named fields: equal ones mean, but for what no sample can see, equal
-    tokens."""
+    """Named values that identify the tokens.
+
+    Equal fingerprints mean equal tokens, except for changes that a sample of
+    the bytes misses.
+    """
 
   @abc.abstractmethod
   def __len__(self) -> int:
-    """The number of documents."""
+    """Return the number of documents."""
 
   @abc.abstractmethod
   def fill(self, pieces: Pieces, out_N: np.ndarray) -> None:
-    """Writes the tokens of pieces to their places.
+    """Write the tokens of pieces to their places in a buffer.
 
     Args:
-      pieces: none empty, all inside of their documents.
-      out_N: int32 (N,), written where a piece lies.
+      pieces: none is empty, and each lies inside its document.
+      out_N: int32 (N,); places outside the pieces are not written.
 
     Raises:
       DataError: a file does not hold what its index says.
     """
 
   def __getitem__(self, document: int) -> np.ndarray:
-    """All tokens of a document: int32 (length,); IndexError outside."""
+    """Return all tokens of a document, int32 (length,); or IndexError."""
     index = int(document)
     if not 0 <= index < len(self):
       raise IndexError(f"{self.name}: no document {index} of {len(self)}")
     length = int(self.lengths[index])
     out_N = np.empty(length, np.int32)
     if length:
-      words = (np.array([x]) for x in (index, 0, length, 0))
-      self.fill(Pieces(*words), out_N)
+      zero, whole = np.array([0]), np.array([length])
+      self.fill(Pieces(np.array([index]), zero, whole, zero), out_N)
     return out_N
