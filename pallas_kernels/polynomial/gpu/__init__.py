@@ -10,6 +10,8 @@ order of the code, and a glossary. The files, in reading order:
   backward       what it does in the backward, the derivative
   feature_pairs  both, for the mixed products of F > 16
   within_chunk   F > 16: adds the chunk's own tokens to the sums of the walks
+  partial_sums   F > 16: the sums that the walks hand over
+  warpgroup      the records that the code of a warpgroup receives
   tiles          layouts and tensor-core products
   features       the feature blocks of queries and keys, and their derivatives
   documents      rows of several documents

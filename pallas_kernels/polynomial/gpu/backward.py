@@ -63,7 +63,7 @@ from pallas_kernels.polynomial.gpu.tiles import (
   mmas,
   times,
 )
-from pallas_kernels.polynomial.gpu.work import Work
+from pallas_kernels.polynomial.gpu.warpgroup import Work
 
 # Columns of scores at a time, as they fit the registers.
 QUERY_GRADIENT_COLUMNS, KEY_GRADIENT_COLUMNS = 64, 32

@@ -31,7 +31,7 @@ from pallas_kernels.polynomial.gpu.tiles import (
   f32,
   iota,
 )
-from pallas_kernels.polynomial.gpu.work import Work
+from pallas_kernels.polynomial.gpu.warpgroup import Work
 
 OF_STATE_BEFORE, OF_STATE_AFTER = 1, 2  # bits of a token's code
 _PADDING_CODE = 4 * 2**28  # a document that no token is of

@@ -30,7 +30,7 @@ from pallas_kernels.polynomial.gpu.tiles import (
   times,
   zeros,
 )
-from pallas_kernels.polynomial.gpu.work import Work
+from pallas_kernels.polynomial.gpu.warpgroup import Work
 
 # What a state sums.
 

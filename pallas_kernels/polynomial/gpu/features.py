@@ -45,7 +45,7 @@ from pallas_kernels.polynomial.gpu.tiles import (
   two_columns,
   zeros,
 )
-from pallas_kernels.polynomial.gpu.work import Work
+from pallas_kernels.polynomial.gpu.warpgroup import Work
 
 # Blocks at a time, as they fit the registers: where features are written, in
 # the derivative of queries, and in that of keys.

@@ -41,7 +41,7 @@ from pallas_kernels.polynomial.gpu.tiles import (
   mmas,
   times,
 )
-from pallas_kernels.polynomial.gpu.work import Work
+from pallas_kernels.polynomial.gpu.warpgroup import Work
 
 
 def forward(

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from pallas_kernels.polynomial.gpu.launch import C, Launch
 from pallas_kernels.polynomial.gpu.pipeline import Staging
 from pallas_kernels.polynomial.gpu.tiles import f32, times
-from pallas_kernels.polynomial.gpu.work import Work
+from pallas_kernels.polynomial.gpu.warpgroup import Work
 
 
 def outputs(

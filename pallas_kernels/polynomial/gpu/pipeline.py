@@ -19,15 +19,15 @@ output warpgroup works on the chunk itself.
 
 A program has two such walks, each of a head of its own. A kernel that only sums
 a state has no output warpgroup, and four walks in a program. Barriers are in
-shared memory; `work.Shared` names them. Inputs are copied by TMA, one chunk or
-two ahead.
+shared memory, and `warpgroup.Shared` names them. Inputs are copied by TMA, one
+chunk or two ahead.
 """
 
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array, lax
@@ -49,7 +49,7 @@ from pallas_kernels.polynomial.gpu.launch import (
   Launch,
 )
 from pallas_kernels.polynomial.gpu.tiles import LAYOUT, f32
-from pallas_kernels.polynomial.gpu.work import Place, Shared, Work
+from pallas_kernels.polynomial.gpu.warpgroup import Place, Shared, Work
 
 FEATURE_INPUTS = ("q", "k", "qj", "kj")  # inputs that are PART columns wide
 WARPGROUPS = 4  # of a program, which leaves 128 registers a thread
@@ -249,6 +249,7 @@ def state_shapes(launch: Launch) -> list[jax.ShapeDtypeStruct]:
 
 def _output_warpgroup(work: Work, steps: Steps, chunk_at, fetch) -> None:
   """Write the outputs of each chunk; fetch the inputs for both warpgroups."""
+  assert steps.through_state is not None and steps.finish is not None
   here, shared, stages = work.here, work.shared, work.launch.stages
   n = here.in_program
   for i in range(stages):
@@ -356,17 +357,16 @@ def _reset_at_boundary(work: Work, slot, state):
   return tuple(jnp.where(unbroken, x, jnp.zeros_like(x)) for x in state)
 
 
-def _update(work: Work, state, x_s, values_s):
+def _update(work: Work, state, x_s, values_s) -> tuple[Any, Any]:
   """Add valuesᵀ φ to KVᵀ, and k̃ᵀ k to KK, on the tensor core."""
   kv, kk = state
   extended, phi = work.shared.extended, work.shared.phi
-  return tuple(
-    tiles.add_mmas(
-      work,
-      (kv, (values_s.transpose((1, 0)), phi)),
-      (kk, (extended.transpose((1, 0)), x_s)),
-    )
+  kv, kk = tiles.add_mmas(
+    work,
+    (kv, (values_s.transpose((1, 0)), phi)),
+    (kk, (extended.transpose((1, 0)), x_s)),
   )
+  return kv, kk
 
 
 def _write_state(shared: Shared, kv, kk, scale: float) -> None:

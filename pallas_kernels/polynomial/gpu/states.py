@@ -241,7 +241,7 @@ def _places(F: int, m: int) -> _Places:
   # The public features that a product x_a x_b, a ≤ b, is in: one or two.
   public: dict[tuple[int, int], list[int]] = {}
   for r, a in itertools.product(range(F // 2 + 1), range(F)):
-    product = tuple(sorted((a, (a + r) % F)))
+    product = _product(a, (a + r) % F)
     public.setdefault(product, []).append(r * F + a)
   # The terms (i, j, blocks), in their order.
   terms = [(i, i, range(SQUARE_BLOCKS)) for i in range(m)]
@@ -253,7 +253,7 @@ def _places(F: int, m: int) -> _Places:
     lines = []
     for r, c in itertools.product(blocks, range(PART)):
       a, b = i * PART + c, j * PART + (c + r) % PART
-      product = tuple(sorted((a, b)))
+      product = _product(a, b)
       places = public.get(product, [E])
       times_here = 2 if i == j and r == SQUARE_BLOCKS - 1 else 1
       lines.append((places[0], places[-1], len(places) / times_here))
@@ -272,6 +272,11 @@ def _places(F: int, m: int) -> _Places:
     np.array([place for place, _ in of_state]),
     np.array([share for _, share in of_state]),
   )
+
+
+def _product(a: int, b: int) -> tuple[int, int]:
+  """Name the product x_a x_b, whichever comes first."""
+  return min(a, b), max(a, b)
 
 
 # KK.

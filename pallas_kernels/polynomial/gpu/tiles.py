@@ -10,15 +10,17 @@ The left operand may be in registers or in shared memory, the right one is in
 shared memory. `mma` starts from zeros, `add_mma` from a tile.
 """
 
+from collections.abc import Sequence
+
 import jax
-from jax import lax
+from jax import Array, lax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.polynomial.gpu.launch import PART, TILE, C, Launch
-from pallas_kernels.polynomial.gpu.work import Work
+from pallas_kernels.polynomial.gpu.warpgroup import Work
 
 SCORE_COLUMNS = 32  # columns of scores at a time, as they fit the registers
 LAYOUT = plgpu.Layout.WGMMA
@@ -107,12 +109,12 @@ def value_columns(work: Work, ref, chunk):
 # Products on the tensor core.
 
 
-def mma(work: Work, *operands, shape: tuple[int, int]):
+def mma(work: Work, *operands, shape: tuple[int, int]) -> Array:
   """Compute Σ A B over the operands (A, B), in float32."""
   return mmas(work, (shape, *operands))[0]
 
 
-def mmas(work: Work, *products):
+def mmas(work: Work, *products) -> Sequence[Array]:
   """Compute Σ A B for each (shape, (A, B), …).
 
   The tensor core works on all of them at once. The warpgroup waits once.
@@ -132,12 +134,12 @@ def mmas(work: Work, *products):
   return pl.run_scoped(run, *(plgpu.ACC(x[0], f32) for x in products))
 
 
-def add_mma(work: Work, acc, *operands):
+def add_mma(work: Work, acc, *operands) -> Array:
   """Compute acc + Σ A B over the operands (A, B)."""
   return add_mmas(work, (acc, *operands))[0]
 
 
-def add_mmas(work: Work, *sums):
+def add_mmas(work: Work, *sums) -> Sequence[Array]:
   """Compute acc + Σ A B for each (acc, (A, B), …), all at once as in `mmas`."""
   if work.launch.by_shared:
     return [_add_by_shared(work, acc, operands) for acc, *operands in sums]
@@ -147,7 +149,9 @@ def add_mmas(work: Work, *sums):
       for a, b in operands:
         plgpu.wgmma(ref, a, b)
 
-  return pl.run_state(run)(tuple(plgpu.ACC.init(acc) for acc, *_ in sums))
+  refs = tuple(plgpu.ACC.init(acc) for acc, *_ in sums)
+  # `run_state` returns the values of the references, as arrays.
+  return pl.run_state(run)(refs)  # pyrefly: ignore[bad-return]
 
 
 def _add_by_shared(work: Work, acc, operands):

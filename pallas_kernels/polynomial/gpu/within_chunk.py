@@ -9,7 +9,8 @@ The equations are those of `forward.py` and `backward.py`.
 
 from collections.abc import Callable
 import functools
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array, lax
@@ -43,7 +44,7 @@ from pallas_kernels.polynomial.gpu.tiles import (
   mmas,
   times,
 )
-from pallas_kernels.polynomial.gpu.work import Place, Work
+from pallas_kernels.polynomial.gpu.warpgroup import Place, Work
 
 WARPGROUPS = 2  # of a program, which leaves 255 registers a thread
 
@@ -336,12 +337,13 @@ def _causal_mask(work: Work, *, query_axis: int):
 
 def _sum(work: Work, chunk, walks: list[tuple]):
   """Load and add the sums of these walks, (C, ·) float32."""
-  total, tokens = None, pl.ds(chunk * C, C)
-  for ref, walk in walks:
+  tokens = pl.ds(chunk * C, C)
+
+  def load(ref, walk):
     source = ref.at[work.here.b, walk, tokens]
-    x = plgpu.load(source, layout=LAYOUT, optimized=False)
-    total = x if total is None else total + x
-  return total
+    return plgpu.load(source, layout=LAYOUT, optimized=False)
+
+  return functools.reduce(operator.add, (load(*walk) for walk in walks))
 
 
 def _all_terms(work: Work, refs, tile: int) -> list[tuple]:
@@ -471,18 +473,16 @@ def _run(
       finish(work, chunk, refs[first:last])
       plgpu.wait_smem_to_gmem(0)
 
-  operand = None
-  if launch.by_shared:
-    operand = tiles.smem(launch, WARPGROUPS, C, PART)
+  scratch: dict[str, Any] = dict(
+    copied=plgpu.Barrier(num_arrivals=len(inputs), num_barriers=WARPGROUPS),
+    inputs=inputs,
+    operand=smem(C, PART) if launch.by_shared else None,
+    staging=buffers,
+  )
   kernel = plgpu.kernel(
     body,
     out_type=outputs,
-    scratch_types=dict(
-      copied=plgpu.Barrier(num_arrivals=len(inputs), num_barriers=WARPGROUPS),
-      inputs=inputs,
-      operand=operand,
-      staging=buffers,
-    ),
+    scratch_types=scratch,
     compiler_params=tiles.compiler_params(),
     kernel_name=f"polynomial_chunk_{name}",
     grid=(launch.total_chunks, -(-launch.B * launch.H // WARPGROUPS)),

@@ -4,6 +4,7 @@ Names that end in `_s` are references to shared memory, names that end in `_ref`
 are references to HBM. Other arrays are in registers.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pallas_kernels.polynomial.gpu.launch import Launch
@@ -95,7 +96,7 @@ class Work(NamedTuple):
   shared: Any
   inputs: dict
   staging: dict
-  outputs: tuple
+  outputs: Sequence
   rolls: Any
   operand: Any
   initial_count: Any
