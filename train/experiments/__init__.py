@@ -1,0 +1,1 @@
+"""Experiments: many runs of one model in one program, and their records."""
