@@ -17,6 +17,7 @@ from train.compiled_steps import Built
 from train.config import RunConfig
 from train.data import batches as batches_lib
 from train.data.checks import require
+from train.data.config import check_batch
 from train.records.run_folder import RunFolder, RunFolderError
 from train.stored_config import (
   differences,
@@ -155,8 +156,11 @@ def try_data(config: RunConfig) -> None:
     ValueError: the data cannot be made, or does not fit the model.
   """
   check_vocabulary(config)
-  config.data.train_batches(config.batch, config.seed).read(0)
-  config.data.eval_batches(config.micro_batch, config.seed).read(0)
+  data, micro_batch = config.data, config.micro_batch
+  train = data.train_batches(config.batch, config.seed).read(0)
+  check_batch(train, data.fields(config.batch), "train_batches")
+  held_out = data.eval_batches(micro_batch, config.seed).read(0)
+  check_batch(held_out, data.eval_fields(micro_batch), "eval_batches")
 
 
 def check_vocabulary(config: RunConfig) -> None:

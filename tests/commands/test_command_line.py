@@ -1,4 +1,4 @@
-"""The command: what it refuses, how, and what it prints."""
+"""Test the command line: errors, help, and the output of the verbs."""
 
 import json
 from pathlib import Path
@@ -96,7 +96,7 @@ _REFUSED = {
 
 
 @pytest.mark.parametrize("name", _REFUSED)
-def test_refused(call, name: str) -> None:
+def test_a_wrong_argument_is_an_error_that_names_it(call, name: str) -> None:
   args, expected = _REFUSED[name]
   code, out, err = call(*args)
   assert code == 2
@@ -133,7 +133,7 @@ def finished(tmp_path_factory) -> Path:
   return folder
 
 
-def test_a_folder_of_another_config(call, finished: Path) -> None:
+def test_train_refuses_a_folder_of_another_config(call, finished: Path) -> None:
   before = files(finished)
   options = ("--model.width", "32", "--seed", "3", "--run-dir", str(finished))
   code, _, err = call(*_train(*options))
@@ -143,7 +143,7 @@ def test_a_folder_of_another_config(call, finished: Path) -> None:
   assert files(finished) == before
 
 
-def test_a_folder_of_other_files(call, tmp_path: Path) -> None:
+def test_a_folder_of_other_files_is_left_alone(call, tmp_path: Path) -> None:
   (tmp_path / "mine").mkdir()
   (tmp_path / "mine" / "thesis.txt").write_text("chapter 1")
   before = files(tmp_path / "mine")
@@ -236,7 +236,9 @@ def test_evaluate_prints_the_recorded_numbers(call, finished: Path) -> None:
   assert code == 2 and "no step 3, only [2, 4, 6]" in err
 
 
-def test_inspect(call, finished: Path) -> None:
+def test_inspect_shows_presets_runs_and_checkpoints(
+  call, finished: Path
+) -> None:
   count = parameter_count(compiled_steps.abstract_model(tiny()))
   code, out, _ = call("inspect", "mqar-paper-rebased-2048")
   assert code == 0
@@ -271,7 +273,7 @@ def test_inspect(call, finished: Path) -> None:
   assert code == 2 and "no step 5" in err
 
 
-def test_doctor(call) -> None:
+def test_doctor_shows_versions_and_devices(call) -> None:
   code, out, _ = call("doctor")
   assert code == 0
   assert re.search(rf"│ jax +│ +{re.escape(jax.__version__)} │", out)
@@ -279,7 +281,9 @@ def test_doctor(call) -> None:
   assert "polynomial attention" in out and "xla" in out
 
 
-def test_from_a_folder_with_a_train_py(tmp_path: Path, trainer: Path) -> None:
+def test_the_script_runs_beside_a_users_train_py(
+  tmp_path: Path, trainer: Path
+) -> None:
   """The console script does not put the working directory on the path."""
   (tmp_path / "train.py").write_text("raise SystemExit('the wrong train')")
   script = Path(sys.executable).parent / "rebased"
@@ -290,7 +294,7 @@ def test_from_a_folder_with_a_train_py(tmp_path: Path, trainer: Path) -> None:
   _assert_inspects([str(script)], tmp_path, environ)
 
 
-def test_module_from_the_checkout(trainer: Path) -> None:
+def test_python_m_train_runs_from_the_checkout(trainer: Path) -> None:
   environ = environment(trainer)
   del environ["PYTHONPATH"]
   _assert_inspects([sys.executable, "-m", "train"], ROOT, environ)

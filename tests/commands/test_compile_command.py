@@ -1,4 +1,4 @@
-"""`rebased compile`, with libtpu where it is installed."""
+"""Test `rebased compile`; compiling for TPUs needs libtpu."""
 
 import importlib.util
 import re
@@ -23,7 +23,7 @@ from train.devices.mesh import MeshConfig
 _HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 
-def test_what_is_measured_is_of_one_device() -> None:
+def test_measurements_are_of_one_device() -> None:
   split = jax.NamedSharding(mesh_lib.make_mesh(), jax.P("data"))
   x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=split)
   call = lambda x: (2 * x, jnp.square(x).sum())
@@ -33,7 +33,7 @@ def test_what_is_measured_is_of_one_device() -> None:
   assert found.traffic == {"all-reduce": report.Traffic(1, 4, 2 * 7 / 8 * 4)}
 
 
-def test_the_step_is_the_one_that_runs() -> None:
+def test_the_compiled_step_is_the_one_that_runs() -> None:
   config = tiny(mesh=MeshConfig(data=2, fsdp=2, tensor=2))
   mesh = mesh_lib.make_mesh(config.mesh)
   lowered = report.lower(report.trace(config, mesh), mesh).as_text()
@@ -50,7 +50,7 @@ def test_the_step_is_the_one_that_runs() -> None:
     assert isinstance(np.zeros(x.shape, x.dtype), np.ndarray)
 
 
-def test_a_tensor_axis_gathers_the_convolution_alone() -> None:
+def test_a_tensor_axis_gathers_only_the_convolution() -> None:
   """Norms and MLPs work on activations that are whole on every device."""
   config = tiny(
     model=dict(width=32, mlp_width=64, pairs=3),
@@ -73,7 +73,7 @@ def _compile(cache, *options: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.skipif(_HAS_LIBTPU, reason="libtpu is installed")
-def test_without_libtpu_it_says_so(trainer) -> None:
+def test_without_libtpu_compile_says_so(trainer) -> None:
   code, out, err = _compile(trainer)
   assert (code, out) == (2, "")
   assert err.startswith("rebased: rebased compile needs libtpu")
@@ -82,7 +82,7 @@ def test_without_libtpu_it_says_so(trainer) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not _HAS_LIBTPU, reason="libtpu is not installed")
-def test_a_slice_that_is_not_attached(trainer) -> None:
+def test_compile_for_a_slice_that_is_not_attached(trainer) -> None:
   code, out, err = _compile(
     trainer, "--topology", "v5e:2x4", "--mesh.fsdp", "4", "--mesh.context", "2"
   )

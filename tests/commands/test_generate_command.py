@@ -1,4 +1,4 @@
-"""`rebased generate`: whose text it prints, and what it refuses."""
+"""Test `rebased generate`: the text, the tokenizer, and the errors."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from train.data.prepare import tokenizer as tokenize
 _BYTES = tokenize.ByteTokenizer()
 
 
-def test_it_prints_what_the_model_generates(call, finished: Path) -> None:
+def test_generate_prints_what_the_model_generates(call, finished: Path) -> None:
   prompt = "déf"
   tokens = np.array([[*prompt.encode()]], np.int32)
   for options, how in (
@@ -55,7 +55,9 @@ def test_it_prints_what_the_model_generates(call, finished: Path) -> None:
   assert early != completion.complete(finished, "a", Sampling(12, 0.0))
 
 
-def test_a_document_ends_the_text(finished: Path, monkeypatch) -> None:
+def test_the_end_of_a_document_ends_the_text(
+  finished: Path, monkeypatch
+) -> None:
   tokens = np.array([98, 99, EOS, 100], np.int32)
   monkeypatch.setattr(completion, "sample", lambda *_: tokens)
   assert completion.complete(finished, "a", Sampling(4)) == "abc"
@@ -63,7 +65,9 @@ def test_a_document_ends_the_text(finished: Path, monkeypatch) -> None:
   assert completion.complete(finished, "a", Sampling(4)) == "abced"
 
 
-def test_what_it_refuses(call, finished: Path, tmp_path: Path) -> None:
+def test_wrong_arguments_are_errors(
+  call, finished: Path, tmp_path: Path
+) -> None:
   mqar = tmp_path / "mqar"
   run(tiny(steps=4), mqar)
   bare = tmp_path / "bare"
@@ -99,7 +103,7 @@ def test_what_it_refuses(call, finished: Path, tmp_path: Path) -> None:
     "generate", str(finished), "--prompt=-x y", "--tokens", "1"
   )
   assert code == 0 and out.startswith("-x y"), err
-  # 9 and 8 tokens: the last is predicted, and never read.
+  # 9 + 8 tokens fit 16 positions: the last token is never read.
   code, _, err = call(
     *("generate", str(finished), "--prompt", "x" * 9, "--tokens", "8")
   )
@@ -108,7 +112,7 @@ def test_what_it_refuses(call, finished: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory) -> tuple[Path, Path]:
-  """A prepared set with a tokenizer of its own, and a run on it."""
+  """Return a data set with a trained tokenizer, and a run on it."""
   place = tmp_path_factory.mktemp("learnt")
   (place / "x.jsonl").write_bytes(jsonl(records(60)))
   texts = [x["text"] for x in records(60)]
@@ -120,7 +124,9 @@ def learnt(tmp_path_factory) -> tuple[Path, Path]:
   return place / "set", place / "run"
 
 
-def test_the_tokenizer_is_the_data_sets(call, learnt, tmp_path: Path) -> None:
+def test_the_tokenizer_is_that_of_the_data_set(
+  call, learnt, tmp_path: Path
+) -> None:
   data, path = learnt
   tokenizer = tokenize.load(str(data))
   words = ("generate", str(path), "--tokens", "4", "--prompt", "déjà vu 日本")
@@ -153,7 +159,7 @@ def test_the_tokenizer_is_the_data_sets(call, learnt, tmp_path: Path) -> None:
   (data / "away").rename(sidecar)
 
 
-def test_megatrons_data_needs_a_tokenizer(call, tmp_path: Path) -> None:
+def test_megatron_data_needs_a_tokenizer(call, tmp_path: Path) -> None:
   path = write_megatron(tmp_path / "d", DOCUMENTS)
   config = make_config(path, steps=4, eval_every=4, save_every=4)
   run(config, tmp_path / "run")
@@ -175,7 +181,9 @@ def test_megatrons_data_needs_a_tokenizer(call, tmp_path: Path) -> None:
   assert code == 2 and "model.vocab_size=257: expected at least 262" in err
 
 
-def test_one_tokenizer_for_a_mixture(call, learnt, folder, tmp_path) -> None:
+def test_a_mixture_must_have_one_tokenizer(
+  call, learnt, folder, tmp_path
+) -> None:
   data, _ = learnt
   paths = dict(path=(str(folder), str(data)))
   config = make_config(folder, data=paths, model=dict(vocab_size=320))

@@ -1,4 +1,4 @@
-"""What a run folder and a command refuse, beyond the options themselves."""
+"""Test errors of runs: bad values, bad folders and bad steps."""
 
 import fcntl
 import json
@@ -38,7 +38,7 @@ def _code(*words: str) -> int:
     ("model.second.implementation", "foo", "implementation='foo'"),
   ],
 )
-def test_a_value_is_refused(
+def test_a_bad_value_is_named(
   option, value, named, tmp_path, monkeypatch, capsys
 ) -> None:
   monkeypatch.chdir(tmp_path)
@@ -61,7 +61,7 @@ def test_data_that_cannot_be_made_leaves_no_folder(
   assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_is_no_run_folder(tmp_path, capsys) -> None:
+def test_a_file_is_not_a_run_folder(tmp_path, capsys) -> None:
   path = tmp_path / "file"
   path.write_text("mine")
   words = ("train", "mqar", *flags(_CONFIG), "--run-dir", str(path))
@@ -70,7 +70,7 @@ def test_a_file_is_no_run_folder(tmp_path, capsys) -> None:
   assert "is a file" in capsys.readouterr().err
 
 
-def test_one_process_trains_in_a_folder(finished) -> None:
+def test_only_one_process_trains_in_a_folder(finished) -> None:
   before = files(finished)
   with (finished / "config.json").open() as other:
     fcntl.flock(other, fcntl.LOCK_EX)
@@ -79,7 +79,7 @@ def test_one_process_trains_in_a_folder(finished) -> None:
   assert files(finished).keys() == before.keys()
 
 
-def test_a_step_that_is_not_there(finished, capsys) -> None:
+def test_a_missing_step_is_an_error(finished, capsys) -> None:
   assert _code("evaluate", str(finished), "--step", "3") == 2
   assert _code("inspect", str(finished / "checkpoints" / "99")) == 2
   assert "no step 99" in capsys.readouterr().err
@@ -98,14 +98,14 @@ def test_an_edited_config_is_noticed(finished) -> None:
     folder.config_file.write_text(text)
 
 
-def test_a_line_that_is_no_record_is_named(tmp_path) -> None:
+def test_a_damaged_line_of_metrics_is_named(tmp_path) -> None:
   folder = RunFolder(tmp_path)
   folder.metrics_file.write_text('{}\n{"kind": "train", "step": 1}\n')
   with pytest.raises(RunFolderError, match="line 1: expected a record"):
     folder.read_metrics()
 
 
-def test_an_update_that_overflows_is_not_made(tmp_path) -> None:
+def test_an_update_that_overflows_is_not_applied(tmp_path) -> None:
   config = tiny(
     optimizer=dict(learning_rate=1e38, warmup_steps=0), steps=4, save_every=1
   )

@@ -1,4 +1,4 @@
-"""Training on text: refusals, splits and what `inspect data` shows."""
+"""Test the verbs on text: errors, splits, and `inspect data`."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ from train_cases import (
 from train.stored_config import from_json, to_json
 
 
-def test_refusals_leave_nothing(call, folder: Path) -> None:
+def test_errors_leave_no_folder(call, folder: Path) -> None:
   config = make_config(folder)
   words = ("train", "lm-tiny", *make_options(config))
   for options, expected in (
@@ -48,7 +48,9 @@ def test_refusals_leave_nothing(call, folder: Path) -> None:
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_a_test_split_and_own_held_out_text(tmp_path, folder: Path) -> None:
+def test_a_test_split_and_a_separate_held_out_text(
+  tmp_path, folder: Path
+) -> None:
   config = make_config(folder, data=dict(test=0.2))
   held_out = [
     make(4, 0).parts[0].plan.document_n
@@ -68,12 +70,14 @@ def test_a_test_split_and_own_held_out_text(tmp_path, folder: Path) -> None:
   )
 
 
-def test_the_config_is_read_as_it_was_written(folder: Path) -> None:
+def test_a_text_config_survives_json(folder: Path) -> None:
   config = make_config(folder, data=dict(weights=(2.0,)))
   assert from_json(to_json(config)) == config
 
 
-def test_inspect_data(call, folder: Path, tmp_path: Path) -> None:
+def test_inspect_data_shows_counts_and_a_sample(
+  call, folder: Path, tmp_path: Path
+) -> None:
   before = files(folder)
   code, out, err = call("inspect", "data", str(folder), "--verify")
   assert code == 0, err
@@ -102,15 +106,17 @@ def test_inspect_data(call, folder: Path, tmp_path: Path) -> None:
   assert code == 2 and "no dataset.json" in err
 
 
-def test_bits_are_compared(finished: Path, folder: Path) -> None:
-  """What the tests above compare is not empty."""
+def test_the_compared_arrays_are_not_empty(
+  finished: Path, folder: Path
+) -> None:
+  """Guard the tests above against comparing nothing."""
   step, found = saved_bits(finished, make_config(folder))
   assert step == 6 and len(found) > 20
   assert jax.device_count() == 8 and bits({"a": np.ones(1)})
 
 
 def test_evaluate_refuses_other_data(call, finished: Path, tmp_path) -> None:
-  """As resume does: other tokens have no meaning to the model."""
+  """Tokens of other data have no meaning to the model."""
   folder = tmp_path / "run"
   shutil.copytree(finished, folder)
   config = json.loads((folder / "config.json").read_text())

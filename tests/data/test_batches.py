@@ -1,3 +1,5 @@
+"""Test batches and reading ahead: steps, rows, hosts and errors."""
+
 import dataclasses
 import json
 import threading
@@ -9,14 +11,13 @@ from train.data.batches import Batches, check_fingerprint
 from train.data.mqar import MQARConfig, MQARStream, stream_test_batches
 from train.data.mqar_paper import MQARPaper
 from train.data.prefetch import iterate
-from train.data.splitmix64 import hash64, hash64_slots
 
 SMALL = MQARConfig(vocab_size=256, length=32, pairs=4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Counting(Batches):
-  """Row r of step s holds the number s * rows + r; one step may fail."""
+  """Batches whose row r of step s holds s * rows + r; one step may fail."""
 
   rows: int = 8
   limit: int | None = None
@@ -107,7 +108,7 @@ def test_an_empty_range_ends_at_once():
 
 
 @pytest.mark.parametrize("error", [RuntimeError, IndexError, OSError])
-def test_an_error_in_the_source_surfaces(error):
+def test_an_error_of_the_source_is_raised(error):
   batches = Counting(bad_step=4, error=error)
   with iterate(batches, start=2, stop=9) as iterator:
     assert next(iterator)["tokens"][0, 0] == 16
@@ -133,7 +134,7 @@ def test_close_stops_the_thread_and_the_iterator():
     next(iterator)
 
 
-def test_the_step_follows_the_batches_consumed():
+def test_step_counts_the_batches_consumed():
   with iterate(Counting(), start=6, stop=9) as iterator:
     assert iterator.step == 6
     list(iterator)
@@ -153,32 +154,6 @@ def test_fingerprints_are_compared_field_by_field():
   assert "gone was 1 and is None" in message
   assert "new was None and is 'x'" in message
   assert "power" not in message
-
-
-def test_slots_are_the_stream_of_splitmix64():
-  got = hash64_slots(np.array([1234567], np.uint64), 5)
-  assert got.tolist() == [
-    [
-      6457827717110365317,
-      3203168211198807973,
-      9817491932198370423,
-      4593380528125082431,
-      16408922859458223821,
-    ]
-  ]
-
-
-def test_hash64_chains_and_broadcasts():
-  first = hash64(1234567)
-  assert first.tolist() == [6457827717110365317]
-  np.testing.assert_array_equal(
-    hash64(1234567, 9), hash64(first + np.uint64(9))
-  )
-  assert hash64(1, 2) != hash64(2, 1)
-  grid = hash64(np.arange(3)[:, None], np.arange(4))
-  assert grid.shape == (3, 4)
-  assert np.unique(grid).size == 12
-  assert grid[2, 1] == hash64(2, 1)[0]
 
 
 @pytest.mark.parametrize("kind", ["paper", "stream", "stream_test"])

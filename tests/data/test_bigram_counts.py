@@ -1,4 +1,4 @@
-"""Counts of pairs against a slow count, their table, and rare AR targets."""
+"""Test counts of token pairs, their file, and rare AR targets."""
 
 from collections import Counter
 from pathlib import Path
@@ -17,7 +17,7 @@ from text_cases import (
 from train_cases import call as call, trainer as trainer
 
 from train.data import recall
-from train.data.text import bigram_counts as bigrams
+from train.data.text import bigram_counts
 from train.data.text.rows import open_source
 from train.data.text.token_source import DataError
 
@@ -27,7 +27,7 @@ def _slowly(texts) -> dict[tuple[int, int], int]:
   return dict(Counter(zip(stream, stream[1:], strict=False)))
 
 
-def _as_dict(counts: bigrams.Counts) -> dict[tuple[int, int], int]:
+def _as_dict(counts: bigram_counts.Counts) -> dict[tuple[int, int], int]:
   return {
     (int(pair) >> 32, int(pair) & 0xFFFFFFFF): int(n)
     for pair, n in zip(*counts, strict=True)
@@ -35,78 +35,78 @@ def _as_dict(counts: bigrams.Counts) -> dict[tuple[int, int], int]:
 
 
 @pytest.fixture(params=[7, 100, 1 << 22])
-def chunk(request, monkeypatch) -> int:
-  """Pairs at a time: borders inside documents, and merges on the way."""
-  monkeypatch.setattr(bigrams, "_BLOCK", request.param)
-  monkeypatch.setattr(bigrams, "_MERGED", 3)
+def block(request, monkeypatch) -> int:
+  """Count few pairs at a time, so that blocks end inside documents."""
+  monkeypatch.setattr(bigram_counts, "_BLOCK", request.param)
+  monkeypatch.setattr(bigram_counts, "_MERGED", 3)
   return request.param
 
 
-def test_counts_are_those_of_a_slow_count(tmp_path, chunk) -> None:
+def test_counts_equal_a_slow_count(tmp_path, block) -> None:
   texts = [x % 9 for x in documents(40, most=30)]
   texts[3] = texts[3][:0]  # an empty one
   prepared = write_prepared(tmp_path / "set", (texts[:17], texts[17:]))
   megatron = write_megatron(tmp_path / "name", texts)
   for path in (prepared, megatron):
-    found = _as_dict(bigrams.count(open_source(str(path))))
+    found = _as_dict(bigram_counts.count(open_source(str(path))))
     assert found == _slowly(texts) and len(found) > 60
 
 
-def test_pairs_across_rows_do_not_count(tmp_path, chunk, monkeypatch) -> None:
+def test_pairs_across_rows_do_not_count(tmp_path, block, monkeypatch) -> None:
   texts = [np.arange(i, i + 5) % 7 for i in range(20)]
   path = write_prepared(tmp_path / "set", (texts[:9], texts[9:]))
   source = open_source(str(path))
   monkeypatch.setattr(type(source), "row_length", 4)
-  found = _as_dict(bigrams.count(source))
+  found = _as_dict(bigram_counts.count(source))
   assert found == dict(sum((Counter(_slowly([x])) for x in texts), Counter()))
 
 
-def test_a_table_holds_what_was_counted(tmp_path) -> None:
+def test_the_file_holds_what_was_counted(tmp_path) -> None:
   texts = [x % 9 for x in documents(40, most=30)]
   path = str(write_prepared(tmp_path / "set", (texts,)))
   slow = _slowly(texts)
-  assert bigrams.write(path) == (len(slow), len(slow))
+  assert bigram_counts.write(path) == (len(slow), len(slow))
   for limit in (0, 3, 10):
     wanted = {pair for pair, n in slow.items() if n > limit}
-    found = bigrams.frequent([path], limit)
+    found = bigram_counts.frequent([path], limit)
     assert set(_as_dict((found, found))) == wanted
-  kept, total = bigrams.write(path, least=5)
+  kept, total = bigram_counts.write(path, least=5)
   assert kept == sum(n >= 5 for n in slow.values()) < total == len(slow)
-  assert len(bigrams.frequent([path], 4)) == kept
+  assert len(bigram_counts.frequent([path], 4)) == kept
   with pytest.raises(
     DataError, match="fewer than 5 counts: expected at most 4"
   ):
-    bigrams.frequent([path], 3)
+    bigram_counts.frequent([path], 3)
   other = str(write_prepared(tmp_path / "other", (texts[:9],)))
-  bigrams.write(other)
+  bigram_counts.write(other)
   with pytest.raises(DataError, match="expected at most 1; `rebased count"):
-    bigrams.frequent([path, other], 10)
-  bigrams.write(path)
+    bigram_counts.frequent([path, other], 10)
+  bigram_counts.write(path)
   both = Counter(slow) + Counter(_slowly(texts[:9]))
-  found = bigrams.frequent([path, other], 10)
+  found = bigram_counts.frequent([path, other], 10)
   assert len(found) == sum(n > 10 for n in both.values())
 
 
-def test_tables_that_are_refused(tmp_path) -> None:
+def test_unusable_files_of_counts_are_named(tmp_path) -> None:
   texts = documents(9)
   path = write_prepared(tmp_path / "set", (texts,))
   with pytest.raises(DataError, match=f"`rebased count {path}` makes it"):
-    bigrams.frequent([str(path)], 3)
-  bigrams.write(str(path))
-  table = bigrams.table_path(str(path))
+    bigram_counts.frequent([str(path)], 3)
+  bigram_counts.write(str(path))
+  table = bigram_counts.table_path(str(path))
   for name, how in (
     ("tokenizer", dict(tokenizer="another.json")),
     ("index", dict(vocab_size=300)),
   ):
     other = write_prepared(tmp_path / name, (texts,), **how)
-    bigrams.table_path(str(other)).write_bytes(table.read_bytes())
+    bigram_counts.table_path(str(other)).write_bytes(table.read_bytes())
     with pytest.raises(DataError, match=f"or tokenizer: .*{name} was"):
-      bigrams.frequent([str(other)], 3)
+      bigram_counts.frequent([str(other)], 3)
   table.write_bytes(table.read_bytes()[:100])
   with pytest.raises(DataError, match="not a file of counts"):
-    bigrams.frequent([str(path)], 3)
+    bigram_counts.frequent([str(path)], 3)
   with pytest.raises(ValueError, match="least=0: expected 1 or more"):
-    bigrams.write(str(path), least=0)
+    bigram_counts.write(str(path), least=0)
 
 
 def _shares(folder: Path, limit: int | None) -> dict[str, float]:
@@ -114,7 +114,7 @@ def _shares(folder: Path, limit: int | None) -> dict[str, float]:
 
 
 def test_only_rare_targets_are_ar(folder) -> None:
-  bigrams.write(str(folder))
+  bigram_counts.write(str(folder))
   slow, limit = _slowly(DOCUMENTS), 20
   data = make_config(folder).data.eval_batches(8, 0)
   ar = tokens = 0
@@ -133,9 +133,11 @@ def test_only_rare_targets_are_ar(folder) -> None:
   assert _shares(folder, 10**9)["ar_share"] == every["ar_share"]
 
 
-def test_commands(call, folder, finished) -> None:
+def test_count_and_recall_limit_on_the_command_line(
+  call, folder, finished
+) -> None:
   config = make_config(folder)
-  table = bigrams.table_path(str(folder))
+  table = bigram_counts.table_path(str(folder))
   table.unlink(missing_ok=True)
   words = ("evaluate", str(finished), "--recall-limit", "20")
   code, _, err = call(*words)

@@ -1,4 +1,4 @@
-"""Megatron's index and its shards, byte for byte."""
+"""Test data sets in Megatron's format: the index and its data files."""
 
 from pathlib import Path
 import pickle
@@ -16,7 +16,7 @@ from train.data.text.megatron_source import (
 )
 from train.data.text.token_source import DataError, Pieces
 
-# Two sequences of 3 and 1 tokens, one document each: the bytes of the format.
+# The bytes of an index of two documents, of 3 and 1 tokens.
 _BYTES = bytes.fromhex(
   "4d4d494449445800000100000000000000"  # magic; version 1
   "08"
@@ -43,7 +43,7 @@ def test_the_index_byte_for_byte(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [4, 8])
 @pytest.mark.parametrize("cuts", [None, (400, 800), (333, 334, 1001)])
-def test_documents_over_shards(tmp_path: Path, code, cuts) -> None:
+def test_documents_across_shards(tmp_path: Path, code, cuts) -> None:
   texts = documents(40, seed=1)
   if code == 4:
     texts = [x + 70_000 for x in texts]  # beyond uint16
@@ -61,7 +61,7 @@ def test_documents_over_shards(tmp_path: Path, code, cuts) -> None:
     source[40]
 
 
-def test_a_sequence_over_many_shards(tmp_path: Path) -> None:
+def test_a_sequence_across_many_shards(tmp_path: Path) -> None:
   text = np.arange(1000)
   cuts = (1, 2, 999, 1000, 1001)  # bytes: inside of tokens, too
   path = write_megatron(tmp_path / "d", [text[:500], text[500:]], cuts=cuts)
@@ -112,7 +112,7 @@ def test_a_shard_name_ends_with_the_last_index(tmp_path: Path) -> None:
     MegatronSource(path)
 
 
-def test_other_files_are_not_taken(tmp_path: Path) -> None:
+def test_other_files_are_not_read(tmp_path: Path) -> None:
   path = write_megatron(tmp_path / "d", documents(9))
   write_megatron(tmp_path / "d2", documents(9), cuts=(40, 80))
   assert [x.name for x in find_shards(path)] == ["d.bin"]
@@ -158,7 +158,7 @@ _REFUSED = {
 
 
 @pytest.mark.parametrize("name", _REFUSED)
-def test_an_index_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_damaged_index_is_named(tmp_path: Path, name: str) -> None:
   content, offset, expected = _REFUSED[name]
   path = tmp_path / "a.idx"
   path.write_bytes(content)
@@ -168,7 +168,7 @@ def test_an_index_is_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("change", [-1, 1])
-def test_a_wrong_total_is_refused(tmp_path: Path, change: int) -> None:
+def test_a_wrong_total_size_is_named(tmp_path: Path, change: int) -> None:
   path = write_megatron(tmp_path / "d", documents(9), cuts=(40,))
   last = tmp_path / "d-00001-of-00001.bin"
   content = last.read_bytes()
@@ -217,7 +217,7 @@ def test_a_changed_index_never_gives_other_tokens(tmp_path, seed) -> None:
 
 
 def test_changed_document_starts_keep_the_sequences(tmp_path: Path) -> None:
-  """Borders inside of several sequences' documents are all that may move."""
+  """Only document boundaries between sequences can change unnoticed."""
   texts, random = documents(30, seed=5), np.random.default_rng(5)
   path = write_megatron(tmp_path / "d", texts, starts=[0, 7, 15, 22, 30])
   sound, passed = path.read_bytes(), 0

@@ -1,3 +1,5 @@
+"""Test MQAR rows, and the unlimited stream of them."""
+
 import dataclasses
 import math
 
@@ -18,7 +20,7 @@ GOLDEN_RATIO = 0x9E3779B97F4A7C15
 
 
 def _decode(tokens, pairs):
-  """Plain reading of one row: the (position, value) of every query."""
+  """Read one row: return the (position, value) of every query."""
   tokens = tokens.tolist()
   memory = {tokens[2 * i]: tokens[2 * i + 1] for i in range(pairs)}
   tail = range(2 * pairs, len(tokens))
@@ -26,7 +28,7 @@ def _decode(tokens, pairs):
 
 
 def _check_rows(config, batch):
-  """Every row holds what an MQAR row must hold."""
+  """Check that every row is an MQAR row."""
   V, T, N = config.vocab_size, config.length, config.pairs
   rows = len(batch["tokens"])
   shapes = {name: (x.shape, x.dtype.name) for name, x in batch.items()}
@@ -86,7 +88,7 @@ def test_the_tightest_config_has_enough_keys_and_values():
   ],
   ids=str,
 )
-def test_stream_rows_are_sound(config, split):
+def test_stream_rows_are_valid(config, split):
   batch = MQARStream(config, seed=5, rows=64, split=split)[3]
   _check_rows(config, batch)
   assert batch["weights"].all()
@@ -114,7 +116,7 @@ def test_stream_seeds_splits_and_steps_differ():
 
 
 def _mix(x):
-  """The finalizer of splitmix64 on plain integers."""
+  """Apply splitmix64's finalizer to a Python integer."""
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
   x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
   return x ^ (x >> 31)
@@ -133,7 +135,7 @@ def _slots(state, count):
 
 
 def _plain_example(config, seed, split, index):
-  """One example of the stream, in plain Python."""
+  """Make one example of the stream in plain Python."""
   V, N = config.vocab_size, config.pairs
   base = _hash(seed, ("train", "test").index(split), index)
   for draw in range(100):
@@ -155,7 +157,7 @@ def _plain_example(config, seed, split, index):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])
-def test_stream_equals_a_plain_python_one(seed, split):
+def test_stream_equals_plain_python(seed, split):
   config = MQARConfig(1000, 64, 9)
   index = np.array([0, 1, 2, 3, 12_345, 2**40])
   parts = stream_examples(config, seed, split, index)
@@ -165,7 +167,7 @@ def test_stream_equals_a_plain_python_one(seed, split):
 
 
 def test_stream_is_pinned():
-  """A change of these rows needs a new version in the fingerprint."""
+  """If these rows change, the fingerprint needs a new version."""
   batch = MQARStream(SMALL, seed=0, rows=4)[1]
   assert batch["tokens"][0].tolist() == (
     [66, 209, 6, 174, 88, 182, 3, 134]
@@ -177,7 +179,7 @@ def test_stream_is_pinned():
 
 
 def test_train_and_test_are_disjoint_whatever_the_seed():
-  """Of 4,032 pair lists, each split sees all of its own and no other."""
+  """Each split sees all of its share of 4,032 pair lists and no other."""
   config = MQARConfig(vocab_size=17, length=8, pairs=2)
   lists = {}
   for split, seed, count in (("train", 1, 40_000), ("test", 2, 6_000)):
@@ -221,7 +223,7 @@ def test_wrong_stream_fields_are_named(field, value):
 
 
 def _chi_square_fits(counts, expected):
-  """Whether chi-square lies within 4.5 standard deviations of its mean."""
+  """Return whether chi-square is within 4.5 deviations of its mean."""
   assert expected.min() >= 5
   chi = np.sum((counts - expected) ** 2 / expected)
   degrees = len(expected) - 1
@@ -251,7 +253,7 @@ def test_pairs_of_keys_are_uniform():
 
 
 def test_gaps_have_the_probabilities_of_the_paper(many):
-  """The first two gaps against their exact laws of drawing in succession."""
+  """Compare the first two gaps with their exact probabilities."""
   gaps, G = many[2], SMALL.num_gaps
   assert G == 12
   p = np.array([0.01 * (g + 1) ** (0.01 - 1) for g in range(G)])
@@ -270,7 +272,7 @@ def test_gaps_have_the_probabilities_of_the_paper(many):
 
 
 def test_the_stream_has_the_distribution_of_the_paper(many):
-  """Every gap slot, against 10,000 rows of the paper's generator."""
+  """Compare every gap with 10,000 rows of the paper's generator."""
   reference = paper_examples(SMALL, 10_000, 1)[2]
   for slot in range(SMALL.pairs):
     a = np.bincount(many[2][:, slot], minlength=SMALL.num_gaps)

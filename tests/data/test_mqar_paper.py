@@ -1,3 +1,5 @@
+"""Test the MQAR data set of the paper, and its cache."""
+
 import dataclasses
 import hashlib
 import logging
@@ -38,7 +40,7 @@ def _same(a, b):
 
 
 def _labels(batch, length):
-  """Targets at every position, -100 where there is none: int64 (B, T)."""
+  """Return targets at every position, -100 for none: int64 (B, T)."""
   labels_BT = np.full((len(batch["tokens"]), length), -100, np.int64)
   index_BM = batch["positions"].astype(np.int64)
   np.put_along_axis(labels_BT, index_BM, batch["targets"].astype(np.int64), 1)
@@ -245,7 +247,7 @@ def test_wrong_paper_fields_are_named(field, value):
     dataclasses.replace(MQARPaper(SMALL), **{field: value})
 
 
-def test_more_epochs_keep_the_fingerprint(paper):
+def test_the_fingerprint_does_not_depend_on_the_epochs(paper):
   longer = dataclasses.replace(paper, epochs=9)
   assert longer.fingerprint == paper.fingerprint
   _same(longer[8], paper[8])

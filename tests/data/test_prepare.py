@@ -1,4 +1,4 @@
-"""`rebased prepare`: formats in, one verified layout out, refusals by name."""
+"""Test `rebased prepare`: every input format, and the data set it makes."""
 
 import json
 import os
@@ -37,11 +37,11 @@ def test_every_format_gives_its_documents_in_order(tmp_path):
     256,
   )
   assert dataset["skipped"] == dataset["empty"] == 0
-  # Nothing is left of the work.
+  # No temporary file is left.
   assert not [name for name in tree(out) if "tmp" in name]
 
 
-def test_domains_are_counted_and_stand_beside_each_record(tmp_path):
+def test_domains_are_counted_and_stored_for_each_record(tmp_path):
   data = write_formats(tmp_path / "in")
   dataset = run([tmp_path / "in"], tmp_path / "out")
   assert dataset["domain_names"] == sorted(DOMAINS)
@@ -155,7 +155,7 @@ def test_shards_of_machines_make_the_same_data_set(tmp_path):
   assert tree(parts) == tree(whole)
 
 
-def test_a_second_run_does_nothing_again(tmp_path):
+def test_a_second_run_does_nothing(tmp_path):
   write_formats(tmp_path / "in")
   out = tmp_path / "out"
   first = run([tmp_path / "in"], out)
@@ -178,7 +178,7 @@ def test_lost_and_damaged_shards_are_made_again(tmp_path):
   assert tree(out) == whole
 
 
-def test_a_failed_run_goes_on_when_the_text_is_mended(tmp_path):
+def test_a_failed_run_continues_when_the_text_is_corrected(tmp_path):
   data = write_formats(tmp_path / "in")
   bad = tmp_path / "in" / "e.jsonl"
   good = jsonl(records(3))
@@ -192,7 +192,7 @@ def test_a_failed_run_goes_on_when_the_text_is_mended(tmp_path):
   assert shard_texts(tmp_path / "out") == texts
 
 
-def test_preparing_loads_no_jax(tmp_path):
+def test_prepare_does_not_import_jax(tmp_path):
   (tmp_path / "x.jsonl").write_bytes(jsonl(records(1)))
   code = (
     "import sys; from train import cli\n"
@@ -205,7 +205,7 @@ def test_preparing_loads_no_jax(tmp_path):
   subprocess.run(run, check=True, env=dict(os.environ))
 
 
-def test_text_fails_with_1_and_arguments_with_2(tmp_path, capsys):
+def test_exit_codes(tmp_path, capsys):
   (tmp_path / "x.jsonl").write_bytes(b'{"text": null}\n')
   for options, code, expected in (
     ([], 1, "x.jsonl, line 1 (byte 0): text is null: expected a string"),
@@ -225,7 +225,7 @@ def test_byte_tokens():
   assert tokenizer.decode([104, 105, 256, 106]) == "hi<|endoftext|>j"
 
 
-def test_a_suffix_counts_in_any_case(tmp_path):
+def test_suffixes_are_case_insensitive(tmp_path):
   lower, upper = tmp_path / "lower", tmp_path / "UPPER"
   write_formats(lower)
   (lower / "e.txt").write_text("plain")

@@ -1,4 +1,4 @@
-"""Apache Beam makes the same data set; skipped where it is not installed."""
+"""Test `prepare` with Apache Beam; skipped if it is not installed."""
 
 import sys
 
@@ -20,7 +20,7 @@ def test_without_beam_it_says_what_to_install(tmp_path, monkeypatch):
     run([tmp_path / "in"], tmp_path / "out", beam_options=("runner=x",))
 
 
-@pytest.mark.filterwarnings("ignore")  # Beam's own
+@pytest.mark.filterwarnings("ignore")  # warnings of Beam itself
 def test_beam_makes_the_same_bytes(tmp_path):
   pytest.importorskip("apache_beam")
   write_formats(tmp_path / "in")
@@ -37,7 +37,7 @@ def test_beam_makes_the_same_bytes(tmp_path):
     run([bad], tmp_path / "none", **_BEAM)
 
 
-def test_the_message_is_the_workers_own():
+def test_the_message_is_that_of_the_worker():
   said = "x.jsonl, line 3: text is null"
   inner = f"{said} [while running 'write_shard']"
   assert beam.message(PrepareError(inner)) == said

@@ -1,4 +1,4 @@
-"""What `prepare` refuses, by name, and changes nothing."""
+"""Test errors of `prepare`, which name the cause and change nothing."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ from train.data.prepare.prepare_dataset import PrepareConfig
 from train.data.prepare.shard import PrepareError
 
 
-def test_another_data_set_is_refused_by_what_differs(tmp_path):
+def test_a_folder_of_another_data_set_is_refused(tmp_path):
   folder, out = tmp_path / "in", tmp_path / "out"
   write_formats(folder)
   run([folder], out)
@@ -45,7 +45,7 @@ def test_another_data_set_is_refused_by_what_differs(tmp_path):
   assert tree(out) == whole
 
 
-def test_wrong_arguments_name_themselves(tmp_path):
+def test_wrong_arguments_are_named(tmp_path):
   (tmp_path / "x.jsonl").write_bytes(jsonl(records(1)))
   (tmp_path / "x.csv.gz").write_bytes(b"")
   (tmp_path / "full").mkdir()
@@ -76,7 +76,7 @@ def test_wrong_arguments_name_themselves(tmp_path):
     PrepareConfig("out", workers=-1)
 
 
-def test_no_file_is_passed_over_in_silence(tmp_path):
+def test_no_file_is_left_out_silently(tmp_path):
   folder = tmp_path / "in"
   folder.mkdir()
   (folder / "a.txt").write_text("a")
@@ -119,7 +119,7 @@ def test_two_processes_do_not_make_the_same_shard(tmp_path):
   assert run([tmp_path / "in"], out) is not None
 
 
-def test_a_first_try_that_failed_is_told_from_work(tmp_path):
+def test_an_unfinished_folder_without_shards_may_be_deleted(tmp_path):
   (tmp_path / "x.jsonl").write_bytes(jsonl([dict(content="a")]))
   out = tmp_path / "out"
   with pytest.raises(
@@ -135,7 +135,7 @@ def test_a_first_try_that_failed_is_told_from_work(tmp_path):
     run([tmp_path / "x.jsonl"], done)
 
 
-def test_a_folder_without_text_says_what_is_in_it(tmp_path):
+def test_a_folder_without_text_is_described(tmp_path):
   folder = tmp_path / "in"
   folder.mkdir()
   for files, expected in (

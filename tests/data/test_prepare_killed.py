@@ -1,4 +1,4 @@
-"""kill -9 of `prepare` at any moment, then the same command: the same bytes."""
+"""Test that a killed `prepare` continues, and makes identical bytes."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def _inputs(folder: Path, files: int, documents: int) -> None:
 
 
 def _killed(folder: Path, out: Path, kills: int, longest: float) -> list[int]:
-  """Kills that many runs that were at work; how far each had got."""
+  """Kill runs at work; return how many shards each had made."""
   delays, seen = random.Random(kills), []
   while len(seen) < kills:
     process = _start(folder, out)
@@ -80,7 +80,7 @@ def test_25_kills_leave_no_trace(tmp_path):
 
 
 def test_a_kill_between_two_files_leaves_no_trace(tmp_path):
-  """Every third rename of a run is the last one of a killed run."""
+  """Kill a run at every third rename of a file."""
   folder = tmp_path / "in"
   write_formats(folder)
   run([folder], tmp_path / "whole")
@@ -154,7 +154,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing_torn(tmp_path):
   assert "Traceback" not in process.stderr
   assert "File too large" in process.stderr and "shard-00000" in process.stderr
   assert list(tree(out)) == ["prepare/plan.json"]
-  run([folder], out)  # and it goes on, when there is room
+  run([folder], out)  # it continues when there is room
   assert json.loads((out / "dataset.json").read_text())["documents"] == 2000
 
 
@@ -169,7 +169,7 @@ def _is_running(pid: int) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("group", [False, True])
 def test_a_stop_says_so_and_nothing_else(tmp_path, number, group):
-  """At once after the plan, where the workers are still starting."""
+  """Stop a run right after its plan, while workers are starting."""
   folder, out = tmp_path / "in", tmp_path / "out"
   folder.mkdir()
   for i in range(4):

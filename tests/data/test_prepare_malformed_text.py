@@ -1,4 +1,4 @@
-"""Malformed text: a named error, or a counted skip; never silence."""
+"""Test malformed text: each problem is a named error or a counted skip."""
 
 import gzip
 import json
@@ -76,7 +76,7 @@ def test_a_bad_line_is_named_and_the_others_are_read(tmp_path, line, reason):
   )
 
 
-def test_what_is_odd_but_right_is_kept(tmp_path):
+def test_unusual_but_valid_text_is_kept(tmp_path):
   values = ["a\0b", "\u2028line\u2029", "a\r\nb\rc", "<|endoftext|>", "𝄞"]
   path = tmp_path / "x.jsonl"
   data = jsonl([dict(text=value) for value in values])
@@ -101,21 +101,21 @@ _LONG = jsonl(records(400))
 @pytest.mark.parametrize(
   "name, compress", [("x.jsonl.zst", zst), ("x.jsonl.gz", gzip.compress)]
 )
-def test_a_stream_cut_short_gives_what_came_before(
+def test_a_truncated_stream_gives_the_text_before(
   tmp_path, name, compress, cut
 ):
   data = compress(_LONG)
   (tmp_path / name).write_bytes(data[:-cut])
   texts, (problem,) = _parts(tmp_path / name)
   assert texts == _TEXTS[: len(texts)]
-  # gzip says what it has; a zstd frame is all there but for its last bytes.
+  # gzip gives the bytes before the cut; zstd gives only whole blocks.
   assert name in problem.where and f"line {len(texts) + 1} " in problem.where
   assert (
     "zstd stream is truncated" in problem.reason or "gzip" in problem.reason
   )
 
 
-def test_whole_frames_before_a_cut_are_kept(tmp_path):
+def test_whole_frames_before_a_truncation_are_kept(tmp_path):
   half = len(jsonl(records(200)))
   data = zst(_LONG[:half]) + zst(_LONG[half:])[:-20]
   (tmp_path / "x.jsonl.zst").write_bytes(data)
@@ -191,7 +191,7 @@ def test_rows_of_parquet_are_named_and_lost_groups_counted(tmp_path):
   assert problem.lost == 10 and "row 10 (row group 1)" in problem.where
 
 
-def test_long_lines_need_no_memory_and_the_next_is_read():
+def test_too_long_lines_need_no_memory_and_the_next_is_read():
   chunks = [b"ab\n", *[b"x" * 1000] * 50, b"\ncd\n", b"y" * 2000]
   found = list(read_lines.lines(iter(chunks), 100))
   assert [x.number for x in found] == [1, 2, 3, 4]
@@ -200,7 +200,7 @@ def test_long_lines_need_no_memory_and_the_next_is_read():
   assert "50,000 bytes: expected at most 100" in found[1].reason
 
 
-def test_a_line_may_lie_across_chunks():
+def test_a_line_may_span_reads():
   data = b"one\n\ntwo three\nfour"
   for size in range(1, len(data)):
     chunks = [data[i : i + size] for i in range(0, len(data), size)]
@@ -257,7 +257,7 @@ def _mutated(data: bytes, random: random.Random) -> bytes:
 
 @pytest.mark.parametrize("name", _FORMATS)
 def test_fuzzed_files_are_read_named_or_counted(tmp_path, name):
-  """250 seeded mutations of each format: nothing but the two outcomes."""
+  """Try 250 seeded mutations of each format."""
   path, out = tmp_path / name, tmp_path / "out"
   (out / "prepare").mkdir(parents=True)
   seeded, failures = random.Random(f"fuzz {name}"), 0

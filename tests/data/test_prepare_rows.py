@@ -1,4 +1,4 @@
-"""`prepare --row-length`: ready rows out of the stream of each shard."""
+"""Test `prepare --row-length`: rows cut from the stream of each shard."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from train.data.text.token_source import DataError
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 40, 5000])
-def test_rows_are_those_of_the_streams_plan(length: int) -> None:
+def test_rows_are_those_of_a_stream_plan(length: int) -> None:
   random = np.random.default_rng(length)
   sizes = random.integers(0, 60, 50)
   documents = [random.integers(0, 99, n).astype("<u2") for n in sizes]
@@ -36,7 +36,7 @@ def test_rows_are_those_of_the_streams_plan(length: int) -> None:
   assert RowCutter(3).left_over == 0
 
 
-def test_a_set_of_rows(tmp_path) -> None:
+def test_prepare_makes_a_data_set_of_rows(tmp_path) -> None:
   data = write_formats(tmp_path / "in")
   out = tmp_path / "rows"
   whole = run([tmp_path / "in"], tmp_path / "whole")
@@ -88,7 +88,7 @@ def test_rows_are_read_as_rows(tmp_path) -> None:
       make(length, packing).read(0)
 
 
-def test_what_rows_refuse(tmp_path) -> None:
+def test_a_data_set_of_rows_needs_packing_rows(tmp_path) -> None:
   write_formats(tmp_path / "in")
   with pytest.raises(ValueError, match="row_length=0: expected at least 1"):
     run([tmp_path / "in"], tmp_path / "out", row_length=0)
@@ -110,7 +110,7 @@ def test_what_rows_refuse(tmp_path) -> None:
       PreparedSource(out)
 
 
-def test_inspect_shows_rows_domains_and_borders(call, tmp_path) -> None:
+def test_inspect_shows_rows_domains_and_boundaries(call, tmp_path) -> None:
   write_formats(tmp_path / "in")
   out = tmp_path / "rows"
   found = run([tmp_path / "in"], out, row_length=64)

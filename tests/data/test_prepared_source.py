@@ -1,4 +1,4 @@
-"""Prepared data sets: their documents, and what is refused of them."""
+"""Test prepared data sets: their documents, and damaged files."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_documents_over_shards(tmp_path: Path, dtype: str) -> None:
+def test_documents_across_shards(tmp_path: Path, dtype: str) -> None:
   texts = [x + 70_000 * (dtype == "uint32") for x in _TEXTS]
   path = write_prepared(
     tmp_path / "set", (texts[:4], texts[4:]), dtype=dtype, vocab_size=2**16
@@ -41,7 +41,7 @@ def test_documents_over_shards(tmp_path: Path, dtype: str) -> None:
     source[-1]
 
 
-def test_any_part_in_any_order(folder: Path) -> None:
+def test_any_part_of_documents_in_any_order(folder: Path) -> None:
   source = PreparedSource(folder)
   which = np.array([29, 3, 11, 3, 10])
   stops = np.array([len(_TEXTS[i]) for i in which])
@@ -119,7 +119,7 @@ _REFUSED = {
 
 
 @pytest.mark.parametrize("name", _REFUSED)
-def test_a_set_is_refused(folder: Path, name: str) -> None:
+def test_a_damaged_data_set_is_named(folder: Path, name: str) -> None:
   change, expected = _REFUSED[name]
   change(folder)
   with pytest.raises(DataError, match=expected) as caught:
@@ -127,7 +127,7 @@ def test_a_set_is_refused(folder: Path, name: str) -> None:
   assert str(folder) in str(caught.value)
 
 
-def test_a_shard_that_is_cut_or_another_is_refused(folder: Path) -> None:
+def test_a_truncated_or_replaced_shard_is_named(folder: Path) -> None:
   path = folder / "shard-00002.arrayrecord"
   sound = path.read_bytes()
   path.write_bytes(b"")
@@ -141,7 +141,7 @@ def test_a_shard_that_is_cut_or_another_is_refused(folder: Path) -> None:
     PreparedSource(folder)[20]
 
 
-def test_a_record_of_another_length_is_refused(folder: Path) -> None:
+def test_a_record_of_another_length_is_named(folder: Path) -> None:
   path = folder / "shard-00002.arrayrecord"
   writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
   for text in _TEXTS[11:]:
@@ -164,14 +164,14 @@ def test_verify_reads_every_byte(folder: Path) -> None:
     source.verify()
 
 
-def test_a_domain_without_a_name_is_refused(folder: Path) -> None:
+def test_a_domain_without_a_name_is_an_error(folder: Path) -> None:
   domains = np.full(11, 2, np.int16)
   np.save(folder / "shard-00000.domains.npy", domains)
   with pytest.raises(DataError, match="outside of its 2 names"):
     _ = PreparedSource(folder).domains
 
 
-def test_the_fingerprint_sees_what_changes(folder: Path) -> None:
+def test_the_fingerprint_changes_with_the_files(folder: Path) -> None:
   before = PreparedSource(folder).fingerprint
   path = folder / "shard-00000.arrayrecord"
   content = bytearray(path.read_bytes())

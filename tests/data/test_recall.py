@@ -1,4 +1,4 @@
-"""AR targets: by their definition, word for word, and in held-out results."""
+"""Test associative-recall targets, and their held-out metrics."""
 
 import math
 
@@ -16,7 +16,7 @@ from train.data.recall import RECALLS
 
 
 def _by_definition(words_W, segments_W, order: int) -> list[bool]:
-  """Of each target: whether the n words that end with it stood before."""
+  """Return for each target whether its n-gram occurred before."""
   found = []
   for t in range(1, len(words_W)):
     grams = [
@@ -31,7 +31,7 @@ def _by_definition(words_W, segments_W, order: int) -> list[bool]:
 
 @pytest.mark.parametrize("name", RECALLS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_by_definition(name, packed: bool) -> None:
+def test_recalled_follows_the_definition(name, packed: bool) -> None:
   rng = np.random.default_rng(3)
   words_BW = rng.integers(0, 3, (3, 41))
   segments_BW = np.zeros_like(words_BW)
@@ -43,7 +43,7 @@ def test_by_definition(name, packed: bool) -> None:
     batch["segment_ids"] = segments_BW[:, :-1]
   order = 1 + RECALLS.index(name)
   found_BT = recall.recalled(jax.tree.map(jnp.asarray, batch), name)
-  # A target in another document than its token has weight 0, and no meaning.
+  # A target in another document than its token has weight 0.
   counts_BT = segments_BW[:, 1:] == segments_BW[:, :-1]
   for row in range(3):
     wanted_T = _by_definition(
@@ -56,8 +56,8 @@ def test_by_definition(name, packed: bool) -> None:
     )
 
 
-def test_the_perplexities_of_the_paper_have_one_share() -> None:
-  """Log All = p log AR + (1 − p) log nonAR, with p = 0.45 in all three rows."""
+def test_the_papers_perplexities_imply_one_share() -> None:
+  """Check log All = p log AR + (1 − p) log nonAR, p = 0.45, in all rows."""
   for whole, ar, rest in (
     (16.62, 3.57, 58.57),
     (16.69, 3.72, 57.21),
@@ -95,6 +95,6 @@ def test_held_out_perplexities(folder, packing: str) -> None:
   "name, limit, said",
   [("trigram", None, "recall='trigram'"), (None, 0, "recall_limit=0")],
 )
-def test_a_definition_is_of_text_alone(name, limit, said: str) -> None:
+def test_recall_is_refused_for_mqar(name, limit, said: str) -> None:
   with pytest.raises(ValueError, match=f"^{said}: expected none with MQAR"):
     with_recall(tiny(), name, limit)

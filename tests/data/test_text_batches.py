@@ -1,4 +1,4 @@
-"""Batches of text: the same for any number of hosts and workers."""
+"""Test batches of text: rows, splits, mixtures, hosts and workers."""
 
 import dataclasses
 import pickle
@@ -42,7 +42,7 @@ def test_hosts_share_the_global_batch(batches: LMBatches, hosts: int) -> None:
     np.testing.assert_equal(joined, batches[5 + i])
 
 
-def test_a_resume_at_any_step_goes_on(batches: LMBatches) -> None:
+def test_a_resume_at_any_step_continues(batches: LMBatches) -> None:
   full = take(batches, 0, 20)
   fresh = pickle.loads(pickle.dumps(batches))
   for start in range(21):
@@ -50,7 +50,7 @@ def test_a_resume_at_any_step_goes_on(batches: LMBatches) -> None:
 
 
 def test_workers_do_not_change_the_batches(paths, tmp_path) -> None:
-  """In a process that is no test's, as grain starts others from it."""
+  """Run in another process, because grain starts more from it."""
   code = """
 import pickle, sys
 from train.data.prefetch import iterate
@@ -86,8 +86,8 @@ if __name__ == "__main__":
     assert all(type(x) is np.ndarray and x.flags.writeable for x in arrays)
 
 
-def test_formats_agree(paths) -> None:
-  """The order depends on the lengths alone."""
+def test_both_formats_give_the_same_batches(paths) -> None:
+  """The order depends only on the lengths of the documents."""
   for packing in ("stream", "documents"):
     a, b = (
       make(paths, name, packing=packing)[7] for name in ("prepared", "megatron")
@@ -116,7 +116,7 @@ def test_an_epoch_has_every_row_once(paths) -> None:
   assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
 
 
-def test_held_out_rows_are_no_training_rows(paths) -> None:
+def test_held_out_rows_are_not_training_rows(paths) -> None:
   for packing in ("stream", "documents"):
     sets = [
       make(paths, "prepared", packing=packing, split=split)
@@ -133,7 +133,7 @@ def test_held_out_rows_are_no_training_rows(paths) -> None:
 
 @pytest.mark.parametrize("name", ["prepared", "one"])
 def test_the_end_of_a_text_can_be_held_out(paths, tmp_path, name) -> None:
-  """Of a single document, too: there the rest is all that is trained on."""
+  """Even of a single document, whose beginning is then trained on."""
   texts = TEXTS if name == "prepared" else [np.concatenate(TEXTS)]
   if name == "one":
     paths = paths | {"one": str(write_megatron(tmp_path / "one", texts))}
@@ -181,7 +181,7 @@ def test_held_out_batches_are_padded(paths) -> None:
   assert few[0]["weights"].sum() == 3 * 16
 
 
-def test_a_stream_runs_over_borders(paths) -> None:
+def test_a_stream_crosses_document_boundaries(paths) -> None:
   batches = make(paths, "megatron", layout=Layout(16, validation=0.0))
   stream = np.concatenate(TEXTS)
   plain = dataclasses.replace(batches, shuffle=False)

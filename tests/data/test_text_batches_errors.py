@@ -1,4 +1,4 @@
-"""Batches of text: what has changed, or is wrong, is named."""
+"""Test errors of text batches, and changed fingerprints."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ def test_the_fingerprint_names_changed_files(tmp_path: Path) -> None:
   assert changed("fewer") == ["index", "lengths", "blocks"]
 
 
-def test_refusals(paths, tmp_path: Path) -> None:
+def test_wrong_data_sets_and_fields_are_named(paths, tmp_path: Path) -> None:
   with pytest.raises(ValueError, match="data.path=.*expected a prepared"):
     make(paths)[0]
   with pytest.raises(DataError, match="nothing: expected a prepared folder"):

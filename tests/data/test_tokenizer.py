@@ -1,4 +1,4 @@
-"""Tokenizers: a trained one loses nothing, a file is used as it says."""
+"""Test tokenizers: training, encoding, decoding and files."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def learnt(tmp_path_factory) -> str:
   return str(path)
 
 
-def test_learning_is_deterministic_and_compresses(learnt):
+def test_training_is_deterministic_and_compresses(learnt):
   assert tokenize.train_bpe(iter(_TEXTS), 400) == Path(learnt).read_text()
   tokenizer = tokenize.load(learnt)
   assert 257 < tokenizer.spec.vocab_size <= 400
@@ -34,7 +34,7 @@ def test_learning_is_deterministic_and_compresses(learnt):
   assert all(x.dtype == np.dtype("<u2") for x in tokens)
 
 
-def test_any_text_comes_back(learnt):
+def test_any_text_decodes_to_itself(learnt):
   tokenizer = tokenize.load(learnt)
   odd = ["", " ", "a\0b", "<|endoftext|>", "𝄞\r\n\u2028", " x ", "\ufffd"]
   for text, tokens in zip(odd, tokenizer.encode(odd), strict=True):
@@ -42,7 +42,9 @@ def test_any_text_comes_back(learnt):
     assert tokenizer.spec.eos not in tokens  # text cannot end a document
 
 
-def test_a_files_cutting_padding_and_templates_are_not_used(learnt, tmp_path):
+def test_truncation_padding_and_templates_of_a_file_are_not_used(
+  learnt, tmp_path
+):
   whole = tokenizers.Tokenizer.from_file(learnt)
   whole.enable_truncation(4)
   whole.enable_padding(length=6)
@@ -56,7 +58,7 @@ def test_a_files_cutting_padding_and_templates_are_not_used(learnt, tmp_path):
   assert plain.spec.sha256 != odd.spec.sha256
 
 
-def test_a_vocabulary_beyond_16_bits_takes_32(tmp_path):
+def test_a_vocabulary_above_16_bits_is_stored_in_32(tmp_path):
   words = {f"w{i}": i for i in range(70_000)} | {"</s>": 70_000}
   whole = tokenizers.Tokenizer(models.WordLevel(words, unk_token="w0"))
   whole.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -71,7 +73,7 @@ def test_a_vocabulary_beyond_16_bits_takes_32(tmp_path):
     run(inputs, out, tokenizer=str(path), eos="<nul>")
 
 
-def test_the_tokenizer_is_copied_and_another_one_refused(learnt, tmp_path):
+def test_the_tokenizer_is_copied_and_another_is_refused(learnt, tmp_path):
   data = write_formats(tmp_path / "in")
   out = tmp_path / "out"
   dataset = run([tmp_path / "in"], out, tokenizer=learnt)
@@ -84,7 +86,7 @@ def test_the_tokenizer_is_copied_and_another_one_refused(learnt, tmp_path):
     run([tmp_path / "in"], out, tokenizer=str(other))
 
 
-def test_a_text_that_a_tokenizer_refuses_is_named(tmp_path):
+def test_a_text_that_the_tokenizer_refuses_is_named(tmp_path):
   words = {"a": 0, "b": 1, "</s>": 2}
   whole = tokenizers.Tokenizer(models.WordLevel(words, unk_token="none"))
   whole.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -101,7 +103,7 @@ def test_a_text_that_a_tokenizer_refuses_is_named(tmp_path):
   assert (dataset["documents"], dataset["skipped"]) == (2, 1)
 
 
-def test_wrong_tokenizers_are_refused(tmp_path):
+def test_wrong_tokenizers_are_named(tmp_path):
   bad = tmp_path / "t.json"
   bad.write_text('{"a": 1}')
   with pytest.raises(ValueError, match=r"t.json: no tokenizer.json"):
@@ -115,7 +117,7 @@ def test_wrong_tokenizers_are_refused(tmp_path):
     tokenize.train_bpe(["a"], 100)
 
 
-def test_the_command_learns_one_from_files(tmp_path, capsys):
+def test_the_command_trains_a_tokenizer(tmp_path, capsys):
   write_formats(tmp_path / "in")
   out = tmp_path / "new" / "tokenizer.json"
   words = ["tokenizer", "train", str(tmp_path / "in"), "--out", str(out)]

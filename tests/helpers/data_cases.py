@@ -1,4 +1,4 @@
-"""Small data sets in the formats that the trainer reads, made by the tests."""
+"""Write small data sets in the formats that the trainer reads."""
 
 from collections.abc import Sequence
 import hashlib
@@ -17,7 +17,7 @@ EOS = 256
 def documents(
   count: int, *, seed: int = 0, most: int = 60, vocab_size: int = 256
 ) -> list[np.ndarray]:
-  """Documents of 0..most random tokens and an end of text: int64."""
+  """Return documents of 0..most random tokens and an end of text, int64."""
   random = np.random.default_rng(seed)
   lengths = random.integers(0, most + 1, count)
   return [np.append(random.integers(0, vocab_size, n), EOS) for n in lengths]
@@ -30,7 +30,7 @@ def write_idx(
   starts: Sequence[int] | None = None,
   code: int = 8,
 ) -> None:
-  """An index, written field by field; a document a sequence by default."""
+  """Write an index; by default each sequence is a document."""
   itemsize = {4: 4, 8: 2}[code]
   starts = range(len(lengths) + 1) if starts is None else starts
   offsets = np.concatenate([[0], np.cumsum(lengths)])[:-1] * itemsize
@@ -51,7 +51,7 @@ def write_megatron(
   code: int = 8,
   cuts: Sequence[int] | None = None,
 ) -> Path:
-  """NAME.idx with NAME.bin, or with raw cuts of it at these bytes."""
+  """Write NAME.idx and NAME.bin, or NAME.bin cut at these bytes."""
   path = stem.with_name(stem.name + ".idx")
   write_idx(path, [len(x) for x in sequences], starts=starts, code=code)
   dtype = {4: "<i4", 8: "<u2"}[code]
@@ -75,7 +75,7 @@ def write_prepared(
   tokenizer: str = "bytes",
   domains: Sequence[str] = (),
 ) -> Path:
-  """A prepared data set; document i is of domain i modulo their number."""
+  """Write a prepared data set; document i has domain i modulo their number."""
   folder.mkdir(parents=True)
   entries, little = [], {"uint16": "<u2", "uint32": "<u4"}[dtype]
   for i, shard in enumerate(shards):

@@ -1,4 +1,4 @@
-"""Token data sets of every format, and their batches, for tests."""
+"""Make data sets of every format, and batches of them."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Text in every raw format, and what `prepare` made of it."""
+"""Write text in every raw format, and read what `prepare` made."""
 
 import gzip
 import io
@@ -25,7 +25,7 @@ DOMAINS = ("Wikipedia (en)", "ArXiv", "Github")
 
 
 def records(count: int, first: int = 0) -> list[dict]:
-  """Records as the Pile has them; text of one to four lines."""
+  """Return records like those of the Pile, of one to four lines."""
   return [
     dict(
       text="\n".join(f"déjà {i} vu 日本 {i * j}" for j in range(1 + i % 4)),
@@ -54,7 +54,7 @@ def parquet_bytes(values: list[dict], group: int = 7) -> bytes:
 
 
 def write_formats(folder: Path, count: int = 20) -> dict[str, list[dict]]:
-  """One file of each format; returns what each holds."""
+  """Write one file of each format; return the records of each."""
   folder.mkdir()
   data = {
     name: records(count, i * count)
@@ -79,7 +79,7 @@ def run(inputs: list, out: Path, **options) -> dict | None:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-  """Every file of a folder, by name."""
+  """Return the content of every file of a folder, by name."""
   return {
     path.relative_to(folder).as_posix(): path.read_bytes()
     for path in sorted(folder.rglob("*"))
@@ -88,7 +88,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def shard_texts(out: Path) -> list[list[str]]:
-  """The texts of each shard, after a check of all that stands beside it."""
+  """Return the texts of each shard, after checking all its files."""
   dataset = json.loads((out / "dataset.json").read_text())
   assert dataset["format"] == "rebased-tokens"
   assert (dataset["version"], dataset["kind"]) == (1, "documents")
@@ -123,7 +123,7 @@ def shard_texts(out: Path) -> list[list[str]]:
 def read(
   path: Path, **fields
 ) -> list[read_documents.Document | read_documents.Problem]:
-  """All that a file gives."""
+  """Return the documents and problems of a file."""
   (source,) = input_files.find_sources([str(path)]).sources
   nothing = lambda _: None
   return list(

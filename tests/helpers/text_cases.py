@@ -1,4 +1,4 @@
-"""A small text data set, and runs on it, for tests."""
+"""Make a small text data set, and runs on it."""
 
 import dataclasses
 from pathlib import Path
@@ -19,7 +19,7 @@ from train import compiled_steps, evaluate
 from train.config import RunConfig, TextData
 from train.devices import mesh as mesh_lib
 
-# Real text: the sources of two modules, a document a paragraph.
+# Real text: the paragraphs of two modules' source code.
 TEXT = "".join(Path(x.__file__).read_text() for x in (textwrap, string))
 DOCUMENTS = [
   np.append(np.frombuffer(x.encode(), np.uint8).astype(int), EOS)
@@ -49,7 +49,7 @@ def make_config(path: Path, *, data=None, model=None, **changes) -> RunConfig:
 
 
 def evaluated(config: RunConfig) -> dict[str, float]:
-  """Held-out results of a fresh model."""
+  """Return the held-out metrics of a fresh model."""
   mesh = mesh_lib.make_mesh()
   with jax.set_mesh(mesh):
     built = compiled_steps.build(config, mesh)
@@ -59,7 +59,7 @@ def evaluated(config: RunConfig) -> dict[str, float]:
 
 
 def make_options(config: RunConfig) -> list[str]:
-  """The options that make a config of `config` out of lm-tiny."""
+  """Return the options that turn the preset lm-tiny into a config."""
   data, model = config.data, config.model
   values = {
     "data.path": " ".join(data.path),
