@@ -159,5 +159,6 @@ def test_only_the_main_thread_may_enter() -> None:
   thread.start()
   thread.join()
   assert errors == [
-    "training handles SIGTERM and SIGINT, which Python allows in the main thread only: call train.run there"
+    "training handles SIGTERM and SIGINT, which Python allows in the main "
+    "thread only: call train.run there"
   ]

@@ -78,7 +78,7 @@ def test_inspect_lists_the_parameters() -> None:
 def test_a_run_without_an_attention_picture(tmp_path) -> None:
   config, text = mamba_run(), io.StringIO()
   folder, console = RunFolder(tmp_path / "run"), Console(file=text, width=200)
-  outcome = loop.train(config, folder, console)
+  outcome = training.train(config, folder, console)
   report.finish(config, folder, outcome, console)
   assert outcome.step == config.steps
   names = {path.name for path in folder.path.iterdir()}
