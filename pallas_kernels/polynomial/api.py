@@ -323,7 +323,7 @@ def which_implementation(
     axes: as in `polynomial_attention`.
 
   Returns:
-    (name, reason), the reason in words.
+    (name, reason); the reason is a text for people.
 
   Raises:
     ValueError: there is no implementation of that name.

@@ -7,13 +7,13 @@ with a derivative, on one device or over the axes of a mesh.
 Over a mesh, batch and heads are independent. Time is not: each device holds a
 shard of the tokens of a row.
 
-  forward   Every device sums the state of its own keys (`key_state`). All
-            devices exchange these sums. Each adds those of the shards to its
-            left that belong to its first document, and starts from there.
-  backward  The same from the right, with cotangents of the state
-            (`query_cotangent`).
+  forward   Every device sums the state of its keys (`key_state`). An all-gather
+            gives these sums to all devices. Each device adds those of earlier
+            shards that belong to its first document, and starts from the total.
+  backward  The same for cotangents of the state (`query_cotangent`), with the
+            later shards that belong to its last document.
 
-The states that are exchanged are small: their size does not depend on T.
+The states are small: their size does not depend on T.
 """
 
 from collections.abc import Callable, Iterable

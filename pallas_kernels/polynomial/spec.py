@@ -6,7 +6,7 @@ With queries q_t and keys k_s of width F and values v_s of width P, one head is
     sim_ts = c0 + c1 s_ts + c2 s_ts²          for the keys s that t sees, else 0
     o_t    = Σ_s sim_ts v_s / (Σ_s sim_ts + eps)
 
-Token t sees the tokens s ≤ t of its own document. `reference` computes these
+Token t sees the tokens s ≤ t of the same document. `reference` computes these
 equations as they stand, in O(T²). `state.py` has the linear form, O(T).
 
 `REBASED` = (0, 0, 1) is the similarity of ReBased (arXiv 2402.10644),

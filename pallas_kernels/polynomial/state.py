@@ -19,8 +19,9 @@ The last w is 1 instead of 2 where F is even, because block r = F/2 holds each
 product twice. Where c1 ≠ 0, x follows; where c0 ≠ 0, a 1 follows.
 
 k̃ is k, followed by a 1 where c0 or c1 is not 0; it has G numbers. The
-denominator is taken from KK and not from φ, because rounded features would let
-it differ from the numerator where q·k is near 0.
+denominator is taken from KK, which is float32, and not from features. Kernels
+round features to bfloat16, and the denominator would be wrong by several
+percent where keys are alike.
 """
 
 import dataclasses

@@ -16,7 +16,7 @@ def spoil(x: Inputs, field: str, token: int, how: str) -> Inputs:
 
 
 def assert_bit_identical(a, b) -> None:
-  """Assert that the leaves of two trees have the same bits."""
+  """Assert that two trees are bit-identical."""
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
@@ -24,7 +24,7 @@ def assert_bit_identical(a, b) -> None:
 def assert_others_identical(
   got: Answer, clean: Answer, document: slice, names: tuple[str, ...]
 ) -> None:
-  """Assert that all tokens but those of one document have the same bits."""
+  """Assert that the tokens of all other documents are bit-identical."""
   for name in names:
     a, b = np.asarray(getattr(got, name)), np.asarray(getattr(clean, name))
     for others in (slice(None, document.start), slice(document.stop, None)):

@@ -105,7 +105,7 @@ def _queries_body(refs: Refs, call: Call) -> None:
   chunks.start_state(refs)
 
   def chunk(head, lanes, position):
-    # Stage 1: products of the chunk's own tokens.
+    # Stage 1: products of the chunk's tokens.
     kv_ref, kk_ref = refs["kv"].at[head], refs["kk"].at[head]
     masks = make_masks(refs.get("starts"), lanes, position, call)
     k_FC = chunks.load(refs["k"], head, call.F, lanes, masks.valid_1C)
@@ -252,7 +252,7 @@ def _keys_body(refs: Refs, call: Call) -> None:
   chunks.start_state(refs)
 
   def chunk(head, lanes, position):
-    # Stage 1: products of the chunk's own tokens.
+    # Stage 1: products of the chunk's tokens.
     kv_ref, kk_ref = refs["kv"].at[head], refs["kk"].at[head]
     masks = make_masks(refs.get("starts"), lanes, position, call)
     q_FC, do_VC, r_1C, dz_1C = _load_queries(refs, head, lanes, masks, call)

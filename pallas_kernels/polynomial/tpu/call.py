@@ -3,14 +3,14 @@
 Tokens lie along the lanes of a tile and features along its rows: q and k are
 (F, C), v and o are (P, C) for a chunk of C tokens. A (T, 16) array would fill
 eight times its bytes, because a row of a tile has 128 lanes. Scores are [s, t],
-keys along rows. What belongs to a query is then one row, which broadcasts to
-all rows at no cost.
+keys along rows. A number of each query, as r, is then one row, which broadcasts
+to all rows at no cost.
 
 The kernels compute everything divided by c2: with a = q·k, c1' = c1 / c2 and
 c0' = c0 / c2, the similarity is a² + c1' a + c0'. The weights of the features
-are then 1, 2, …, 2, 1 for the products, c1' for x and c0' for the 1. The first
-ones are exact in bfloat16. They multiply the features of the queries, φ_w =
-w∘φ:
+are then 1, 2, …, 2, 1 for the products, c1' for x and c0' for the 1. Those of
+the products are exact in bfloat16. The weights multiply the features of the
+queries, φ_w = w∘φ:
 
     φ_w(q)·φ(k) = sim / c2
 """
@@ -58,7 +58,7 @@ class Call:
     documents: whether rows hold several documents.
     heads: heads of one step of the grid.
     chunk: C, the tokens whose scores are taken as they stand.
-    span: tokens of the chunks that the program lays out in a straight line.
+    span: tokens of the chunks that are unrolled in the program.
     block: tokens of one step of the grid, which loops over the block's spans.
   """
 

@@ -24,13 +24,14 @@ def for_each_chunk(
 ) -> None:
   """Run `work(head, lanes, position)` for each head and chunk of the block.
 
-  `work` is a generator, of which the parts between yields are stages. The
-  stages of different chunks are interleaved. All chunks run a stage in order of
-  time, so what reads or writes the state must stand in one stage of all chunks.
+  `work` is a generator, and the code between two yields is a stage. The stages
+  of different chunks are interleaved, but each stage runs for one chunk after
+  another in order of time. The code that reads or writes the state must
+  therefore stand in the same stage of every chunk.
 
   Args:
-    work: of a head, the chunk's lanes in the block, and the position in the row
-      of its first token.
+    work: takes the head, the chunk's lanes in the block, and the position in
+      the row of the chunk's first token.
     call: the launch.
     reverse: whether chunks, and blocks, run from the end of the row.
   """
@@ -55,17 +56,26 @@ def for_each_chunk(
 
 
 def _interleave(chunks: list[Iterator[None]]) -> None:
-  """Run generators so that each is one stage behind the one before it.
+  """Run the stages of all chunks, each chunk one stage later than the previous.
 
   The compiler stays near the order of the program. So the first products of a
-  chunk stand before the last ones of the chunk ahead of it, and fill the time
-  in which those wait for results.
+  chunk stand before the last sums of the previous chunk, and fill the time in
+  which those sums wait for results.
   """
   running: list[Iterator[None]] = []
   while chunks or running:
     running = chunks[:1] + running
     chunks = chunks[1:]
-    running = [chunk for chunk in running if next(chunk, "done") is None]
+    running = [chunk for chunk in running if _run_stage(chunk)]
+
+
+def _run_stage(chunk: Iterator[None]) -> bool:
+  """Run the next stage of a chunk; return whether more stages follow."""
+  try:
+    next(chunk)
+  except StopIteration:
+    return False
+  return True
 
 
 def _lanes(start: Any, call: Call) -> Any:

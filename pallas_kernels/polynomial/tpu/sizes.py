@@ -133,7 +133,7 @@ def _heads_per_step(H: int, P: int) -> int:
 def _fit(call: Call) -> Call:
   """Reduce the span for the program's size, then the block for VMEM."""
   span, block = call.span, call.block
-  # The program is laid out for each head and chunk of a span.
+  # Each head and chunk of a span is unrolled in the program.
   while span * call.heads > call.span and span % (2 * call.chunk) == 0:
     span //= 2
   call = dataclasses.replace(call, span=span)
