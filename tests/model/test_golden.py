@@ -11,16 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rebased_jax import (
-  LM,
-  AttentionConfig,
-  BaseConvConfig,
-  ModelConfig,
-  presets,
-)
+from rebased_jax import LM, MixerConfig, ModelConfig, RWKVConfig, presets
 
 _DIRECTORY = Path(__file__).parents[1] / "golden"
-# The golden file of each linear model, and its kernel among the presets.
+# The golden files of the paper's kernels, which follow the short convolution,
+# and the names of these kernels among the presets.
 _KERNELS = {
   "rebased": "rebased",
   "rebased_gx": "gamma",
@@ -28,14 +23,24 @@ _KERNELS = {
   "rebased_x2": "x2",
   "based": "based",
 }
-# Those of softmax attention, and their first layer.
-_SOFTMAX = {"attention": AttentionConfig(), "conv_attention": BaseConvConfig()}
+# The golden files of other systems, and their names among the presets.
+_SYSTEMS = {
+  "attention": "attention",
+  "conv_attention": "conv-attention",
+  "rwkv": "rwkv",
+  "conv_rwkv": "conv-rwkv",
+  "mamba": "mamba",
+  "hyena": "hyena",
+  "double_based": "double-based",
+  "double_rebased": "double-rebased",
+}
 # The official code allocates and never uses these, with a gradient of zero.
 _UNUSED = {
   "rebased_gx": {
     f"pairs/second/mixer/{side}_affine/beta" for side in ("query", "key")
   }
 }
+_WORDS = "backbone.embeddings.word_embeddings.weight"
 # Of ‖ours − theirs‖ / ‖theirs‖, the Frobenius norm over each whole array.
 # The same formulas in another order: roundings of 1e-16 in float64, of 6e-8 in
 # float32. Measured, at most 2e-15 and 6e-7; the rest is room for other orders.
@@ -71,16 +76,29 @@ def _loss(graph, params, tokens_BT, labels_BT):
   return -total / kept_BT.sum().astype(total.dtype), logits_BTV
 
 
-def _mqar(mixer, dtype: str) -> ModelConfig:
+def _mqar(system: presets.System, dtype: str, golden) -> ModelConfig:
+  """Return the model of a system at the sizes of a golden file."""
+  vocab_size, width = golden["param/" + _WORDS].shape
   config = presets.mqar(
-    presets.hybrid(mixer), width=32, length=24, vocab_size=64
+    system,
+    width=width,
+    length=golden["tokens"].shape[1],
+    vocab_size=vocab_size,
   )
   return dataclasses.replace(config, dtype=dtype)
 
 
-def _check(name: str, config: ModelConfig) -> None:
-  """Compares logits, loss and all gradients with the golden file's."""
-  golden, dtype = _golden(name), config.dtype
+def _without_rounding(mixer: MixerConfig) -> MixerConfig:
+  """Return the mixer with WKV in the compute dtype, as in the golden files."""
+  if isinstance(mixer, RWKVConfig):
+    return dataclasses.replace(mixer, wkv_dtype="float32")
+  return mixer
+
+
+def _check(name: str, system: presets.System, dtype: str) -> None:
+  """Compare logits, loss and all gradients with the golden file's."""
+  golden = _golden(name)
+  config = _mqar(system, dtype, golden)
   arrays = golden_map.ours(golden, "param")
   unused = _UNUSED.get(name, set())
   for path in unused:
@@ -124,23 +142,36 @@ def test_logits_loss_and_every_gradient(name, dtype, implementation) -> None:
     presets.VARIANTS[_KERNELS[name]], implementation=implementation
   )
   assert (mixer.heads, mixer.features, mixer.eps) == (12, 16, 1e-12)
-  _check(name, _mqar(mixer, dtype))
+  _check(name, presets.hybrid(mixer), dtype)
 
 
-@pytest.mark.parametrize("dtype", _TOLERANCE)
-@pytest.mark.parametrize("name", _SOFTMAX)
-def test_softmax_attention_likewise(name, dtype) -> None:
-  """The official mask adds −10,000, and e^−10,000 is 0 in every dtype."""
-  config = _mqar(AttentionConfig(), dtype)
-  _check(name, dataclasses.replace(config, first=_SOFTMAX[name]))
+def _cases():
+  for name in _SYSTEMS:
+    quick = name in ("attention", "conv_attention")
+    yield name, "float64"
+    yield pytest.param(name, "float32", marks=[] if quick else pytest.mark.slow)
 
 
-def test_the_table_covers_every_official_name() -> None:
+@pytest.mark.parametrize(("name", "dtype"), _cases())
+def test_the_other_systems(name, dtype) -> None:
+  """Compare Table 4's systems.
+
+  The official mask of attention adds −10,000, and e^−10,000 is 0 in every
+  dtype.
+  """
+  system = presets.SYSTEMS[_SYSTEMS[name]]
+  first, second = map(_without_rounding, (system.first, system.second))
+  _check(name, system._replace(first=first, second=second), dtype)
+
+
+def test_the_map_has_every_official_name_and_no_other() -> None:
   names = set()
-  for name in (*_KERNELS, *_SOFTMAX):
+  for name in (*_KERNELS, *_SYSTEMS):
+    golden = _golden(name)
+    assert golden_map.ours(golden, "param")  # asserts that each name is known
     names |= {
       key.removeprefix("param/backbone.")
-      for key in _golden(name)
+      for key in golden
       if key.startswith("param/")
     }
-  assert names == golden_map.TABLE.keys()
+  assert not golden_map.unused_names(names)
