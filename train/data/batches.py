@@ -28,7 +28,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-
 Batch = dict[str, np.ndarray]
 Fingerprint = dict[str, int | str | float]
 

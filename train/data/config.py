@@ -47,22 +47,20 @@ class DataConfig(abc.ABC):
   `workers`, `timeout` and `recall` have defaults. Declare one as a field of
   the dataclass to let users change it. A subclass with a `__post_init__` of
   its own must call `super().__post_init__()`, which checks these values.
-
-  Attributes:
-    length: the number of input tokens of a row.
-    vocab_size: the vocabulary size; None if only the files know it.
-    workers: the number of processes that read ahead; 0 for a thread.
-    timeout: seconds that training waits for a batch; None for no limit.
-    recall: which targets evaluation counts as associative recall, see
-      `train/data/recall.py`; None for none.
-    perplexity: whether perplexity is reported, as for text.
   """
 
+  #: The number of input tokens of a row.
   length: int
+  #: The vocabulary size; None if only the files know it.
   vocab_size: int | None
+  #: The number of processes that read ahead; 0 for a thread.
   workers: int = 0
+  #: Seconds that training waits for a batch; None for no limit.
   timeout: float | None = 600.0
+  #: Which targets evaluation counts as associative recall, see
+  #: `train/data/recall.py`; None for none.
   recall: Recall | None = None
+  #: Whether perplexity is reported, as for text.
   perplexity: ClassVar[bool] = False
 
   def __post_init__(self) -> None:
@@ -280,7 +278,7 @@ class TextData(DataConfig):
 
   #: Folders of `rebased prepare`, or Megatron indices NAME.idx.
   path: tuple[str, ...] = ()
-  #: The share of each path in the mixture. None given: by their rows.
+  #: The share of each path in the mixture. Empty: by their numbers of rows.
   weights: tuple[float, ...] = ()
   #: The inputs of a row. A row has one token more.
   length: int = 256

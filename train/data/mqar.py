@@ -249,8 +249,9 @@ def stream_examples(
     if not open_R.size:
       return keys_BN, values_BN, _gaps(hash64(base_B, _GAPS), config)
   raise ValueError(
-    f"split={split!r}: no pair list of it in {_MAX_DRAWS} draws"
-    f" from vocab_size={config.vocab_size} and pairs={N}"
+    f"split={split!r}: no pair list belongs to it in {_MAX_DRAWS} draws from "
+    f"vocab_size={config.vocab_size} and pairs={N}: expected a larger "
+    "vocab_size"
   )
 
 
