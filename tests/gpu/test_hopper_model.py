@@ -1,4 +1,4 @@
-"""A language model over a mesh hands each device's part to Hopper's kernels."""
+"""A language model over a mesh runs the Hopper kernels on every device."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ from rebased_jax import BaseConvConfig, BasedConfig, ModelConfig
 from train.devices.mesh import MeshConfig, make_mesh, shard_axes
 
 B, T, D, HIDDEN, HEADS = 2, 8, 128, 256, 2
-# Its Σ sim is never near 0, which a gradient in bfloat16 would not survive.
+# Its Σ sim is never near 0, where bfloat16 gradients would be too rough.
 _MIXER = BasedConfig(heads=HEADS, features=4, implementation="xla")
 
 
@@ -31,7 +31,7 @@ def _config(first=_MIXER) -> ModelConfig:
 
 
 def _run(config, mesh, positions_BQ=None):
-  """The loss and its gradients, of a program of its own."""
+  """Return the loss and its gradients, from a separately compiled program."""
   graph, params = model_cases.make(config)
   axes = None if mesh is None else shard_axes(mesh, HEADS)
   tokens_BT = np.arange(B * T).reshape(B, T) % config.vocab_size
@@ -49,7 +49,7 @@ def _run(config, mesh, positions_BQ=None):
 
 @pytest.fixture
 def shapes(interpreted, monkeypatch) -> dict[str, set]:
-  """Of each kernel's first array, by its name."""
+  """Record the shapes of each kernel's first argument, by the kernel's name."""
   from pallas_kernels.gated_conv import gpu as gated_conv
   from pallas_kernels.gelu import gpu as gelu
   from pallas_kernels.layer_norm import gpu as add_norm
@@ -77,26 +77,26 @@ def _assert_near(found, wanted) -> None:
   error = lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(b))
   errors = jax.tree.map(error, found, wanted)
   paths = jax.tree.flatten_with_path(errors)[0]
-  # Two roundings to bfloat16 of a model are up to 8e-2 apart in a gradient of
-  # q and k; what a device lacks or counts twice is 0.5 or more.
+  # Gradients of q and k in two bfloat16 runs are up to 8e-2 apart. Terms that a
+  # device lacks or counts twice would give 0.5 or more.
   assert not {jax.tree_util.keystr(k): e for k, e in paths if e > 0.15}
 
 
-def test_tensor_and_context(shapes, monkeypatch) -> None:
+def test_tensor_and_context_mesh_equals_one_device(shapes, monkeypatch) -> None:
   mesh = make_mesh(MeshConfig(tensor=2, context=2), jax.devices()[:4])
   positions_BQ = np.tile(np.array([1, 5, 6]), (B, 1))
   found = _run(_config(), mesh, positions_BQ)
   rows = B * T // 2
   assert shapes == {
     "gelu": {(rows, HIDDEN // 2)},
-    # The last norms are of the positions, whose time is not split.
+    # The last norms see the chosen positions, whose time is not split.
     "add_norm": {(rows, D), (B * 3, D)},
   }
   monkeypatch.setattr(devices, "is_hopper", lambda: False)
   _assert_near(found, _run(_config(), None, positions_BQ))
 
 
-def test_rows(shapes, monkeypatch) -> None:
+def test_fsdp_mesh_equals_one_device(shapes, monkeypatch) -> None:
   config = _config(BaseConvConfig())
   mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
   found = _run(config, mesh)

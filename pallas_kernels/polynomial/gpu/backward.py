@@ -180,7 +180,7 @@ def backward_keys(
 def query_cotangents(
   q: Array, do: Array, per_token: dict[str, Array], launch: Launch
 ) -> list[Array]:
-  """Sum the cotangent of the state before each slice, of its own queries.
+  """Sum the cotangent of the state before each slice, from its queries alone.
 
   Args:
     q: (B, T, H, 16 · parts), padded.

@@ -39,7 +39,7 @@ _PADDING_CODE = 4 * 2**28  # a document that no token is of
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-  """What is known of rows of several documents.
+  """The masks of rows that hold several documents.
 
   Attributes:
     codes_B1T: int32, the code of each token; T padded to whole chunks.

@@ -1,4 +1,4 @@
-"""What a walk does with a chunk where its term is a half of a pair, F > 16.
+"""The steps of a walk whose term is a half of a pair, where F > 16.
 
 A pair (i, j) of the parts of queries and keys adds to (q·k)²
 

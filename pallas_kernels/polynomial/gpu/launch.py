@@ -60,7 +60,7 @@ class Launch:
     c1: the coefficient of a in sim'.
     c0: the constant in sim'.
     eps: the operator's eps, scaled as the coefficients are.
-    slices: slices of time. Each is walked by a program of its own.
+    slices: slices of time, which different programs walk at once.
     chunks: chunks of a slice; the last slice may have fewer.
     dtype: of q, k and v, and of every operand of the tensor core.
     segments: whether rows hold several documents.
@@ -116,7 +116,7 @@ class Launch:
 
   @property
   def kernel_prefix(self) -> str:
-    """What the kernels' names in a profile start with."""
+    """The prefix of the kernels' names, as a profile shows them."""
     if self.fused:
       return ""
     return "pair_" if self.pairs else "part_"

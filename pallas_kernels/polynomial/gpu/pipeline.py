@@ -17,8 +17,8 @@ No data depends on the wait for the features, which only the state warpgroup
 reads. It keeps the two warpgroups in step: the state is updated while the
 output warpgroup works on the chunk itself.
 
-A program has two such walks, each of a head of its own. A kernel that only sums
-a state has no output warpgroup, and four walks in a program. Barriers are in
+A program has two such walks. A kernel that only sums a state has no output
+warpgroup, and four walks in a program. Barriers are in
 shared memory, and `warpgroup.Shared` names them. Inputs are copied by TMA, one
 chunk or two ahead.
 """
@@ -57,7 +57,7 @@ SHARED_MEMORY = 230_000  # bytes of a program, without alignment and barriers
 
 
 class Steps(NamedTuple):
-  """What a kernel does with a chunk. All functions take (work, chunk, slot).
+  """The steps of a kernel with one chunk, as functions (work, chunk, slot).
 
   `chunk` is the number of the chunk in the row, `slot` the stage that holds its
   inputs.

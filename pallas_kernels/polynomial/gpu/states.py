@@ -217,7 +217,7 @@ def _other_features_to_squares(
 
 @dataclasses.dataclass(frozen=True)
 class _Places:
-  """Where a product is in the other layout.
+  """The place of each product in the other layout.
 
   Attributes:
     first_of_term: for each term, the public features that its products are in.

@@ -11,7 +11,7 @@ from pallas_kernels.polynomial.gpu.launch import Launch
 
 
 class Place(NamedTuple):
-  """Which walk a warpgroup does. All fields are traced integers, or 0.
+  """The walk that a warpgroup does. All fields are traced integers, or 0.
 
   Attributes:
     in_program: the number of the walk within its program.
@@ -47,7 +47,7 @@ class Place(NamedTuple):
 
 
 class Shared(NamedTuple):
-  """What the two warpgroups of a walk share in shared memory.
+  """The shared memory that the two warpgroups of a walk both use.
 
   Attributes:
     phi: features of the chunk (C, E) that are added to the state.

@@ -1,4 +1,4 @@
-"""Softmax attention by cuDNN on the card, against XLA."""
+"""Softmax attention by cuDNN on a GPU, against XLA."""
 
 from flax import nnx
 import jax
@@ -13,11 +13,11 @@ pytestmark = pytest.mark.gpu
 if jax.devices()[0].platform != "gpu":
   pytest.skip("no GPU", allow_module_level=True)
 
-_TOLERANCE = 1e-2  # of ‖a − b‖ / ‖b‖: a few roundings of 2⁻⁹
+_TOLERANCE = 1e-2  # limit of ‖a − b‖ / ‖b‖: a few roundings of 2⁻⁹
 
 
 def _all(implementation, x_BTD, rotary=False, positions_BM=None):
-  """y, and the gradients of parameters and x."""
+  """Return y and the gradients of the parameters and x."""
   config = AttentionConfig(
     heads=4, rotary=rotary, implementation=implementation
   )
@@ -54,7 +54,7 @@ def test_cudnn_is_chosen_and_equals_xla(T, M, implementation, rotary) -> None:
     assert np.linalg.norm(x - y) <= _TOLERANCE * np.linalg.norm(y)
 
 
-def test_what_cudnn_cannot_do_runs_xla() -> None:
+def test_calls_that_cudnn_cannot_do_run_xla() -> None:
   for width, dtype in ((128, "float32"), (4 * 12, "bfloat16")):
     site = base.Site(width, dtype=dtype)
     x_BTD = jnp.ones((1, 16, width), dtype)
