@@ -152,7 +152,7 @@ def _cases():
     yield pytest.param(name, "float32", marks=[] if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "dtype"), _cases())
+@pytest.mark.parametrize(("name", "dtype"), list(_cases()))
 def test_the_other_systems(name, dtype) -> None:
   """Compare Table 4's systems.
 
