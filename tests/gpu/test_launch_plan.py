@@ -29,7 +29,7 @@ def _plan(B, T, H, F, P, coefficients=REBASED, dtype=jnp.bfloat16):
     (1, 63, 1, 5, 1),
   ],
 )
-def test_time_is_cut_into_slices_for_enough_programs(B, T, H, P, slices):
+def test_time_is_cut_into_slices_for_enough_walks(B, T, H, P, slices):
   (walks,) = _plan(B, T, H, 16, P).launches
   assert walks.slices == slices
   assert walks.slices * walks.chunks >= walks.total_chunks

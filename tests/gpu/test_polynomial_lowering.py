@@ -51,7 +51,7 @@ def test_every_named_shape_lowers(name):
   for kernel_name in ("forward", "queries", "keys"):
     assert (f"polynomial_chunk_{kernel_name}" in text) == (spec.F > 16)
   # Long rows of few heads are cut into slices, which need their states.
-  cut = spec.B * spec.H * len(prefixes) <= launch.PROGRAMS // 2
+  cut = spec.B * spec.H * len(prefixes) <= launch.WALKS // 2
   for prefix in prefixes:
     assert (f"polynomial_{prefix}key_state" in text) == cut
     assert (f"polynomial_{prefix}query_cotangent" in text) == cut

@@ -43,7 +43,7 @@ def test_boundary_states_equal_a_loop(
 ):
   B, H, S = 2, 1, 5
   coefficients = BASED if documents else REBASED
-  monkeypatch.setattr(launch, "PROGRAMS", S * B * H)
+  monkeypatch.setattr(launch, "WALKS", S * B * H)
   array = jax.ShapeDtypeStruct((B, T, H, PART), jnp.bfloat16)
   values = jax.ShapeDtypeStruct((B, T, H, TILE), jnp.bfloat16)
   runs_BT = jnp.zeros((B, T), jnp.int32) if documents else None

@@ -31,14 +31,15 @@ TILE = 64  # columns of a value tile
 SQUARE_BLOCKS = PART // 2 + 1  # feature blocks of a square (i, i)
 HALF_BLOCKS = PART // 2  # feature blocks of a half of a pair (i, j)
 
-# How many programs a launch should have: two for each of the 132
-# multiprocessors of an H100. Where batch × heads give fewer, time is cut into
-# slices of at least `SLICE_CHUNKS` chunks.
+# How many walks a launch should have: two in a program, and a program for each
+# of the 132 multiprocessors of an H100, whose registers it fills. Where
+# batch × heads give fewer, time is cut into slices of at least `SLICE_CHUNKS`
+# chunks.
 #
 # Measured on an H100 with jax 0.11.2, forward and backward, for 19 shapes with
-# 66, 132, 264, 396 and 528 programs and 8, 16 and 32 chunks: nothing was faster
+# 66, 132, 264, 396 and 528 walks and 8, 16 and 32 chunks: nothing was faster
 # than these two values by 3 % or more. There is nothing left to tune.
-PROGRAMS = 264
+WALKS = 264
 SLICE_CHUNKS = 8
 
 
@@ -256,9 +257,9 @@ def make_plan(
 
 
 def _cut_time(launch: Launch) -> Launch:
-  """Cut time into slices until there are about `PROGRAMS` programs."""
+  """Cut time into slices until there are about `WALKS` walks."""
   total = launch.total_chunks
-  wanted = min(PROGRAMS // (launch.B * launch.walks), total // SLICE_CHUNKS)
+  wanted = min(WALKS // (launch.B * launch.walks), total // SLICE_CHUNKS)
   slices = max(1, wanted)
   chunks = -(-total // slices)
   if slices > 1:

@@ -1,6 +1,6 @@
 """The states at the boundaries of slices of time.
 
-Where batch × heads give too few programs, time is cut into slices that are
+Where batch × heads give too few walks, time is cut into slices that are
 walked at once. Each needs the state before it. First, kernels sum the state of
 each half slice from its own keys alone (`forward.key_states`). Then the kernel
 here adds up these sums x, from slice boundary to slice boundary:
