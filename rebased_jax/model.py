@@ -207,31 +207,20 @@ class LM(nnx.Module):
       _check_rows("positions_to_predict", positions_to_predict)
     config = self.config
     position_1T = jnp.arange(tokens.shape[1])[None]
-    x_BTD = self._embed(tokens, position_1T, dropout_key, axes)
-    graph, stacked = nnx.split(self.pairs)
-
-    def run_pair(
-      stream: Stream, parameters: Any, query_positions: Array | None = None
-    ) -> Stream:
-      pair = nnx.merge(graph, parameters)
-      return pair(
-        stream,
-        segment_ids=segment_ids,
-        axes=axes,
-        query_positions=query_positions,
-      )
-
-    run_pair = blocks.with_remat(run_pair, config.remat, scan=config.scans)
-    layout = dict(scan=config.scans, remat=config.remat)
-    if positions_to_predict is None:
-      stream = blocks.run_pairs(run_pair, x_BTD, stacked, **layout)
-    else:
-      before, last = blocks.split_last(stacked)
-      stream = blocks.run_pairs(run_pair, x_BTD, before, **layout)
-      stream = run_pair(stream, last, positions_to_predict)
+    stream = blocks.run_pairs(
+      self.pairs,
+      self._embed(tokens, position_1T, dropout_key, axes),
+      scan=config.scans,
+      remat=config.remat,
+      segment_ids=segment_ids,
+      axes=axes,
+      query_positions=positions_to_predict,
+    )
+    if axes is not None and positions_to_predict is not None:
       # Chosen positions are not split over the devices that split the row.
-      axes = None if axes is None else ShardAxes(batch=axes.batch)
-    return self.norm.of_sum(stream, axes)[1]
+      axes = ShardAxes(batch=axes.batch)
+    _, n_BTD = self.norm.of_sum(stream, axes)
+    return n_BTD
 
   def head(self, x_D: Array) -> Array:
     """Return logits (…, V) in float32 of `features` (…, D).
@@ -247,9 +236,8 @@ class LM(nnx.Module):
 
   def init_state(self, batch: int) -> LMState:
     """Return the state of `batch` rows before their first token."""
-    state = self._pair(0).init_state(batch)
-    stacked = jax.tree.map(lambda x: jnp.stack([x] * self.config.pairs), state)
-    return LMState(jnp.zeros(batch, jnp.int32), stacked)
+    states = blocks.init_states(self.pairs, batch)
+    return LMState(jnp.zeros(batch, jnp.int32), states)
 
   def prefill(
     self,
@@ -274,14 +262,9 @@ class LM(nnx.Module):
     T = tokens.shape[1]
     step_1T = jnp.arange(T, dtype=jnp.int32)[None]
     x_BTD = self._embed(tokens, state.position_B[:, None] + step_1T)
-    graph, stacked = nnx.split(self.pairs)
-
-    def body(x_BTD: Array, inputs: tuple[Any, Any]) -> tuple[Array, Any]:
-      parameters, states = inputs
-      pair = nnx.merge(graph, parameters)
-      return pair.prefill(x_BTD, states, segment_ids=segment_ids, axes=axes)
-
-    x_BTD, states = jax.lax.scan(body, x_BTD, (stacked, state.pairs))
+    x_BTD, states = blocks.prefill_pairs(
+      self.pairs, x_BTD, state.pairs, segment_ids=segment_ids, axes=axes
+    )
     logits_BV = self.head(self.norm(x_BTD[:, -1]))
     return logits_BV, LMState(state.position_B + T, states)
 
@@ -295,19 +278,13 @@ class LM(nnx.Module):
       state: the state after the tokens before, or `init_state(B)`.
     """
     x_B1D = self._embed(tokens[:, None], state.position_B[:, None])
-    graph, stacked = nnx.split(self.pairs)
-
-    def body(x_BD: Array, inputs: tuple[Any, Any]) -> tuple[Array, Any]:
-      parameters, states = inputs
-      return nnx.merge(graph, parameters).step(x_BD, states)
-
-    x_BD, states = jax.lax.scan(body, x_B1D[:, 0], (stacked, state.pairs))
+    x_BD, states = blocks.step_pairs(self.pairs, x_B1D[:, 0], state.pairs)
     return self.head(self.norm(x_BD)), LMState(state.position_B + 1, states)
 
   def state_size(self, length: int) -> int:
     """Return the bytes of state that a row of `length` tokens holds."""
     position = jnp.dtype(jnp.int32).itemsize
-    return position + self.config.pairs * self._pair(0).state_size(length)
+    return position + blocks.state_size(self.pairs, length)
 
   @property
   def has_attention_matrix(self) -> bool:
@@ -326,13 +303,10 @@ class LM(nnx.Module):
       NotImplementedError: the mixer has no such matrix.
     """
     stream = Stream(self._embed(tokens, jnp.arange(tokens.shape[1])[None]))
-    for index in range(self.config.pairs - 1):
-      stream = self._pair(index)(stream)
-    return self._pair(self.config.pairs - 1).attention_matrix(stream)
-
-  def _pair(self, index: int) -> Pair:
-    graph, stacked = nnx.split(self.pairs)
-    return nnx.merge(graph, blocks.unstack(stacked, index))
+    last = self.config.pairs - 1
+    for index in range(last):
+      stream = blocks.unstack(self.pairs, index)(stream)
+    return blocks.unstack(self.pairs, last).attention_matrix(stream)
 
   def _embed(
     self,

@@ -50,7 +50,8 @@ def _few_heads(mixer: MixerConfig) -> MixerConfig:
   """Return the mixer with 4 heads instead of 12; 1 head stays 1."""
   if getattr(mixer, "heads", 1) == 1:
     return mixer
-  return dataclasses.replace(mixer, heads=4)
+  # The field is there: the base class does not declare it.
+  return dataclasses.replace(mixer, heads=4)  # pyrefly: ignore[unexpected-keyword]
 
 
 def _small(system: presets.System, *, learning_rate: float) -> RunConfig:

@@ -1,11 +1,14 @@
-"""A run compiles its two steps once, however often it evaluates."""
+"""A run traces and compiles its two steps once, however often it evaluates."""
 
 import collections
 from pathlib import Path
 
+import chex
 import jax
 import pytest
 from train_cases import run, tiny, trainer as trainer
+
+from train import step
 
 _EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -47,3 +50,12 @@ def test_one_compilation_each_in_a_run_and_in_a_resume(
   outcome, out = run(tiny(), tmp_path / "run")
   assert outcome.step == 6 and "resuming at step 4" in out
   assert _steps(compiled) == {"train_step": 1, "eval_step": 1}
+
+
+def test_one_trace_each(tmp_path: Path, monkeypatch) -> None:
+  """What is tried before the folder is made is the trace that trains."""
+  for name in ("train_step", "eval_step"):
+    once = chex.assert_max_traces(getattr(step, name), n=1)
+    monkeypatch.setattr(step, name, once)
+  outcome, _ = run(tiny(), tmp_path / "run")
+  assert outcome.step == 6
