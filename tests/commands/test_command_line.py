@@ -111,6 +111,7 @@ def test_no_command(call) -> None:
   assert code == 2 and "rebased train PRESET" in out
 
 
+@pytest.mark.quick
 def test_help(call) -> None:
   for args in (["--help"], ["-h"], ["train", "--help"]):
     code, out, err = call(*args)

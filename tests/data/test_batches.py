@@ -46,6 +46,7 @@ def _steps(batches, start, stop, rows=None):
     return [batch["tokens"] for batch in iterator]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("start", [0, 3, 10**12])
 def test_starts_at_the_global_step(start):
   batches = Counting()
@@ -156,6 +157,7 @@ def test_fingerprints_are_compared_field_by_field():
   assert "power" not in message
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", ["paper", "stream", "stream_test"])
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_and_resumes_see_the_same_batches(tmp_path, kind, hosts):

@@ -166,6 +166,7 @@ def test_stream_equals_plain_python(seed, split):
     assert tuple(part[i].tolist() for part in parts) == expected
 
 
+@pytest.mark.quick
 def test_stream_is_pinned():
   """If these rows change, the fingerprint needs a new version."""
   batch = MQARStream(SMALL, seed=0, rows=4)[1]

@@ -24,6 +24,7 @@ def _rows(plan: packing.RowPlan, rows: np.ndarray) -> list[list[np.ndarray]]:
   return result
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("width", [2, 3, 33, 300])
 def test_a_stream_is_cut_with_one_shared_token(width: int) -> None:
   chosen = _ALL[::3]
@@ -54,6 +55,7 @@ def test_a_stream_shorter_than_a_row_has_none(lengths: list[int]) -> None:
   assert len(plan) == 0
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("width", [2, 3, 17, 64, 300])
 def test_packed_documents_are_predicted_once(width: int) -> None:
   plan = packing.packed_plan(width, _LENGTHS, _ALL)
@@ -78,6 +80,7 @@ def test_packing_wastes_little() -> None:
   assert used > 0.995  # first-fit in the order of arrival leaves 7 % empty
 
 
+@pytest.mark.quick
 def test_best_fit_takes_the_least_room() -> None:
   counts = np.bincount([7, 6, 4, 3, 3, 2], minlength=11)
   bins, rows = packing.best_fit(10, counts)

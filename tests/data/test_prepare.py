@@ -24,6 +24,7 @@ from train.data.prepare import input_files, tokenizer as tokenize
 from train.data.prepare.shard import PrepareError
 
 
+@pytest.mark.quick
 def test_every_format_gives_its_documents_in_order(tmp_path):
   data = write_formats(tmp_path / "in")
   out = tmp_path / "out"

@@ -14,6 +14,7 @@ from train.data.text.lm_batches import LMBatches
 from train.data.text.rows import Layout
 
 
+@pytest.mark.quick
 def test_shapes_and_types(batches: LMBatches) -> None:
   batch = batches[0]
   packed = batches.layout.packing == "documents"
@@ -202,6 +203,7 @@ def test_ready_rows_keep_their_order(paths) -> None:
   np.testing.assert_equal(batches[5], batches[0])
 
 
+@pytest.mark.quick
 def test_segments_and_weights_follow_the_documents(paths) -> None:
   batches = make(paths, "prepared", packing="documents", rows=64)
   seen = 0

@@ -1,10 +1,12 @@
-"""What the GPU benchmarks read and write, where no GPU is needed."""
+"""The GPU benchmarks: what they read and write where no GPU is needed."""
 
 import pytest
 
 from benchmarks.kernels import floors, kernel_times, peers, report
 from pallas_kernels.polynomial import arg_specs
 from tools import sanitize
+
+pytestmark = pytest.mark.quick
 
 _SPECS = {spec.name: spec for spec in arg_specs.SPECS}
 _PTXAS = """

@@ -43,28 +43,18 @@ batch_sharding.put_batch = put_batch
 
 @pytest.fixture(autouse=True, scope="module")
 def trainer(tmp_path_factory):
-  """Standard promotion, which Optax needs, and what makes compiling short.
+  """Use what training needs: standard promotion, and short compilations.
 
-  That is a cache on disk, which all modules share, and few optimisations.
+  Yields:
+    A folder of compiled programs for child processes. It lasts for this test
+    run only, because a killed child may leave a program incomplete.
   """
-  from jax.experimental.compilation_cache import compilation_cache
-
-  folder = tmp_path_factory.getbasetemp() / "compiled"
-  changes = dict(
-    jax_compilation_cache_dir=str(folder),
-    jax_persistent_cache_min_compile_time_secs=0,
-    jax_persistent_cache_min_entry_size_bytes=0,
-    jax_disable_most_optimizations=True,
-  )
-  before = {name: jax.config.values[name] for name in changes}
-  for name, value in changes.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
+  name = "jax_disable_most_optimizations"
+  before = jax.config.values[name]
+  jax.config.update(name, True)
   with jax.numpy_dtype_promotion("standard"):
-    yield folder
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
+    yield tmp_path_factory.getbasetemp() / "compiled"
+  jax.config.update(name, before)
 
 
 def tiny(*, model=None, data=None, optimizer=None, **changes) -> RunConfig:

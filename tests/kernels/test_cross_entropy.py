@@ -279,6 +279,7 @@ def test_the_kernel_lowers(hopper) -> None:
   assert_lowers(run, *inputs, kernel="cross_entropy", programs=1)
 
 
+@pytest.mark.quick
 def test_the_plain_loss_is_the_formula() -> None:
   x_BTD, embedding_VD, targets_BT, weights_BT = _inputs()
   z_BTV = np.float64(x_BTD) @ np.float64(embedding_VD).T

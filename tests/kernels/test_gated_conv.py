@@ -131,6 +131,7 @@ def test_in_float64() -> None:
     assert np.linalg.norm(a - b) <= 1e-13 * np.linalg.norm(b)
 
 
+@pytest.mark.quick
 def test_without_a_bias_of_the_gate() -> None:
   (*inputs, z_bias_D), _ = _inputs(2, 7, 5, dtype="float32")
   wanted = gated_conv(*inputs, np.zeros_like(z_bias_D))

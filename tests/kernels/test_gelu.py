@@ -79,6 +79,7 @@ def test_in_float64() -> None:
     assert np.linalg.norm(a - b) <= 1e-13 * np.linalg.norm(b)
 
 
+@pytest.mark.quick
 def test_without_a_bias() -> None:
   x_BTD, b_D, dy_BTD = _inputs((2, 5, 24), "float32")
   found, pull = jax.vjp(gelu, x_BTD)
@@ -117,6 +118,7 @@ def test_interpreted_kernels_without_a_bias(interpreted) -> None:
   _assert_near((found, *pull(dy_BTD)), wanted[:2])
 
 
+@pytest.mark.quick
 def test_the_distribution(hopper) -> None:
   from pallas_kernels.gelu import gpu
 

@@ -61,6 +61,7 @@ def program(request, monkeypatch) -> None:
   monkeypatch.setattr(devices, "platform", lambda: request.param)
 
 
+@pytest.mark.quick
 @pytest.mark.usefixtures("program")
 @pytest.mark.parametrize("shape", [(2, 7, 48), (3, 1), (5, 3), (768,)])
 @pytest.mark.parametrize(

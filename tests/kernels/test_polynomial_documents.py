@@ -51,6 +51,7 @@ def answer_in_two_calls(x, cut, coefficients):
   return value_and_gradients(both, x)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
   ("cut", "T", "coefficients", "boundaries"),
   [
@@ -138,6 +139,7 @@ def packed_inputs(T, coefficients, dtype="float32"):
   return x._replace(ids_BT=ids_T[None].astype(np.int32))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
   ("T", "coefficients", "dtype"),
   [

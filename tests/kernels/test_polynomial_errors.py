@@ -76,6 +76,7 @@ def named(name: str, part: str) -> str:
   return rf"^{name}.*({part})"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("name", "part", "bad"), BAD_CALLS)
 def test_polynomial_attention_names_the_argument(name, part, bad):
   with pytest.raises(ValueError, match=named(name, part)):
@@ -166,6 +167,7 @@ def test_reference_does_not_split_time():
     pk.which_implementation("reference", axes=axes)
 
 
+@pytest.mark.quick
 def test_which_implementation_on_a_cpu():
   name, reason = pk.which_implementation()
   assert name == "xla" and "cpu" in reason

@@ -117,6 +117,7 @@ def test_cells_cover_all_pairs():
   assert len(CELLS) <= 60
 
 
+@pytest.mark.quick
 def test_worked_example_of_the_equations():
   """The example in the docstring of spec.py."""
   found = doctest.testmod(spec)
@@ -143,6 +144,7 @@ def test_equals_oracle_on_the_grid(T, F, P, dtype):
   jax.clear_caches()  # thousands of cells would fill the memory
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
   "cell",
   [
@@ -156,6 +158,7 @@ def test_reference_equals_oracle(cell):
   check(cell, "reference")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_equals_oracle_in_float64(implementation):
   """At 1e-12 an error that a tolerance of rounding would hide shows."""

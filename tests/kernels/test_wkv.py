@@ -183,6 +183,7 @@ def test_dtypes(dtype, limit) -> None:
     _check(name, np.float64(x), np.asarray(y64), limit)
 
 
+@pytest.mark.quick
 def test_steps_are_a_row() -> None:
   (k, v, decay, first, *_), _ = inputs(9)
   w_D = -np.exp(decay)

@@ -49,6 +49,7 @@ one_of_each_mixer = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.quick
 def test_the_registry_has_every_mixer() -> None:
   written = set()
   for module in pkgutil.iter_modules(mixers.__path__, mixers.__name__ + "."):
@@ -75,6 +76,7 @@ def test_no_mixer_skips_the_checks_of_the_base_class(name) -> None:
     assert own is getattr(Mixer, method)
 
 
+@pytest.mark.quick
 @each_mixer
 def test_equals_the_recurrence(name) -> None:
   subject = make(name)

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.quick
+
 _ROOT = Path(__file__).parents[2]
 # Each package may import these, the standard library and itself.
 _ALLOWED = {

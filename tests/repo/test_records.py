@@ -1,4 +1,4 @@
-"""What documents say is what `benchmarks/results` holds."""
+"""Documents agree with the records in `benchmarks/results`."""
 
 import json
 from pathlib import Path

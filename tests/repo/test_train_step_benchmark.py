@@ -1,4 +1,4 @@
-"""What the step's benchmark asks of a peer, and its ratio of devices."""
+"""The training-step benchmark: its PyTorch peer and its ratio of devices."""
 
 import argparse
 

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.quick
 def test_bits_and_meta(tmp_path: Path) -> None:
   fill(tmp_path)
   with Checkpoints(tmp_path) as checkpoints:

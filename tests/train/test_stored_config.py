@@ -58,6 +58,7 @@ def _users_run(users, **changes):
   return _with(config, second=users.MineConfig(), data=users.MineData(**fields))
 
 
+@pytest.mark.quick
 def test_our_classes_are_stored_by_their_packages() -> None:
   data = stored_config.to_dict(tiny())
   assert data["class"] == "train:RunConfig"
@@ -163,6 +164,7 @@ _REFUSED = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", _REFUSED)
 def test_what_cannot_be_read_back_is_refused(name: str, tmp_path) -> None:
   """And the folder of the run is not made."""

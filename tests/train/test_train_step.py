@@ -119,6 +119,7 @@ def _formula(logits_BTV, batch) -> tuple[float, float, float]:
   return loss / tokens, tokens, right / tokens
 
 
+@pytest.mark.quick
 def test_loss_is_the_formula(parts: Parts) -> None:
   state, batch = parts.state, _batch()
   with jax.numpy_dtype_promotion("strict"):
@@ -186,6 +187,7 @@ def test_what_is_not_finite_changes_nothing(parts: Parts, where: str) -> None:
   assert bits(after) == bits(bad)
 
 
+@pytest.mark.quick
 def test_golden_metrics(eight: Run) -> None:
   assert int(eight.states[-1]["step"]) == 5 and bool(eight.states[-1]["ok"])
   names = ("loss", "grad_norm", "param_norm")
