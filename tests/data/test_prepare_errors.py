@@ -84,7 +84,7 @@ def test_no_file_is_left_out_silently(tmp_path):
   os.mkfifo(folder / "c.txt")  # reading it would wait for ever
   found = input_files.find_sources([str(folder)])
   assert [x.name for x in found.sources[0].files] == ["a.txt"]
-  assert dict(found.left_out) == {"a broken link or no plain file": 2}
+  assert dict(found.left_out) == {"a broken link or not a regular file": 2}
   with pytest.raises(ValueError, match="no such plain file"):
     input_files.find_sources([str(folder / "c.txt")])
   Path(os.fsdecode(os.fsencode(folder) + b"/\xff.txt")).write_text("a")
@@ -139,8 +139,11 @@ def test_a_folder_without_text_is_described(tmp_path):
   folder = tmp_path / "in"
   folder.mkdir()
   for files, expected in (
-    ((), "but nothing; --text-suffixes"),
-    (("a.py", "b.py", "c.png"), "but 2 with .py, 1 with .png; --text-suffixes"),
+    ((), "found none; name other suffixes"),
+    (
+      ("a.py", "b.py", "c.png"),
+      "found 2 with .py, 1 with .png; name other suffixes",
+    ),
   ):
     for name in files:
       (folder / name).write_text("text")

@@ -1,4 +1,4 @@
-"""Where the batches of a run come from: the data part of its config.
+"""The data part of a run's config: the sources of its batches.
 
 `DataConfig` is the interface. To train on data of your own, subclass it and
 `train.data.batches.Batches` in a module of yours. The run folder stores the
@@ -34,7 +34,7 @@ class Field(NamedTuple):
 
 
 class DataConfig(abc.ABC):
-  """Abstract: where a run's batches come from.
+  """Abstract base: the source of a run's batches.
 
   A subclass is a frozen dataclass. It must give, in this order of importance:
 

@@ -32,7 +32,7 @@ _ROW_TOTALS = ("rows", "left_over")
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-  """What dataset.json says besides its counts.
+  """The content of dataset.json besides its counts.
 
   Attributes:
     spec: identifies the tokenizer.

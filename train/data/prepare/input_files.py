@@ -67,7 +67,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """What `find_sources` found.
+  """The result of `find_sources`.
 
   Attributes:
     sources: the sources, in their order.

@@ -159,7 +159,7 @@ class RowCutter:
 
 @dataclasses.dataclass
 class _Counts:
-  """What is counted while a shard is written."""
+  """Counts that are taken while a shard is written."""
 
   skipped: int = 0
   empty: int = 0

@@ -29,7 +29,7 @@ _LEAST_VOCABULARY = 257
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerSpec:
-  """What identifies a tokenizer: with equal specs, tokens mean the same.
+  """The identity of a tokenizer: with equal specs, tokens mean the same.
 
   Attributes:
     type: "bytes" or "file".

@@ -35,7 +35,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Worker(NamedTuple):
-  """What a worker process was given when it started."""
+  """The arguments that a worker process got when it started."""
 
   planned: PlannedTokenizer
   read: Any  # shared counter of the bytes that all workers have read

@@ -110,7 +110,7 @@ class LMBatches(Batches):
 
   @functools.cached_property
   def fingerprint(self) -> Fingerprint:
-    """What identifies the layout, the order, and the files of each set."""
+    """Return what identifies the layout, the order and the files of each set."""
     result: Fingerprint = {
       "data": "text",
       "version": _VERSION,
