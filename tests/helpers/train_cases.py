@@ -58,7 +58,7 @@ def trainer(tmp_path_factory):
 
 
 def tiny(*, model=None, data=None, optimizer=None, **changes) -> RunConfig:
-  """A run of 6 steps of 8 rows, which evaluates and saves every 2."""
+  """Return a run of 6 steps of 8 rows, which evaluates and saves every 2."""
   data_config = MQARStreamData(
     **{
       **dict(vocab_size=32, length=16, pairs=2, test_examples=20),
@@ -83,7 +83,7 @@ def tiny(*, model=None, data=None, optimizer=None, **changes) -> RunConfig:
 
 
 def flags(config: RunConfig, preset: str = "mqar") -> list[str]:
-  """The options that make `config` of a preset."""
+  """Return the options that turn a preset into `config`."""
 
   def walk(old: Any, new: Any, path: str) -> list[str]:
     if dataclasses.is_dataclass(old):
@@ -99,7 +99,7 @@ def flags(config: RunConfig, preset: str = "mqar") -> list[str]:
 
 
 def run(config: RunConfig, path: Path) -> tuple[Outcome, str]:
-  """Trains in this process: the outcome, and what it printed."""
+  """Train in this process; return the outcome and what it printed."""
   text = io.StringIO()
   outcome = training.train(
     config, RunFolder(path), Console(file=text, width=200)
@@ -110,7 +110,7 @@ def run(config: RunConfig, path: Path) -> tuple[Outcome, str]:
 def command(
   *args: str, cache: Path, before: str = "", devices: int = 1, cwd: Path = ROOT
 ) -> subprocess.Popen:
-  """Starts `rebased ARGS`, after the lines `before`."""
+  """Start `rebased ARGS`, after the lines `before`."""
   code = f"{before}\nfrom train.cli import main\nmain()"
   return subprocess.Popen(
     [sys.executable, "-c", code, *args],
@@ -123,7 +123,7 @@ def command(
 
 
 def signal_at(at: int, name: str) -> str:
-  """What makes a process send itself a signal from inside its step `at`."""
+  """Return code with which a process sends itself a signal in step `at`."""
   return "import sys" + _SIGNAL.format(at=at, name=name)
 
 
@@ -142,21 +142,21 @@ def environment(cache: Path, devices: int = 1) -> dict[str, str]:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-  """(exit code, stdout, stderr) of a process that was started here."""
+  """Return (exit code, stdout, stderr) of a process of `command`."""
   with contextlib.closing(process.stdout):
     out, err = process.communicate(timeout=300)
   return process.returncode, out, err
 
 
 def metrics(path: Path, kind: str = "train") -> list[tuple[int, float]]:
-  """(step, loss) of every record of a kind, as they stand in the file."""
+  """Return (step, loss) of every record of a kind, in the file's order."""
   lines = (path / "metrics.jsonl").read_text().splitlines()
   records = [json.loads(line) for line in lines]
   return [(x["step"], x["loss"]) for x in records if x["kind"] == kind]
 
 
 def bits(tree: Any) -> dict[str, tuple]:
-  """The bytes of every leaf, by path."""
+  """Return dtype, shape and bytes of every leaf, by path."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): (
@@ -169,7 +169,7 @@ def bits(tree: Any) -> dict[str, tuple]:
 
 
 def saved_bits(path: Path, config: RunConfig) -> tuple[int, dict[str, tuple]]:
-  """(step, bytes of every array) of the newest checkpoint of a run."""
+  """Return (step, bits of the arrays) of a run's newest checkpoint."""
   from train import compiled_steps
   from train.checkpoint.checkpoints import Checkpoints
   from train.devices import mesh as mesh_lib
@@ -186,7 +186,7 @@ def saved_bits(path: Path, config: RunConfig) -> tuple[int, dict[str, tuple]]:
 
 
 def files(path: Path) -> dict[str, tuple]:
-  """Contents and times of everything under a folder."""
+  """Return contents and times of everything under a folder."""
   return {
     str(x.relative_to(path)): (
       x.stat().st_mtime_ns,
@@ -198,7 +198,7 @@ def files(path: Path) -> dict[str, tuple]:
 
 @dataclasses.dataclass(frozen=True)
 class Spoiled(Batches):
-  """Batches of which one has a weight that is not finite."""
+  """Batches with one weight that is not finite."""
 
   source: Batches
   bad_step: int
@@ -228,7 +228,10 @@ class Spoiled(Batches):
 
 @pytest.fixture
 def call(capsys, monkeypatch, tmp_path: Path):
-  """Runs a command in an empty folder: (code, stdout, stderr)."""
+  """Return a function that runs a command in an empty folder.
+
+  It returns (exit code, stdout, stderr).
+  """
   monkeypatch.setenv("COLUMNS", "200")
   (tmp_path / "cwd").mkdir()
   monkeypatch.chdir(tmp_path / "cwd")

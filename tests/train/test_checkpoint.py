@@ -1,4 +1,4 @@
-"""Checkpoints: bits, metadata, mismatches, errors of the caller."""
+"""Checkpoints: bit-identical arrays, metadata, mismatches, wrong calls."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.mark.quick
-def test_bits_and_meta(tmp_path: Path) -> None:
+def test_arrays_and_meta_come_back_bit_identical(tmp_path: Path) -> None:
   fill(tmp_path)
   with Checkpoints(tmp_path) as checkpoints:
     restored = checkpoints.restore(abstract(make_state(0)))
@@ -46,7 +46,7 @@ def test_bits_and_meta(tmp_path: Path) -> None:
   assert read_meta(tmp_path, 1) == (1, {**META, "saved": 1})
 
 
-def test_typed_key_and_other_leaves_are_refused(tmp_path: Path) -> None:
+def test_leaves_that_cannot_be_saved_are_refused(tmp_path: Path) -> None:
   with Checkpoints(tmp_path) as checkpoints:
     with pytest.raises(TypeError, match="^rng: cannot save an array of key<"):
       checkpoints.save(1, {"rng": jax.random.key(0)}, {})
@@ -88,7 +88,7 @@ def test_no_checkpoint_yet(tmp_path: Path) -> None:
       checkpoints.restore({})
 
 
-def test_keeps_the_newest(tmp_path: Path) -> None:
+def test_the_newest_steps_are_kept(tmp_path: Path) -> None:
   with Checkpoints(tmp_path, keep=2) as checkpoints:
     for step in (1, 5, 7, 30):
       checkpoints.save(step, make_state(step), {})
@@ -111,7 +111,7 @@ def test_saving_a_step_again(tmp_path: Path) -> None:
     assert checkpoints.steps() == [1, 2, 3]
 
 
-def test_params_alone(tmp_path: Path) -> None:
+def test_parameters_are_read_alone(tmp_path: Path) -> None:
   fill(tmp_path)
   step, params = restore_params(tmp_path, abstract(make_state(0)["params"]))
   assert step == 2 and bits(params) == bits(make_state(2)["params"])
@@ -185,7 +185,9 @@ def test_an_error_in_the_loop_is_not_replaced(tmp_path, monkeypatch, caplog):
   assert "was not saved: full" in caplog.text
 
 
-def test_quiet(tmp_path: Path, capfd, caplog) -> None:
+def test_reading_and_saving_print_nothing(
+  tmp_path: Path, capfd, caplog
+) -> None:
   caplog.set_level(logging.INFO)
   fill(tmp_path)
   with Checkpoints(tmp_path) as checkpoints:
@@ -193,7 +195,7 @@ def test_quiet(tmp_path: Path, capfd, caplog) -> None:
   assert capfd.readouterr() == ("", "") and caplog.records == []
 
 
-def test_checksum_sees_places_values_and_bits() -> None:
+def test_checksums_change_with_places_values_and_bits() -> None:
   one = lambda x: verify.checksums({"x": jnp.asarray(x)})["x"]
   base = np.arange(1000, dtype=np.float32)
   seen = {one(base), one(base[::-1].copy()), one(np.zeros_like(base))}

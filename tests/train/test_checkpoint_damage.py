@@ -1,4 +1,4 @@
-"""Checkpoints with a damaged file: an older one or an error, never wrong."""
+"""A damaged checkpoint gives an older one or an error, never wrong values."""
 
 from pathlib import Path
 import shutil
@@ -144,7 +144,7 @@ def test_readers_fall_back_without_renaming(tmp_path: Path, caplog) -> None:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), PermissionError(13, "no")])
-def test_trouble_of_the_machine_is_not_damage(
+def test_failures_of_the_machine_are_not_damage(
   tmp_path: Path, monkeypatch, error
 ) -> None:
   fill(tmp_path)

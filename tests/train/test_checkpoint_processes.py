@@ -1,4 +1,4 @@
-"""Checkpoints over meshes and processes, kills and full disks."""
+"""Checkpoints with other meshes, several processes, kills and full disks."""
 
 from pathlib import Path
 import random
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def test_other_meshes(tmp_path: Path) -> None:
+def test_a_checkpoint_is_read_on_other_meshes(tmp_path: Path) -> None:
   state = make_state(3)
   place = sharded(8, (4, 2))
   placed = jax.tree.map(lambda x: jax.device_put(x, place(x)), state)

@@ -15,7 +15,7 @@ _EVENT = "/jax/core/compile/backend_compile_duration"
 
 @pytest.fixture
 def compiled():
-  """How often each function was compiled, by name, as it is counted."""
+  """Yield how often each function was compiled so far, by name."""
   count = collections.Counter()
 
   def listen(event: str, seconds: float, **fields) -> None:
@@ -28,7 +28,7 @@ def compiled():
 
 
 def _steps(count) -> dict[str, int]:
-  """The counts of the steps, whatever the name is wrapped in."""
+  """Return the counts of the two steps, whatever their names are wrapped in."""
   return {
     name: sum(n for key, n in count.items() if name in key)
     for name in ("train_step", "eval_step")
@@ -36,14 +36,14 @@ def _steps(count) -> dict[str, int]:
 
 
 @pytest.mark.quick
-def test_one_compilation_each_in_a_run_and_in_a_resume(
+def test_each_step_compiles_once_in_a_run_and_in_a_resume(
   compiled, tmp_path: Path
 ) -> None:
   # 20 held-out rows in batches of 8: the last one is padded.
   outcome, _ = run(tiny(), tmp_path / "run")
   assert outcome.step == 6
   assert _steps(compiled) == {"train_step": 1, "eval_step": 1}
-  assert sum(compiled.values()) > 2  # the events are what they were taken for
+  assert sum(compiled.values()) > 2  # the events are those of compilations
 
   compiled.clear()
   newest = tmp_path / "run" / "checkpoints" / "6"
@@ -53,8 +53,8 @@ def test_one_compilation_each_in_a_run_and_in_a_resume(
   assert _steps(compiled) == {"train_step": 1, "eval_step": 1}
 
 
-def test_one_trace_each(tmp_path: Path, monkeypatch) -> None:
-  """What is tried before the folder is made is the trace that trains."""
+def test_each_step_is_traced_once(tmp_path: Path, monkeypatch) -> None:
+  """The trace that is tried before the folder is made is used for training."""
   for name in ("train_step", "eval_step"):
     once = chex.assert_max_traces(getattr(step, name), n=1)
     monkeypatch.setattr(step, name, once)

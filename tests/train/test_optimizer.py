@@ -1,4 +1,4 @@
-"""AdamW, its schedule and what it decays, against NumPy."""
+"""AdamW, its learning-rate schedule and its decay mask, against NumPy."""
 
 import math
 
@@ -78,12 +78,12 @@ def test_paper_schedule_is_stepped_once_an_epoch(length: int) -> None:
       jnp.arange(run.steps)
     )
   ).reshape(64, epoch)
-  assert np.all(rates == rates[:, :1])  # bit for bit through every epoch
+  assert np.all(rates == rates[:, :1])  # bit-identical through every epoch
   expected = 1e-3 * (1 + np.cos(np.pi * np.arange(64) / 64)) / 2
   np.testing.assert_allclose(rates[:, 0], expected, rtol=1e-6, atol=1e-10)
 
 
-def test_steps_that_are_no_whole_epochs() -> None:
+def test_a_run_that_ends_inside_an_epoch() -> None:
   config = OptimizerConfig(learning_rate=1.0, epoch_steps=4)
   epochs = np.arange(10) // 4
   expected = (1 + np.cos(np.pi * epochs / 3)) / 2  # 10 steps: 3 epochs
@@ -91,7 +91,7 @@ def test_steps_that_are_no_whole_epochs() -> None:
 
 
 def _by_hand(config: OptimizerConfig, steps: int, gradients) -> dict:
-  """AdamW as Loshchilov and Hutter wrote it, in float64."""
+  """Return updates of AdamW as Loshchilov and Hutter wrote it, in float64."""
   params = _flat(_tree(0))
   m = {path: np.zeros_like(x) for path, x in params.items()}
   v = {path: np.zeros_like(x) for path, x in params.items()}
@@ -150,7 +150,7 @@ def test_updates_are_adamw(decay, clip_norm) -> None:
     )
 
 
-def test_what_decays() -> None:
+def test_which_parameters_decay() -> None:
   model = compiled_steps.abstract_model(tiny(model=dict(mlp_width=8)))
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   decayed = _true(optimizer.decayed(params, "matrices"))

@@ -1,4 +1,4 @@
-"""One step: loss, accumulation, failure, layout, against NumPy and itself."""
+"""One step: loss, accumulation, failures and devices; golden metrics."""
 
 from collections.abc import Callable
 import functools
@@ -16,12 +16,12 @@ from train import compiled_steps, optimizer, step
 from train.devices import batch_sharding, mesh as mesh_lib, parameter_sharding
 
 _CONFIG = tiny()
-# Of the runs on devices: with dropout, and two micro-batches.
+# The run on devices has dropout and two micro-batches.
 _FULL = tiny(model=dict(dropout=0.2), batch=16, accumulate=2)
 _KEY = jax.random.key(7)
 
 # Loss, gradient norm and parameter norm of `_FULL`'s five steps on 8 CPU
-# devices. The same numbers with jax 0.10.2 and 0.12.0, to the tolerance.
+# devices. jax 0.10.2 and 0.12.0 give the same numbers, to the tolerance.
 _GOLDEN = (
   (3.4860899448394775, 0.9979709982872009, 10.197152137756348),
   (3.484074115753174, 1.008072018623352, 10.191300392150879),
@@ -67,7 +67,7 @@ def parts() -> Parts:
 
 
 class Run(NamedTuple):
-  """Five steps of `_FULL` on a mesh, on the host."""
+  """Five steps of `_FULL` on a mesh, copied to the host."""
 
   mesh: jax.sharding.Mesh
   built: compiled_steps.Built
@@ -97,7 +97,7 @@ def eight() -> Run:
 
 
 def _batch(seed: int = 0) -> dict[str, np.ndarray]:
-  """Eight rows with weights of 0 and 1, rows of padding among them."""
+  """Return eight rows with weights 0 and 1, some of them padding."""
   batch = _CONFIG.data.train_batches(8, seed).read(0)
   batch["weights"] = np.ones_like(batch["weights"])
   batch["weights"][2] = 0
@@ -106,7 +106,7 @@ def _batch(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def _formula(logits_BTV, batch) -> tuple[float, float, float]:
-  """Mean loss, tokens and accuracy, in float64 and one target at a time."""
+  """Return mean loss, tokens and accuracy, in float64, target by target."""
   loss = tokens = right = 0.0
   for b, t in np.ndindex(*batch["targets"].shape):
     z_V = np.float64(logits_BTV[b, batch["positions"][b, t]])
@@ -141,7 +141,7 @@ def test_loss_is_the_formula(parts: Parts) -> None:
   np.testing.assert_allclose(found["accuracy"], accuracy, rtol=1e-6)
 
 
-def test_what_has_weight_0_counts_for_nothing(parts: Parts) -> None:
+def test_targets_of_weight_0_change_nothing(parts: Parts) -> None:
   batch, other = _batch(), _batch()
   other["tokens"][2] = 1
   other["targets"][2] = 3
@@ -165,7 +165,9 @@ def test_micro_batches_are_weighted_by_their_tokens(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "both"])
-def test_what_is_not_finite_changes_nothing(parts: Parts, where: str) -> None:
+def test_a_step_that_is_not_finite_changes_nothing(
+  parts: Parts, where: str
+) -> None:
   state, batch = parts.state, _batch()
   if where == "loss":  # Σ w nll overflows; Σ w and the gradient do not
     batch["weights"] *= np.float32(9e36)
@@ -208,7 +210,7 @@ def test_every_parameter_moves(eight: Run) -> None:
   }
 
 
-def test_dropout_is_drawn_anew_at_every_step(eight: Run) -> None:
+def test_every_step_draws_another_dropout_mask(eight: Run) -> None:
   batch = _FULL.data.train_batches(_FULL.batch, 0).read(0)
   sums, graph = _parts(_FULL).sums, eight.states[0]
 
@@ -233,7 +235,7 @@ def test_dropout_is_drawn_anew_at_every_step(eight: Run) -> None:
     np.testing.assert_allclose(value, expected(*where), rtol=1e-5)
 
 
-def test_eight_devices_are_one_device(eight: Run) -> None:
+def test_eight_devices_train_as_one(eight: Run) -> None:
   assert jax.device_count() == 8
   shards = eight.batch["tokens"].addressable_shards
   assert {shard.data.shape[0] for shard in shards} == {2}
@@ -266,7 +268,7 @@ def test_every_parameter_has_a_rule() -> None:
 
 
 def _close(found, expected, tolerance: float) -> None:
-  """Leaves within `tolerance`, relative and absolute."""
+  """Check that leaves agree within `tolerance`, relative and absolute."""
   for (path, a), b in zip(
     jax.tree_util.tree_leaves_with_path(found),
     jax.tree.leaves(expected),

@@ -1,4 +1,4 @@
-"""Mamba in the trainer: what decays, what a run and `inspect` show."""
+"""Mamba in the trainer: weight decay, a run, and `inspect`."""
 
 import dataclasses
 import io
@@ -56,7 +56,7 @@ def test_matrices_are_mambas_projections() -> None:
   }
 
 
-def test_taps_are_no_matrix_in_either_place() -> None:
+def test_convolution_taps_do_not_decay_as_matrices() -> None:
   config = mamba_run(second=BaseConvConfig(), first=BaseConvConfig())
   assert _decayed(config, "matrices") == {
     f"pairs/{place}/mixer/gate/kernel" for place in ("first", "second")

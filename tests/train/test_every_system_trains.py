@@ -26,13 +26,13 @@ _SIZES = [
   "--optimizer.warmup-steps=10",
   "--optimizer.learning-rate=1e-2",
 ]
-# Nats. That an answer is one of the 16 values, not of the 32 tokens, is worth
-# ln 2 = 0.69, and there is little time for more; a third of it is for noise.
+# Nats. In so short a run a model learns that answers are among the 16 values,
+# not the 32 tokens, worth ln 2 = 0.69. A third of it is left for noise.
 _MARGIN = 0.46
 
 
-# The paper's own two, attention behind a short convolution, and the one block
-# of another form. test_mixers.py has the gradients of every mixer.
+# The paper's own two, attention after a short convolution, and Mamba, the only
+# block of another form. The tests of mixers check every mixer's gradients.
 _QUICK = ("rebased", "based", "conv-attention", "mamba")
 
 
@@ -81,7 +81,7 @@ def test_inspect_of_an_unknown_model_names_a_near_one(call) -> None:
     ("attention", "implementation", "cudnn", "='cudnn' needs a GPU"),
   ],
 )
-def test_what_a_step_refuses_leaves_no_folder(
+def test_a_refused_step_leaves_no_folder(
   call, system, option, value, words
 ) -> None:
   code, _, err = call(

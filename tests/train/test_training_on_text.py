@@ -1,4 +1,4 @@
-"""Training on text: the same commands, from files to perplexity."""
+"""Training on text, from files to perplexity."""
 
 import dataclasses
 import json
@@ -73,11 +73,13 @@ def test_other_packings_train(tmp_path: Path, packing: str) -> None:
   assert outcome.reason == "finished"
   assert 0 < outcome.held_out["perplexity"] < 500
   if packing == "documents":
-    assert outcome.held_out["tokens"] < 20 * 16  # borders count for nothing
+    assert (
+      outcome.held_out["tokens"] < 20 * 16
+    )  # document boundaries have no target
 
 
 def test_documents_do_not_see_each_other(folder: Path) -> None:
-  """The packed batch's segments reach the model: losses are per document."""
+  """The segment ids of a packed batch reach the model."""
   config = make_config(
     folder,
     data=dict(packing="documents", length=200),
@@ -91,7 +93,7 @@ def test_documents_do_not_see_each_other(folder: Path) -> None:
   assert second.sum() > 1
   packed = model(tokens, segment_ids=segments[None])[0, second]
   alone = model(tokens[:, second])[0]
-  # float32, two layers: sums over 16 numbers in another order.
+  # float32, two layers: sums over 16 numbers in another order round apart.
   np.testing.assert_allclose(packed, alone, atol=1e-5)
 
 
@@ -125,7 +127,7 @@ def test_changed_files_refuse_to_resume(call, tmp_path, folder) -> None:
   assert code == 2 and "tokenizer was" in err and "is 'another'" in err
   code, out, _ = call("resume", str(path), "--allow-data-change")
   assert code == 0 and "tokenizer was" in out and "resuming at step 2" in out
-  code, _, err = call("resume", str(path))  # the new data is the run's now
+  code, _, err = call("resume", str(path))  # the run has the new data now
   assert code == 0, err
 
 
@@ -149,7 +151,7 @@ def test_changed_fields_refuse_to_resume(call, tmp_path, folder) -> None:
   assert "--allow-data-change" not in str(caught.value)
 
 
-def test_a_changed_batch_goes_on_where_it_is_allowed(
+def test_a_changed_batch_resumes_where_it_is_allowed(
   call, tmp_path, folder
 ) -> None:
   config = make_config(folder, steps=4, save_every=2, eval_every=4)

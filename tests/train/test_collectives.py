@@ -1,4 +1,4 @@
-"""What a step's collectives and matrix products are counted as."""
+"""Counts of collectives and of matrix products in compiled programs."""
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +37,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 }
 """
 
-# As the TPU's compiler writes it: the end in the condition, the step in the
-# body. 0, 2, 4, 6.
+# As the TPU compiler writes a loop over 0, 2, 4, 6: the end is in the
+# condition, the step in the body.
 _LOOP = """
 %condition (p: (f32[8], u32[])) -> pred[] {
   %p = (f32[8]{0}, u32[]) parameter(0)
@@ -100,12 +100,12 @@ def test_a_loop_counts_as_often_as_it_runs() -> None:
     ("collective-permute", 96),
   ],
 )
-def test_what_leaves_a_device(kind: str, moved: float) -> None:
+def test_bytes_that_leave_a_device(kind: str, moved: float) -> None:
   assert Collective(kind, 96, times=5, devices=4).moved == 5 * moved
 
 
 def _looped(x):
-  """Seven sums over a mesh axis, and three more around them."""
+  """Return a program with seven sums over a mesh axis, three around them."""
   mesh = mesh_lib.make_mesh(MeshConfig(data=2, fsdp=4))
   inner = lambda x, _: (jnp.sin(jax.lax.psum(x, "fsdp")), None)
 

@@ -1,4 +1,4 @@
-"""Pythia's tokens of the Pile as they come: both data sets, by the command."""
+"""Train on Pythia's tokens of the Pile: both of its data sets."""
 
 from pathlib import Path
 
@@ -17,17 +17,17 @@ _SMALL = (
   *("--model.second.heads", "2", "--data.cache-dir", "plans", "--batch", "8"),
   *("--model.vocab-size", "512"),
 )
-_VOCABULARY = 500  # in place of GPT-NeoX's 50,277; token 0 ends a document
+_VOCABULARY = 500  # instead of GPT-NeoX's 50,277; token 0 ends a document
 
 
 def _cuts(total: int, shards: int) -> list[int]:
-  """Borders of raw cuts: all shards but the last of one odd size."""
+  """Return shard boundaries: all shards but the last have one odd size."""
   size = total // shards | 1
   return [size * i for i in range(1, shards)]
 
 
 def _train(call, *options: str) -> RunConfig:
-  """Trains lm-tiny in the folder "run"; its config."""
+  """Train lm-tiny in the folder "run", and return its config."""
   code, out, err = call(
     *("train", "lm-tiny", "--run-dir", "run", *_SMALL, *options)
   )
@@ -36,7 +36,7 @@ def _train(call, *options: str) -> RunConfig:
 
 
 def test_preshuffled_rows(call, tmp_path: Path) -> None:
-  """2049 uint16 tokens a row, read in the order in which Pythia saw them."""
+  """Rows of 2049 uint16 tokens are read in the order in which Pythia did."""
   random = np.random.default_rng(0)
   rows = random.integers(0, _VOCABULARY, (64, 2049))
   cuts = _cuts(rows.size * 2, 21)
@@ -62,7 +62,7 @@ def test_preshuffled_rows(call, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("held_out", ["end", "documents"])
 def test_document_wise_idxmaps(call, tmp_path: Path, held_out: str) -> None:
-  """A sequence a document; samples share a token, as GPT-NeoX cuts them."""
+  """Each sequence is a document; samples share a token, as in GPT-NeoX."""
   random = np.random.default_rng(1)
   sizes = random.integers(1, 200, 120)
   texts = [np.append(random.integers(1, _VOCABULARY, n), 0) for n in sizes]

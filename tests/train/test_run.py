@@ -1,4 +1,4 @@
-"""Whole small runs: what they leave, what they learn, and how they fail."""
+"""Whole small runs: the files they write, what they learn, how they fail."""
 
 from pathlib import Path
 
@@ -25,8 +25,8 @@ from train.nonfinite_steps import TrainingFailed
 from train.records import plots
 from train.records.run_folder import RunFolder
 
-# One pair a row: the answer is the row's only value, which attention learns
-# to fetch in some tens of steps. 100 held-out rows in batches of 32.
+# With one pair a row, the answer is the row's only value. Attention learns to
+# fetch it in some tens of steps. There are 100 held-out rows, in batches of 32.
 _CONFIG = tiny(
   model=dict(width=32),
   data=dict(pairs=1, length=8, vocab_size=16, test_examples=100),
@@ -43,7 +43,7 @@ _CONFIG = tiny(
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory) -> Path:
-  """The run of `_CONFIG`, by the command."""
+  """Return the folder of `_CONFIG`, trained by the command."""
   folder = tmp_path_factory.mktemp("run") / "learned"
   args = ["train", "mqar", *flags(_CONFIG), "--run-dir", str(folder)]
   args.remove("True")  # tensorboard is a flag
@@ -102,7 +102,7 @@ def test_the_records_of_a_run(learned: Path) -> None:
       assert np.isfinite(record[name]), name
       assert record[name] >= 0 or name.endswith("beta_mean"), name
     if record["kind"] == "eval":
-      assert record["tokens"] == 100  # padding rows are no targets
+      assert record["tokens"] == 100  # padding rows do not count
     else:
       rate = record["tokens_per_second"] * record["step_time"]
       np.testing.assert_allclose(rate, 32 * 8)
@@ -124,7 +124,7 @@ def test_pictures_are_not_blank(learned: Path, name: str) -> None:
       assert near.sum() > 100
 
 
-def test_the_model_comes_back(learned: Path) -> None:
+def test_a_loaded_model_has_the_recorded_loss(learned: Path) -> None:
   record = RunFolder(learned).read_metrics()[-1]
   model = train.load(str(learned))
   logits = nnx.jit(lambda model, tokens: model(tokens))
@@ -148,7 +148,7 @@ def test_the_model_comes_back(learned: Path) -> None:
   assert not np.array_equal(older, model.norm.scale[...])
 
 
-def test_attention_looks_where_the_answer_is() -> None:
+def test_true_columns_are_those_of_the_answers() -> None:
   batch = MQARStreamData(vocab_size=64, length=32, pairs=4).eval_batches(4, 0)
   batch = batch.read(0)
   for row in range(4):
@@ -158,7 +158,7 @@ def test_attention_looks_where_the_answer_is() -> None:
     assert np.array_equal(tokens_T[columns_N - 1], tokens_T[positions_N])
 
 
-def test_data_are_tried_in_the_batches_of_the_run(monkeypatch) -> None:
+def test_data_is_tried_with_the_batch_of_the_run(monkeypatch) -> None:
   asked = {}
   for kind in ("train_batches", "eval_batches"):
     make = getattr(MQARStreamData, kind)
@@ -181,7 +181,9 @@ def _spoil(monkeypatch, bad_step: int) -> None:
   )
 
 
-def test_a_step_that_is_not_finite(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_step_that_is_not_finite_ends_the_run(
+  tmp_path: Path, monkeypatch, capsys
+) -> None:
   config, folder = tiny(), tmp_path / "run"
   with monkeypatch.context() as patch:
     _spoil(patch, 4)

@@ -1,4 +1,4 @@
-"""Training on meshes of eight devices is training on one."""
+"""Training on meshes of eight devices gives the results of one device."""
 
 import dataclasses
 import functools
@@ -31,12 +31,12 @@ _MIXERS = dict(
 # Where documents of a row begin, in step 1: with a context of 4 a device holds
 # 4 tokens. Later steps have long documents alone: a short one's Σ (q·k)² can be
 # all but 0, so that its gradient makes much of every rounding.
-_BORDERS = (
+_BOUNDARIES = (
   (),
-  (8,),  # on a border of devices
+  (8,),  # at a boundary between devices
   (4, 8, 12),  # on all
   (3, 5, 9, 11),  # one token off
-  (1, 2, 3, 4, 5),  # tokens alone, across a border
+  (1, 2, 3, 4, 5),  # single tokens, across a device boundary
   (15,),
   (6, 7),
   tuple(range(1, 16)),
@@ -75,26 +75,26 @@ def _config(
 
 
 def _batch(step: int) -> dict[str, np.ndarray]:
-  """Packed documents that can be learnt; row 0 ends in two of padding."""
+  """Return packed documents to learn; row 0 ends in two of padding."""
   rng = np.random.default_rng(step)
   tokens = rng.integers(0, _V, (_B, _T + 1), dtype=np.int32)
   tokens[:, 1::2] = (5 * tokens[:, :-1:2] + 3) % _V
-  borders = np.zeros((_B, _T), np.int32)
-  for row, places in enumerate(_BORDERS if step == 0 else _LONG):
-    borders[(row + step) % _B, list(places)] = 1
+  starts = np.zeros((_B, _T), np.int32)
+  for row, places in enumerate(_BOUNDARIES if step == 0 else _LONG):
+    starts[(row + step) % _B, list(places)] = 1
   weights = np.ones((_B, _T), np.float32)
   weights[0, -2:] = 0
   return dict(
     tokens=tokens[:, :-1],
     targets=tokens[:, 1:],
     weights=weights,
-    segment_ids=1 + np.cumsum(borders, axis=1, dtype=np.int32) % 2,
+    segment_ids=1 + np.cumsum(starts, axis=1, dtype=np.int32) % 2,
   )
 
 
 @functools.cache
 def _train(mixer: str, mesh: MeshConfig, devices: int = 8, **changes):
-  """Gradient of step 1, the losses, and the last state on the mesh."""
+  """Return the gradient of step 1, the losses, and the last state."""
   config = _config(_MIXERS[mixer], mesh, **changes)
   on = mesh_lib.make_mesh(mesh, jax.devices()[:devices])
   with jax.set_mesh(on):
@@ -205,7 +205,7 @@ def _child(node, name: str):
   return node[int(name)] if name.isdigit() else getattr(node, name)
 
 
-def test_what_does_not_divide_is_left_whole_and_named() -> None:
+def test_an_axis_that_does_not_divide_is_dropped_and_named() -> None:
   sizes = MeshConfig(data=1, fsdp=4, tensor=2).sizes(8)
   place = parameter_sharding.place("params/token_embedding", (257, 64), sizes)
   assert place.spec == jax.P(None, "fsdp")

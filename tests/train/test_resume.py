@@ -1,4 +1,4 @@
-"""Stopped, killed and damaged runs end in the bits of an undisturbed one."""
+"""Stopped, killed and damaged runs resume to bit-identical results."""
 
 import dataclasses
 import json
@@ -70,7 +70,7 @@ def _assert_same_end(folder: Path, undisturbed: Path, config=_CONFIG) -> None:
   assert found == expected
 
 
-def test_two_processes_are_one(
+def test_a_run_stopped_by_sigterm_resumes(
   undisturbed: Path, tmp_path: Path, trainer: Path
 ) -> None:
   folder = tmp_path / "a run"
@@ -89,7 +89,7 @@ def test_two_processes_are_one(
   assert (folder / "learning.png").exists()
 
 
-def test_sigint_and_kill(
+def test_a_run_stopped_by_sigint_and_kill_resumes(
   undisturbed: Path, tmp_path: Path, trainer: Path
 ) -> None:
   folder = tmp_path / "run"
@@ -109,7 +109,7 @@ def test_sigint_and_kill(
 
 
 def _newest(folder: Path) -> int:
-  """The last step in the records, of which the last may be half written."""
+  """Return the last recorded step; the last record may be half written."""
   records = RunFolder(folder).read_metrics()
   return max((x["step"] for x in records), default=-1)
 
@@ -123,13 +123,13 @@ def test_kills_at_random_moments(
   undisturbed = tmp_path / "undisturbed"
   assert finish(_train(undisturbed, trainer, config=config))[0] == 0
   folder, rng = tmp_path / "killed", random.Random(seed)
-  for behind in (None, 0, 10, 20, 30, 40):  # None: while it starts
+  for after in (None, 0, 10, 20, 30, 40):  # None: while it starts
     process = _train(folder, trainer, _SLOW, config)
-    while behind is not None and process.poll() is None:
-      if _newest(folder) > behind:
+    while after is not None and process.poll() is None:
+      if _newest(folder) > after:
         break
       time.sleep(0.01)
-    time.sleep(rng.uniform(0, 3 if behind is None else 0.8))
+    time.sleep(rng.uniform(0, 3 if after is None else 0.8))
     process.kill()
     assert finish(process)[0] == -signal.SIGKILL
   code, _, err = finish(_train(folder, trainer, config=config))
@@ -139,7 +139,7 @@ def test_kills_at_random_moments(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-  """A run of this process, on eight devices; `tmp_path` has copies of it."""
+  """Return a run on eight devices; tests change copies of it."""
   folder = tmp_path_factory.mktemp("run") / "finished"
   outcome, _ = run(_CONFIG, folder)
   assert (outcome.step, outcome.reason, outcome.exit_code) == (6, "finished", 0)
@@ -158,7 +158,9 @@ def test_a_finished_run_is_left_alone(finished: Path, monkeypatch) -> None:
   assert (finished / "metrics.jsonl").read_bytes() == lines
 
 
-def test_damage_falls_back_and_goes_on(finished: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_resumes_from_the_one_before(
+  finished: Path, tmp_path: Path
+) -> None:
   folder = tmp_path / "run"
   shutil.copytree(finished, folder)
   state = folder / "checkpoints" / "6" / "state"
@@ -174,7 +176,9 @@ def test_damage_falls_back_and_goes_on(finished: Path, tmp_path: Path) -> None:
   _assert_same_end(folder, finished)
 
 
-def test_warm_start(finished: Path, tmp_path: Path) -> None:
+def test_init_from_takes_weights_and_a_fresh_optimiser(
+  finished: Path, tmp_path: Path
+) -> None:
   source, config = (
     saved_bits(finished, _CONFIG)[1],
     dataclasses.replace(_CONFIG, init_from=str(finished), seed=5),
@@ -197,13 +201,13 @@ def test_warm_start(finished: Path, tmp_path: Path) -> None:
   assert int(state["step"]) == 0 and bool(state["ok"])
 
 
-def test_other_data_are_refused(
+def test_changed_data_is_refused(
   finished: Path, tmp_path: Path, monkeypatch
 ) -> None:
   folder = tmp_path / "run"
   shutil.copytree(finished, folder)
   before = files(folder)
-  # As if the code that makes the rows had changed since the checkpoint.
+  # As after a change of the code that makes the rows.
   monkeypatch.setattr("train.data.mqar._VERSION", 2)
   with pytest.raises(RunFolderError, match="version was 1 and is 2") as error:
     run(_CONFIG, folder)
@@ -211,7 +215,7 @@ def test_other_data_are_refused(
   assert files(folder) == before
 
 
-def test_the_checkpoint_tells_its_run(finished: Path) -> None:
+def test_a_checkpoint_holds_its_config_and_reason(finished: Path) -> None:
   step, meta = read_meta(finished / "checkpoints")
   assert (step, meta["finished"]) == (6, "finished")
   assert meta["config"] == json.loads(stored_config.to_json(_CONFIG))["run"]

@@ -1,4 +1,4 @@
-"""The presets: the paper's numbers, their models, and configs as JSON."""
+"""Presets: the paper's numbers, their models, and their JSON."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from train.presets import make_presets
 _PRESETS = make_presets()
 _PAIRS = {128: 16, 256: 64, 512: 128, 1024: 256, 2048: 512}
 _ACCUMULATE = {128: 1, 256: 1, 512: 2, 1024: 4, 2048: 8}
-_SMALL = (  # beside `mqar`, which is ReBased
+_SMALL = (  # other than `mqar`, which is ReBased
   "attention",
   "conv-attention",
   "rwkv",
@@ -56,14 +56,14 @@ def test_every_preset_builds_and_survives_json(name: str) -> None:
   assert stored_config.fingerprint(again) == stored_config.fingerprint(config)
   state = nnx.state(compiled_steps.abstract_model(config), nnx.Param)
   embedding = nnx.to_pure_dict(state)["token_embedding"]
-  # Text's vocabulary is its data set's, the model's that of bytes.
+  # The vocabulary of text is known from its files only.
   vocab_size = config.data.vocab_size or config.model.vocab_size
   assert embedding.shape == (vocab_size, config.model.width)
   assert all(x.size for x in jax.tree.leaves(state))
 
 
 def test_fingerprints_differ() -> None:
-  """But where two names mean one run."""
+  """Two names of the same run have the same fingerprint, others do not."""
   for alias, name in _ALIASES.items():
     assert _PRESETS[alias] == _PRESETS[name]
   prints = {stored_config.fingerprint(config) for config in _PRESETS.values()}
@@ -71,8 +71,8 @@ def test_fingerprints_differ() -> None:
 
 
 @pytest.mark.parametrize("name", _SMALL)
-def test_the_small_runs_are_that_of_rebased(name: str) -> None:
-  """But for the mixers, Mamba's block and the learning rate."""
+def test_small_runs_differ_in_their_mixers_only(name: str) -> None:
+  """And in Mamba's block and the learning rate."""
   config, mqar = _PRESETS[f"mqar-{name}"], _PRESETS["mqar"]
   system = presets.SYSTEMS[name]
   assert type(config.model.first) is type(system.first)
@@ -91,7 +91,9 @@ def test_the_small_runs_are_that_of_rebased(name: str) -> None:
 
 @pytest.mark.parametrize("system", _TABLE_4)
 @pytest.mark.parametrize("length", _PAIRS)
-def test_paper_numbers(system: str, length: int) -> None:
+def test_mqar_runs_have_the_numbers_of_the_paper(
+  system: str, length: int
+) -> None:
   config = _PRESETS[f"mqar-paper-{system}-{length}"]
   assert config.data == MQARPaperData(
     vocab_size=8192,

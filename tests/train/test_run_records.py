@@ -1,4 +1,4 @@
-"""What a run tells: wandb, a profile, MFU and memory; and what it survives."""
+"""Records for wandb, profiles, MFU and memory; skipped steps; hung data."""
 
 from pathlib import Path
 import sys
@@ -31,7 +31,7 @@ from train.records.run_folder import RunFolder
 
 
 class _FakeWandb(types.ModuleType):
-  """The two calls of wandb that are used, and what they got."""
+  """Stands for the module wandb, and notes what it is called with."""
 
   def __init__(self):
     super().__init__("wandb")
@@ -53,7 +53,7 @@ def test_wandb_gets_every_record(tmp_path: Path, monkeypatch) -> None:
   monkeypatch.setitem(sys.modules, "wandb", fake)
   config, folder = tiny(wandb="recall", steps=4), tmp_path / "run"
   run(config, folder)
-  run(config, folder)  # which goes on with the same run there
+  run(config, folder)  # continues the same run at wandb
   first, second = fake.inits
   assert first["project"] == "recall" and first["id"] == second["id"]
   assert first["config"]["model"]["width"] == 16 and fake.finished == 2
@@ -65,7 +65,7 @@ def test_wandb_gets_every_record(tmp_path: Path, monkeypatch) -> None:
     assert values == {f"{kind}/{name}": x for name, x in record.items()}
 
 
-def test_wandb_that_is_not_there(call, monkeypatch) -> None:
+def test_wandb_that_is_not_installed(call, monkeypatch) -> None:
   monkeypatch.setitem(sys.modules, "wandb", None)
   words = ("train", "mqar", *flags(tiny()), "--wandb", "recall")
   code, _, err = call(*words)
@@ -86,7 +86,7 @@ def test_a_profile_beyond_the_last_step_is_refused() -> None:
     tiny(profile=ProfileConfig(start=5, steps=2))
 
 
-def test_mfu_is_of_a_known_peak() -> None:
+def test_mfu_is_the_fraction_of_the_peak() -> None:
   found = peaks.mfu(430_000, 145_460_736, "NVIDIA H100 80GB HBM3", 1)
   assert abs(found - 0.38) < 0.001  # 430,000 · 6 · 145,460,736 / 989e12
   assert peaks.mfu(1.0, 1, "cpu", 1) is None
@@ -94,9 +94,9 @@ def test_mfu_is_of_a_known_peak() -> None:
   assert two == found / 2
 
 
-def test_gauges_say_what_is_known(monkeypatch) -> None:
+def test_device_usage_is_recorded_where_it_is_known(monkeypatch) -> None:
   params = dict(a=np.zeros((3, 5)), b=np.zeros(5))
-  assert device_usage.DeviceUsage(params).read(10.0) == {}  # of a CPU, nothing
+  assert device_usage.DeviceUsage(params).read(10.0) == {}  # nothing on a CPU
   kind = jax.devices()[0].device_kind
   monkeypatch.setitem(peaks.PEAK_FLOPS, kind, 1e3)
   monkeypatch.setattr(device_usage, "peak_bytes", lambda: 77)
@@ -181,7 +181,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path, monkeypatch) -> None:
     run(tiny(nan="skip"), tmp_path / "run")
 
 
-def test_what_comes_in_time_comes() -> None:
+def test_within_returns_raises_or_times_out() -> None:
   assert within(5.0, "it", lambda: 3) == 3
   assert within(None, "it", lambda: 3) == 3
   with pytest.raises(StopIteration):
@@ -193,7 +193,7 @@ def test_what_comes_in_time_comes() -> None:
 def test_hung_data_ends_the_run_and_loses_nothing(
   tmp_path: Path, folder: Path, trainer: Path
 ) -> None:
-  """In a process of its own, which has to end although a thread hangs."""
+  """In a separate process, which must end although a thread hangs."""
   config = make_config(folder, save_every=100, eval_every=100)
   run_dir = tmp_path / "run"
   before = "\n".join(
@@ -221,7 +221,7 @@ def test_hung_data_ends_the_run_and_loses_nothing(
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 @pytest.mark.parametrize("error", [None, DataTimeout, OSError])
-def test_a_batch_is_put_before_the_one_ahead_of_it_is_used(count, error):
+def test_a_batch_is_put_before_the_previous_one_is_used(count, error):
   events = []
 
   def batches():
@@ -247,5 +247,5 @@ def test_a_batch_is_put_before_the_one_ahead_of_it_is_used(count, error):
     1: ["put 0", "use 0"],
     3: ["put 0", "put 1", "use 0", "put 2", "use 1", "use 2"],
   }[count]
-  # An error takes the place of the batch before it.
+  # An error comes instead of the batch before it.
   assert events == (expected if error is None else expected[:-1])

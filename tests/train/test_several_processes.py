@@ -1,4 +1,4 @@
-"""Several processes, and other meshes at a resume, are one run."""
+"""Runs with several processes, and runs resumed on another mesh."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 _CONFIG = tiny(
   model=dict(dropout=0.1, mlp_width=32), optimizer=dict(eps=1e-5), accumulate=2
 )
-# Roundings of another order of sums, over six steps.
+# Sums in another order round differently; this is over six steps.
 _near = functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-5)
 
 
@@ -42,7 +42,7 @@ def _on(mesh: MeshConfig):
 
 @pytest.fixture
 def devices(monkeypatch):
-  """Takes so many of the eight devices for the runs that follow."""
+  """Use the given number of the eight devices in the runs that follow."""
 
   def take(count: int) -> None:
     make = functools.partial(make_mesh, devices=jax.devices()[:count])
@@ -54,7 +54,7 @@ def devices(monkeypatch):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, trainer: Path) -> Path:
-  """A run of six steps over 4 × 2 parts; its checkpoints are 2, 4 and 6."""
+  """Return a run of six steps on a 4 × 2 mesh, with checkpoints 2, 4, 6."""
   folder = tmp_path_factory.mktemp("run") / "undisturbed"
   _, out = run(_on(MeshConfig(data=2, fsdp=2, tensor=2)), folder)
   assert "mesh: data 2 × fsdp 2 × tensor 2" in out
@@ -86,7 +86,7 @@ def test_resume_on_other_devices(
 def _together(
   processes: int, folder: Path, cache: Path, *options: str, stop: bool = False
 ) -> list[tuple[int, str, str]]:
-  """Runs so many processes, of two devices each; the last may be stopped."""
+  """Run processes of two devices each; the last one may be stopped."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -109,10 +109,10 @@ def _train(folder: Path, mesh: MeshConfig) -> list[str]:
   return ["train", "mqar", *config, "--run-dir", str(folder)]
 
 
-def test_two_processes_stop_together_and_are_one(
+def test_two_processes_stop_together_and_resume(
   undisturbed: Path, tmp_path: Path, trainer: Path, devices
 ) -> None:
-  """Each process holds half of the tokens of all rows."""
+  """Each process holds half of the tokens of every row."""
   folder = tmp_path / "run"
   train = _train(folder, MeshConfig(data=1, context=4))
   ends = _together(2, folder, trainer, *train, stop=True)
@@ -138,7 +138,7 @@ def test_two_processes_stop_together_and_are_one(
     MeshConfig(data=1, fsdp=2, context=4),
   ],
 )
-def test_four_processes_are_one(
+def test_four_processes_train_as_one(
   undisturbed: Path, tmp_path: Path, trainer: Path, mesh: MeshConfig
 ) -> None:
   folder = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Real signals sent to real processes."""
+"""SIGTERM and SIGINT, sent to real processes."""
 
 from pathlib import Path
 import signal
