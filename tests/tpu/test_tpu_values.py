@@ -70,16 +70,16 @@ def test_interpreter_finds_a_race(capsys):
   def body(x_ref, o_ref):
     o_ref[...] = x_ref[...]
 
-  kernel = pl.pallas_call(
-    body,
-    grid=(4,),
-    in_specs=[pl.BlockSpec((8, 128), lambda i: (i, 0))],
-    out_specs=pl.BlockSpec((8, 128), lambda i: (0, 0)),
-    out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
-    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-  )
   try:
     with pltpu.force_tpu_interpret_mode(TWO_CORES):
+      kernel = pl.pallas_call(
+        body,
+        grid=(4,),
+        in_specs=[pl.BlockSpec((8, 128), lambda i: (i, 0))],
+        out_specs=pl.BlockSpec((8, 128), lambda i: (0, 0)),
+        out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+      )
       jax.block_until_ready(kernel(jnp.ones((32, 128))))
     found = capsys.readouterr().out
   except jax.errors.JaxRuntimeError as error:
