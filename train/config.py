@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, from the model to the save interval.
+"""The config of a run: frozen dataclasses, from the model to saving.
 
 A preset is a `RunConfig`. The command line changes its fields, and the result
 is stored in the run folder and in every checkpoint (stored_config.py). Nothing

@@ -23,7 +23,7 @@ import optax
 
 
 class Targets(NamedTuple):
-  """What a step knows about each target of its batch."""
+  """Values that a step has for each target of its batch."""
 
   nll_BM: Array  # float32, −log of the probability of the target
   correct_BM: Array  # float32, 1 where the target has the greatest logit
@@ -33,7 +33,7 @@ class Targets(NamedTuple):
 
 
 class Update(NamedTuple):
-  """What a step knows about its update; each field is a tree like `params`."""
+  """Values that a step has for its update, each a tree like `params`."""
 
   params: Any  # before the update
   grads: Any  # of the mean loss, before clipping

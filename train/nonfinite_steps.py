@@ -1,4 +1,4 @@
-"""What happens when a training step is not finite (NaN or infinity).
+"""The handling of training steps that are not finite (NaN or infinity).
 
 With `nan="abort"` the run keeps the state before the step and its batch, and
 ends. With "skip" it keeps the batch, leaves the state as it was and continues,

@@ -1,4 +1,4 @@
-"""What happens on SIGTERM and SIGINT during training.
+"""The handling of SIGTERM and SIGINT during training.
 
 The first signal sets a flag. The loop then finishes its step, saves, prints
 how to resume, and leaves with `exit_code`. A second signal ends the process at

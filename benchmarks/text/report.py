@@ -1,12 +1,11 @@
 """Turn the records of finished runs into a result, a table and a plot."""
 
-import json
 from pathlib import Path
 import statistics
 from typing import Any
 
 from rebased_jax import parameter_count
-from train import compiled_steps
+from train import atomic, compiled_steps
 from train.devices import peaks
 from train.records.run_folder import RunFolder
 
@@ -75,11 +74,9 @@ def read(path: Path, preset: str, device: str) -> dict[str, Any]:
 def write(result: dict[str, Any], out: Path) -> None:
   """Write the JSON file atomically, and draw the plot beside it."""
   out.parent.mkdir(parents=True, exist_ok=True)
-  temporary = out.with_suffix(".tmp")
   models = MODELS[result["settings"]["size"]]
   value = {"label": LABEL, "models": models, **result}
-  temporary.write_text(json.dumps(value, indent=1) + "\n")
-  temporary.replace(out)
+  atomic.write_json(out, value)
   plot(value, out.with_suffix(".png"))
 
 

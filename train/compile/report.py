@@ -50,7 +50,7 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What XLA reports about a compiled function, for one device."""
+  """XLA's figures of a compiled function, for one device."""
 
   #: Bytes of state, batch and key.
   arguments: int

@@ -1,1 +1,1 @@
-"""What a run leaves in its folder: config, metrics, pictures, traces."""
+"""The files that a run writes: config, metrics, pictures, traces."""

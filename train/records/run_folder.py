@@ -20,7 +20,7 @@ class RunFolderError(ValueError):
 
 
 class RunFolder:
-  """Where one run keeps what it makes.
+  """The folder in which a run keeps its files.
 
   Args:
     path: the folder, which need not exist yet.
