@@ -1,4 +1,4 @@
-"""What a result file says about the machine, the versions and the commit."""
+"""Describe the machine, the versions and the commit for a result file."""
 
 import datetime
 import json

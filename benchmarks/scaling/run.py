@@ -119,7 +119,7 @@ CASES = {
 
 def config_of(case: Case) -> Any:
   """Return the config of the run that the command compiles."""
-  from train.commands.arguments import CompileArgs
+  from train.commands.compile import CompileArgs
   from train.presets import make_presets
 
   return tyro.cli(

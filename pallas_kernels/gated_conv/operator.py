@@ -3,7 +3,7 @@
     c_t = Σ_j w_j ∘ x_{t−K+1+j} + b,   j = 0 … K − 1
     y_t = c_t ∘ (z_t + a) + u_t,   c the convolution of u
 
-with x = 0 before a document's first token. Each channel has K taps of its own.
+with x = 0 before a document's first token. Each channel has K taps.
 """
 
 import functools

@@ -102,7 +102,7 @@ def _means(*values_D: Array) -> list[Array]:
   """Return means over the last axis, all from one reduction.
 
   Each value is read once. The division by D comes before the sum, where XLA
-  fuses it into the reduction; after the sum it would be a kernel of its own.
+  fuses it into the reduction; after the sum it would need another kernel.
   """
   zeros = [jnp.zeros((), x.dtype) for x in values_D]
   add = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))

@@ -137,7 +137,7 @@ def _check_state(
 
 
 class _Marks(NamedTuple):
-  """What a token, or a chunk, does to the sums; (…, B, N, 1) or (…, B, 1)."""
+  """The effect of a token or a chunk on the sums; (…, B, N, 1) or (…, B, 1)."""
 
   start: Array  # whether a document starts in it
   tokens: Array  # how many tokens it is: 0 for the padding of the last chunk

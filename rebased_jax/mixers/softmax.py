@@ -21,7 +21,7 @@ ROTARY_BASE = 10000.0
 def project_to_thirds(linear: nnx.Linear, x_BTD: Array) -> list[Array]:
   """Return the three equal parts of a linear layer's output, (B, T, D) each.
 
-  Each part is a product of its own, so that no part is copied out of one large
+  Each part is a separate product, so that no part is copied out of one large
   array.
 
   Args:

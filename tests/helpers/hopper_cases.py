@@ -1,4 +1,4 @@
-"""What tests of the Hopper kernels over rows share."""
+"""Shared checks of the Hopper kernels over rows."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ def on_the_card(test: Callable) -> Callable:
 
 
 def same_bits(call: Callable, *inputs) -> tuple:
-  """The arrays that a call returns, twice in the same bits."""
+  """Return a call's arrays, after a second call gave bit-identical ones."""
   found, again = (jax.device_get(call(*inputs)) for _ in range(2))
   for a, b in zip(found, again, strict=True):
     np.testing.assert_array_equal(a, b)

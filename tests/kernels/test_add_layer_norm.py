@@ -134,7 +134,7 @@ def test_rows_over_a_mesh(interpreted) -> None:
 
 @pytest.fixture
 def equations_for_kernels(hopper, monkeypatch):
-  """XLA in place of the kernels, so that a program over a mesh can be read."""
+  """Replace the kernels by XLA, so that a program over a mesh can be read."""
   from pallas_kernels.layer_norm import gpu
 
   def forward(x_RD, y_RD, y_bias_D, scale_D, bias_D, *, eps):

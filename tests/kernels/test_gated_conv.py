@@ -68,7 +68,7 @@ def _assert_near(found, wanted) -> None:
 
 
 def _masked_wanted(inputs, dy_BTD, ids_BT):
-  """Return `_wanted` of packed documents: each one is a row of its own."""
+  """Return `_wanted` of packed documents: each one is a separate row."""
   rows = []
   for u, z, dy, ids in zip(*inputs[:2], dy_BTD, ids_BT, strict=True):
     cuts = [0, *(np.flatnonzero(ids[1:] != ids[:-1]) + 1), len(ids)]

@@ -167,7 +167,7 @@ def test_the_backward_keeps_x_alone() -> None:
 
 @pytest.fixture
 def equations_for_kernels(hopper, monkeypatch):
-  """XLA in place of the kernels, so that a program over a mesh can be read."""
+  """Replace the kernels by XLA, so that a program over a mesh can be read."""
   from pallas_kernels.gelu import gpu
 
   def backward(x_RD, b_D, dy_RD):

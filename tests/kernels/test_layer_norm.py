@@ -95,7 +95,7 @@ def test_the_variance_of_a_row_far_from_zero() -> None:
   # E x² − μ² would lose all of it.
   x_D, scale_D, bias_D, _ = _inputs((64, 768), mean=3e3)
   x_D = np.float32(x_D)
-  # A function of its own for each platform: jax.jit would take the other's.
+  # A new function for each platform: jax.jit would reuse the other's program.
   call = jax.jit(lambda *x: layer_norm(*x, eps=EPS))
   found = call(x_D, np.float32(scale_D), np.float32(bias_D))
   with jax.enable_x64(True):

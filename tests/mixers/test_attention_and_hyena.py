@@ -128,7 +128,7 @@ def test_a_cache_takes_memory_by_its_length() -> None:
   bytes_of = lambda tokens: 2 * 4 * D * tokens + 4
   assert make("attention").mixer.state_size(1000) == bytes_of(14)
   assert _make(AttentionConfig(), length=30).state_size(1000) == bytes_of(30)
-  # Without a cache of its own: what a row of so many tokens needs.
+  # Without a configured cache: the size that a row of so many tokens needs.
   assert _make(AttentionConfig()).state_size(1000) == bytes_of(1000)
 
 

@@ -45,8 +45,9 @@ class DataConfig(abc.ABC):
   - `fields(rows)`, if the arrays should be known without reading a batch.
 
   `workers`, `timeout` and `recall` have defaults. Declare one as a field of
-  the dataclass to let users change it. A subclass with a `__post_init__` of
-  its own must call `super().__post_init__()`, which checks these values.
+  the dataclass to let users change it. A subclass that
+  defines `__post_init__` must call `super().__post_init__()`, which checks
+  these values.
   """
 
   #: The number of input tokens of a row.

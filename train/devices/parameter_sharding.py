@@ -1,7 +1,7 @@
-"""Which mesh axes each parameter is split over.
+"""The mesh axes that each parameter is split over.
 
-The path of a parameter alone decides, by RULES. The optimiser's moments have
-their parameter's path at the end of their own path, and so the same sharding.
+The path of a parameter alone decides, by RULES. The path of an optimiser moment
+ends with its parameter's path, so it has the same sharding.
 """
 
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """How one array is split over the mesh."""
+  """The split of one array over the mesh."""
 
   #: The parameter's path, with slashes.
   path: str

@@ -107,7 +107,7 @@ class Cell:
 
 
 class Epoch(NamedTuple):
-  """What one epoch of a cell gave; each array has one number a run."""
+  """Results of one epoch of a cell; each array has one number per run."""
 
   number: int  # from 0
   accuracy_R: np.ndarray  # held-out, of all targets

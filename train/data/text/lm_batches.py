@@ -110,7 +110,7 @@ class LMBatches(Batches):
 
   @functools.cached_property
   def fingerprint(self) -> Fingerprint:
-    """Return what identifies the layout, the order and the files of each set."""
+    """Return the identity of the layout, the order and each set's files."""
     result: Fingerprint = {
       "data": "text",
       "version": _VERSION,
