@@ -23,8 +23,8 @@ from pallas_kernels.polynomial.arg_specs import ArgSpec
 TOLERANCE = 1e-2
 # Names of what `forward_and_backward` returns.
 RESULTS = ("o", "dq", "dk", "dv")
-# Compiler options of programs that are not timed. Without them XLA times its own
-# GPU kernels while it compiles, which takes long and disturbs other timings.
+# Compiler options of programs that are not timed. Without them XLA times its
+# GPU kernels while it compiles, which is slow and disturbs other timings.
 UNTIMED = {"xla_gpu_autotune_level": 0}
 # The length of a run: long enough that starting and waiting do not count.
 _RUN_SECONDS = 0.02
