@@ -23,7 +23,7 @@ from train.optimizer import OptimizerConfig as OptimizerConfig
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-  """Which steps JAX's profiler traces; the trace is in the run folder."""
+  """The steps that JAX's profiler traces; the trace is in the run folder."""
 
   #: The first traced step.
   start: int = 10

@@ -36,7 +36,7 @@ from train.stored_config import fingerprint, to_dict
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """How a call of `train.run` ended."""
+  """The end of a call of `train.run`."""
 
   #: Updates of the parameters that are done.
   step: int

@@ -4,8 +4,9 @@
     loss   = Σ w_t · nll_t / Σ w_t           w_t is 1 at a target, 0 at padding
     params ← params + AdamW(∂loss/∂params)
 
-The sums go over the targets of the whole batch, however many micro-batches it
-is cut into: each is a part of the sum, so that its size does not matter.
+The sums go over the targets of the whole batch. A batch that is cut into
+micro-batches adds up their sums before it divides, so that a micro-batch with
+few targets weighs less.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""How well a run uses its devices: MFU and memory, where they are known."""
+"""Gauges of a run's devices: MFU and memory, where they are known."""
 
 import math
 from typing import Any

@@ -1,0 +1,123 @@
+"""The list of metrics: its arithmetic, and a run with more entries."""
+
+import io
+import math
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+from matplotlib import image
+import numpy as np
+import pytest
+from rich.console import Console
+from train_cases import tiny, trainer as trainer
+
+import train
+from train import metrics
+from train.metrics import DerivedMetric, TargetMetric, UpdateMetric
+from train.records.run_folder import RunFolder
+
+
+def _largest(update: metrics.Update) -> jax.Array:
+  leaves = jax.tree.leaves(update.grads)
+  return jnp.stack([jnp.abs(x).max() for x in leaves]).max()
+
+
+_MORE = (
+  TargetMetric(
+    "probability",
+    lambda targets: jnp.exp(-targets.nll_BM),
+    label="mean probability",
+    plot=(0, 1),
+  ),
+  TargetMetric(
+    "surprise",
+    lambda targets: targets.nll_BM,
+    among=lambda targets: 1 - targets.correct_BM,
+  ),
+  UpdateMetric("largest_gradient", _largest),
+  DerivedMetric("bits", "loss", lambda x: x / math.log(2), label="bits"),
+)
+
+
+def test_one_entry_adds_a_metric_everywhere(
+  tmp_path: Path, monkeypatch
+) -> None:
+  """To records of training and evaluation, the table and the picture."""
+  monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, *_MORE))
+  text = io.StringIO()
+  train.run(tiny(), tmp_path / "run", console=Console(file=text, width=200))
+  records = RunFolder(tmp_path / "run").read_metrics()
+  assert {x["kind"] for x in records} == {"train", "eval"}
+  for record in records:
+    assert 0 < record["probability"] < 1
+    assert record["bits"] == pytest.approx(record["loss"] / math.log(2))
+    assert record["surprise"] >= record["loss"] or record["accuracy"] == 1
+    assert ("largest_gradient" in record) == (record["kind"] == "train")
+    assert record.get("largest_gradient", 0) <= record.get("grad_norm", 0)
+  assert "held-out mean probability" in text.getvalue()
+  assert "held-out bits" in text.getvalue()
+  height, width, _ = image.imread(tmp_path / "run" / "learning.png").shape
+  assert (width, height) == (1800, 480)  # three panels of 4 by 3.2 inches
+
+
+def _targets(seed: int = 0) -> tuple[np.ndarray, metrics.Targets]:
+  """Return weights and targets, (3, 4), with padding."""
+  rng = np.random.default_rng(seed)
+  weights_BM = (rng.random((3, 4)) < 0.8).astype(np.float32)
+  correct_BM, recalled_BM = (
+    (rng.random((3, 4)) < 0.5).astype(np.float32) for _ in range(2)
+  )
+  nll_BM = rng.exponential(size=(3, 4)).astype(np.float32)
+  return weights_BM, metrics.Targets(nll_BM, correct_BM, recalled_BM)
+
+
+def test_means_are_over_the_targets_of_a_metric() -> None:
+  weights_BM, targets = _targets()
+  nll_BM, correct_BM, recalled_BM = (np.asarray(x) for x in targets)
+  loss = jnp.float32((weights_BM * nll_BM).sum())
+  sums = metrics.target_sums(loss, jnp.asarray(weights_BM), targets)
+  found = metrics.target_means({k: float(x) for k, x in sums.items()})
+  real = weights_BM > 0
+  ar, other = real & (recalled_BM > 0), real & (recalled_BM == 0)
+  expected = dict(
+    loss=nll_BM[real].mean(),
+    accuracy=correct_BM[real].mean(),
+    ar_loss=nll_BM[ar].mean(),
+    non_ar_loss=nll_BM[other].mean(),
+    ar_share=ar.sum() / real.sum(),
+  )
+  chex.assert_trees_all_close(found, jax.tree.map(float, expected), rtol=1e-6)
+
+
+def test_a_mean_over_no_target_is_left_out() -> None:
+  weights_BM, targets = _targets()
+  none = targets._replace(recalled_BM=np.zeros_like(weights_BM))
+  sums = metrics.target_sums(jnp.float32(1), jnp.asarray(weights_BM), none)
+  found = metrics.target_means({k: float(x) for k, x in sums.items()})
+  assert "ar_loss" not in found and found["ar_share"] == 0
+  assert "non_ar_loss" in found
+  traced = jax.jit(metrics.target_means)(sums)
+  assert float(traced["ar_loss"]) == 0  # a traced number cannot be left out
+
+
+def test_recall_is_left_out_where_it_is_not_known() -> None:
+  weights_BM, targets = _targets()
+  unknown = targets._replace(recalled_BM=None)
+  sums = metrics.target_sums(jnp.float32(1), jnp.asarray(weights_BM), unknown)
+  assert sums.keys() == {"tokens", "loss", "accuracy"}
+
+
+def test_perplexities_are_for_text_alone() -> None:
+  found = metrics.with_derived(dict(loss=2.0, ar_loss=800.0), text=True)
+  assert found["perplexity"] == math.exp(2)
+  assert found["ar_perplexity"] == math.inf
+  assert "non_ar_perplexity" not in found
+  assert metrics.with_derived(dict(loss=2.0), text=False) == dict(loss=2.0)
+
+
+def test_names_are_unique() -> None:
+  names = [metric.name for metric in metrics.METRICS]
+  assert len(set(names)) == len(names)
+  assert {x in names for x in metrics.HEADLINES} == {True}
