@@ -10,7 +10,7 @@ model. x is the residual stream, (B, T, D) in float32.
 A block returns the residual stream as a `Stream`, a sum whose parts are not yet
 added: the layer norm of the next block adds them as it reads them. Two blocks
 make a `Pair`. All pairs of a model have the same shapes, so that a model keeps
-their parameters stacked; the functions at the end run stacked pairs.
+their parameters stacked. The functions at the end run stacked pairs.
 """
 
 import abc
@@ -318,9 +318,7 @@ def _leave(x: Array) -> Array:
   return x
 
 
-# Stacked pairs: an nnx.State whose arrays have a leading axis of the pairs.
-
-RunPair = Callable[..., Stream]
+# Stacked pairs: one `Pair` whose parameters have a leading axis of the pairs.
 
 
 def stack(pairs: list[Pair]) -> Pair:
@@ -330,61 +328,133 @@ def stack(pairs: list[Pair]) -> Pair:
   return nnx.merge(graph, jax.tree.map(lambda *x: jnp.stack(x), *states))
 
 
-def unstack(stacked: Any, index: int) -> Any:
-  """Return the parameters of one of the stacked pairs."""
-  return jax.tree.map(lambda p: p[index], stacked)
-
-
-def split_last(stacked: Any) -> tuple[Any, Any]:
-  """Return the stacked pairs without the last, and the last."""
-  first = jax.tree.map(lambda p: p[:-1], stacked)
-  return first, unstack(stacked, -1)
+def unstack(pairs: Pair, index: int) -> Pair:
+  """Return one of the stacked pairs."""
+  graph, parameters = nnx.split(pairs)
+  return nnx.merge(graph, _take(parameters, index))
 
 
 def run_pairs(
-  run_pair: RunPair, x_BTD: Array, stacked: Any, *, scan: bool, remat: Remat
+  pairs: Pair,
+  x_BTD: Array,
+  *,
+  scan: bool,
+  remat: Remat,
+  segment_ids: Array | None = None,
+  axes: ShardAxes | None = None,
+  query_positions: Array | None = None,
 ) -> Stream:
   """Return the residual stream after all stacked pairs.
 
   Args:
-    run_pair: maps (stream, parameters of one pair) to the stream after it.
+    pairs: the stacked pairs.
     x_BTD: the residual stream before the first pair.
-    stacked: the stacked parameters. With no pairs in it, x is returned.
     scan: whether one compiled pair is scanned over the pairs. Otherwise the
       pairs run one by one.
-    remat: what the backward pass computes again (`with_remat`).
+    remat: what the backward pass computes again. "none" keeps every value that
+      it needs. "dots" keeps the outputs of projections alone, so that norms,
+      gates, GELUs and the mixer's operator run twice. "full" keeps the inputs
+      of each pair alone.
+    segment_ids: as in a call of a `Block`.
+    axes: as in a call of a `Block`.
+    query_positions: as in a call of a `Block`, for the last pair.
   """
-  count = len(jax.tree.leaves(stacked)[0])
+  graph, parameters = nnx.split(pairs)
+
+  def run_pair(
+    stream: Stream, parameters: Any, query_positions: Array | None = None
+  ) -> Stream:
+    return nnx.merge(graph, parameters)(
+      stream,
+      segment_ids=segment_ids,
+      axes=axes,
+      query_positions=query_positions,
+    )
+
+  if remat != "none":
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    run_pair = jax.checkpoint(
+      run_pair,
+      prevent_cse=not scan,  # the body of a scan cannot be merged with others
+      policy=dots if remat == "dots" else None,
+    )
+  if query_positions is None:
+    return _run_whole_rows(run_pair, x_BTD, parameters, scan, remat)
+  before = jax.tree.map(lambda p: p[:-1], parameters)
+  stream = _run_whole_rows(run_pair, x_BTD, before, scan, remat)
+  return run_pair(stream, _take(parameters, -1), query_positions)
+
+
+def _run_whole_rows(
+  run_pair: Callable[[Stream, Any], Stream],
+  x_BTD: Array,
+  parameters: Any,
+  scan: bool,
+  remat: Remat,
+) -> Stream:
+  """Return the residual stream after pairs; there may be none."""
+  count = len(jax.tree.leaves(parameters)[0])
   if scan and count:
     # The carry is the sum of the stream's parts: it takes less memory.
     def body(x: Array, parameters: Any) -> tuple[Array, None]:
       return run_pair(Stream(x), parameters).whole(), None
 
-    return Stream(jax.lax.scan(body, x_BTD, stacked)[0])
+    return Stream(jax.lax.scan(body, x_BTD, parameters)[0])
   run_pair = jax.jit(run_pair)  # traced once for all pairs after the first
   stream = Stream(x_BTD)
   for index in range(count):
-    stream = run_pair(stream, unstack(stacked, index))
+    stream = run_pair(stream, _take(parameters, index))
     if remat == "full":  # so that the backward keeps the sum alone
       stream = Stream(stream.whole())
   return stream
 
 
-def with_remat(run_pair: RunPair, remat: Remat, *, scan: bool) -> RunPair:
-  """Return `run_pair` with a backward pass that computes some values again.
+def init_states(pairs: Pair, batch: int) -> Any:
+  """Return the states of all stacked pairs before a row's first token."""
+  state = unstack(pairs, 0).init_state(batch)
+  count = len(jax.tree.leaves(nnx.state(pairs))[0])
+  return jax.tree.map(lambda x: jnp.stack([x] * count), state)
 
-  Args:
-    run_pair: as in `run_pairs`.
-    remat: "none" keeps every value that the backward pass needs. "dots" keeps
-      the outputs of projections alone, so that norms, gates, GELUs and the
-      mixer's operator run twice. "full" keeps the inputs of the pair alone.
-    scan: whether the pairs are scanned over.
-  """
-  if remat == "none":
-    return run_pair
-  dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-  return jax.checkpoint(
-    run_pair,
-    prevent_cse=not scan,  # the body of a scan cannot be merged with others
-    policy=dots if remat == "dots" else None,
-  )
+
+def prefill_pairs(
+  pairs: Pair,
+  x_BTD: Array,
+  states: Any,
+  *,
+  segment_ids: Array | None = None,
+  axes: ShardAxes | None = None,
+) -> tuple[Array, Any]:
+  """Return the residual stream of T more tokens, and all pairs' states."""
+  graph, parameters = nnx.split(pairs)
+
+  def body(x_BTD: Array, inputs: tuple[Any, Any]) -> tuple[Array, Any]:
+    parameters, states = inputs
+    pair = nnx.merge(graph, parameters)
+    return pair.prefill(x_BTD, states, segment_ids=segment_ids, axes=axes)
+
+  return jax.lax.scan(body, x_BTD, (parameters, states))
+
+
+def step_pairs(pairs: Pair, x_BD: Array, states: Any) -> tuple[Array, Any]:
+  """Return the residual stream of one more token, and all pairs' states."""
+  graph, parameters = nnx.split(pairs)
+
+  def body(x_BD: Array, inputs: tuple[Any, Any]) -> tuple[Array, Any]:
+    parameters, states = inputs
+    return nnx.merge(graph, parameters).step(x_BD, states)
+
+  return jax.lax.scan(body, x_BD, (parameters, states))
+
+
+def state_size(pairs: Pair, length: int) -> int:
+  """Return the bytes of all pairs' states for a row of `length` tokens."""
+  graph, parameters = nnx.split(pairs)
+  # Shapes alone, so that a model without values has a size too.
+  shapes = jax.eval_shape(lambda x: _take(x, 0), parameters)
+  count = len(jax.tree.leaves(parameters)[0])
+  return count * nnx.merge(graph, shapes).state_size(length)
+
+
+def _take(parameters: Any, index: int) -> Any:
+  """Return the parameters of one of the stacked pairs."""
+  return jax.tree.map(lambda p: p[index], parameters)

@@ -76,7 +76,9 @@ def _check_arguments(
   if top_k is not None and not 1 <= top_k <= V:
     raise ValueError(f"top_k={top_k}: expected None or 1 to {V}")
   if temperature == 0 and top_k is not None:
-    raise ValueError(f"top_k={top_k} samples tokens: expected temperature > 0")
+    raise ValueError(
+      f"top_k={top_k} samples: expected temperature > 0, or top_k=None"
+    )
   check_length(model.config, prompt.shape[1] + steps - 1)
 
 

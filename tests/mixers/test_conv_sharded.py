@@ -1,4 +1,4 @@
-"""The short convolution over a mesh that splits time, against one device."""
+"""Tests of the short convolution with time split over devices."""
 
 import functools
 

@@ -34,7 +34,7 @@ def test_the_parameter_count(width) -> None:
 
 
 @pytest.mark.parametrize("initialization", ["published", "intended"])
-def test_the_start(initialization) -> None:
+def test_the_initial_values(initialization) -> None:
   width = 256
   params = mixer_equations.parameters(
     make(width, initialization=initialization, layers=8)

@@ -160,7 +160,7 @@ def test_a_width_that_nothing_divides(name, width) -> None:
 
 @each_mixer
 @pytest.mark.parametrize("width", [0, -4, 2.5, True, "8"], ids=str)
-def test_no_width(name, width) -> None:
+def test_a_wrong_width(name, width) -> None:
   entry = MIXERS[name]
   refuses(
     lambda: entry.mixer_class(width, entry.config, rngs=nnx.Rngs(0)),

@@ -1,4 +1,4 @@
-"""Every mixer over a mesh of eight devices equals itself on one."""
+"""Tests of every mixer over a mesh of eight devices, against one device."""
 
 from flax import nnx
 import jax

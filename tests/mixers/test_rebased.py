@@ -1,4 +1,4 @@
-"""What is true of ReBased alone: its switches, its norm, its kernel."""
+"""Tests of ReBased: the switches of its kernel, norm, weights, errors."""
 
 import dataclasses
 
@@ -26,6 +26,7 @@ def make(**fields):
   return config, config.make(SITE, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
   ("name", "affine"),
   {
@@ -83,6 +84,7 @@ def test_the_scopes_differ() -> None:
   assert found > 0.01
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", presets.VARIANTS)
 def test_the_weights_are_a_causal_average(name) -> None:
   config = dataclasses.replace(presets.VARIANTS[name], heads=H, features=F)
@@ -112,6 +114,7 @@ def test_a_joint_scale_of_the_kernel_changes_nothing() -> None:
   np.testing.assert_array_equal(mixer(x_BTD), before)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
   ("field", "value"),
   [

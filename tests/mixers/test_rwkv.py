@@ -60,7 +60,7 @@ def test_decays_at_the_ends(decay) -> None:
 
 
 @pytest.mark.parametrize("T", [1, 9])
-def test_rounded_is_float32_rounded(T) -> None:
+def test_bfloat16_wkv_is_the_float32_one_rounded(T) -> None:
   """One WKV and its gradients, all on the grid of bfloat16."""
   full, rounded = mixer_of(wkv_dtype="float32"), mixer_of()
   x_BTD = draw(0, B, T, D)
@@ -93,7 +93,7 @@ def _bfloat16(x):
   return np.asarray(x).astype(jnp.bfloat16).astype(np.float32)
 
 
-def test_rounded_steps_equal_a_rounded_row() -> None:
+def test_steps_with_rounding_equal_a_row_with_rounding() -> None:
   mixer = mixer_of()
   x_BTD = draw(0, B, 7, D)
   state, y_BTD = mixer.init_state(B), np.asarray(mixer(x_BTD))
@@ -105,13 +105,13 @@ def test_rounded_steps_equal_a_rounded_row() -> None:
 
 
 @pytest.mark.parametrize("width", [1, 2, 6, 64, 128])
-def test_the_count_is_4_d_squared_and_5_d(width) -> None:
+def test_the_parameter_count_is_4_d_squared_and_5_d(width) -> None:
   mixer = nnx.eval_shape(lambda: mixer_of(width))
   assert parameter_count(mixer) == 4 * width**2 + 5 * width
 
 
 @pytest.mark.parametrize(("layer", "layers"), [(0, 1), (0, 2), (1, 2), (3, 6)])
-def test_the_start_depends_on_the_layer(layer, layers) -> None:
+def test_initial_values_depend_on_the_layer(layer, layers) -> None:
   params = mixer_equations.parameters(mixer_of(64, layer, layers))
   ratio = layer / (layers - 1) if layers > 1 else 0
   close = lambda name, i, wanted: np.testing.assert_allclose(

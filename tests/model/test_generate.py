@@ -1,7 +1,6 @@
-"""Text from a model."""
+"""Tests of generated tokens: greedy, sampled, compiled once, and errors."""
 
-import sys
-
+import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from rebased_jax import (
   ModelConfig,
   ReBasedConfig,
   generate,
+  generation,
 )
 
 V, POSITIONS, STEPS = 11, 8, 5
@@ -37,6 +37,7 @@ def make() -> LM:
   return model
 
 
+@pytest.mark.quick
 def test_greedy_is_the_argmax_of_the_whole_token_by_token() -> None:
   model = make()
   whole = jax.jit(lambda tokens_BT: model(tokens_BT))
@@ -123,10 +124,13 @@ def test_a_wrong_argument_is_named(wrong, message) -> None:
     generate(make(), **(fits | wrong))
 
 
-def test_compiles_once_for_a_shape() -> None:
-  # A length of its own, so that no earlier test has compiled it.
-  model, steps = make(), 3
-  compiled = sys.modules["rebased_jax.generation"]._generate
+def test_compiles_once_for_a_shape(monkeypatch) -> None:
+  chex.clear_trace_counter()
+  for name in ("prefill", "step"):
+    once = chex.assert_max_traces(getattr(LM, name), n=1)
+    monkeypatch.setattr(LM, name, once)
+  model, steps = make(), 3  # a length that no earlier test has compiled
+  compiled = generation._compiled
   before = compiled.cache_info().misses
   for seed, temperature in ((1, 1.0), (2, 0.5)):
     model.token_embedding[...] = model.token_embedding[...] + 1

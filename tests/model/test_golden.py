@@ -1,4 +1,4 @@
-"""The official models' logits, loss and gradients, from their parameters."""
+"""Tests against the official models' logits, loss and gradients."""
 
 import contextlib
 import dataclasses

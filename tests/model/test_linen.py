@@ -1,4 +1,4 @@
-"""Flax Linen: the same modules, names and values."""
+"""Tests of the Linen modules: parameter names, values and gradients."""
 
 import functools
 
@@ -50,7 +50,7 @@ def shapes(params) -> dict:
   }
 
 
-def test_the_model() -> None:
+def test_the_language_model_equals_the_nnx_one() -> None:
   graph, state = split(lambda: LM(CONFIG, rngs=nnx.Rngs(3)))
   model = jax.jit(lambda s, **kwargs: nnx.merge(graph, s)(TOKENS_BT, **kwargs))
   bridged = rebased_jax.linen.lm(CONFIG)
@@ -80,7 +80,7 @@ def test_the_model() -> None:
     assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y)
 
 
-def test_from_nnx_to_linen_and_back() -> None:
+def test_parameters_move_from_nnx_to_linen_and_back() -> None:
   model = LM(CONFIG, rngs=nnx.Rngs(3))
   bridged = rebased_jax.linen.lm(CONFIG)
   trained = bridged.init(jax.random.key(0), TOKENS_BT)["params"]

@@ -1,4 +1,4 @@
-"""The paper's Mamba model: its block, its sizes, its parameters' names."""
+"""Tests of the paper's Mamba model: block, sizes, parameter names."""
 
 import dataclasses
 import functools
@@ -17,6 +17,7 @@ from rebased_jax import (
   MambaConfig,
   ModelConfig,
   ShardAxes,
+  blocks,
 )
 from rebased_jax.layer_norm import Stream
 
@@ -109,7 +110,7 @@ def test_the_residual_is_float32() -> None:
 
   @jax.jit
   def block(params):
-    pair = nnx.merge(*nnx.merge(graph, params)._pair(0))
+    pair = blocks.unstack(nnx.merge(graph, params).pairs, 0)
     return pair.first(Stream(large_BTD)).whole()
 
   with jax.numpy_dtype_promotion("standard"):  # which Flax's norms need

@@ -1,4 +1,4 @@
-"""The language model: sizes, causality, documents, positions, dropout."""
+"""Tests of the language model: causality, documents, positions, dropout."""
 
 import dataclasses
 
@@ -67,6 +67,7 @@ def assert_near(found, wanted) -> None:
     assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y)
 
 
+@pytest.mark.quick
 def test_is_causal() -> None:
   reach = np.zeros((T, T), bool)  # the logits at t depend on position s
   for t in range(T):
@@ -142,6 +143,7 @@ def test_documents_do_not_see_each_other() -> None:
   assert np.abs(alone_BTV[0, 5:] - wanted_BTV[0, 5:]).max() > 1e-2
 
 
+@pytest.mark.quick
 def test_prefill_and_steps_equal_the_whole() -> None:
   graph, params = make(CONFIG)
   wanted_BTV = np.asarray(logits(params, TOKENS_BT))
@@ -228,6 +230,7 @@ def test_a_mesh_gives_what_one_device_gives() -> None:
   assert_near(found, wanted)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
   ("field", "value"),
   [

@@ -1,4 +1,4 @@
-"""The paper's models: their parameters are those that its tables count."""
+"""Tests of the paper's models: parameter counts of its tables, and sizes."""
 
 from flax import nnx
 import jax
@@ -56,7 +56,7 @@ def count(config: ModelConfig) -> int:
   return sum(x.size for x in jax.tree.leaves(jax.eval_shape(make)))
 
 
-def test_there_are_28_and_3() -> None:
+def test_the_tables_have_28_and_3_models() -> None:
   assert _MODELS.keys() == WANTED.keys()
   assert len(WANTED) == 28 + 3
 
@@ -66,6 +66,7 @@ def test_parameter_counts_of_tables_4_and_9(name, wanted) -> None:
   assert count(_MODELS[name]) == wanted
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", presets.VARIANTS)
 @pytest.mark.parametrize("length", TABLE_1)
 def test_parameter_counts_of_table_1(length, name) -> None:
@@ -82,8 +83,8 @@ def test_a_count_is_of_the_model_that_is_made() -> None:
   assert parameter_count(LM(config, rngs=nnx.Rngs(0))) == count(config)
 
 
-def test_what_the_systems_are() -> None:
-  """Those named conv have the convolution first; only the others are pairs."""
+def test_the_layers_of_each_system() -> None:
+  """Hybrids have the short convolution first, the others one mixer twice."""
   for name, system in presets.SYSTEMS.items():
     is_hybrid = name.startswith("conv-") or name in ("based", "rebased")
     assert (system.first == BaseConvConfig()) == is_hybrid
@@ -97,7 +98,7 @@ def test_what_the_systems_are() -> None:
     assert double.first == double.second == presets.SYSTEMS[name].second
 
 
-def test_what_a_count_does_not_see() -> None:
+def test_sizes_that_a_parameter_count_does_not_show() -> None:
   for name, config in _MODELS.items():
     mamba = isinstance(config.second, MambaConfig)
     assert config.dropout == (0.0 if mamba else 0.1), name
