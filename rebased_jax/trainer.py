@@ -151,3 +151,7 @@ def _is_found_first() -> bool:
 
 def _is_in_folder(file: str | None) -> bool:
   return file is not None and Path(file).resolve().parent == _FOLDER
+
+
+if __name__ == "__main__":
+  main()

@@ -109,7 +109,7 @@ def from_json(text: str) -> RunConfig:
   config = from_dict(data.get("run"), "run")
   if not isinstance(config, RunConfig):
     name = type(config).__name__
-    raise ConfigError(f"run is a {name}: expected a train:RunConfig")
+    raise ConfigError(f"run has type {name}: expected train:RunConfig")
   return config
 
 
