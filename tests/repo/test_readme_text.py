@@ -19,7 +19,7 @@ _SMALL = (
 
 def _commands() -> list[list[str]]:
   section = _README.partition("## Train on your own text\n")[2]
-  block = re.match(r"\n```sh\n(.*?)```", section, flags=re.DOTALL)[1]
+  block = re.search(r"```sh\n(.*?)```", section, flags=re.DOTALL)[1]
   commands = [shlex.split(line) for line in block.splitlines()]
   assert [words[0] for words in commands] == ["rebased"] * 3
   return [words[1:] for words in commands]
