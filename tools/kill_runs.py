@@ -52,7 +52,10 @@ _SLOW = """
 import time
 from train.devices import batch_sharding
 put = batch_sharding.put_batch
-batch_sharding.put_batch = lambda *args: (time.sleep(0.05), put(*args))[1]
+def slow_put(*args):
+  time.sleep(0.05)
+  return put(*args)
+batch_sharding.put_batch = slow_put
 """
 
 
@@ -163,7 +166,7 @@ def _arrays(folder: Path) -> dict:
   import hashlib, json, sys
   import jax, numpy as np
   from train import compiled_steps
-  from train.checkpoint import Checkpoints
+  from train.checkpoint.checkpoints import Checkpoints
   from train.devices import mesh
   from train.records.run_folder import RunFolder
   folder = RunFolder(sys.argv[1])
