@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import chex
 from flax import nnx
 import jax
 from matplotlib import image
@@ -208,7 +209,7 @@ def test_a_step_that_is_not_finite_ends_the_run(
   assert int(dumped["step"]) == int(found["step"]) == 4
   assert not bool(dumped["ok"]) and bool(found["ok"])
   for name in ("params", "opt_state"):
-    jax.tree.map(np.testing.assert_array_equal, dumped[name], found[name])
+    chex.assert_trees_all_equal(dumped[name], found[name])
   assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(dumped["params"]))
   outcome, out = run(config, folder)  # without the spoiled batch
   assert outcome.step == 6 and "resuming at step 4" in out

@@ -5,6 +5,7 @@ import functools
 import re
 from typing import NamedTuple
 
+import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -269,10 +270,4 @@ def test_every_parameter_has_a_rule() -> None:
 
 def _close(found, expected, tolerance: float) -> None:
   """Check that leaves agree within `tolerance`, relative and absolute."""
-  for (path, a), b in zip(
-    jax.tree_util.tree_leaves_with_path(found),
-    jax.tree.leaves(expected),
-    strict=True,
-  ):
-    name = jax.tree_util.keystr(path)
-    np.testing.assert_allclose(a, b, tolerance, tolerance, err_msg=name)
+  chex.assert_trees_all_close(found, expected, rtol=tolerance, atol=tolerance)
