@@ -51,7 +51,7 @@ class ModelConfig:
   pairs: int = 1
   #: Rows of the learned position table. None: no positions.
   positions: int | None = None
-  #: Hidden width of the MLPs. None: no MLPs, and x ← x + LN(x) in their place.
+  #: Hidden width of the MLPs. None: no MLPs; each adds LN(x) instead.
   mlp_width: int | None = None
   #: Dropout of the embeddings in training.
   dropout: float = 0.0

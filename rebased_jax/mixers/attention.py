@@ -42,7 +42,7 @@ class AttentionConfig(MixerConfig):
   mixer has no dropout.
   """
 
-  #: H. The paper's code has one head.
+  #: H, the number of heads. The paper has one.
   heads: int = 1
   #: Whether q, k and v have a bias. The output always has one.
   use_bias: bool = True

@@ -40,7 +40,7 @@ FEW_QUERIES = 64
 class PolynomialConfig(MixerConfig):
   """Abstract: the choices that ReBased and Based share."""
 
-  #: H.
+  #: H, the number of heads.
   heads: int = 12
   #: F, the width of queries and keys a head.
   features: int = 16

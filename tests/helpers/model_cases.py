@@ -1,4 +1,4 @@
-"""Language models whose parameters have moved, for tests."""
+"""Language models for tests, with parameters away from initial values."""
 
 import functools
 
@@ -10,7 +10,7 @@ from rebased_jax import LM, ModelConfig
 
 @functools.cache
 def make(config: ModelConfig):
-  """(graph, params); the parameters moved from 0, 1 and N(0, 0.02²)."""
+  """Return (graph, params), the parameters moved from 0, 1, N(0, 0.02²)."""
   return split(
     lambda: LM(config, rngs=nnx.Rngs(0)),
     lambda params: moved(params, seed=2, by=0.3),

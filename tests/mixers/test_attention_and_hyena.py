@@ -118,7 +118,7 @@ def test_a_token_past_the_state_has_nan(name) -> None:
 
 
 def test_the_key_bias_does_not_count() -> None:
-  """It adds the same to a row's scores: its gradient is roundings alone."""
+  """A key bias adds the same to all scores of a row, which softmax ignores."""
   (grads, _), _ = make("attention").gradients(tokens(), tokens(13))
   q, k, v = np.split(np.abs(nnx.to_pure_dict(grads)["qkv"]["bias"]), 3)
   assert k.max() < 1e-5 * min(q.max(), v.max())

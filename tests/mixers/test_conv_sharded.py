@@ -73,7 +73,8 @@ def test_time_over_devices_is_one_device(shape, axes, documents) -> None:
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_allclose(a, b, 1e-5, 1e-5)  # order of sums
   assert "collective-permute" in text
-  # Of the batch split no token is gathered; of channels, the gate's are whole.
+  # With the batch split no token is gathered. With channels split, those of
+  # the gate are.
   assert axes == _CHANNELS or "all-gather" not in text
 
 

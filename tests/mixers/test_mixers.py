@@ -186,7 +186,7 @@ def test_every_parameter_has_a_gradient(name) -> None:
 
 @one_of_each_mixer
 def test_works_under_transformations(name) -> None:
-  """vmap, scan and checkpoint, all under jit; gradients pass states."""
+  """Use vmap, scan and checkpoint under jit; gradients pass through states."""
   subject = make(name)
   x_BTD, w_BTD = tokens(), tokens(13)
   call = lambda p, x: subject.of(p)(x)

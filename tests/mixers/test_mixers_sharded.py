@@ -28,7 +28,7 @@ def _mesh() -> jax.sharding.Mesh:
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_batch_and_heads_are_split(name) -> None:
-  """Values, states and gradients; parameters split by their last axis."""
+  """Compare values, states and gradients; parameters split the last axis."""
   subject = make(name)
   x_BTD, w_BTD = _draw(3), _draw(4)
   state = subject.mixer.init_state(ROWS)

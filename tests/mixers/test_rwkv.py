@@ -25,7 +25,7 @@ def draw(seed: int, *shape: int) -> np.ndarray:
 
 
 def gradient(loss, mixer):
-  """The gradient of a loss of the mixer, and the loss's second result."""
+  """Return the gradient of a loss of the mixer, and its second result."""
   return jax.device_get(_gradient(loss, *nnx.split(mixer)))
 
 
@@ -42,7 +42,7 @@ def _squares(mixer):
 
 @pytest.mark.parametrize("decay", [-80.0, 40.0, 100.0])
 def test_decays_at_the_ends(decay) -> None:
-  """No decay: a running mean. Nothing but decay: the last two tokens."""
+  """Without decay WKV is a running mean; with all decay, two tokens count."""
   mixer = mixer_of(wkv_dtype="float32")
   mixer.decay[...] = jnp.full(D, decay)
   x_BTD = draw(0, B, 50, D)

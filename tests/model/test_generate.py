@@ -30,7 +30,7 @@ PROMPT_BT = jnp.array([[3, 1, 4, 1], [5, 9, 2, 6]], jnp.int32)
 
 
 def make() -> LM:
-  """A model whose logits differ by about 1."""
+  """Return a model whose logits differ by about 1."""
   model = LM(CONFIG, rngs=nnx.Rngs(0))
   model.token_embedding[...] = model.token_embedding[...] * 20
   model.position_embedding[...] = model.position_embedding[...] * 50

@@ -32,7 +32,7 @@ CONFIG = ModelConfig(
 RNG = np.random.default_rng(1)
 TOKENS_BT = RNG.integers(11, size=(B, T), dtype=np.int32)
 X_BTD = RNG.normal(size=(B, T, D)).astype(np.float32)
-# The same program up to the compiler's choices: roundings of 6e-8.
+# The same equations, compiled differently: roundings of 6e-8.
 assert_close = functools.partial(
   np.testing.assert_allclose, rtol=1e-5, atol=1e-5
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def logits(params, tokens_BT, **kwargs):
 
 
 def loss(params, tokens_BT, w_BMV, **kwargs):
-  """Σ w logits, and the logits."""
+  """Return Σ w logits, and the logits."""
   logits_BMV = nnx.merge(make(ONE_PAIR)[0], params)(tokens_BT, **kwargs)
   return (logits_BMV * w_BMV).sum(), logits_BMV
 
@@ -56,12 +57,11 @@ def weights(length: int = T):
 
 
 def assert_close(found, wanted) -> None:
-  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-    np.testing.assert_allclose(x, y, **CLOSE)
+  chex.assert_trees_all_close(found, wanted, **CLOSE)
 
 
 def assert_near(found, wanted) -> None:
-  """Relative to each array's norm: a gradient sums over all the positions."""
+  """Compare by each array's norm: a gradient sums over all the positions."""
   for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     x, y = jax.device_get((x, y))
     assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y)

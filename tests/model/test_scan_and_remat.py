@@ -25,9 +25,9 @@ CONFIG = ModelConfig(
 TOKENS_BT = np.random.default_rng(1).integers(V, size=(B, T), dtype=np.int32)
 IDS_BT = np.array([[4] * 5 + [2] * 11, [1] * 9 + [2] * 3 + [1] * 4], np.int32)
 POSITIONS_BM = np.array([[1, 5, 9], [0, 2, 15]], np.int32)
-# Of the whole gradient's norm: the same sums, of another program in another
-# order. Few features behind norms amplify roundings: each of these programs is
-# 4e-7 to 9e-6 away from float64.
+# Relative to the whole gradient's norm: the same sums in another order. Norms
+# over few features amplify roundings: each of these programs is 4e-7 to 9e-6
+# away from float64.
 TOLERANCE = 2e-5
 OTHERS = {
   "unrolled": dict(scan_layers=False),
@@ -38,14 +38,14 @@ OTHERS = {
 
 
 def _loss(params, config: ModelConfig, **kwargs):
-  """A number that all logits move, and the logits."""
+  """Return a number that depends on all logits, and the logits."""
   graph, _ = nnx.split(nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0))))
   logits_V = nnx.merge(graph, params)(TOKENS_BT, **kwargs)
   return jnp.square(jax.nn.log_softmax(logits_V)).mean(), logits_V
 
 
 def _both(config: ModelConfig, **kwargs):
-  """The logits, and the gradient of every parameter."""
+  """Return the logits, and the gradient of every parameter."""
   run = jax.jit(jax.value_and_grad(_loss, has_aux=True), static_argnums=1)
   (_, logits_V), grads = run(make(CONFIG)[1], config, **kwargs)
   return jax.device_get((logits_V, grads))
@@ -61,13 +61,13 @@ def expected():
 def test_values_and_gradients_are_the_same(expected, name: str) -> None:
   config = dataclasses.replace(CONFIG, **OTHERS[name])
   _assert_near(_both(config, segment_ids=IDS_BT), expected[0])
-  if name == "unrolled, full":  # the last pair is apart
+  if name == "unrolled, full":  # here the last pair runs separately
     at = _both(config, positions_to_predict=POSITIONS_BM)
     _assert_near(at, expected[1])
 
 
 def _assert_near(found, wanted) -> None:
-  """Logits and gradient, each relative to its norm."""
+  """Compare logits and gradient, each relative to its norm."""
   for x, y in zip(found, wanted, strict=True):
     difference = _norm(jax.tree.map(np.subtract, x, y))
     assert difference <= TOLERANCE * _norm(y)
@@ -78,7 +78,7 @@ def _norm(tree) -> float:
 
 
 def _lowered(config: ModelConfig):
-  """The gradient's program."""
+  """Return the gradient's program."""
   make = lambda: nnx.split(LM(config, rngs=nnx.Rngs(0)))[1]
   run = jax.jit(jax.value_and_grad(_loss, has_aux=True), static_argnums=1)
   return run.lower(jax.eval_shape(make), config)
@@ -94,7 +94,7 @@ def test_a_scanned_program_does_not_grow_with_depth() -> None:
   for scanned in (dict(), dict(remat="full")):
     four, eight = lines(**scanned)
     assert four == eight
-  # Of layers one by one, a pair is there once and called for each.
+  # With layers one by one, the program has one pair and calls it for each.
   four, eight = lines(scan_layers=False)
   assert four < eight < 1.8 * four
 
@@ -111,7 +111,7 @@ def test_a_gpu_takes_layers_one_by_one(monkeypatch) -> None:
 
 
 def test_remat_holds_less() -> None:
-  """XLA's account of the compiled program, long rows."""
+  """Compare XLA's account of the compiled programs at long rows."""
   config = dataclasses.replace(CONFIG, positions=None, pairs=4, mlp_width=64)
 
   def temporaries(**changes) -> int:
