@@ -68,7 +68,7 @@ def _assert_near(found, wanted) -> None:
   for name, a, b in zip(names, found, wanted, strict=True):
     wide = np.asarray(a, np.float64)
     error = np.linalg.norm(wide - b) / np.linalg.norm(b)
-    # 16 bits round to 2⁻⁹ of a value at most; sums are of float32.
+    # 16 bits round to 2⁻⁹ of a value at most; sums are float32.
     assert error <= (2e-6 if a.dtype == np.float32 else 2.5e-3), (name, error)
 
 
@@ -203,7 +203,7 @@ def test_a_model_without_mlps(interpreted, monkeypatch) -> None:
   with monkeypatch.context() as plain:
     plain.setattr(devices, "is_hopper", lambda: False)
     wanted = jax.jit(lambda p: run(p))(params)
-  # Sums of a row in another order move roundings to bfloat16, 2⁻⁹ each.
+  # Another order of a row's sums changes roundings to bfloat16, 2⁻⁹ each.
   assert_gradients_near(found, wanted, 2e-2)
 
 

@@ -251,7 +251,7 @@ def test_values_and_gradients(parts, dtype, limit) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_a_single_token_and_a_word_alone(parts) -> None:
+def test_a_single_token_and_a_vocabulary_of_one(parts) -> None:
   x, embedding, targets, weights = _inputs()
   one = x[:, :parts], embedding, targets[:, :parts], weights[:, :parts]
   loss = cross_entropy(*one, parts=parts)[0]

@@ -61,8 +61,8 @@ def _assert_near(found, wanted) -> None:
   for name, a, b in zip(NAMES, found, wanted, strict=True):
     assert a.shape == b.shape, name
     error = np.linalg.norm(np.float64(a) - b) / np.linalg.norm(b)
-    # 16 bits round to 2⁻⁹ of a value at most, y's five operations each; sums
-    # are of float32.
+    # 16 bits round to 2⁻⁹ of a value at most, and y has five roundings. Sums
+    # are float32.
     limit = 2e-6 if a.dtype == np.float32 else 2.5e-3
     assert error <= (1e-2 if name == "y" else limit), (name, error)
 
@@ -144,7 +144,7 @@ def test_a_state_continues_a_row(cut) -> None:
   (u, _, taps, bias, _), _ = _inputs(2, 9, 5, dtype="float32")
   ids = np.array([[0] * 5 + [1] * 4, [0] * 9])
   wanted, last = causal_conv(u, taps, bias, segment_ids=ids)
-  # A document that goes on after the cut keeps its past; others start anew.
+  # A document that continues after the cut keeps its past; a new one has none.
   same = ids[:, cut] == ids[:, cut - 1]
   first, state = causal_conv(u[:, :cut], taps, bias, segment_ids=ids[:, :cut])
   state = jnp.where(same[:, None, None], state, 0)

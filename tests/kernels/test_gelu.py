@@ -46,7 +46,7 @@ def _assert_near(found, wanted, *, of_sum=1e-6) -> None:
   for name, a, b in zip(names, found, wanted, strict=True):
     assert a.shape == b.shape
     error = np.linalg.norm(np.float64(a) - b) / np.linalg.norm(b)
-    # 16 bits round to 2⁻⁹ of a value at most; sums are of float32.
+    # 16 bits round to 2⁻⁹ of a value at most; sums are float32.
     limit = of_sum if a.dtype == np.float32 else 2.5e-3
     assert error <= limit, (name, error)
 
