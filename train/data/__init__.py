@@ -1,5 +1,7 @@
 """Data of training runs: batches as pure functions of the step.
 
+The modules and packages:
+
     config         where a run's batches come from: DataConfig and its kinds
     batches        the interface of a data source, Batches
     prefetch       reads batches ahead of training, with a timeout
