@@ -1,6 +1,6 @@
 """Pack documents into rows: which pieces of which documents make up row r.
 
-A row has W = L + 1 tokens, for L inputs and L targets. A packing is one of
+A row has W = L + 1 tokens, for L inputs and L targets. A packing is one of:
 
     rows       a document of W tokens is a row
     stream     row r holds the tokens r L … r L + L of all documents, which are
