@@ -22,8 +22,8 @@ idle share.
 --peer first times a compiled PyTorch step of the same attention model at the
 same shapes, in a separate process. --devices N only compares one device with N
 devices and FSDP, with the same number of rows on each; the first losses are the
-check. The script needs jax, flax and optax. On a CPU the models are tiny, and
-the numbers mean nothing.
+check. The script needs the dependencies of the project. On a CPU the models are
+tiny, and the numbers mean nothing.
 """
 
 import argparse
