@@ -46,14 +46,14 @@ Remat = Literal["none", "dots", "full"]
 class Block(nnx.Module):
   """Abstract: a norm, a mixer, and what follows the mixer.
 
-  A subclass sets `norm1` and `mixer`, and defines `normed` and `_add`.
+  A subclass sets `norm1` and `mixer`, and defines `sum_and_norm` and `_add`.
   """
 
   norm1: nnx.Module
   mixer: Mixer
 
   @abc.abstractmethod
-  def normed(
+  def sum_and_norm(
     self, stream: Stream, axes: ShardAxes | None = None
   ) -> tuple[Array, Array]:
     """Return the residual stream as one array x, and norm1(x)."""
@@ -87,7 +87,7 @@ class Block(nnx.Module):
       axes: the mesh axes that split batch, heads and time. None: no mesh.
       query_positions: integers (B, M); the result is then (B, M, D).
     """
-    x_BTD, n_BTD = self.normed(stream, axes)
+    x_BTD, n_BTD = self.sum_and_norm(stream, axes)
     y_BTD = self.mixer(
       place(n_BTD, axes),
       segment_ids=segment_ids,
@@ -111,7 +111,7 @@ class Block(nnx.Module):
     axes: ShardAxes | None = None,
   ) -> tuple[Stream, MixerState]:
     """Return the residual stream of T more tokens, and the mixer's state."""
-    x_BTD, n_BTD = self.normed(stream, axes)
+    x_BTD, n_BTD = self.sum_and_norm(stream, axes)
     y_BTD, state = self.mixer.prefill(
       n_BTD, state, segment_ids=segment_ids, axes=axes
     )
@@ -121,7 +121,7 @@ class Block(nnx.Module):
     self, stream: Stream, state: MixerState
   ) -> tuple[Stream, MixerState]:
     """Return the residual stream of one more token, and the mixer's state."""
-    x_BD, n_BD = self.normed(stream)
+    x_BD, n_BD = self.sum_and_norm(stream)
     y_BD, state = self.mixer.step(n_BD, state)
     return self._add(x_BD, y_BD, None, _leave), state
 
@@ -134,6 +134,8 @@ class PreNormBlock(Block):
   Parameters: norm1/{scale,bias}, mixer/…, norm2/{scale,bias} and, with an MLP,
   mlp/{up,down}/{kernel,bias}.
   """
+
+  norm1: LayerNorm
 
   def __init__(
     self,
@@ -156,7 +158,7 @@ class PreNormBlock(Block):
     self.norm2 = make_layer_norm(site.width, site.dtype, rngs)
     self.mlp = _make_mlp(site, mlp_width, rngs)
 
-  def normed(
+  def sum_and_norm(
     self, stream: Stream, axes: ShardAxes | None = None
   ) -> tuple[Array, Array]:
     """Return x and LN(x)."""
@@ -186,7 +188,7 @@ class MambaBlock(Block):
     )
     self.mixer = mixer.make(site, rngs=rngs)
 
-  def normed(
+  def sum_and_norm(
     self, stream: Stream, axes: ShardAxes | None = None
   ) -> tuple[Array, Array]:
     """Return x and RMSNorm(x)."""
@@ -268,7 +270,7 @@ class Pair(nnx.Module):
 
   def attention_matrix(self, stream: Stream) -> Array:
     """Return the second mixer's attention matrix, (B, H, T, T)."""
-    _, n_BTD = self.second.normed(self.first(stream))
+    _, n_BTD = self.second.sum_and_norm(self.first(stream))
     return self.second.mixer.attention_matrix(n_BTD)
 
 

@@ -38,8 +38,9 @@ def check_one_of(config: object, name: str, *allowed: str | None) -> None:
 
 def is_positive_integer(value: object) -> bool:
   """Whether a value is an integer ≥ 1. True and False are not integers here."""
-  is_integer = isinstance(value, numbers.Integral)
-  return is_integer and not isinstance(value, bool) and value >= 1
+  if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    return False
+  return int(value) >= 1
 
 
 def compute_dtype(name: str) -> jnp.dtype:

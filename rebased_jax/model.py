@@ -138,9 +138,7 @@ class LM(nnx.Module):
     """
     compute_dtype(config.dtype)
 
-    def embedding(rows: int | None) -> nnx.Param | None:
-      if rows is None:
-        return None
+    def embedding(rows: int) -> nnx.Param:
       shape = rows, config.width
       return nnx.Param(
         0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
@@ -148,7 +146,8 @@ class LM(nnx.Module):
 
     self.config = config
     self.token_embedding = embedding(config.vocab_size)
-    self.position_embedding = embedding(config.positions)
+    rows = config.positions
+    self.position_embedding = None if rows is None else embedding(rows)
     self.pairs = blocks.stack(
       [config.make_pair(index, rngs=rngs) for index in range(config.pairs)]
     )

@@ -161,7 +161,7 @@ class PolynomialMixer(Mixer):
     query_positions: Array | None,
   ) -> Array:
     k_BTHF, v_BTHP = self.key(x_BTD), self.value(x_BTD)
-    if self._are_few(query_positions, axes):
+    if query_positions is not None and self._are_few(query_positions, axes):
       x_BMD = take_positions(x_BTD, query_positions)
       o_BMHP = polynomial_attention_at(
         self.query(x_BMD),
@@ -186,14 +186,11 @@ class PolynomialMixer(Mixer):
     o_BTD = o_BTHP.reshape(*o_BTHP.shape[:2], -1)
     return self.project.o(take_positions(o_BTD, query_positions))
 
-  def _are_few(
-    self, query_positions: Array | None, axes: ShardAxes | None
-  ) -> bool:
+  def _are_few(self, query_positions: Array, axes: ShardAxes | None) -> bool:
     """Whether to compute only these queries' rows of the attention matrix."""
-    if query_positions is None or self.implementation is not None:
-      return False
+    few = query_positions.shape[1] <= FEW_QUERIES
     has_whole_rows = axes is None or axes.time is None
-    return has_whole_rows and query_positions.shape[1] <= FEW_QUERIES
+    return few and has_whole_rows and self.implementation is None
 
   def init_state(self, batch: int) -> State:
     """Return the state before a document's first token: all sums are 0."""
