@@ -164,6 +164,16 @@ def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch) -> None:
     read_meta(tmp_path)
 
 
+def test_an_older_format_is_refused_with_advice(
+  tmp_path: Path, monkeypatch
+) -> None:
+  with monkeypatch.context() as patch:
+    patch.setattr(verify, "FORMAT_VERSION", FORMAT_VERSION - 1)
+    fill(tmp_path, steps=(1,))
+  with pytest.raises(CheckpointError, match="has format 1, .* run again"):
+    read_meta(tmp_path)
+
+
 def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
   (tmp_path / "file").write_text("")
   with pytest.raises(CheckpointError, match="cannot hold checkpoints"):
