@@ -179,7 +179,7 @@ _CORRUPT = {
   "version": (_changed(lambda x: x.update(version=3)), "version=3: expected 2"),
   "no run": (
     _changed(lambda x: x.update(run=3)),
-    "run is a int: expected a train:RunConfig",
+    "run has type int: expected train:RunConfig",
   ),
   "type": (
     _changed(lambda x: x["run"]["model"]["second"].update({"class": "Mamba"})),
