@@ -51,7 +51,6 @@ def answer_in_two_calls(x, cut, coefficients):
   return value_and_gradients(both, x)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(
   ("cut", "T", "coefficients", "boundaries"),
   [
