@@ -35,6 +35,17 @@ def pytest_xdist_make_scheduler(config, log):
   return None
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_on_the_cpu_only() -> None:
+  """Keep no compiled programs of an accelerator between runs.
+
+  The cache is there for the many small programs of the CPU tests. A program of
+  a GPU that cannot be stored would be a warning, and so a failed test.
+  """
+  if jax.default_backend() != "cpu":
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
   """Choose implementations as on a Hopper GPU; skip if jax has no kernels."""
