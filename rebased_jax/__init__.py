@@ -24,6 +24,7 @@ from etils import epy
 # The modules must not have the names of the functions: no generate.py.
 with epy.lazy_api_imports(globals()):
   from pallas_kernels import ShardAxes
+  from rebased_jax.find_trainer import import_trainer, load
   from rebased_jax.generation import generate
   from rebased_jax.mixers import (
     RWKV,
@@ -45,7 +46,6 @@ with epy.lazy_api_imports(globals()):
     Site,
   )
   from rebased_jax.model import LM, LMState, ModelConfig, parameter_count
-  from rebased_jax.trainer import import_trainer, load
 
 __all__ = [
   "LM",

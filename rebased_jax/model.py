@@ -1,15 +1,20 @@
 """The language model: pairs of blocks between an embedding and a tied head.
 
     x ← dropout(W_E[token] + W_P[position])
-    x ← x + mixer(LN(x));   x ← x + MLP(LN(x))      for each block, 2 · `pairs`
+    x ← x + mixer(LN(x));   x ← x + MLP(LN(x))   in each of 2 · `pairs` blocks
     logits = LN(x) W_Eᵀ
 
-A block is a norm, a mixer, a norm and an MLP around the residual stream x
-(B, T, D); `blocks.py` has two other kinds. Blocks come in pairs: the mixer of
-the first is `ModelConfig.first`, in the paper's hybrids the short convolution,
-and that of the second is `ModelConfig.second`, in them the mixer under study.
-All pairs have the same shapes. Their parameters are stacked, and the model
-scans over them or runs them one by one.
+    MLP(z) = W_2 GELU(W_1 z + b_1) + b_2         without an MLP, x ← x + LN(x)
+
+x (B, T, D) is the residual stream. Blocks come in pairs, whose mixers are
+`ModelConfig.first` and `ModelConfig.second`. In the paper's hybrids the first
+is the short convolution and the second the mixer under study. All pairs have
+the same shapes. Their parameters are stacked, and the model scans over the
+pairs or runs them one by one. `blocks.PreNormBlock` is the second line. The
+paper's Mamba model has another block, x ← x + mixer(RMSNorm(x)).
+
+Logits and the second mixer's queries can be limited to chosen positions, as for
+MQAR, where only the answers are predicted.
 """
 
 import dataclasses
@@ -51,19 +56,21 @@ class ModelConfig:
   pairs: int = 1
   #: Rows of the learned position table. None: no positions.
   positions: int | None = None
-  #: Hidden width of the MLPs. None: no MLPs; each adds LN(x) instead.
+  #: Hidden width of the MLPs. None: no MLPs, and x ← x + LN(x) in their place.
   mlp_width: int | None = None
   #: Dropout of the embeddings in training.
   dropout: float = 0.0
-  #: Compute dtype. Parameters and the residual stream are float32.
+  #: Compute dtype. Parameters are float32. The residual stream is float32 too,
+  #: or float64 if this is float64.
   dtype: str = "float32"
   #: "pre-norm", or "mamba": x ← x + mixer(RMSNorm(x)), without an MLP.
   block: Literal["pre-norm", "mamba"] = "pre-norm"
-  #: Whether one compiled pair is scanned over all pairs. None: except on a GPU,
-  #: where a scan copies all that the backward pass needs, twice.
+  #: Whether one compiled pair is scanned over all pairs. None: yes, except on a
+  #: GPU, where a scan copies all that the backward pass needs, twice.
   scan_layers: bool | None = None
-  #: What the backward pass computes again rather than keeps: nothing, all but
-  #: the outputs of projections ("dots"), or everything inside a pair.
+  #: What the backward pass computes again instead of keeping it. "none":
+  #: nothing. "dots": all but the outputs of projections. "full": everything
+  #: inside a pair.
   remat: blocks.Remat = "none"
 
   def __post_init__(self) -> None:
@@ -120,7 +127,7 @@ class LMState(NamedTuple):
 class LM(nnx.Module):
   """The language model.
 
-  Parameters: token_embedding (V, D), position_embedding (P, D),
+  Parameters: token_embedding (V, D), position_embedding (positions, D),
   norm/{scale,bias} (D,), and pairs/{first,second}/{norm1,mixer,norm2,mlp}/…,
   stacked over the pairs.
   """
@@ -134,7 +141,7 @@ class LM(nnx.Module):
 
     Raises:
       ValueError: the compute dtype is float64 and `jax_enable_x64` is not set,
-        or a mixer does not fit the width.
+        or a mixer has more heads than the width has channels.
     """
     compute_dtype(config.dtype)
 
@@ -165,13 +172,14 @@ class LM(nnx.Module):
     """Return logits (B, T, V), or (B, M, V) at chosen positions, in float32.
 
     Args:
-      tokens: integers (B, T). A token outside the vocabulary has NaN logits.
+      tokens: integers (B, T). A token outside the vocabulary has NaN logits,
+        and so have the tokens that attend to it.
       segment_ids: integers (B, T) of packed documents. A document is a run of
-        equal ids. The learned positions count on over the whole row. None:
+        equal ids. Learned positions do not restart at a new document. None:
         each row is one document.
-      positions_to_predict: integers (B, M), each in [0, T). Only there are the
-        logits, the last block and its queries computed. A position outside has
-        NaN. None: all positions.
+      positions_to_predict: integers (B, M), each in [0, T). The logits, and the
+        last block's queries and output, are computed only there. Logits at a
+        position outside [0, T) are NaN. None: all positions.
       axes: the mesh axes that split batch, heads and time. None: no mesh.
       dropout_key: a PRNG key, which switches dropout on. None: no dropout.
 
@@ -218,13 +226,14 @@ class LM(nnx.Module):
     if axes is not None and positions_to_predict is not None:
       # Chosen positions are not split over the devices that split the row.
       axes = ShardAxes(batch=axes.batch)
+    # The stream is x and the last block's output, which are not yet added.
     _, n_BTD = self.norm.of_sum(stream, axes)
     return n_BTD
 
   def head(self, x_D: Array) -> Array:
     """Return logits (…, V) in float32 of `features` (…, D).
 
-    Products have the compute dtype, sums float32, or float64 of float64.
+    The factors have the compute dtype, the sums float32 (float64 for float64).
     """
     return jnp.einsum(
       "...d,vd->...v",
@@ -268,9 +277,9 @@ class LM(nnx.Module):
     return logits_BV, LMState(state.position_B + T, states)
 
   def step(self, tokens: Array, state: LMState) -> tuple[Array, LMState]:
-    """Return the logits (B, V) after one more token a row, and the state.
+    """Return the logits (B, V) after one more token in each row, and the state.
 
-    A token after the last row of the position table has NaN.
+    Logits of a token past the position table are NaN.
 
     Args:
       tokens: integers (B,).
@@ -347,13 +356,13 @@ def check_length(config: ModelConfig, length: int) -> None:
 
 
 def parameter_count(model: nnx.Module) -> int:
-  """Return how many numbers are trained. A tied head counts once."""
+  """Return the number of parameters; the tied head counts once."""
   return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def _check_rows(name: str, x: Array) -> None:
   if x.ndim != 2 or 0 in x.shape:
-    raise ValueError(f"{name} has shape {x.shape}: expected (B, T), none 0")
+    raise ValueError(f"{name} has shape {x.shape}: expected (B, T), both > 0")
 
 
 def _with_whole_rows(table_VD: Array, axes: ShardAxes | None) -> Array:

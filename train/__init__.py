@@ -34,9 +34,9 @@ with epy.lazy_api_imports(globals()):
   from train.nonfinite_steps import TrainingFailed as TrainingFailed
   from train.presets import make_presets as make_presets
   from train.records.run_folder import RunFolderError as RunFolderError
+  from train.start_run import run as run
   from train.stored_config import ConfigError as ConfigError
   from train.trained_model import load as load
-  from train.training import run as run
 
 __all__ = [
   "Batches",

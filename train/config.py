@@ -70,7 +70,8 @@ class RunConfig:
   batch: int
   #: Micro-batches that a batch is cut into, to save memory.
   accumulate: int = 1
-  #: Parts of a row whose logits exist at a time, to save memory.
+  #: Parts that the targets of a row are cut into. The logits of one part exist
+  #: at a time, which saves memory.
   loss_chunks: int = 1
   #: Seed of parameters, dropout and data.
   seed: int = 0

@@ -2,11 +2,13 @@
 
     nll_t  = −log softmax(logits_t)[target_t]
     loss   = Σ w_t · nll_t / Σ w_t           w_t is 1 at a target, 0 at padding
-    params ← params + AdamW(∂loss/∂params)
+    params ← params + update(∂loss/∂params)
 
-The sums go over the targets of the whole batch. A batch that is cut into
-micro-batches adds up their sums before it divides, so that a micro-batch with
-few targets weighs less.
+target_t is the token after t in text, and the answer at t in recall tasks.
+optimizer.py makes the update: clipping, AdamW and its learning-rate schedule.
+With micro-batches both sums run over all of them before the division, so that a
+micro-batch with few targets weighs less. compiled_steps.py compiles the steps,
+and loop.py calls them and stops when a state is no longer `ok`.
 """
 
 import dataclasses
@@ -36,22 +38,27 @@ class Program:
   graph: nnx.GraphDef
   #: The update rule.
   tx: optax.GradientTransformation
-  #: Micro-batches of a batch.
+  #: Micro-batches of a batch. Their number divides the rows of the batch.
   accumulate: int
   #: Mesh axes that split batch, heads and time. None: there is no mesh.
   axes: ShardAxes | None
   #: Shardings of the parameters, and so of their gradient. None: no mesh.
   placed: Any = None
-  #: Parts of a row whose logits exist at a time.
+  #: Parts that the targets of a row are cut into. The logits of one part exist
+  #: at a time.
   loss_chunks: int = 1
-  #: Whether training continues after a step that is not finite.
+  #: Whether training continues after a step whose loss, gradient or update has
+  #: an Inf or NaN.
   skip: bool = False
-  #: Which targets of text evaluation tells apart. None: none.
+  #: Which targets the evaluation of text counts separately. None: none.
   recall: Recall | None = None
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> State:
-  """Return the state before step 0: step int32, ok bool, params, opt_state."""
+  """Return the state before step 0.
+
+  Its `step` is int32. Its `ok` is a bool: no step so far had an Inf or NaN.
+  """
   return dict(
     step=jnp.zeros((), jnp.int32),
     ok=jnp.ones((), bool),
@@ -67,12 +74,12 @@ def train_step(
 
   A step whose loss, gradient or update is not finite changes only `ok`, which
   becomes False and stops every later update. With `program.skip` such a step
-  changes the step number alone.
+  changes only the step number.
 
   Args:
     state: as `init_state` returns it.
-    batch: tokens (B, T), targets and weights (B, M), and where the targets are
-      not all tokens, positions (B, M); segment_ids (B, T) of packed rows.
+    batch: tokens (B, T), targets and weights (B, M), positions (B, M) of the
+      targets unless every token has one, and segment_ids (B, T) of packed rows.
     key: the run's PRNG key for dropout.
     program: the model, the update rule and the layout.
   """
@@ -95,6 +102,7 @@ def train_step(
   if program.skip:
     old["step"] = new["step"]
   kept = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
+  # With `skip`, `ok` stays True and later steps go on.
   return dict(kept, ok=ok | program.skip), found
 
 
@@ -103,11 +111,12 @@ def eval_step(params: Any, batch: Batch, program: Program) -> dict[str, Array]:
 
   Args:
     params: the parameters.
-    batch: as in `train_step`. `rare` (B, T) too where `recall` has a limit.
+    batch: as in `train_step`; also `rare` (B, T) if `recall` has a limit.
     program: the model and its layout.
   """
   loss, targets = _loss_sum(params, batch, program)
   if program.recall is not None:
+    # Text has a target at every token, so M = T.
     recalled_BT = recall.recalled(batch, program.recall)
     targets = targets._replace(recalled_BM=recalled_BT.astype(jnp.float32))
   return metrics.target_sums(loss, batch["weights"], targets)
@@ -137,7 +146,7 @@ def _loss_sum(
   program: Program,
   dropout_key: Array | None = None,
 ) -> tuple[Array, metrics.Targets]:
-  """Return Σ w · nll, and what is known of each target."""
+  """Return Σ w · nll, and nll and correctness of each target."""
   model, axes = nnx.merge(program.graph, params), program.axes
   positions_BM = batch.get("positions")
   x_BMD = model.features(
@@ -177,7 +186,8 @@ def _mean_gradient(
     (loss, sums), grads = gradient(batch, dropout_key)
   else:
     A = program.accumulate
-    # Row b is in micro-batch b mod A, so that each device keeps its rows.
+    # Row b is in micro-batch b mod A. A device holds neighbouring rows, so that
+    # each micro-batch has some rows of every device.
     micro = jax.tree.map(
       lambda x_B: jnp.moveaxis(x_B.reshape(-1, A, *x_B.shape[1:]), 1, 0), batch
     )

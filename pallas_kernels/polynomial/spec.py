@@ -7,15 +7,20 @@ With queries q_t and keys k_s of width F and values v_s of width P, one head is
     o_t    = Σ_s sim_ts v_s / (Σ_s sim_ts + eps)
 
 Token t sees the tokens s ≤ t of the same document. `reference` computes these
-equations as they stand, in O(T²). `state.py` has the linear form, O(T).
+equations as they stand, in O(T²). `state.py` has the linear form, O(T), in
+which the past is one sum: state_t = Σ_{s≤t} feat(k_s) ⊗ [v_s, 1].
+
+Names of arrays end in their axes: B batch, T query time, S key time, H heads,
+F features, P value width, D model width, V vocabulary, M targets of a row.
+Leading axes can be left out: x_D is (…, D).
 
 `REBASED` = (0, 0, 1) is the similarity of ReBased (arXiv 2402.10644),
 
     sim(q, k) = (q·k)² / F.
 
-The paper's 1/F is the square of the default scale F^(−1/2). Its γ and β act
-before this operator: the queries that arrive here are γ_Q ∘ norm(x W_Q) + β_Q,
-and the keys are made likewise (`rebased_jax/mixers/rebased.py`).
+1/F is the square of the default `scale` of `polynomial_attention`, F^(−1/2). γ
+and β act before this operator (`rebased_jax/mixers/rebased.py`): the queries
+that arrive here are γ_Q ∘ norm(x W_Q) + β_Q, and the keys likewise.
 
 `BASED` = (1, 1, ½) is the similarity of Based (arXiv 2402.18668), the Taylor
 expansion of exp(s) to second order, 1 + s + s²/2.
@@ -53,7 +58,7 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.numerics import product_precision, sum_dtype
+from pallas_kernels.numerics import sum_dtype, weighted_sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +87,12 @@ class Coefficients:
         )
     if self.c0 == self.c1 == self.c2 == 0:
       raise ValueError(
-        "Coefficients: all three are 0, so that every similarity would be 0; "
+        "Coefficients: all three are 0, so every similarity is 0; "
         "expected at least one other than 0"
       )
 
   def scaled(self, scale: float) -> "Coefficients":
-    """Return the coefficients of the same polynomial in q·k = s / scale."""
+    """Return coefficients that take q·k in the place of s = scale · q·k."""
     return Coefficients(self.c0, self.c1 * scale, self.c2 * scale * scale)
 
   @property
@@ -105,8 +110,8 @@ def similarity(product: Array, coefficients: Coefficients) -> Array:
 
   Args:
     product: q·k, of any shape.
-    coefficients: with the scale folded in (`Coefficients.scaled`); so in all
-      functions below.
+    coefficients: of q·k itself, from `Coefficients.scaled`. The functions below
+      take the same.
   """
   c0, c1, c2 = dataclasses.astuple(coefficients)
   return c0 + product * (c1 + c2 * product)
@@ -150,12 +155,11 @@ def reference(
   mode, any number of times.
 
   Args:
-    q_BTHF: queries. They may stand at any positions; the mask says what they
-      see.
+    q_BTHF: queries. Query t need not be at the position of key t.
     k_BSHF: keys.
     v_BSHP: values.
     mask_BTS: whether query t sees key s.
-    coefficients: with the scale folded in.
+    coefficients: of q·k itself, as in `similarity`.
     eps: added to Σ sim.
     past: what tokens before the first key add to the two sums, as
       (numerator_BHTP, denominator_BHT); None where there are none.
@@ -173,35 +177,3 @@ def reference(
     num_BHTP, z_BHT = num_BHTP + past_num_BHTP, z_BHT + past_z_BHT
   o_BHTP = num_BHTP / (z_BHT + eps)[..., None]
   return jnp.moveaxis(o_BHTP, 1, 2).astype(v_BSHP.dtype)
-
-
-def weighted_sum(w_ts: Array, x_s: Array, mask_ts: Array | None) -> Array:
-  """Compute Σ_s w_ts x_s, and keep an Inf or NaN of x from masked rows.
-
-  A weight of 0 alone would not do that, because 0 · Inf is NaN.
-
-  Args:
-    w_ts: weights (…, t, s), 0 where the mask is False.
-    x_s: summands (…, s, p).
-    mask_ts: a row t with a True at a non-finite x_s becomes NaN, the other
-      rows ignore that x_s. None where x_s may reach every row.
-
-  Returns:
-    The sums (…, t, p), in the dtype of sums.
-  """
-
-  def sum_over_s(x: Array) -> Array:
-    return jnp.einsum(
-      "...ts,...sp->...tp",
-      w_ts,
-      x,
-      precision=product_precision(x.dtype),
-      preferred_element_type=sum_dtype(x.dtype),
-    )
-
-  if mask_ts is None:
-    return sum_over_s(x_s)
-  finite_s = jnp.isfinite(x_s).all(axis=-1)
-  y_tp = sum_over_s(jnp.where(finite_s[..., None], x_s, 0))
-  spoilt_t = (mask_ts & ~finite_s[..., None, :]).any(axis=-1)
-  return jnp.where(spoilt_t[..., None], jnp.nan, y_tp)

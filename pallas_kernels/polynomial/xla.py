@@ -119,7 +119,7 @@ def backward_queries(
     da_BHCC = _product_cotangent(
       q_BHCF, k_BHCF, v_BHCP, do_BHCP, r_BHC, dz_BHC, masks, kernel
     )
-    dq_BHCF = spec.weighted_sum(da_BHCC, k_BHCF, _seen(masks))
+    dq_BHCF = numerics.weighted_sum(da_BHCC, k_BHCF, _seen(masks))
     if state is not None:
       dq_BHCF += _query_cotangent(q_BHCF, g_BHCP, dz_BHC, state, masks, kernel)
     state = _add_keys(state, k_BHCF, v_BHCP, masks, kernel)
@@ -163,9 +163,9 @@ def backward_keys(
       q_BHCF, k_BHCF, v_BHCP, do_BHCP, r_BHC, dz_BHC, masks, kernel
     )
     seen, dtype = _seen(masks, by_key=True), v_BHCP.dtype
-    dk_BHCF = spec.weighted_sum(da_BHCC.swapaxes(-1, -2), q_BHCF, seen)
+    dk_BHCF = numerics.weighted_sum(da_BHCC.swapaxes(-1, -2), q_BHCF, seen)
     sim_BHCC = sim_BHCC.swapaxes(-1, -2).astype(dtype)
-    dv_BHCP = spec.weighted_sum(sim_BHCC, g_BHCP.astype(dtype), seen)
+    dv_BHCP = numerics.weighted_sum(sim_BHCC, g_BHCP.astype(dtype), seen)
     if dstate is not None:
       dk_past, dv_past = _key_cotangents(k_BHCF, v_BHCP, dstate, masks, kernel)
       dk_BHCF, dv_BHCP = dk_BHCF + dk_past, dv_BHCP + dv_past
@@ -354,7 +354,7 @@ def _two_sums(q_BHCF, k_BHCF, v_BHCP, state, masks, kernel):
     spec.similarity(_inner(q_BHCF, k_BHCF), kernel.coefficients), masks
   )
   z_BHC = sim_BHCC.sum(axis=-1)
-  num_BHCP = spec.weighted_sum(
+  num_BHCP = numerics.weighted_sum(
     sim_BHCC.astype(v_BHCP.dtype), v_BHCP, _seen(masks)
   )
   if state is None:

@@ -12,29 +12,36 @@ For tokens x_t of width D, and H heads of F features and P values each,
 
     norm(z) = (z − mean z) / √(var z + 1e-5)
 
-where s runs over the tokens of t's own document.
+where s runs over the tokens of t's own document. φ is a layer norm whose gain γ
+and shift β are separate for queries and keys. They start at 1 and 0 and have
+one entry for each of the H·F features. The mean and the variance are those of
+all H·F features, before the split into heads, as in the authors' code. With
+`norm_scope="head"` each head has its own. The projections have no bias.
 
-The paper writes the kernel as φ(x) = x² of each feature. Its code, and so this
-file, computes the square of the product, which has all products of two features
-as its feature map: (q·k)² = Σ_ij (q_i q_j)(k_i k_j). The factor 1/F is the
-code's scale F^(−1/2) of q·k, squared. It cancels in o, except against eps.
+The paper writes that each feature is squared, Σ_i q_i² k_i². The authors' code
+squares the product instead, and so does this file. Its features are then all
+products of two: (q·k)² = Σ_ij (q_i q_j)(k_i k_j). The code multiplies q·k by
+F^(−1/2), which gives the factor 1/F. Without eps this factor would cancel in o.
 
-γ and β are separate for queries and keys. They start at 1 and 0. Like norm they
-act on all H·F features together, before the split into heads, as in the code;
-`norm_scope="head"` normalises each head alone. Projections have no bias.
+The base class computes, with `query` and `key` from this file,
 
-`PolynomialMixer` holds W_Q, W_K, W_V and W_O and computes sim and o with
-`pallas_kernels.polynomial_attention`, whose coefficients `REBASED` and default
-scale are this sim. It takes time O(T), because Σ_s sim v_s is a product of
-features of q_t with a sum over s: that sum is the recurrent state.
+    y = concat_heads(polynomial_attention(query(x), key(x), x W_V)) W_O
 
-The ablations of the paper's Table 1 are switches:
+with `REBASED` coefficients and the default scale F^(−1/2), which are this sim.
+That takes time O(T): Σ_s sim v_s = feat(q_t) · Σ_s feat(k_s) v_sᵀ. The sum over
+s on the right is the recurrent state.
+
+Defaults: H = 12 and F = 16 as in the paper, P = ⌊D / H⌋, and eps = 1e-6, where
+the paper's code has 1e-12, which is below the rounding of float32. The presets
+of the paper's runs set 1e-12.
+
+The ablations of the paper's Table 1 are switches. z stands for x W:
 
                    normalize  use_gamma  use_beta
-    x²                 no         no         no
-    norm(x)²           yes        no         no
-    (γx)²              no         yes        no
-    (γx + β)²          no         yes        yes
+    z²                 no         no         no
+    norm(z)²           yes        no         no
+    (γz)²              no         yes        no
+    (γz + β)²          no         yes        yes
     ReBased            yes        yes        yes
 """
 
@@ -67,8 +74,8 @@ class ReBasedConfig(PolynomialConfig):
   use_gamma: bool = True
   #: Whether φ has the shift β. Without it β is 0.
   use_beta: bool = True
-  #: Features that share a mean and a variance: those of all heads ("joint"), or
-  #: those of each head ("head").
+  #: Which features share a mean and a variance. "joint": those of all heads.
+  #: "head": those of one head.
   norm_scope: Literal["joint", "head"] = "joint"
 
   def __post_init__(self) -> None:
@@ -76,14 +83,15 @@ class ReBasedConfig(PolynomialConfig):
     check_one_of(self, "norm_scope", "joint", "head")
 
   def make(self, site: Site, *, rngs: nnx.Rngs) -> "ReBased":
-    """Return a ReBased layer for a place in a model."""
+    """Return a ReBased layer of the width and dtype that `site` names."""
     return ReBased(site.width, self, dtype=site.dtype, rngs=rngs)
 
 
 class KernelAffine(nnx.Module):
-  """φ(z) = γ ∘ norm(z) + β on features (…, H·F); statistics in float32.
+  """φ(z) = γ ∘ norm(z) + β on features (…, H·F).
 
-  Parameters: gamma (H·F,) and beta (H·F,), where the config has them.
+  It is computed in float32, or in float64 for float64 inputs. Parameters: gamma
+  (H·F,) and beta (H·F,), where the config has them.
   """
 
   def __init__(self, config: ReBasedConfig):
@@ -98,7 +106,7 @@ class KernelAffine(nnx.Module):
     features = z.shape[-1:]
     gamma = jnp.full(features, 1.0) if self.gamma is None else self.gamma[...]
     beta = jnp.full(features, 0.0) if self.beta is None else self.beta[...]
-    if self.normalize:
+    if self.normalize:  # γ and β are grouped as z is
       y = layer_norm(
         self._split_groups(z),
         self._split_groups(gamma),

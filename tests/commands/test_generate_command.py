@@ -19,9 +19,9 @@ from text_cases import (
 from train_cases import call as call, run, tiny, trainer as trainer
 
 from rebased_jax import generate
-from train import completion, load
-from train.completion import ModelSource, Sampling
+from train import load, text_completion
 from train.data.prepare import tokenizer as tokenize
+from train.text_completion import ModelSource, Sampling
 
 _BYTES = tokenize.ByteTokenizer()
 
@@ -45,24 +45,24 @@ def test_generate_prints_what_the_model_generates(call, finished: Path) -> None:
     expected = bytes([*tokens[0], *rest]).decode(errors="replace")
     assert out == expected + "\n" and expected != prompt
   found = [
-    completion.complete(finished, "a", Sampling(12, 2.0, seed=seed))
+    text_completion.complete(finished, "a", Sampling(12, 2.0, seed=seed))
     for seed in (0, 0, 1)
   ]
   assert found[0] == found[1] != found[2]
-  early = completion.complete(
+  early = text_completion.complete(
     finished, "a", Sampling(12, 0.0), ModelSource(step=2)
   )
-  assert early != completion.complete(finished, "a", Sampling(12, 0.0))
+  assert early != text_completion.complete(finished, "a", Sampling(12, 0.0))
 
 
 def test_the_end_of_a_document_ends_the_text(
   finished: Path, monkeypatch
 ) -> None:
   tokens = np.array([98, 99, EOS, 100], np.int32)
-  monkeypatch.setattr(completion, "sample", lambda *_: tokens)
-  assert completion.complete(finished, "a", Sampling(4)) == "abc"
+  monkeypatch.setattr(text_completion, "sample", lambda *_: tokens)
+  assert text_completion.complete(finished, "a", Sampling(4)) == "abc"
   tokens[2] = 101
-  assert completion.complete(finished, "a", Sampling(4)) == "abced"
+  assert text_completion.complete(finished, "a", Sampling(4)) == "abced"
 
 
 def test_wrong_arguments_are_errors(

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from rebased_jax import BaseConvConfig, ModelConfig, ReBasedConfig
-from train import cli, training
+from train import cli, start_run
 from train.config import MQARStreamData, OptimizerConfig, RunConfig
 from train.data.batches import Batches
 from train.loop import Outcome
@@ -101,7 +101,7 @@ def flags(config: RunConfig, preset: str = "mqar") -> list[str]:
 def run(config: RunConfig, path: Path) -> tuple[Outcome, str]:
   """Train in this process; return the outcome and what it printed."""
   text = io.StringIO()
-  outcome = training.train(
+  outcome = start_run.train(
     config, RunFolder(path), Console(file=text, width=200)
   )
   return outcome, text.getvalue()

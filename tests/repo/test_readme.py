@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 from rebased_jax import presets as model_presets
-from train import cli, mqar_presets, presets
+from train import cli, presets
+from train.presets import mqar as mqar_presets
 
 _ROOT = Path(__file__).parents[2]
 _README = (_ROOT / "README.md").read_text()

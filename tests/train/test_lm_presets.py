@@ -8,11 +8,12 @@ from text_cases import folder as folder
 from train_cases import call as call, trainer as trainer
 
 from rebased_jax import parameter_count, presets
-from train import compiled_steps, lm_presets
+from train import compiled_steps
 from train.config import OptimizerConfig
+from train.presets import text
 from train.records.run_folder import RunFolder
 
-_PRESETS = lm_presets.make_presets()
+_PRESETS = text.make_presets()
 _COUNTS = {  # Table 9's three; 4096 · 768 positions fewer in long rows
   "pile-127m-attention": 126_807_552,
   "pile-157m-based": 156_955_392,

@@ -9,7 +9,7 @@ from rich.console import Console
 from train_cases import tiny, trainer as trainer
 
 from rebased_jax import BaseConvConfig, MambaConfig
-from train import compiled_steps, optimizer, stored_config, training
+from train import compiled_steps, optimizer, start_run, stored_config
 from train.commands import inspect
 from train.config import RunConfig
 from train.records import report
@@ -78,7 +78,7 @@ def test_inspect_lists_the_parameters() -> None:
 def test_a_run_without_an_attention_picture(tmp_path) -> None:
   config, text = mamba_run(), io.StringIO()
   folder, console = RunFolder(tmp_path / "run"), Console(file=text, width=200)
-  outcome = training.train(config, folder, console)
+  outcome = start_run.train(config, folder, console)
   report.finish(config, folder, outcome, console)
   assert outcome.step == config.steps
   names = {path.name for path in folder.path.iterdir()}

@@ -9,9 +9,9 @@ import pytest
 from train_cases import tiny
 
 from rebased_jax import BaseConvConfig, presets
-from train import compiled_steps, lm_presets, stored_config
+from train import compiled_steps, stored_config
 from train.config import MQARPaperData, OptimizerConfig
-from train.presets import make_presets
+from train.presets import make_presets, text
 
 _PRESETS = make_presets()
 _PAIRS = {128: 16, 256: 64, 512: 128, 1024: 256, 2048: 512}
@@ -39,7 +39,7 @@ _VARIANTS = ("based", "x2", "norm", "gamma", "gamma-beta", "rebased")
 
 def test_names() -> None:
   assert set(_PRESETS) == (
-    {"mqar", *_ALIASES, *lm_presets.make_presets()}
+    {"mqar", *_ALIASES, *text.make_presets()}
     | {f"mqar-{s}" for s in _SMALL}
     | {f"mqar-paper-{s}-{t}" for s in _TABLE_4 for t in _PAIRS}
     | {f"mqar-paper-ablation-{v}-{t}" for v in _VARIANTS for t in (256, 2048)}

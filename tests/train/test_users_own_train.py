@@ -17,7 +17,7 @@ from train.records.run_folder import RunFolder
 # What pip writes for the console script.
 _SCRIPT = """\
 import sys
-from rebased_jax.trainer import main
+from rebased_jax.find_trainer import main
 if __name__ == "__main__":
   sys.exit(main())
 """
@@ -153,7 +153,7 @@ def test_load_is_that_of_the_trainer(finished: Path) -> None:
   model, same = rebased_jax.load(str(finished)), train.load(finished)
   assert sys.modules["train"] is train
   chex.assert_trees_all_equal(
-    jax.tree.leaves(rebased_jax.trainer.load(str(finished))),
+    jax.tree.leaves(rebased_jax.find_trainer.load(str(finished))),
     jax.tree.leaves(model),
   )
   chex.assert_trees_all_equal(jax.tree.leaves(model), jax.tree.leaves(same))

@@ -4,7 +4,7 @@ import dataclasses
 
 import tyro
 
-from train import completion
+from train import text_completion
 from train.commands.arguments import RunArg
 
 
@@ -45,9 +45,13 @@ def run(args: list[str]) -> int:
     CheckpointError: there is no such checkpoint, or it is unreadable.
   """
   parsed = tyro.cli(GenerateArgs, prog="rebased generate", args=args)
-  sampling = completion.Sampling(
+  sampling = text_completion.Sampling(
     parsed.tokens, parsed.temperature, parsed.top_k, parsed.seed
   )
-  source = completion.ModelSource(parsed.step, parsed.tokenizer, parsed.eos)
-  print(completion.complete(parsed.run_dir, parsed.prompt, sampling, source))
+  source = text_completion.ModelSource(
+    parsed.step, parsed.tokenizer, parsed.eos
+  )
+  print(
+    text_completion.complete(parsed.run_dir, parsed.prompt, sampling, source)
+  )
   return 0

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from train import training
+from train import start_run
 from train.commands.arguments import RunArg, parse_run
 from train.devices import processes
 from train.devices.mesh import MeshConfig
@@ -35,7 +35,7 @@ def run(args: list[str]) -> int:
   """
   parsed, config = parse_run(ResumeArgs, "resume", args)
   processes.start(parsed.distributed)
-  outcome = training.run(
+  outcome = start_run.run(
     config, parsed.run_dir, allow_data_change=parsed.allow_data_change
   )
   return outcome.exit_code

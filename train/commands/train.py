@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from train import training
+from train import start_run
 from train.commands.arguments import parse_preset
 from train.config import RunConfig
 from train.devices import processes
@@ -47,7 +47,7 @@ def run(args: list[str]) -> int:
         f"with --distributed {parsed.distributed}"
       )
     run_dir = f"runs/{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-  outcome = training.run(
+  outcome = start_run.run(
     parsed.run, run_dir, allow_data_change=parsed.allow_data_change
   )
   return outcome.exit_code

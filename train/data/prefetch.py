@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 from absl import flags
 import grain
 
-from rebased_jax.trainer import in_worker
+from rebased_jax.find_trainer import in_worker
 from train.data.batches import Batch, Batches, row_bounds
 from train.data.checks import require
 

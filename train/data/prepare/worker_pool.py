@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from rich import progress
 from rich.console import Console
 
-from rebased_jax.trainer import in_worker
+from rebased_jax.find_trainer import in_worker
 from train.data.prepare.output_folder import WORK
 from train.data.prepare.shard import (
   Job,

@@ -1,9 +1,9 @@
 """The presets of `rebased train`: every named run, from both lists."""
 
-from train import lm_presets, mqar_presets
 from train.config import RunConfig
+from train.presets import mqar, text
 
 
 def make_presets() -> dict[str, RunConfig]:
   """Return every preset by name."""
-  return {**mqar_presets.make_presets(), **lm_presets.make_presets()}
+  return {**mqar.make_presets(), **text.make_presets()}
