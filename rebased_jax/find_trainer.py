@@ -13,6 +13,7 @@ because worker processes that only tokenize text import it as well.
 
 from collections.abc import Callable, Iterator
 import contextlib
+import dataclasses
 import functools
 import importlib
 import importlib.machinery
@@ -20,6 +21,7 @@ import importlib.util
 from pathlib import Path
 import pickle
 import sys
+import threading
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,21 @@ if TYPE_CHECKING:
 _NAME = "train"
 _FOLDER = Path(__file__).resolve().parents[1] / _NAME
 _trainer: dict[str, ModuleType] = {}  # its modules while they are set aside
+_lock = threading.RLock()
+
+
+@dataclasses.dataclass
+class _Inside:
+  """The threads and nested calls that are inside `import_trainer` now."""
+
+  count: int = 0
+  #: The user's modules `train…`, which the first call set aside.
+  users: dict[str, ModuleType] = dataclasses.field(default_factory=dict)
+  #: Whether the trainer was `train` before the first call, and so remains it.
+  was_there: bool = False
+
+
+_inside = _Inside()
 
 
 def load(run_dir: str, step: int | None = None) -> "LM":
@@ -55,8 +72,10 @@ def import_trainer() -> Iterator[ModuleType]:
   """Make the trainer importable as `train` inside the context.
 
   A user's module `train` is set aside meanwhile and comes back afterwards.
-  Take everything of the trainer inside the context: its names are imported
-  when they are first used.
+  Take everything of the trainer inside the context, and call it there: its
+  names are imported when they are first used. Several threads may be inside at
+  once. Until the last one leaves, `import train` gives the trainer in every
+  thread. Objects of the trainer cannot be pickled outside the context.
 
   Yields:
     The package `train` of the trainer.
@@ -64,18 +83,28 @@ def import_trainer() -> Iterator[ModuleType]:
   Raises:
     ImportError: the trainer is not installed beside `rebased_jax`.
   """
-  if _is_trainer(sys.modules.get(_NAME)):
-    yield sys.modules[_NAME]
-    return
-  users = _take_modules()
+  with _lock:
+    if _inside.count == 0:
+      _inside.was_there = _is_trainer(sys.modules.get(_NAME))
+      _inside.users = {} if _inside.was_there else _take_modules()
+      try:
+        install_trainer()
+      except BaseException:
+        sys.modules.update(_inside.users)
+        raise
+    _inside.count += 1
+    trainer = sys.modules[_NAME]
   try:
-    yield install_trainer()
+    yield trainer
   finally:
-    # Kept where a later `import train` would find it anyway: a second copy
-    # would have other exception classes than this one.
-    if users or not _is_found_first():
-      _trainer.update(_take_modules())
-      sys.modules.update(users)
+    with _lock:
+      _inside.count -= 1
+      # Kept where a later `import train` would find it anyway: a second copy
+      # would have other exception classes than this one.
+      shadowed = _inside.users or not _is_found_first()
+      if _inside.count == 0 and not _inside.was_there and shadowed:
+        _trainer.update(_take_modules())
+        sys.modules.update(_inside.users)
 
 
 def install_trainer() -> ModuleType:
@@ -103,7 +132,11 @@ def install_trainer() -> ModuleType:
     )
   module = importlib.util.module_from_spec(spec)
   sys.modules[_NAME] = module
-  spec.loader.exec_module(module)
+  try:
+    spec.loader.exec_module(module)
+  except BaseException:
+    _take_modules()  # a module that is half made must not be found again
+    raise
   return module
 
 
