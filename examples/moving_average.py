@@ -16,6 +16,10 @@ class MovingAverageConfig(MixerConfig):
   #: Decay per token that every channel starts with.
   decay: float = 0.9
 
+  def __post_init__(self):
+    if not 0 < self.decay < 1:
+      raise ValueError(f"decay={self.decay!r}: expected a number in (0, 1)")
+
   def make(self, site, *, rngs):
     return MovingAverage(site.width, self, dtype=site.dtype, rngs=rngs)
 
@@ -24,6 +28,7 @@ class MovingAverage(Mixer):
   """h_t = a h_{t−1} + (1 − a) x_t, y_t = W h_t."""
 
   config_type = MovingAverageConfig
+  no_segment_ids = "it averages whole rows"
 
   def __init__(self, width, config, *, dtype="float32", rngs):
     super().__init__(width, config, dtype=dtype)
@@ -37,8 +42,6 @@ class MovingAverage(Mixer):
     return jnp.zeros((batch, self.width), jnp.float32)
 
   def _prefill(self, x_BTD, state, *, segment_ids, axes):
-    if segment_ids is not None:
-      raise NotImplementedError("MovingAverage: packed documents")
     decay_D = jax.nn.sigmoid(self.decay_logit[...])
 
     def token(h_BD, x_BD):

@@ -154,7 +154,7 @@ class PreNormBlock(Block):
       rngs: draws the initial parameters.
     """
     self.norm1 = make_layer_norm(site.width, site.dtype, rngs)
-    self.mixer = mixer.make(site, rngs=rngs)
+    self.mixer = _make_mixer(mixer, site, rngs)
     self.norm2 = make_layer_norm(site.width, site.dtype, rngs)
     self.mlp = _make_mlp(site, mlp_width, rngs)
 
@@ -186,7 +186,7 @@ class MambaBlock(Block):
     self.norm1 = nnx.RMSNorm(
       site.width, epsilon=NORM_EPS, dtype=jnp.dtype(site.dtype), rngs=rngs
     )
-    self.mixer = mixer.make(site, rngs=rngs)
+    self.mixer = _make_mixer(mixer, site, rngs)
 
   def sum_and_norm(
     self, stream: Stream, axes: ShardAxes | None = None
@@ -277,6 +277,21 @@ class Pair(nnx.Module):
 def make_layer_norm(width: int, dtype: str, rngs: nnx.Rngs) -> LayerNorm:
   """Return a layer norm with weight and bias, its statistics in float32."""
   return LayerNorm(width, eps=NORM_EPS, dtype=jnp.dtype(dtype), rngs=rngs)
+
+
+def _make_mixer(config: MixerConfig, site: Site, rngs: nnx.Rngs) -> Mixer:
+  """Return the mixer that a config makes.
+
+  Raises:
+    TypeError: `config.make` returned something else.
+  """
+  mixer = config.make(site, rngs=rngs)
+  if not isinstance(mixer, Mixer):
+    found = "None" if mixer is None else f"a {type(mixer).__name__}"
+    raise TypeError(
+      f"{type(config).__name__}.make returned {found}: expected a Mixer"
+    )
+  return mixer
 
 
 def _make_mlp(site: Site, mlp_width: int | None, rngs: nnx.Rngs) -> MLP | None:

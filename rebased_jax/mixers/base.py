@@ -20,9 +20,9 @@ s ≤ t alone. To write one, subclass `MixerConfig` and `Mixer` in one file:
       def init_state(self, batch): ...
       def _prefill(self, x_BTD, state, *, segment_ids, axes): ...
 
-`Mixer` checks the arguments of every call before `_prefill` sees them. It makes
-the whole-row call and the one-token step from `_prefill` unless the subclass
-has its own, faster `_mix` and `_step`.
+`Mixer` checks the arguments of every call before `_prefill` sees them, and the
+shapes of what `_prefill` returns. It makes the whole-row call and the one-token
+step from `_prefill` unless the subclass has its own, faster `_mix` and `_step`.
 
 The state summarises the past of one document. It is a pytree of arrays whose
 first axis is the batch. An incoming state belongs to the document of the first
@@ -34,7 +34,7 @@ import abc
 from collections.abc import Callable
 import dataclasses
 import math
-from typing import Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from flax import nnx
 import jax
@@ -89,11 +89,13 @@ class Mixer(nnx.Module):
 
   A subclass defines `init_state` and `_prefill`, and may define `_mix`,
   `_step`, `state_size` and `attention_matrix`. It must not override `__call__`,
-  `prefill` and `step`: they check their arguments. A wrong argument raises
-  ValueError; a request that the mixer cannot serve raises NotImplementedError.
+  `prefill` and `step`: they check their arguments and the shapes of their
+  results. A wrong argument raises ValueError; a request that the mixer cannot
+  serve raises NotImplementedError.
   """
 
-  #: The class of config that the subclass is made from.
+  #: The class of config that the subclass is made from; each subclass sets it.
+  #: `__init__` refuses a config of another class.
   config_type: ClassVar[type[MixerConfig]] = MixerConfig
   #: Why the mixer cannot split time over devices. None: it can.
   no_time_axis: ClassVar[str | None] = "it does not split time over devices"
@@ -111,9 +113,15 @@ class Mixer(nnx.Module):
     """Check the arguments that all mixers have, and keep `width` and `dtype`.
 
     Raises:
+      TypeError: the subclass does not set `config_type`.
       ValueError: `config` is not of `config_type`, `width` is not an integer
         ≥ 1, or nothing computes in `dtype`.
     """
+    if self.config_type is MixerConfig:
+      raise TypeError(
+        f"{self._name}.config_type is not set: expected the class of its "
+        f"config; write `config_type = {type(config).__name__}` in the class"
+      )
     if not isinstance(config, self.config_type):
       raise ValueError(
         f"config is a {type(config).__name__}: expected a "
@@ -123,6 +131,19 @@ class Mixer(nnx.Module):
       raise ValueError(f"width={width!r}: expected an integer ≥ 1")
     self.width = width
     self.dtype = compute_dtype(dtype)
+
+  if not TYPE_CHECKING:
+
+    def __getattr__(self, name: str) -> Any:
+      # Python calls this only for an attribute that is missing.
+      if name in ("width", "dtype"):
+        raise AttributeError(
+          f"{self._name}.{name} is not set: `__init__` must first call "
+          "super().__init__(width, config, dtype=dtype)",
+          name=name,
+          obj=self,
+        )
+      return super().__getattribute__(name)  # raises the usual error
 
   @final
   def __call__(
@@ -150,12 +171,17 @@ class Mixer(nnx.Module):
     self._check_row(x_BTD, segment_ids, axes)
     if query_positions is not None:
       self._check_positions(x_BTD, query_positions)
-    return self._mix(
+    y = self._mix(
       x_BTD,
       segment_ids=segment_ids,
       axes=axes,
       query_positions=query_positions,
     )
+    shape = x_BTD.shape
+    if query_positions is not None:
+      shape = (*query_positions.shape, self.width)
+    self._check_output("_mix", y, shape)
+    return y
 
   @final
   def prefill(
@@ -180,7 +206,9 @@ class Mixer(nnx.Module):
     """
     self._check_row(x_BTD, segment_ids, axes)
     self._check_state(x_BTD.shape[0], state)
-    return self._prefill(x_BTD, state, segment_ids=segment_ids, axes=axes)
+    return self._checked_prefill(
+      x_BTD, state, segment_ids=segment_ids, axes=axes
+    )
 
   @final
   def step(self, x_BD: Array, state: MixerState) -> tuple[Array, MixerState]:
@@ -195,7 +223,10 @@ class Mixer(nnx.Module):
     """
     self._check_tokens(x_BD, "(B, D)")
     self._check_state(x_BD.shape[0], state)
-    return self._step(x_BD, state)
+    y_BD, state = self._take_two("_step", self._step(x_BD, state))
+    self._check_output("_step", y_BD, x_BD.shape)
+    self._check_returned_state("_step", x_BD.shape[0], state)
+    return y_BD, state
 
   @abc.abstractmethod
   def init_state(self, batch: int) -> MixerState:
@@ -222,12 +253,14 @@ class Mixer(nnx.Module):
   ) -> Array:
     """Compute `__call__`; the arguments are checked."""
     state = self.init_state(x_BTD.shape[0])
-    y_BTD, _ = self._prefill(x_BTD, state, segment_ids=segment_ids, axes=axes)
+    y_BTD, _ = self._checked_prefill(
+      x_BTD, state, segment_ids=segment_ids, axes=axes
+    )
     return take_positions(y_BTD, query_positions)
 
   def _step(self, x_BD: Array, state: MixerState) -> tuple[Array, MixerState]:
     """Compute `step`; the arguments are checked."""
-    y_B1D, state = self._prefill(
+    y_B1D, state = self._checked_prefill(
       x_BD[:, None], state, segment_ids=None, axes=None
     )
     return y_B1D[:, 0], state
@@ -297,6 +330,68 @@ class Mixer(nnx.Module):
       if leaf.shape[0] != rows:
         raise self._wrong_shape("state", leaf, f"{rows} rows, as x has")
 
+  def _checked_prefill(
+    self,
+    x_BTD: Array,
+    state: MixerState,
+    *,
+    segment_ids: Array | None,
+    axes: ShardAxes | None,
+  ) -> tuple[Array, MixerState]:
+    """Return what `_prefill` returns, with its shapes checked.
+
+    A mixer of a user may return too few tokens. Without the check it would
+    train all the same, because a gather at `query_positions` clips.
+    """
+    y_BTD, state = self._take_two(
+      "_prefill",
+      self._prefill(x_BTD, state, segment_ids=segment_ids, axes=axes),
+    )
+    self._check_output("_prefill", y_BTD, x_BTD.shape)
+    self._check_returned_state("_prefill", x_BTD.shape[0], state)
+    return y_BTD, state
+
+  def _take_two(self, method: str, returned: Any) -> tuple[Array, MixerState]:
+    """Check that a method returned a tuple of y and the state."""
+    if isinstance(returned, tuple) and len(returned) == 2:
+      return returned
+    found = f"a {type(returned).__name__}"
+    if isinstance(returned, tuple):
+      found = f"{len(returned)} values"
+    raise TypeError(
+      f"{self._name}.{method} returned {found}: expected (y, state)"
+    )
+
+  def _check_output(
+    self, method: str, y: Array, shape: tuple[int, ...]
+  ) -> None:
+    if jnp.shape(y) != shape:
+      raise ValueError(
+        f"{self._name}.{method} returned y of shape {jnp.shape(y)}: expected "
+        f"{shape}"
+      )
+
+  def _check_returned_state(
+    self, method: str, rows: int, state: MixerState
+  ) -> None:
+    """Check that a state is a tree of the arrays that `init_state` makes."""
+    expected = jax.eval_shape(lambda: self.init_state(rows))
+    if jax.tree.structure(state) != jax.tree.structure(expected):
+      raise ValueError(
+        f"{self._name}.{method} returned a state with the structure "
+        f"{jax.tree.structure(state)}: expected that of init_state, "
+        f"{jax.tree.structure(expected)}"
+      )
+    wanted = jax.tree_util.tree_leaves_with_path(expected)
+    for leaf, (path, other) in zip(jax.tree.leaves(state), wanted, strict=True):
+      found = jnp.shape(leaf), jnp.result_type(leaf)
+      if found != (other.shape, other.dtype):
+        raise ValueError(
+          f"{self._name}.{method} returned state{jax.tree_util.keystr(path)} "
+          f"of {_array_type(*found)}: expected "
+          f"{_array_type(other.shape, other.dtype)}, as init_state makes it"
+        )
+
   def _check_integers(self, name: str, x: Array) -> None:
     if not jnp.issubdtype(x.dtype, jnp.integer):
       raise ValueError(f"{self._name}: {name} is {x.dtype}: expected integers")
@@ -322,6 +417,10 @@ def take_positions(x_BTD: Array, positions_BM: Array | None) -> Array:
     x_BTD, positions_BM[:, :, None], axis=1, mode="clip"
   )
   return jnp.where(inside_BM[..., None], x_BMD, jnp.nan)
+
+
+def _array_type(shape: tuple[int, ...], dtype: jnp.dtype) -> str:
+  return f"{dtype}{list(shape)}"
 
 
 def tree_bytes(make: Callable[[], Any]) -> int:

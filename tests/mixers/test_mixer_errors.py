@@ -1,5 +1,6 @@
 """Tests of every mixer's error messages: shapes, dtypes, sizes, configs."""
 
+import dataclasses
 import re
 
 from flax import nnx
@@ -10,7 +11,7 @@ from mixer_subject import B, D, T, make, tokens
 import numpy as np
 import pytest
 
-from rebased_jax import Mixer, Site
+from rebased_jax import LM, Mixer, MixerConfig, ModelConfig, Site
 
 each_mixer = pytest.mark.parametrize("name", ONE_OF_EACH)
 _IDS_BT = np.zeros((B, T), np.int32)
@@ -177,3 +178,144 @@ def test_another_mixers_config(name) -> None:
     lambda: MIXERS[name].mixer_class(D, other, rngs=nnx.Rngs(0)),
     f"config is a {type(other).__name__}: expected a {expected}",
   )
+
+
+# Mistakes in a mixer that a user wrote.
+
+
+@dataclasses.dataclass(frozen=True)
+class SumConfig(MixerConfig):
+  """A running sum with a mistake."""
+
+  #: What `_prefill` returns wrongly, or what `make` does. None: no mistake.
+  mistake: str | None = None
+
+  def make(self, site: Site, *, rngs: nnx.Rngs) -> Mixer:
+    del rngs
+    if self.mistake == "make":
+      return None
+    return Sum(site.width, self)
+
+
+class Sum(Mixer):
+  """The sum of the tokens so far."""
+
+  config_type = SumConfig
+
+  def __init__(self, width: int, config: SumConfig):
+    if config.mistake != "no super":
+      super().__init__(width, config)
+    self.mistake = config.mistake
+
+  def init_state(self, batch):
+    return {"sum": jnp.zeros((batch, self.width))}
+
+  def _prefill(self, x_BTD, state, *, segment_ids, axes):
+    del segment_ids, axes
+    y_BTD = state["sum"][:, None] + jnp.cumsum(x_BTD, axis=1)
+    last_BD = y_BTD[:, -1]
+    good = {"sum": last_BD}
+    returns = {
+      None: (y_BTD, good),
+      "few tokens": (y_BTD[:, :-1], good),
+      "width": (y_BTD[..., :-1], good),
+      "no state": y_BTD,
+      "three": (y_BTD, good, None),
+      "structure": (y_BTD, (last_BD,)),
+      "shape": (y_BTD, {"sum": last_BD[:, :-1]}),
+      "dtype": (y_BTD, {"sum": last_BD.astype(jnp.bfloat16)}),
+    }
+    return returns[self.mistake]
+
+
+def _sum(mistake: str | None) -> Mixer:
+  return Sum(D, SumConfig(mistake))
+
+
+@pytest.mark.parametrize(
+  ("mistake", "error", "words"),
+  [
+    ("few tokens", ValueError, f"y of shape {(B, T - 1, D)}: expected"),
+    ("width", ValueError, f"y of shape {(B, T, D - 1)}: expected"),
+    ("no state", TypeError, ": expected (y, state)"),
+    ("three", TypeError, "3 values: expected (y, state)"),
+    ("structure", ValueError, "expected that of init_state, PyTreeDef"),
+    ("shape", ValueError, f"float32[{B}, {D - 1}]: expected float32[{B}, {D}]"),
+    ("dtype", ValueError, f"bfloat16[{B}, {D}]: expected float32[{B}, {D}]"),
+  ],
+)
+def test_a_prefill_that_returns_something_else(mistake, error, words) -> None:
+  mixer, x_BTD = _sum(mistake), tokens()
+  words = f"Sum._prefill returned .*{re.escape(words)}"
+  positions_BM = np.full((B, 2), T - 1)
+  calls = (
+    lambda: mixer(x_BTD),
+    lambda: mixer(x_BTD, query_positions=positions_BM),
+    lambda: mixer.prefill(x_BTD, mixer.init_state(B)),
+    lambda: jax.eval_shape(lambda x: mixer(x), x_BTD),
+  )
+  for call in calls:
+    with pytest.raises(error, match=words):
+      call()
+
+
+@pytest.mark.parametrize("mistake", ["few tokens", "shape", "no state"])
+def test_a_step_from_a_wrong_prefill(mistake) -> None:
+  mixer = _sum(mistake)
+  with pytest.raises((ValueError, TypeError), match="Sum._prefill returned"):
+    mixer.step(tokens()[:, 0], mixer.init_state(B))
+
+
+def test_a_prefill_without_a_mistake() -> None:
+  mixer, x_BTD = _sum(None), tokens()
+  y_BTD, state = mixer.prefill(x_BTD, mixer.init_state(B))
+  np.testing.assert_array_equal(y_BTD, mixer(x_BTD))
+  y_BD, _ = mixer.step(x_BTD[:, 0], state)
+  np.testing.assert_array_equal(y_BD, state["sum"] + x_BTD[:, 0])
+
+
+def test_a_faster_mix_and_step_that_return_something_else(monkeypatch) -> None:
+  mixer, x_BTD = _sum(None), tokens()
+  zero = mixer.init_state(B)
+  monkeypatch.setattr(Sum, "_mix", lambda self, x, **how: x[:, 1:])
+  refuses(lambda: mixer(x_BTD), "Sum._mix returned y", f"{(B, T - 1, D)}")
+  refuses(
+    lambda: mixer(x_BTD, query_positions=np.zeros((B, 2), np.int32)),
+    f"Sum._mix returned y of shape {(B, T - 1, D)}: expected {(B, 2, D)}",
+  )
+  monkeypatch.setattr(Sum, "_step", lambda self, x, state: (x[None], state))
+  refuses(lambda: mixer.step(x_BTD[:, 0], zero), "Sum._step", f"{(1, B, D)}")
+  monkeypatch.setattr(Sum, "_step", lambda self, x, state: (x, x))
+  refuses(lambda: mixer.step(x_BTD[:, 0], zero), "Sum._step", "structure")
+  monkeypatch.setattr(Sum, "_step", lambda self, x, state: x)
+  with pytest.raises(TypeError, match="Sum._step returned"):
+    mixer.step(x_BTD[:, 0], zero)
+
+
+def test_a_mixer_whose_init_forgot_the_base_class() -> None:
+  mixer = _sum("no super")
+  with pytest.raises(AttributeError, match=r"Sum\.width .*super\(\).__init__"):
+    mixer(tokens())
+  with pytest.raises(AttributeError, match=r"Sum\.dtype .*super\(\).__init__"):
+    _ = mixer.dtype
+  with pytest.raises(AttributeError, match="no attribute 'depth'"):
+    _ = mixer.depth
+
+
+def test_a_mixer_without_a_config_type(monkeypatch) -> None:
+  monkeypatch.delattr(Sum, "config_type")
+  with pytest.raises(TypeError, match="write `config_type = SumConfig`"):
+    _sum(None)
+
+
+@pytest.mark.parametrize("block", ["pre-norm", "mamba"])
+def test_a_config_that_makes_no_mixer(block) -> None:
+  config = ModelConfig(
+    first=SumConfig(),
+    second=SumConfig("make"),
+    vocab_size=5,
+    width=D,
+    block=block,
+  )
+  with pytest.raises(TypeError, match="SumConfig.make returned None: expected"):
+    LM(config, rngs=nnx.Rngs(0))
