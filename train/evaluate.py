@@ -28,12 +28,20 @@ def evaluate(
   Returns:
     Every TargetMetric, and `tokens`, the number of targets. Metrics about
     recall are there for text with `data.recall` only.
+
+  Raises:
+    ValueError: the batches have no end.
   """
   rows = batch_sharding.local_rows(data.rows, built.mesh)
-  assert data.num_batches is not None
+  stop = data.num_batches
+  if stop is None:
+    raise ValueError(
+      f"{type(data).__name__}.num_batches is None: expected a number: the "
+      "batches of an evaluation must end"
+    )
   sums = []
   with prefetch.iterate(
-    data, start=0, stop=data.num_batches, rows=rows, timeout=timeout
+    data, start=0, stop=stop, rows=rows, timeout=timeout
   ) as iterator:
     for batch in iterator:
       placed = batch_sharding.put_batch(batch, built.mesh, data.rows)

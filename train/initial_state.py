@@ -157,10 +157,16 @@ def try_data(config: RunConfig) -> None:
   """
   check_vocabulary(config)
   data, micro_batch = config.data, config.micro_batch
-  train = data.train_batches(config.batch, config.seed).read(0)
-  check_batch(train, data.fields(config.batch), "train_batches")
-  held_out = data.eval_batches(micro_batch, config.seed).read(0)
-  check_batch(held_out, data.eval_fields(micro_batch), "eval_batches")
+  train = data.train_batches(config.batch, config.seed)
+  batches_lib.check_storable(train)
+  check_batch(train.read(0), data.fields(config.batch), "train_batches")
+  held_out = data.eval_batches(micro_batch, config.seed)
+  if held_out.num_batches is None:
+    raise ValueError(
+      f"{type(data).__name__}.eval_batches: num_batches is None: expected a "
+      "number: held-out batches must end"
+    )
+  check_batch(held_out.read(0), data.eval_fields(micro_batch), "eval_batches")
 
 
 def check_vocabulary(config: RunConfig) -> None:

@@ -10,7 +10,7 @@ Training records hold all of them, evaluation the first and the last kind. A
 record of training has the mean over the steps since the record before.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
 from typing import Any, NamedTuple
@@ -156,6 +156,33 @@ METRICS: tuple[Metric, ...] = (
   ),
 )
 
+
+def check_metrics(metrics: Sequence[Metric]) -> None:
+  """Check the names of metrics, and the sources of those that are derived.
+
+  Raises:
+    ValueError: two metrics have the same name, or a source is not the name of
+      a TargetMetric or UpdateMetric.
+  """
+  names = {"tokens"}  # records hold it too
+  for metric in metrics:
+    if metric.name in names:
+      raise ValueError(
+        f"METRICS has the name {metric.name!r} twice: expected another name "
+        "for each metric, and none called 'tokens'"
+      )
+    names.add(metric.name)
+  sources = [x.name for x in metrics if not isinstance(x, DerivedMetric)]
+  for metric in metrics:
+    if isinstance(metric, DerivedMetric) and metric.source not in sources:
+      raise ValueError(
+        f"the metric {metric.name!r} has the source {metric.source!r}: "
+        f"expected one of {sources}"
+      )
+
+
+check_metrics(METRICS)
+
 # The progress line shows the first of these that a record holds.
 HEADLINES = ("perplexity", "accuracy")
 
@@ -173,6 +200,9 @@ def target_sums(
   Returns:
     `tokens`, the number of targets, and for each metric the sum of its value.
     A metric over some of the targets has `NAME:tokens` too, their number.
+
+  Raises:
+    ValueError: a metric returns an array of another shape than (B, M).
   """
   sums = {"tokens": weights_BM.sum()}
   for metric in METRICS:
@@ -185,9 +215,13 @@ def target_sums(
       continue
     counted_BM = weights_BM
     if metric.among is not None:
-      counted_BM = weights_BM * metric.among(targets)
+      among_BM = metric.among(targets)
+      _check_shape(f"{metric.name!r}: among", among_BM, weights_BM.shape)
+      counted_BM = weights_BM * among_BM
       sums[f"{metric.name}:tokens"] = counted_BM.sum()
-    sums[metric.name] = (counted_BM * metric.value(targets)).sum()
+    value_BM = metric.value(targets)
+    _check_shape(f"{metric.name!r}: value", value_BM, weights_BM.shape)
+    sums[metric.name] = (counted_BM * value_BM).sum()
   return sums
 
 
@@ -217,13 +251,30 @@ def target_means(sums: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def update_metrics(update: Update) -> dict[str, Array]:
-  """Return every UpdateMetric of a step, by name."""
+  """Return every UpdateMetric of a step, by name.
+
+  Raises:
+    ValueError: a metric returns neither a scalar nor a dict.
+  """
   found: dict[str, Array] = {}
   for metric in METRICS:
     if isinstance(metric, UpdateMetric):
       value = metric.value(update)
-      found |= value if isinstance(value, dict) else {metric.name: value}
+      if isinstance(value, dict):
+        found |= value
+        continue
+      _check_shape(f"{metric.name!r}: value", value, ())
+      found[metric.name] = value
   return found
+
+
+def _check_shape(what: str, value: Any, expected: tuple[int, ...]) -> None:
+  shape = jnp.shape(value)
+  if shape != expected:
+    raise ValueError(
+      f"the metric {what} returns an array of shape {shape}: expected "
+      f"{expected}"
+    )
 
 
 def by_layer(values: Mapping[str, np.ndarray]) -> dict[str, float]:

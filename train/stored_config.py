@@ -45,11 +45,12 @@ def to_dict(config: Any, where: str = "config") -> Any:
     return [to_dict(x, f"{where}[{i}]") for i, x in enumerate(config)]
   if not dataclasses.is_dataclass(config) or isinstance(config, type):
     return _plain_value(config, where)
+  name = class_name(type(config), where)
   fields = {
     field.name: to_dict(getattr(config, field.name), f"{where}.{field.name}")
     for field in dataclasses.fields(config)
   }
-  return {_CLASS: class_name(type(config), where), **fields}
+  return {_CLASS: name, **fields}
 
 
 def from_dict(data: Any, where: str = "config") -> Any:
@@ -237,7 +238,7 @@ def _import_name(stored: str, where: str) -> Any:
     raise ConfigError(
       f"{where}.{_CLASS}={stored!r}: cannot import {module} "
       f"({type(error).__name__}: {error}): install its package, or add the "
-      "folder that holds it to PYTHONPATH: PYTHONPATH=FOLDER rebased …"
+      "folder that holds it to the environment variable PYTHONPATH"
       f"{_shadow_hint(module)}"
     ) from error
   for part in name.split("."):
@@ -251,8 +252,11 @@ def _import_name(stored: str, where: str) -> Any:
 
 
 def _check_class(cls: Any, stored: str, where: str) -> None:
-  is_dataclass = isinstance(cls, type) and dataclasses.is_dataclass(cls)
-  if not is_dataclass or not cls.__dataclass_params__.frozen:
+  # Looked up in the class itself: a subclass without the decorator inherits
+  # the parameters of its base, but its own fields are not those of a dataclass.
+  own = vars(cls) if isinstance(cls, type) else {}
+  parameters = own.get("__dataclass_params__")
+  if parameters is None or not parameters.frozen:
     raise ConfigError(
       f"{where}.{_CLASS}={stored!r}: expected a frozen dataclass "
       "(@dataclasses.dataclass(frozen=True))"

@@ -1,11 +1,12 @@
 """Test the interface of a data source that a user writes."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 
-from train.data.batches import Batch, Batches, Fingerprint
+from train.data.batches import Batch, Batches, Fingerprint, check_storable
 from train.data.config import DataConfig, Field, MQARStreamData, check_batch
 from train.data.prefetch import iterate
 
@@ -98,6 +99,42 @@ def test_a_batch_that_is_not_as_announced_is_named() -> None:
   expected = r"here: targets is int64\[8, 16\]: expected int32\[8, 16\]"
   with pytest.raises(ValueError, match=expected):
     check_batch(wide, fields, "here")
+
+
+@pytest.mark.parametrize(
+  ("name", "dtype", "expected"),
+  [("tokens", "int64", "int32"), ("weights", "float64", "float32")],
+)
+def test_a_dtype_that_training_does_not_read_is_refused(
+  name: str, dtype: str, expected: str
+) -> None:
+  """Also where `fields` says the same, as it does by default."""
+  batch = Counting(8)[0]
+  batch[name] = batch[name].astype(dtype)
+  fields = {k: Field(x.shape, str(x.dtype)) for k, x in batch.items()}
+  message = rf"train_batches: {name} is {dtype}\[8, 16\]: expected {expected}"
+  with pytest.raises(ValueError, match=message):
+    check_batch(batch, fields, "train_batches")
+
+
+class _Weird(Counting):
+  value: Any = None
+
+  @property
+  def fingerprint(self) -> Fingerprint:
+    return {"data": "weird", "f": self.value}
+
+
+@pytest.mark.parametrize(
+  ("value", "kind"),
+  [(np.arange(3), "ndarray"), ((1, 2), "tuple"), (float("nan"), "float")],
+)
+def test_a_fingerprint_that_cannot_be_stored_is_refused(value, kind) -> None:
+  check_storable(Counting(8))
+  weird = type("Weird", (_Weird,), {"value": value})(8)
+  message = rf"Weird.fingerprint\['f'\] is a value of type {kind}: expected"
+  with pytest.raises(ValueError, match=message):
+    check_storable(weird)
 
 
 def test_fields_announce_the_arrays_of_the_batches() -> None:

@@ -106,7 +106,15 @@ def test_recall_is_left_out_where_it_is_not_known() -> None:
   weights_BM, targets = _targets()
   unknown = targets._replace(recalled_BM=None)
   sums = metrics.target_sums(jnp.float32(1), jnp.asarray(weights_BM), unknown)
-  assert sums.keys() == {"tokens", "loss", "accuracy"}
+  known = [
+    x
+    for x in metrics.METRICS
+    if isinstance(x, TargetMetric) and not x.needs_recall
+  ]
+  counted = {f"{x.name}:tokens" for x in known if x.among is not None}
+  assert sums.keys() == {"tokens"} | {x.name for x in known} | counted
+  assert {"loss", "accuracy"} <= sums.keys()
+  assert not {"ar_loss", "non_ar_loss", "ar_share"} & sums.keys()
 
 
 def test_perplexities_are_for_text_alone() -> None:
@@ -114,7 +122,65 @@ def test_perplexities_are_for_text_alone() -> None:
   assert found["perplexity"] == math.exp(2)
   assert found["ar_perplexity"] == math.inf
   assert "non_ar_perplexity" not in found
-  assert metrics.with_derived(dict(loss=2.0), text=False) == dict(loss=2.0)
+  found = metrics.with_derived(dict(loss=2.0), text=False)
+  others = {
+    x.name
+    for x in metrics.METRICS
+    if isinstance(x, DerivedMetric) and x.source == "loss" and not x.text_only
+  }
+  assert found.keys() == {"loss"} | others and found["loss"] == 2.0
+  assert "perplexity" not in found
+
+
+_WRONG_LISTS = {
+  "a name twice": (
+    UpdateMetric("loss", lambda update: jnp.zeros(())),
+    "the name 'loss' twice",
+  ),
+  "the number of targets": (
+    TargetMetric("tokens", lambda targets: targets.nll_BM),
+    "none called 'tokens'",
+  ),
+  "an unknown source": (
+    DerivedMetric("bits", "los", lambda x: x / math.log(2)),
+    r"'bits' has the source 'los': expected one of \['loss', 'accuracy'",
+  ),
+  "a derived source": (
+    DerivedMetric("bits", "perplexity", math.log2),
+    "'bits' has the source 'perplexity': expected one of",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", _WRONG_LISTS)
+def test_a_wrong_list_is_refused(name: str) -> None:
+  metric, message = _WRONG_LISTS[name]
+  metrics.check_metrics((*metrics.METRICS, *_MORE[:3]))
+  with pytest.raises(ValueError, match=message):
+    metrics.check_metrics((*metrics.METRICS, metric))
+
+
+def _sums(metric: TargetMetric, monkeypatch) -> None:
+  monkeypatch.setattr(metrics, "METRICS", (metric,))
+  weights_BM, targets = _targets()
+  metrics.target_sums(jnp.float32(1), jnp.asarray(weights_BM), targets)
+
+
+def test_a_wrong_shape_is_refused(monkeypatch) -> None:
+  """The message names the metric."""
+  scalar = TargetMetric("mean", lambda targets: targets.nll_BM.mean())
+  with pytest.raises(ValueError, match=r"'mean': value .* \(\): .*\(3, 4\)"):
+    _sums(scalar, monkeypatch)
+  rows = TargetMetric(
+    "first", lambda t: t.nll_BM, among=lambda t: t.correct_BM[:, :1]
+  )
+  with pytest.raises(ValueError, match=r"'first': among .* \(3, 1\): "):
+    _sums(rows, monkeypatch)
+  vector = UpdateMetric("norms", lambda update: update.grads["x"])
+  monkeypatch.setattr(metrics, "METRICS", (vector,))
+  tree = {"x": jnp.ones(2)}
+  with pytest.raises(ValueError, match=r"'norms': value .* \(2,\): "):
+    jax.eval_shape(metrics.update_metrics, metrics.Update(tree, tree, tree))
 
 
 def test_names_are_unique() -> None:

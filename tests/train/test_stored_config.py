@@ -102,7 +102,8 @@ def test_a_module_that_is_gone_is_named(users, tmp_path, monkeypatch) -> None:
   message = str(error.value)
   assert "run.model.second.class='users_module:MineConfig'" in message
   assert "No module named 'users_module'" in message
-  assert "PYTHONPATH=FOLDER rebased" in message
+  assert "add the folder that holds it to the environment variable" in message
+  assert message.endswith("PYTHONPATH")
 
 
 class Colour(enum.Enum):
@@ -117,6 +118,14 @@ class OneValue(BaseConvConfig):
 @dataclasses.dataclass
 class NotFrozenData:
   pass
+
+
+class UndecoratedConfig(BaseConvConfig):
+  """A config with its own constructor instead of fields."""
+
+  def __init__(self, a: int):
+    super().__init__()
+    object.__setattr__(self, "a", a)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +169,10 @@ _REFUSED = {
   "of a script": (lambda: _of_the_script()(), "of the script that runs"),
   "not found": (lambda: _hidden()(), "gives something else or nothing"),
   "not frozen": (lambda: OneValue(value=NotFrozenData()), "expected a frozen"),
+  "no dataclass": (
+    lambda: UndecoratedConfig(1),
+    "UndecoratedConfig': expected a frozen dataclass",
+  ),
   "not equal": (Growing, "run.model.second.value is not the same after"),
 }
 

@@ -25,6 +25,7 @@ Language models predict every position:
 
 import abc
 from collections.abc import Mapping
+import json
 
 import numpy as np
 
@@ -147,6 +148,26 @@ def row_bounds(rows: slice | None, limit: int) -> tuple[int, int]:
       f" inside the {limit} rows of a batch"
     )
   return start, stop
+
+
+def check_storable(batches: Batches) -> None:
+  """Check that a checkpoint can hold the fingerprint of batches.
+
+  Raises:
+    ValueError: a value does not survive a round trip through JSON; the message
+      names it.
+  """
+  for name, value in batches.fingerprint.items():
+    try:
+      same = bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError):
+      same = False
+    if not same:
+      raise ValueError(
+        f"{type(batches).__name__}.fingerprint[{name!r}] is a value of type "
+        f"{type(value).__name__}: expected one that JSON keeps: a string or a "
+        "finite number"
+      )
 
 
 def check_fingerprint(saved: Mapping, current: Mapping) -> None:

@@ -149,6 +149,16 @@ class DataConfig(abc.ABC):
     return self.vocab_size
 
 
+# What training reads. Other arrays have the dtype that `fields` says.
+_DTYPES = {
+  "tokens": "int32",
+  "positions": "int32",
+  "targets": "int32",
+  "segment_ids": "int32",
+  "weights": "float32",
+}
+
+
 def check_batch(batch: Batch, fields: Mapping[str, Field], source: str) -> None:
   """Check that a batch has the arrays that its config announces.
 
@@ -158,7 +168,8 @@ def check_batch(batch: Batch, fields: Mapping[str, Field], source: str) -> None:
     source: where the batch comes from, for the message.
 
   Raises:
-    ValueError: an array is missing, or has another shape or dtype.
+    ValueError: an array is missing, or has another shape or dtype, or a dtype
+      that training does not read.
   """
   if batch.keys() != fields.keys():
     raise ValueError(
@@ -167,6 +178,12 @@ def check_batch(batch: Batch, fields: Mapping[str, Field], source: str) -> None:
     )
   for name, field in fields.items():
     array = batch[name]
+    dtype = _DTYPES.get(name, str(array.dtype))
+    if str(array.dtype) != dtype:
+      raise ValueError(
+        f"{source}: {name} is {array.dtype}{list(array.shape)}: expected "
+        f"{dtype}{list(field.shape)}: {name} is {dtype} in every batch"
+      )
     if (array.shape, str(array.dtype)) != tuple(field):
       raise ValueError(
         f"{source}: {name} is {array.dtype}{list(array.shape)}: expected "
