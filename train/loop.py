@@ -48,8 +48,8 @@ class Outcome:
   held_out: dict[str, float]
   #: Seconds of training in this process.
   seconds: float
-  #: step, ok, params and opt_state, on the devices.
-  state: Any
+  #: step, ok, params and opt_state, on the devices. Not printed: it is large.
+  state: Any = dataclasses.field(repr=False)
 
 
 class _Pending(NamedTuple):

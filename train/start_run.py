@@ -16,6 +16,7 @@ from etils import epath
 import jax
 from rich.console import Console
 
+from rebased_jax import import_trainer
 from train import (
   compiled_steps,
   initial_state,
@@ -67,6 +68,19 @@ def run(
     DataTimeout: a batch did not come in time; a thread still waits for it, so
       end the process with `os._exit`.
   """
+  # Where `train` is a user's own module, a call may come from outside the
+  # context that gave this function.
+  with import_trainer():
+    return _run(config, run_dir, console, allow_data_change=allow_data_change)
+
+
+def _run(
+  config: RunConfig,
+  run_dir: epath.PathLike | None,
+  console: Console | None,
+  *,
+  allow_data_change: bool,
+) -> Outcome:
   if run_dir is None:
     if jax.process_count() > 1:
       raise ValueError(

@@ -6,7 +6,7 @@ from etils import epath
 from flax import nnx
 import jax
 
-from rebased_jax import LM
+from rebased_jax import LM, import_trainer
 from train import compiled_steps
 from train.checkpoint.checkpoints import restore_params
 from train.config import RunConfig
@@ -27,9 +27,10 @@ def load(run_dir: epath.PathLike, step: int | None = None) -> LM:
     ValueError: `run_dir` is not a run folder, or its config cannot be read.
     CheckpointError: there is no such checkpoint, or it is unreadable.
   """
-  config, _, arrays = load_params(run_dir, step)
-  graph, _ = nnx.split(compiled_steps.abstract_model(config))
-  return nnx.merge(graph, arrays)
+  with import_trainer():  # where `train` is a user's own module
+    config, _, arrays = load_params(run_dir, step)
+    graph, _ = nnx.split(compiled_steps.abstract_model(config))
+    return nnx.merge(graph, arrays)
 
 
 def load_params(

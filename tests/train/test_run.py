@@ -18,10 +18,18 @@ from train_cases import (
 )
 
 import train
-from train import cli, compiled_steps, initial_state, trained_model
+from train import (
+  cli,
+  compiled_steps,
+  evaluate,
+  initial_state,
+  metrics,
+  trained_model,
+)
 from train.checkpoint.checkpoints import Checkpoints, read_meta
 from train.config import MQARStreamData
 from train.devices import mesh as mesh_lib
+from train.loop import Outcome
 from train.nonfinite_steps import TrainingFailed
 from train.records import plots
 from train.records.run_folder import RunFolder
@@ -82,6 +90,21 @@ def test_the_files_of_a_run(learned: Path) -> None:
     assert name in content
 
 
+def _listed_metrics(kind: str) -> set[str]:
+  """Return the names that METRICS lists for records without text."""
+  names = set()
+  for metric in metrics.METRICS:
+    if isinstance(metric, metrics.TargetMetric):
+      listed = not metric.needs_recall
+    elif isinstance(metric, metrics.DerivedMetric):
+      listed = not metric.text_only
+    else:  # the numbers of "affine" have the names of layers
+      listed = kind == "train" and metric.name != "affine"
+    if listed:
+      names.add(metric.name)
+  return names
+
+
 def test_the_records_of_a_run(learned: Path) -> None:
   records = RunFolder(learned).read_metrics()
   fields = {
@@ -98,9 +121,11 @@ def test_the_records_of_a_run(learned: Path) -> None:
     },
   }
   for record in records:
-    assert record.keys() == {"kind", "step"} | fields[record["kind"]]
-    for name in fields[record["kind"]]:
+    kind, names = record["kind"], record.keys() - {"kind", "step"}
+    assert fields[kind] <= names <= fields[kind] | _listed_metrics(kind)
+    for name in names:
       assert np.isfinite(record[name]), name
+    for name in fields[kind]:
       assert record[name] >= 0 or name.endswith("beta_mean"), name
     if record["kind"] == "eval":
       assert record["tokens"] == 100  # padding rows do not count
@@ -171,6 +196,34 @@ def test_data_is_tried_with_the_batch_of_the_run(monkeypatch) -> None:
     monkeypatch.setattr(MQARStreamData, kind, note)
   initial_state.try_data(tiny(accumulate=4))
   assert asked == dict(train_batches=8, eval_batches=2)
+
+
+def test_held_out_batches_without_an_end_are_refused(
+  tmp_path: Path, monkeypatch
+) -> None:
+  """And the folder of the run is not made."""
+  endless = MQARStreamData.train_batches
+  monkeypatch.setattr(MQARStreamData, "eval_batches", endless)
+  message = (
+    "MQARStreamData.eval_batches: num_batches is None: expected a number"
+  )
+  with pytest.raises(ValueError, match=message):
+    train.run(tiny(), tmp_path / "run")
+  assert list(tmp_path.iterdir()) == []
+  config, mesh = tiny(), mesh_lib.make_mesh()
+  with jax.set_mesh(mesh):
+    built = compiled_steps.build(config, mesh)
+    data = config.data.train_batches(config.batch, 0)
+    with pytest.raises(ValueError, match="MQARStream.num_batches is None"):
+      evaluate.evaluate(built, None, data)
+
+
+def test_an_outcome_prints_without_its_arrays() -> None:
+  outcome = Outcome(2, "finished", 0, {"loss": 1.5}, 3.0, {"w": np.ones(9)})
+  assert repr(outcome) == (
+    "Outcome(step=2, reason='finished', exit_code=0, "
+    "held_out={'loss': 1.5}, seconds=3.0)"
+  )
 
 
 def _spoil(monkeypatch, bad_step: int) -> None:

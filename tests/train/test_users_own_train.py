@@ -149,6 +149,34 @@ if __name__ == "__main__":
   assert (tmp_path / "run" / "learning.png").exists()
 
 
+def test_run_and_load_after_the_context(tmp_path: Path, trainer: Path) -> None:
+  """They find the trainer themselves, and the user's `train` comes back."""
+  code = f"""
+import dataclasses
+import sys
+import rebased_jax
+{_IMPORT}
+with rebased_jax.import_trainer() as trainer:
+  run, load = trainer.run, trainer.load
+  config = trainer.make_presets()["mqar"]
+  config = dataclasses.replace(
+    config,
+    data=dataclasses.replace(config.data, test_examples=4),
+    optimizer=trainer.OptimizerConfig(),
+    steps=2,
+    batch=4,
+  )
+outcome = run(config, "run")
+assert load("run").config == config.model
+{_IMPORT}
+print(outcome.reason, outcome.step)
+"""
+  (tmp_path / "train.py").write_text("NAME = 'mine'\n")
+  (tmp_path / "mine.py").write_text(code)
+  out = _run(["mine.py"], tmp_path, _environment(trainer, str(ROOT)))
+  assert out.splitlines()[-1] == "finished 2"
+
+
 def test_load_is_that_of_the_trainer(finished: Path) -> None:
   model, same = rebased_jax.load(str(finished)), train.load(finished)
   assert sys.modules["train"] is train
