@@ -88,6 +88,9 @@ def test_means_are_over_the_targets_of_a_metric() -> None:
     non_ar_loss=nll_BM[other].mean(),
     ar_share=ar.sum() / real.sum(),
   )
+  listed = {x.name for x in metrics.METRICS if isinstance(x, TargetMetric)}
+  assert expected.keys() <= found.keys() <= listed
+  found = {name: found[name] for name in expected}
   chex.assert_trees_all_close(found, jax.tree.map(float, expected), rtol=1e-6)
 
 
