@@ -3,8 +3,8 @@
 from pathlib import Path
 import re
 
+from paper_tables import PARAMETERS
 import pytest
-from test_presets import WANTED
 from train_cases import call as call, metrics, trainer as trainer
 
 from rebased_jax import presets
@@ -63,7 +63,7 @@ def test_inspect_counts_the_models_of_the_tables(call, name: str) -> None:
   counts = re.findall(r"│ (\S+) +│ [^│]*│ +([\d,]+) │", out)
   *groups, (last, total) = [(x, int(n.replace(",", ""))) for x, n in counts]
   assert last == "all" and sum(n for _, n in groups) == total
-  assert total == WANTED[name]
+  assert total == PARAMETERS[name]
   assert {"token_embedding", "pairs/second/norm1/scale"} <= dict(groups).keys()
   assert re.search(r"state of a sequence: [\d,]+ bytes", out)
 
