@@ -72,8 +72,9 @@ def import_trainer() -> Iterator[ModuleType]:
   """Make the trainer importable as `train` inside the context.
 
   A user's module `train` is set aside meanwhile and comes back afterwards.
-  Take everything of the trainer inside the context, and call it there: its
-  names are imported when they are first used. Several threads may be inside at
+  Take everything of the trainer inside the context: its names are imported when
+  they are first used. `run` and `load` enter the context themselves, so they
+  can be called after it; call all else inside. Several threads may be inside at
   once. Until the last one leaves, `import train` gives the trainer in every
   thread. Objects of the trainer cannot be pickled outside the context.
 

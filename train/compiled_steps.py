@@ -56,7 +56,7 @@ def build(config: RunConfig, mesh: Mesh) -> Built:
     ValueError: the batch does not fit the devices.
   """
   steps = make_steps(config, mesh)
-  key = jax.random.fold_in(jax.random.key(config.seed), _DROPOUT)
+  key = dropout_key(config.seed)
   return Built(
     mesh=steps.mesh,
     program=steps.program,
@@ -78,7 +78,7 @@ def make_steps(config: RunConfig, mesh: Mesh) -> Steps:
   )
   tx = optimizer.make(config.optimizer, config.steps)
   graph, _ = nnx.split(abstract_model(config))
-  shapes = jax.eval_shape(lambda: new_state(config, tx))
+  shapes = jax.eval_shape(lambda: new_state(config.model, config.seed, tx))
   placed = parameter_sharding.named_shardings(shapes, mesh)
   abstract = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -146,7 +146,7 @@ def fresh_state(config: RunConfig, built: Built) -> step.State:
   """Return the state before step 0, computed on the devices that hold it."""
 
   def make() -> step.State:
-    return new_state(config, built.program.tx)
+    return new_state(config.model, config.seed, built.program.tx)
 
   return jax.jit(make, out_shardings=_shardings(built))()
 
@@ -161,11 +161,18 @@ def warm_state(params: Any, built: Built) -> step.State:
 
 
 def new_state(
-  config: RunConfig, tx: optax.GradientTransformation
+  config: ModelConfig,
+  seed: int | jax.Array,
+  tx: optax.GradientTransformation,
 ) -> step.State:
   """Return the state before step 0, with parameters drawn from the seed."""
-  model = LM(config.model, rngs=nnx.Rngs(config.seed))
+  model = LM(config, rngs=nnx.Rngs(jax.random.key(seed)))
   return step.init_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), tx)
+
+
+def dropout_key(seed: int | jax.Array) -> jax.Array:
+  """Return the PRNG key of a run's dropout; parameters use the seed's own."""
+  return jax.random.fold_in(jax.random.key(seed), _DROPOUT)
 
 
 def to_dicts(tree: Any) -> Any:

@@ -54,7 +54,7 @@ def _parts(config) -> Parts:
   program = step.Program(graph, tx, config.accumulate, None)
   jit = lambda f: jax.jit(functools.partial(f, program=program))
   return Parts(
-    jax.jit(lambda: compiled_steps.new_state(config, tx))(),
+    jax.jit(lambda: compiled_steps.new_state(config.model, config.seed, tx))(),
     jit(step.train_step),
     jit(step.eval_step),
     jax.jit(lambda params, tokens: nnx.merge(graph, params)(tokens)),

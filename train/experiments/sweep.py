@@ -29,12 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rebased_jax import LM
-from train import optimizer, step
+from train import compiled_steps, optimizer, step
 from train.config import MQARPaperData, RunConfig
 from train.data import mqar, mqar_paper
 
-_DROPOUT = 1  # as in compiled_steps.py
 _EVAL_ROWS = 500  # of the test set, at a time
 
 
@@ -153,9 +151,7 @@ class Sweep:
     self.tx = optax.chain(
       optimizer.make(unit_rate, run.steps), scale_by_run_rate()
     )
-    graph, _ = nnx.split(
-      nnx.eval_shape(lambda: LM(run.model, rngs=nnx.Rngs(0)))
-    )
+    graph, _ = nnx.split(compiled_steps.abstract_lm(run.model))
     self.program = step.Program(
       graph, self.tx, run.accumulate, None, loss_chunks=run.loss_chunks
     )
@@ -165,9 +161,7 @@ class Sweep:
     rates_R = jnp.asarray([rate for rate, _ in cell.runs], jnp.float32)
     seeds_R = jnp.asarray([seed for _, seed in cell.runs], jnp.int32)
     self.state_R = jax.jit(jax.vmap(self._first_state))(rates_R, seeds_R)
-    self.keys_R = jax.vmap(
-      lambda seed: jax.random.fold_in(jax.random.key(seed), _DROPOUT)
-    )(seeds_R)
+    self.keys_R = jax.vmap(compiled_steps.dropout_key)(seeds_R)
     self.active_R = np.ones(len(cell.runs), bool)
     self.epoch = 0  # the next one
     self._train = jax.jit(self._train_epoch, donate_argnums=0)
@@ -204,9 +198,7 @@ class Sweep:
       yield found
 
   def _first_state(self, rate: Array, seed: Array) -> step.State:
-    model = LM(self.cell.run.model, rngs=nnx.Rngs(jax.random.key(seed)))
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    state = step.init_state(params, self.tx)
+    state = compiled_steps.new_state(self.cell.run.model, seed, self.tx)
     *rest, _ = state["opt_state"]
     return dict(state, opt_state=(*rest, RunRate(rate)))
 
