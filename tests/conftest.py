@@ -9,6 +9,9 @@ import jax_settings
 os.environ["XLA_FLAGS"] = jax_settings.xla_flags()
 os.environ.update(jax_settings.cache_variables())
 os.environ.setdefault("MPLBACKEND", "agg")
+# Several test processes share a GPU. By default each would take 75 % of its
+# memory at the start.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -39,8 +42,8 @@ def pytest_xdist_make_scheduler(config, log):
 def cache_on_the_cpu_only() -> None:
   """Keep no compiled programs of an accelerator between runs.
 
-  The cache is there for the many small programs of the CPU tests. A program of
-  a GPU that cannot be stored would be a warning, and so a failed test.
+  The cache is there for the many small programs of the CPU tests. An
+  accelerator's programs are larger, and fewer of them repeat.
   """
   if jax.default_backend() != "cpu":
     jax.config.update("jax_enable_compilation_cache", False)
