@@ -4,6 +4,8 @@ from pathlib import Path
 import statistics
 from typing import Any
 
+import jax
+
 from rebased_jax import parameter_count
 from train import atomic, compiled_steps
 from train.devices import peaks
@@ -52,7 +54,8 @@ def read(path: Path, preset: str, device: str) -> dict[str, Any]:
     curve.append([step * row, round(seconds, 2), round(x["loss"], 4)])
   count = parameter_count(compiled_steps.abstract_model(config))
   rate = row / pace
-  mfu = peaks.mfu(rate, count, device, 1)
+  gpu = jax.sharding.AbstractDevice(device, None, "gpu")
+  mfu = peaks.mfu(rate, count, gpu, 1)
   return {
     "preset": preset,
     "parameters": count,

@@ -1,5 +1,6 @@
 """Test `rebased compile`; compiling for TPUs needs libtpu."""
 
+import dataclasses
 import importlib.util
 import re
 
@@ -17,7 +18,7 @@ from train_cases import (
 
 from train import compiled_steps
 from train.compile import collectives, report
-from train.devices import batch_sharding, mesh as mesh_lib
+from train.devices import batch_sharding, mesh as mesh_lib, peaks
 from train.devices.mesh import MeshConfig
 
 _HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -48,6 +49,22 @@ def test_the_compiled_step_is_the_one_that_runs() -> None:
   for name, x in config.data.fields(8).items():
     assert (x.shape, x.dtype) == (batch[name].shape, str(batch[name].dtype))
     assert isinstance(np.zeros(x.shape, x.dtype), np.ndarray)
+
+
+def test_a_report_is_about_one_device(monkeypatch) -> None:
+  """A TPU7x chip has 192 GiB, of which each of its two devices has a half."""
+  tpu = jax.sharding.AbstractDevice("TPU7x", 1, "tpu")
+  memory, flops = peaks.memory, peaks.flops
+  monkeypatch.setattr(peaks, "memory", lambda device: memory(tpu))
+  monkeypatch.setattr(peaks, "flops", lambda device: flops(tpu))
+  found = report.report(tiny(), mesh_lib.make_mesh())
+  assert found.limit == 103_000_000_000 and found.fits
+  assert found.seconds == found.products / 1155e12
+  for gib, fits in ((95, True), (97, False)):
+    measured = dataclasses.replace(found.found, temporary=gib * report.GIB)
+    assert dataclasses.replace(found, found=measured).fits == fits
+    unknown = dataclasses.replace(found, found=measured, limit=None)
+    assert unknown.fits
 
 
 def test_a_tensor_axis_gathers_only_the_convolution() -> None:

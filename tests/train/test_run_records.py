@@ -86,12 +86,45 @@ def test_a_profile_beyond_the_last_step_is_refused() -> None:
     tiny(profile=ProfileConfig(start=5, steps=2))
 
 
+def _device(kind: str, cores: int | None = None) -> jax.sharding.AbstractDevice:
+  platforms = dict(NVI="gpu", TPU="tpu", cpu="cpu")
+  return jax.sharding.AbstractDevice(kind, cores, platforms[kind[:3]])
+
+
 def test_mfu_is_the_fraction_of_the_peak() -> None:
-  found = peaks.mfu(430_000, 145_460_736, "NVIDIA H100 80GB HBM3", 1)
+  h100 = _device("NVIDIA H100 80GB HBM3")
+  found = peaks.mfu(430_000, 145_460_736, h100, 1)
   assert abs(found - 0.38) < 0.001  # 430,000 · 6 · 145,460,736 / 989e12
-  assert peaks.mfu(1.0, 1, "cpu", 1) is None
-  two = peaks.mfu(430_000, 145_460_736, "NVIDIA H200", 2)
+  assert peaks.mfu(1.0, 1, _device("cpu"), 1) is None
+  two = peaks.mfu(430_000, 145_460_736, _device("NVIDIA H200"), 2)
   assert two == found / 2
+
+
+@pytest.mark.parametrize(
+  ("kind", "cores", "gib", "tera"),
+  [
+    # jax's figures. The cores of a TPU7x chip are two devices.
+    ("TPU7x", 1, 95.93, 1155),
+    ("TPU v6 lite", 1, 32.04, 920),
+    ("TPU v5", 2, 95.93, 459),
+    ("TPU v5p", 2, 95.93, 459),
+    ("TPU v5p", 1, 47.96, 229.5),  # each core its own device
+    ("TPU v5 lite", 1, 16.02, 197),
+    ("TPU v4", 2, 32.04, 275),
+    ("TPU v3", 1, 16.02, 70),
+  ],
+)
+def test_figures_of_a_tpu_are_of_one_device(kind, cores, gib, tera) -> None:
+  device = _device(kind, cores)
+  assert round(peaks.memory(device) / 2**30, 2) == gib
+  assert peaks.flops(device) == tera * 1e12
+  assert peaks.mfu(tera * 1e12, 1, device, 6) == 1
+
+
+def test_figures_of_an_unknown_device_are_none() -> None:
+  for device in (_device("TPU v99", 1), _device("cpu"), jax.devices()[0]):
+    assert peaks.memory(device) is None and peaks.flops(device) is None
+  assert peaks.memory(_device("NVIDIA H200")) is None
 
 
 def test_device_usage_is_recorded_where_it_is_known(monkeypatch) -> None:

@@ -25,15 +25,6 @@ from train.console import rows
 from train.devices import mesh as mesh_lib, mesh_report, peaks
 
 GIB = 2**30
-#: Bytes of a chip's memory, as Google's pages state them, by `device_kind`.
-HBM = {
-  "TPU v4": 32 * GIB,
-  "TPU v5 lite": 16 * GIB,
-  "TPU v5": 95 * GIB,
-  "TPU v5p": 95 * GIB,
-  "TPU v6 lite": 32 * GIB,
-  "TPU7x": 192 * GIB,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +71,10 @@ class Report:
   devices: int
   #: Their jax `device_kind`.
   kind: str
+  #: Bytes of a device's memory. None: not known.
+  limit: int | None
+  #: Peak of a device's dense bfloat16 products, in FLOP/s. None: not known.
+  peak: float | None
   #: Parameters of the model.
   parameters: int
   #: Tokens of a step, over all devices.
@@ -90,11 +85,6 @@ class Report:
   found: Compiled | None
   #: The compiler's message, if the step does not fit.
   reason: str | None = None
-
-  @property
-  def limit(self) -> int | None:
-    """Bytes of a device's memory, or None if they are not known."""
-    return HBM.get(self.kind)
 
   @property
   def fits(self) -> bool:
@@ -111,8 +101,7 @@ class Report:
   @property
   def seconds(self) -> float | None:
     """Seconds that the matrix products take at the device's peak."""
-    peak = peaks.PEAK_FLOPS.get(self.kind)
-    return None if peak is None else self.products / peak
+    return None if self.peak is None else self.products / self.peak
 
   @property
   def seconds_moving(self) -> float | None:
@@ -184,9 +173,12 @@ def report(config: RunConfig, mesh: jax.sharding.Mesh) -> Report:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     reason = str(error).partition("RESOURCE_EXHAUSTED: ")[2].splitlines()[0]
+  device = mesh.devices.flat[0]
   return Report(
     devices=mesh.size,
-    kind=mesh.devices.flat[0].device_kind,
+    kind=device.device_kind,
+    limit=peaks.memory(device),
+    peak=peaks.flops(device),
     parameters=parameter_count(compiled_steps.abstract_model(config)),
     tokens=config.batch * config.data.length,
     products=flops.of_jaxpr(traced.jaxpr) / mesh.size,

@@ -25,8 +25,8 @@ class DeviceUsage:
     Args:
       tokens_per_second: input tokens of all devices.
     """
-    kind, devices = jax.devices()[0].device_kind, jax.device_count()
-    mfu = peaks.mfu(tokens_per_second, self._parameters, kind, devices)
+    device, devices = jax.devices()[0], jax.device_count()
+    mfu = peaks.mfu(tokens_per_second, self._parameters, device, devices)
     found = dict(mfu=mfu, hbm_peak_bytes=peak_bytes())
     return {name: x for name, x in found.items() if x is not None}
 
