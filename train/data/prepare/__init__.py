@@ -3,6 +3,7 @@
     input_files        find the files, and group them into sources
     read_lines         decompress a file and cut it into lines
     read_documents     JSON lines, Parquet and plain text → documents
+    markers_in_text    text never becomes a control token
     tokenizer          a document → its tokens
     shard              one source → one file of tokens
     worker_pool, beam  make many shards at once

@@ -1,10 +1,10 @@
 """Tokenizers: raw bytes, or any Hugging Face `tokenizer.json`.
 
     bytes            token = byte, 0 … 255; end of text 256; vocabulary 257
-    tokenizer.json   as the file says, with three exceptions: special tokens in
+    tokenizer.json   as the file says, with three exceptions: control tokens in
                      the text are not parsed, but tokenised as ordinary
-                     characters; no tokens are added around a document; and
-                     nothing is truncated or padded
+                     characters (`markers_in_text`); no tokens are added around
+                     a document; and nothing is truncated or padded
 
 A document becomes its tokens, followed by the end-of-text token if the
 tokenizer has one.
@@ -17,8 +17,11 @@ import hashlib
 from pathlib import Path
 import types
 import typing
+from typing import Any
 
 import numpy as np
+
+from train.data.prepare.markers_in_text import without_markers
 
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
@@ -121,16 +124,18 @@ class FileTokenizer:
   """
 
   def __init__(self, path: str | Path, eos: str = "auto"):
-    tokenizers = _library()
     data = read_tokenizer_file(path)
     try:
-      self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
-    except Exception as error:  # noqa: BLE001  # the library raises no other
+      self._tokenizer = _parsed(data.decode())
+      tokens = self._tokenizer.get_vocab(with_added_tokens=True)
+      encoding = without_markers(data, {*_ENDS, eos} & tokens.keys())
+      self._encoder = self._tokenizer if encoding is None else _parsed(encoding)
+    except BaseException as error:
+      _raise_unless_library(error)
       raise ValueError(f"{path}: no tokenizer.json: {error}") from error
-    self._tokenizer.no_truncation()
-    self._tokenizer.no_padding()
-    self._tokenizer.encode_special_tokens = True
-    tokens = self._tokenizer.get_vocab(with_added_tokens=True)
+    self._encoder.no_truncation()
+    self._encoder.no_padding()
+    self._encoder.encode_special_tokens = True
     if not tokens:
       raise ValueError(f"{path}: its vocabulary is empty: expected tokens")
     self.spec = TokenizerSpec(
@@ -144,17 +149,33 @@ class FileTokenizer:
   def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Return the tokens of each text; ValueError if one cannot be encoded."""
     try:
-      found = self._tokenizer.encode_batch_fast(
+      found = self._encoder.encode_batch_fast(
         list(texts), add_special_tokens=False
       )
-    except Exception as error:  # noqa: BLE001  # the library raises no other
+    except BaseException as error:
+      _raise_unless_library(error)
       raise ValueError(f"the tokenizer failed: {error}") from error
-    return [np.array(x.ids, self.spec.dtype) for x in found]
+    tokens = [np.array(x.ids, self.spec.dtype) for x in found]
+    eos = self.spec.eos
+    if eos is not None and any((x == eos).any() for x in tokens):
+      raise ValueError(
+        f"a part of the text becomes token {eos}, which ends a document: "
+        "expected other tokens; choose another --eos"
+      )
+    return tokens
 
   def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-    """Return the text of tokens, special tokens by their names."""
+    """Return the text of tokens, special tokens by their names.
+
+    Raises:
+      ValueError: the tokenizer cannot decode them.
+    """
     ids = np.asarray(tokens).tolist()
-    return self._tokenizer.decode(ids, skip_special_tokens=False)
+    try:
+      return self._tokenizer.decode(ids, skip_special_tokens=False)
+    except BaseException as error:
+      _raise_unless_library(error)
+      raise ValueError(f"the tokenizer failed: {error}") from error
 
 
 def load(name: str, eos: str = "auto") -> Tokenizer:
@@ -288,6 +309,23 @@ def _end(tokens: dict[str, int], eos: str, path: str | Path) -> int | None:
       "one; name the token that ends a document, or 'none'"
     )
   return tokens[found[0]]
+
+
+def _parsed(content: str) -> Any:
+  """Return the library's tokenizer for the content of a `tokenizer.json`."""
+  return _library().Tokenizer.from_str(content)
+
+
+def _raise_unless_library(error: BaseException) -> None:
+  """Raise an error again unless the library `tokenizers` can be its cause.
+
+  A bug in the library is a PanicException. That class is no Exception, and
+  cannot be imported.
+  """
+  if not isinstance(error, Exception) and (
+    type(error).__name__ != "PanicException"
+  ):
+    raise error
 
 
 @functools.cache
