@@ -310,8 +310,12 @@ def test_over_a_mesh(shape: dict[str, int]) -> None:
     if "tensor" in shape:
       spec = jax.sharding.NamedSharding(mesh, jax.P(None, "tensor"))
       embedding = jax.device_put(embedding, spec)
-    found = _run((x, embedding, *rest), parts=3, axes=axes)
+    inputs = x, embedding, *rest
+    found = _run(inputs, parts=3, axes=axes)
+    # Another function runs where no gradient is asked for.
+    plain = jax.jit(lambda *x: cross_entropy(*x, parts=3, axes=axes))(*inputs)
   _assert_near(found, wanted, TOLERANCES["float32"])
+  _assert_near(plain, wanted[0], TOLERANCES["float32"])
 
 
 def test_logits_are_never_whole() -> None:
