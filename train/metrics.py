@@ -76,7 +76,7 @@ class DerivedMetric:
   name: str
   #: The mean that it is computed from; without it the metric is left out.
   source: str
-  #: Returns the number from the mean.
+  #: Returns the number from the mean, which may be infinite or NaN.
   value: Callable[[float], float]
   #: Whether it is reported for text only.
   text_only: bool = False
@@ -311,7 +311,7 @@ def with_derived(
     if not isinstance(metric, DerivedMetric) or metric.source not in values:
       continue
     if text or not metric.text_only:
-      found[metric.name] = metric.value(values[metric.source])
+      found[metric.name] = float(metric.value(values[metric.source]))
   return found
 
 

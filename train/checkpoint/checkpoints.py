@@ -1,8 +1,8 @@
 """Checkpoints of a run: asynchronous saves and verified restores.
 
 A step is saved as one directory, `DIRECTORY/STEP`. It holds the arrays and a
-sealed record: the format version, the caller's `meta`, and for every array its
-shape, dtype and checksum. The directory gets its name when it is complete.
+sealed record: the format version, the step, the id of the run, the caller's
+`meta`, and for every array its shape, dtype and checksum. The directory gets its name when it is complete.
 
 A restore checks the record, compares it with the target, reads the arrays and
 checks them too. Damage therefore ends in an older step or an error, never in
@@ -11,7 +11,7 @@ wrong values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import logging
 import os
@@ -86,16 +86,28 @@ class Checkpoints:
     directory: where the steps are; made if it is missing.
     keep: how many of the newest steps stay. With 1 there is no older step to
       use when that one is damaged.
+    run: the id of the run, which saved steps are marked with. A restore
+      refuses steps of other runs. None: steps have no mark, and those of any
+      run are read.
+    on_saved: is called with a step when that is on the disk. None: nothing is.
 
   Raises:
     CheckpointError: the directory cannot be made or listed.
     ValueError: `keep` is below 1.
   """
 
-  def __init__(self, directory: epath.PathLike, *, keep: int = 3) -> None:
+  def __init__(
+    self,
+    directory: epath.PathLike,
+    *,
+    keep: int = 3,
+    run: str | None = None,
+    on_saved: Callable[[int], None] | None = None,
+  ) -> None:
     if keep < 1:
       raise ValueError(f"keep={keep}: expected at least 1")
     self._directory = _absolute(directory)
+    self._run, self._on_saved = run, on_saved
     self._current: int | None = None
     self._writer = storage.Writer(self._directory, keep)
 
@@ -116,7 +128,7 @@ class Checkpoints:
       CheckpointError: this save or the one before failed, or there is a newer
         or equal step that this object neither saved nor restored.
       TypeError: a leaf of `state` or `meta` cannot be saved.
-      ValueError: a name in `state` or a number in `meta` cannot be saved.
+      ValueError: a name in `state` cannot be saved.
     """
     self.wait()
     if step == self._current:
@@ -127,7 +139,8 @@ class Checkpoints:
         f"{self._directory}: cannot save step {step} over step {newest}"
       )
     self._current = None
-    self._writer.start(step, state, verify.make_record(state, meta))
+    record = verify.make_record(state, meta, step=step, run=self._run)
+    self._writer.start(step, state, record)
     self._current = step
 
   def wait(self) -> None:
@@ -137,10 +150,12 @@ class Checkpoints:
       CheckpointError: it failed; the message has the reason.
     """
     try:
-      self._writer.wait()
+      saved = self._writer.wait()
     except CheckpointError:
       self._current = None
       raise
+    if saved is not None and self._on_saved is not None:
+      self._on_saved(saved)
 
   def steps(self) -> list[int]:
     """Return the saved steps, ascending; waits for the running save.
@@ -173,11 +188,12 @@ class Checkpoints:
 
     Raises:
       NoCheckpointError: nothing has been saved yet.
-      CheckpointError: no step is readable, or the newest readable record has
-        other arrays than the target: the message names them.
+      CheckpointError: no step is readable. Or the newest readable record has
+        other arrays than the target, or is of another step or run: the message
+        names them.
     """
     self.wait()
-    found, passed = _read_newest(self._directory, abstract_state)
+    found, passed = _read_newest(self._directory, abstract_state, run=self._run)
     broken = tuple(self._set_aside(step, why) for step, why in passed)
     self._current = found.step
     return dataclasses.replace(found, broken=broken)
@@ -211,19 +227,20 @@ class Checkpoints:
 
 
 def read_meta(
-  directory: epath.PathLike, step: int | None = None
+  directory: epath.PathLike, step: int | None = None, *, run: str | None = None
 ) -> tuple[int, dict[str, Any]]:
   """Return the step and `meta` of a checkpoint, without reading arrays.
 
   Args:
     directory: where the steps are; nothing in it is changed.
     step: the step. None takes the newest with a readable record.
+    run: the id of the run. None reads the checkpoint of any run.
 
   Raises:
     NoCheckpointError: nothing has been saved yet.
-    CheckpointError: the step is missing or unreadable.
+    CheckpointError: the step is missing or unreadable, or of another run.
   """
-  found, _ = _read_newest(_absolute(directory), None, step)
+  found, _ = _read_newest(_absolute(directory), None, step, run=run)
   return found.step, found.meta
 
 
@@ -231,6 +248,8 @@ def restore_params(
   directory: epath.PathLike,
   abstract_params: Mapping[str, Any],
   step: int | None = None,
+  *,
+  run: str | None = None,
 ) -> tuple[int, dict[str, Any]]:
   """Read the parameters of a checkpoint, and nothing else of its state.
 
@@ -238,16 +257,20 @@ def restore_params(
     directory: where the steps are; nothing in it is changed.
     abstract_params: as `params` in the argument of `Checkpoints.restore`.
     step: the step. None takes the newest readable one.
+    run: the id of the run. None reads the checkpoint of any run.
 
   Returns:
     (step, parameters).
 
   Raises:
     NoCheckpointError: nothing has been saved yet.
-    CheckpointError: the step is missing or unreadable, or has other arrays.
+    CheckpointError: the step is missing or unreadable, has other arrays, or is
+      of another run.
   """
   target = {"params": abstract_params}
-  found, _ = _read_newest(_absolute(directory), target, step, partial=True)
+  found, _ = _read_newest(
+    _absolute(directory), target, step, run=run, partial=True
+  )
   return found.step, found.state["params"]
 
 
@@ -262,6 +285,7 @@ def _read_newest(
   target: Mapping[str, Any] | None,
   step: int | None = None,
   *,
+  run: str | None,
   partial: bool = False,
 ) -> tuple[Restored, list[tuple[int, str]]]:
   """Return the newest readable step, and (step, reason) of damaged newer ones.
@@ -270,6 +294,7 @@ def _read_newest(
     directory: where the steps are.
     target: what to read. None reads the record only.
     step: the only step to try. None tries all.
+    run: the id of the run. None reads the checkpoint of any run.
     partial: whether the checkpoint may hold more than the target.
   """
   steps = storage.steps(directory)
@@ -280,7 +305,7 @@ def _read_newest(
   passed = []
   for candidate in reversed(steps if step is None else [step]):
     try:
-      found = _read(directory, candidate, target, partial)
+      found = _read(directory, candidate, target, run, partial)
       reason = None
     except verify.DamagedError as error:
       reason = str(error)
@@ -298,11 +323,13 @@ def _read(
   directory: epath.Path,
   step: int,
   target: Mapping[str, Any] | None,
+  run: str | None,
   partial: bool,
 ) -> Restored:
   path = directory / str(step)
   record = storage.load(path, "record", None)
   verify.check_record(record)
+  verify.check_place(record, step, run)
   if target is None:
     return Restored(step, {}, record["meta"])
   stored = record["arrays"]

@@ -21,7 +21,9 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-FORMAT_VERSION = 2  # 1 had other parameter names: conv and mixer
+# 1 had other parameter names: conv and mixer. 2 did not know its step and run.
+FORMAT_VERSION = 3
+_OLDEST = 2  # that is still read
 _NAMED = 3  # differing arrays that a message names before it counts the rest
 
 
@@ -64,23 +66,31 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def make_record(
-  state: Mapping[str, Any], meta: Mapping[str, Any]
+  state: Mapping[str, Any],
+  meta: Mapping[str, Any],
+  *,
+  step: int,
+  run: str | None,
 ) -> dict[str, Any]:
   """Return the record of a checkpoint; waits for the arrays.
 
   Args:
     state: nested dicts of arrays.
     meta: JSON data, kept in the record.
+    step: the step of the checkpoint.
+    run: the id of its run. None: it belongs to no run.
 
   Raises:
     TypeError: a leaf of `state` or `meta` cannot be saved.
-    ValueError: a name in `state` or a number in `meta` cannot be saved.
+    ValueError: a name in `state` cannot be saved.
   """
   leaves = flatten(state)
   if len({path.replace("/", ".") for path in leaves}) < len(leaves):
     raise ValueError("two parameters have one name on disk: 'a.b' and 'a/b'")
   body = {
     "format_version": FORMAT_VERSION,
+    "step": step,
+    "run": run,
     "arrays": {
       path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
       for path, leaf in leaves.items()
@@ -89,7 +99,9 @@ def make_record(
   }
   for path, checksum in checksums(leaves).items():
     body["arrays"][path]["checksum"] = checksum
-  body = json.loads(json.dumps(body, allow_nan=False))
+  # Metrics may be infinite or NaN, which must not stop a save. Python's JSON
+  # writes and reads them as Infinity and NaN.
+  body = json.loads(json.dumps(body))
   return {**body, "sha256": _seal(body)}
 
 
@@ -114,11 +126,39 @@ def check_record(record: Any) -> None:
       f"the checkpoint has format {version}, of a newer trainer: expected "
       f"format {FORMAT_VERSION}; update rebased-jax"
     )
-  if version < FORMAT_VERSION:
+  if version < _OLDEST:
     raise CheckpointError(
       f"the checkpoint has format {version}, of a trainer before 0.1.0, whose "
       f"parameters had other names: expected format {FORMAT_VERSION}; train "
       "the run again, or use the trainer that wrote it"
+    )
+
+
+def check_place(record: Mapping[str, Any], step: int, run: str | None) -> None:
+  """Check that a record is that of the step and the run where it was found.
+
+  A record of format 2 says neither. Its step is believed. It is taken for that
+  of `run` only if that is None.
+
+  Args:
+    record: the record, which `check_record` has checked.
+    step: the step that its folder is named after.
+    run: the id of the run that the folder belongs to. None: any run.
+
+  Raises:
+    CheckpointError: it is of another step or run; the message has both.
+  """
+  stored = record.get("step", step)
+  if stored != step:
+    raise CheckpointError(
+      f"the checkpoint is of step {stored}: expected step {step}, the name of "
+      f"its folder; rename the folder to {stored}, or take it away"
+    )
+  owner = record.get("run")
+  if run is not None and owner != run:
+    raise CheckpointError(
+      f"the checkpoint is of {f'the run {owner!r}' if owner else 'no run'}: "
+      f"expected {run!r}, the run of this folder; take it away"
     )
 
 
