@@ -11,6 +11,7 @@ from train.checkpoint.checkpoints import (
   CheckpointError,
   Checkpoints,
   NoCheckpointError,
+  Restored,
   restore_params,
 )
 from train.compiled_steps import Built
@@ -39,7 +40,9 @@ def source_weights(config: RunConfig, built: Built) -> tuple[Any, str]:
   source.read_config()
   target = compiled_steps.to_dicts(built.abstract)["params"]
   try:
-    step, params = restore_params(source.checkpoints, target)
+    step, params = restore_params(
+      source.checkpoints, target, run=source.run_id()
+    )
   except CheckpointError as error:
     raise RunFolderError(f"init_from={config.init_from}: {error}") from error
   return params, f"weights of {source.path}, step {step}; fresh optimiser"
@@ -83,6 +86,7 @@ def restore_or_create(
     return compiled_steps.warm_state(params, built), 0, {}, [note]
   changes = config_changes(found.meta, config, folder, allow_data_change)
   notes = [f"warning: {broken}" for broken in found.broken]
+  notes += _newer_steps_that_are_gone(folder, found)
   notes += [
     change if is_about_mesh(change) else f"warning: {change}"
     for change in changes
@@ -90,6 +94,14 @@ def restore_or_create(
   notes.append(f"resuming at step {found.step}")
   state = compiled_steps.from_dicts(found.state, built.abstract)
   return state, found.step, found.meta, notes
+
+
+def _newer_steps_that_are_gone(folder: RunFolder, found: Restored) -> list[str]:
+  newest = max([found.step, *(broken.step for broken in found.broken)])
+  saved = folder.last_save()
+  if saved is None or saved <= newest:
+    return []
+  return [f"warning: step {saved} was saved, and its checkpoint is gone"]
 
 
 def config_changes(

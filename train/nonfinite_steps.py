@@ -85,7 +85,8 @@ class NonfiniteSteps:
     """Keep the batch and the state before the step; return the message."""
     kept = RunFolder(self._folder.path / f"failed-step-{step}")
     self._dump(kept, step, message)
-    with Checkpoints(kept.checkpoints) as checkpoints:
+    run_id = self._folder.run_id()
+    with Checkpoints(kept.checkpoints, run=run_id) as checkpoints:
       # There is one already if a resumed run failed at the same step again.
       if checkpoints.latest() is None:
         checkpoints.save(step, compiled_steps.to_dicts(state), meta)

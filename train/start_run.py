@@ -130,8 +130,13 @@ def train(
       config, compiled_steps.to_dicts(built.abstract)["params"], mesh.shape
     )
     with (
-      _claimed(folder, config, allow_data_change=allow_data_change),
-      Checkpoints(folder.checkpoints, keep=config.keep) as checkpoints,
+      _claimed(folder, config, allow_data_change=allow_data_change) as run_id,
+      Checkpoints(
+        folder.checkpoints,
+        keep=config.keep,
+        run=run_id,
+        on_saved=folder.note_save if first else None,
+      ) as checkpoints,
       StopSignals() as stop,
     ):
       state, start, meta, notes = initial_state.restore_or_create(
@@ -165,21 +170,25 @@ def train(
 @contextlib.contextmanager
 def _claimed(
   folder: RunFolder, config: RunConfig, *, allow_data_change: bool
-) -> Iterator[None]:
+) -> Iterator[str | None]:
   """Open and lock the folder; the first process does so for all of them.
+
+  Yields:
+    The id of the run; None if it began before runs had one.
 
   Raises:
     RunFolderError: the folder cannot be used, or another run trains in it.
   """
-  failure = None
+  failure, run_id = None, None
   processes.all_processes(True)  # each has seen what was there before
   with contextlib.ExitStack() as locks:
     if jax.process_index() == 0:
       try:
         folder.open(config, allow_data_change=allow_data_change)
         locks.enter_context(folder.locked())
+        run_id = folder.run_id()
       except RunFolderError as error:
         failure = error
     if not processes.all_processes(failure is None):
       raise failure or RunFolderError(f"{folder.path}: refused by process 0")
-    yield
+    yield processes.from_first(run_id or "") or None

@@ -77,13 +77,19 @@ def from_dict(data: Any, where: str = "config") -> Any:
     raise ConfigError(f"{where}: {error}") from error
 
 
-def to_json(config: RunConfig) -> str:
+def to_json(config: RunConfig, run_id: str | None = None) -> str:
   """Return the text of config.json.
+
+  Args:
+    config: the run.
+    run_id: the id of the run, which its checkpoints are marked with. None:
+      the text has none.
 
   Raises:
     ConfigError: the config cannot be stored; see `to_dict`.
   """
-  data = {"version": VERSION, "run": to_dict(config, "run")}
+  mark = {} if run_id is None else {"id": run_id}
+  data = {"version": VERSION, **mark, "run": to_dict(config, "run")}
   return json.dumps(data, indent=2, allow_nan=False)
 
 
@@ -94,11 +100,8 @@ def from_json(text: str) -> RunConfig:
     ConfigError: the text is not JSON, has another version, or names a class
       or field that does not fit.
   """
-  try:
-    data = json.loads(text)
-  except json.JSONDecodeError as error:
-    raise ConfigError(f"not JSON: {error}") from error
-  version = data.get("version") if isinstance(data, dict) else None
+  data = _load(text)
+  version = data.get("version")
   if version == 1:
     raise ConfigError(
       "version=1: expected 2. Version 1 is of a trainer before 0.1.0, whose "
@@ -112,6 +115,44 @@ def from_json(text: str) -> RunConfig:
     name = type(config).__name__
     raise ConfigError(f"run has type {name}: expected train:RunConfig")
   return config
+
+
+def read_id(text: str) -> str | None:
+  """Return the id of the run of a config.json; None if it has none.
+
+  Raises:
+    ConfigError: the text is not JSON, or the id is no string.
+  """
+  run_id = _load(text).get("id")
+  if run_id is not None and not isinstance(run_id, str):
+    raise ConfigError(f"id={run_id!r}: expected a string")
+  return run_id
+
+
+def _load(text: str) -> dict[str, Any]:
+  """Return the JSON object of a config.json."""
+  try:
+    data = json.loads(
+      text, parse_constant=_refuse, object_pairs_hook=_without_repeats
+    )
+  except (ValueError, RecursionError) as error:
+    raise ConfigError(f"not JSON: {error}") from error
+  if not isinstance(data, dict):
+    kind = type(data).__name__
+    raise ConfigError(f"it holds a {kind}: expected a JSON object")
+  return data
+
+
+def _refuse(constant: str) -> None:
+  raise ValueError(f"{constant}: expected a finite number")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  names = [name for name, _ in pairs]
+  for name in names:
+    if names.count(name) > 1:
+      raise ValueError(f"{name!r} is there twice: expected it once")
+  return dict(pairs)
 
 
 def check_storable(config: RunConfig) -> None:

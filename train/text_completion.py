@@ -206,7 +206,8 @@ def _read_run(
       "language model's run, trained on text"
     )
   try:
-    return config, config.data, read_meta(folder.checkpoints, step)[1]
+    _, meta = read_meta(folder.checkpoints, step, run=folder.run_id())
+    return config, config.data, meta
   except NoCheckpointError as error:
     raise RunFolderError(f"{run_dir}: no checkpoint yet") from error
 

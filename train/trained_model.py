@@ -25,7 +25,8 @@ def load(run_dir: epath.PathLike, step: int | None = None) -> LM:
 
   Raises:
     ValueError: `run_dir` is not a run folder, or its config cannot be read.
-    CheckpointError: there is no such checkpoint, or it is unreadable.
+    CheckpointError: there is no such checkpoint, it is unreadable, or it is
+      of another run.
   """
   with import_trainer():  # where `train` is a user's own module
     config, _, arrays = load_params(run_dir, step)
@@ -46,5 +47,7 @@ def load_params(
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(state)
   )
-  step, arrays = restore_params(folder.checkpoints, abstract, step)
+  step, arrays = restore_params(
+    folder.checkpoints, abstract, step, run=folder.run_id()
+  )
   return config, step, arrays

@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+import shutil
 
 from checkpoint_cases import (
   META,
@@ -160,7 +161,7 @@ def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch) -> None:
   monkeypatch.setattr(verify, "FORMAT_VERSION", FORMAT_VERSION + 1)
   fill(tmp_path)
   monkeypatch.undo()
-  with pytest.raises(CheckpointError, match="has format 3"):
+  with pytest.raises(CheckpointError, match="has format 4"):
     read_meta(tmp_path)
 
 
@@ -168,10 +169,98 @@ def test_an_older_format_is_refused_with_advice(
   tmp_path: Path, monkeypatch
 ) -> None:
   with monkeypatch.context() as patch:
-    patch.setattr(verify, "FORMAT_VERSION", FORMAT_VERSION - 1)
+    patch.setattr(verify, "FORMAT_VERSION", 1)
     fill(tmp_path, steps=(1,))
   with pytest.raises(CheckpointError, match="has format 1, .* run again"):
     read_meta(tmp_path)
+
+
+def _readers(directory: Path, run: str | None):
+  target = abstract(make_state(0))
+
+  def restore():
+    with Checkpoints(directory, run=run) as checkpoints:
+      return checkpoints.restore(target)
+
+  params = target["params"]
+  return (
+    restore,
+    lambda: read_meta(directory, run=run),
+    lambda: restore_params(directory, params, run=run),
+  )
+
+
+@pytest.mark.parametrize("how", ["renamed", "copied"])
+def test_a_step_under_another_name_is_refused(tmp_path: Path, how: str) -> None:
+  fill(tmp_path)
+  if how == "renamed":
+    (tmp_path / "2").rename(tmp_path / "3")
+  else:
+    shutil.copytree(tmp_path / "1", tmp_path / "3")
+  before = names(tmp_path)
+  stored = 2 if how == "renamed" else 1
+  message = rf"3: the checkpoint is of step {stored}: expected step 3, .*rename"
+  for read in _readers(tmp_path, None):
+    with pytest.raises(CheckpointError, match=message):
+      read()
+  with pytest.raises(CheckpointError, match=message):
+    read_meta(tmp_path, 3)
+  assert names(tmp_path) == before
+  assert read_meta(tmp_path, 1)[0] == 1
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+  with Checkpoints(tmp_path, run="mine-1") as checkpoints:
+    checkpoints.save(1, make_state(1), {})
+  with Checkpoints(tmp_path / "none") as checkpoints:
+    checkpoints.save(1, make_state(1), {})
+  wrong = [
+    (tmp_path, "other-2", "of the run 'mine-1': expected 'other-2'"),
+    (tmp_path / "none", "other-2", "of no run: expected 'other-2'"),
+  ]
+  for directory, run, message in wrong:
+    for read in _readers(directory, run):
+      with pytest.raises(CheckpointError, match=message):
+        read()
+  for run in ("mine-1", None):
+    for read in _readers(tmp_path, run):
+      read()
+
+
+def test_a_checkpoint_of_format_2_is_read(tmp_path: Path, monkeypatch) -> None:
+  make = verify.make_record
+
+  def without_step_and_run(state, meta, **_):
+    body = make(state, meta, step=1, run=None)
+    for name in ("step", "run", "sha256"):
+      del body[name]
+    return {
+      **body,
+      "format_version": 2,
+      "sha256": verify._seal({**body, "format_version": 2}),
+    }
+
+  with monkeypatch.context() as patch:
+    patch.setattr(verify, "make_record", without_step_and_run)
+    fill(tmp_path, steps=(1,))
+  for read in _readers(tmp_path, None):
+    read()
+  for read in _readers(tmp_path, "mine-1"):
+    with pytest.raises(CheckpointError, match="of no run"):
+      read()
+
+
+def test_a_save_is_told_when_it_is_on_the_disk(tmp_path: Path) -> None:
+  saved = []
+
+  def note(step: int) -> None:
+    assert (tmp_path / str(step) / "record" / "data.json").exists()
+    saved.append(step)
+
+  with Checkpoints(tmp_path, on_saved=note) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, make_state(step), {})
+  assert saved == [1, 2]
 
 
 def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
@@ -221,7 +310,8 @@ def test_checksums_change_with_places_values_and_bits() -> None:
 
 
 def test_record_round_trips_through_json() -> None:
-  record = verify.make_record({"a": jnp.ones(2)}, {1: 0.1, "t": (1, 2)})
+  meta = {1: 0.1, "t": (1, 2)}
+  record = verify.make_record({"a": jnp.ones(2)}, meta, step=3, run="mine")
   verify.check_record(json.loads(json.dumps(record)))
   assert record["meta"] == {"1": 0.1, "t": [1, 2]}
   record["meta"]["1"] = 0.2

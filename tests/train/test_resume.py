@@ -26,8 +26,13 @@ from train_cases import (
   trainer as trainer,
 )
 
-from train import compiled_steps, initial_state, loop, stored_config
-from train.checkpoint.checkpoints import Checkpoints, read_meta
+from train import compiled_steps, initial_state, load, loop, stored_config
+from train.checkpoint.checkpoints import (
+  CheckpointError,
+  Checkpoints,
+  read_meta,
+)
+from train.commands import inspect
 from train.devices import mesh as mesh_lib
 from train.records.run_folder import RunFolder, RunFolderError
 
@@ -213,6 +218,84 @@ def test_changed_data_is_refused(
     run(_CONFIG, folder)
   assert str(folder) in str(error.value)
   assert files(folder) == before
+
+
+def test_a_renamed_checkpoint_is_refused(
+  finished: Path, tmp_path: Path
+) -> None:
+  folder = tmp_path / "run"
+  shutil.copytree(finished, folder)
+  (folder / "checkpoints" / "4").rename(folder / "checkpoints" / "55")
+  before = files(folder)
+  for use in (lambda: run(_CONFIG, folder), lambda: load(folder)):
+    with pytest.raises(CheckpointError, match="step 4: expected step 55"):
+      use()
+  assert files(folder) == before
+
+
+def test_another_runs_checkpoint_is_refused(
+  finished: Path, tmp_path: Path
+) -> None:
+  """Even if its config is the same, so that only its folder differs."""
+  other = tmp_path / "other"
+  other.mkdir()
+  RunFolder(other).open(_CONFIG)
+  shutil.copytree(finished / "checkpoints", other / "checkpoints")
+  before = files(other)
+  for use in (
+    lambda: run(_CONFIG, other),
+    lambda: load(other),
+    lambda: load(other, 4),
+    lambda: inspect.show_folder(str(other / "checkpoints" / "4"), (), None),
+  ):
+    with pytest.raises(CheckpointError, match="the run 'finished-.*'other-"):
+      use()
+  assert files(other) == before
+
+
+@pytest.mark.parametrize("left", ["no folder", "an empty folder", "an old run"])
+def test_a_run_whose_checkpoints_are_gone_is_refused(
+  finished: Path, tmp_path: Path, left: str
+) -> None:
+  folder = tmp_path / "run"
+  shutil.copytree(finished, folder)
+  shutil.rmtree(folder / "checkpoints")
+  lost = "step 6 was saved"
+  if left == "an empty folder":
+    (folder / "checkpoints").mkdir()
+  elif left == "an old run":
+    (folder / "last_save.json").unlink()
+    lost = "steps are in metrics.jsonl"
+  before = files(folder)
+  message = f"checkpoints: no checkpoint is there, although {lost}.*bring"
+  with pytest.raises(RunFolderError, match=message):
+    run(_CONFIG, folder)
+  assert files(folder) == before
+
+
+def test_a_newest_checkpoint_that_is_gone_is_named(
+  finished: Path, tmp_path: Path
+) -> None:
+  folder = tmp_path / "run"
+  shutil.copytree(finished, folder)
+  shutil.rmtree(folder / "checkpoints" / "6")
+  _, text = run(_CONFIG, folder)
+  assert "warning: step 6 was saved, and its checkpoint is gone" in text
+  assert "resuming at step 4" in text
+  _assert_same_end(folder, finished)
+
+
+def test_a_run_that_was_killed_before_its_first_save_starts_again(
+  finished: Path, tmp_path: Path
+) -> None:
+  folder = tmp_path / "run"
+  shutil.copytree(finished, folder)
+  shutil.rmtree(folder / "checkpoints")
+  (folder / "checkpoints").mkdir()
+  (folder / "last_save.json").unlink()
+  outcome, _ = run(_CONFIG, folder)
+  assert (outcome.step, outcome.reason) == (6, "finished")
+  _assert_same_end(folder, finished)
 
 
 def test_a_checkpoint_holds_its_config_and_reason(finished: Path) -> None:

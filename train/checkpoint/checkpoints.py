@@ -2,7 +2,8 @@
 
 A step is saved as one directory, `DIRECTORY/STEP`. It holds the arrays and a
 sealed record: the format version, the step, the id of the run, the caller's
-`meta`, and for every array its shape, dtype and checksum. The directory gets its name when it is complete.
+`meta`, and for every array its shape, dtype and checksum. The directory gets
+its name when it is complete.
 
 A restore checks the record, compares it with the target, reads the arrays and
 checks them too. Damage therefore ends in an older step or an error, never in

@@ -76,14 +76,14 @@ class Writer:
       raise CheckpointError(f"checkpoint step {step} was not saved")
     self._pending = (step, response)
 
-  def wait(self) -> None:
-    """Wait for the running save.
+  def wait(self) -> int | None:
+    """Wait for the running save; return its step, or None if none runs.
 
     Raises:
       CheckpointError: it failed; the message has the reason.
     """
     if self._pending is None:
-      return
+      return None
     step, response = self._pending
     try:
       response.result()
@@ -91,6 +91,7 @@ class Writer:
       self._pending = None
       raise self._failed(step, error) from error
     self._pending = None
+    return step
 
   def reload(self) -> None:
     """List the directory again, after a step in it was renamed."""

@@ -167,7 +167,7 @@ def _show_progress(folder: RunFolder, console: Console) -> None:
     if last is not None:
       console.print(rows(f"last {kind} record", _flat(last)))
   try:
-    step, meta = read_meta(folder.checkpoints)
+    step, meta = read_meta(folder.checkpoints, run=folder.run_id())
   except NoCheckpointError:
     console.print("no checkpoint yet")
     return
@@ -177,7 +177,9 @@ def _show_progress(folder: RunFolder, console: Console) -> None:
 
 def _show_checkpoint(path: epath.Path, console: Console) -> None:
   """Print the record of a checkpoint."""
-  step, meta = read_meta(path.parent, int(path.name))
+  folder = RunFolder(path.parent.parent)
+  run_id = folder.run_id() if folder.config_file.exists() else None
+  step, meta = read_meta(path.parent, int(path.name), run=run_id)
   config = meta.pop("config")
   console.print(rows(str(path), {"step": step, **_flat(meta)}))
   console.print(rows("config", _flat(config)))

@@ -57,6 +57,21 @@ def all_processes(ok: bool) -> bool:
   return bool(np.all(multihost_utils.process_allgather(np.bool_(ok))))
 
 
+def from_first(text: str) -> str:
+  """Return the text that the first process gives; all must call it.
+
+  Args:
+    text: at most 1,024 bytes in UTF-8. Only that of the first process counts.
+  """
+  if jax.process_count() == 1:
+    return text
+  padded = np.zeros(1024, np.uint8)
+  data = np.frombuffer(text.encode(), np.uint8)
+  padded[: len(data)] = data
+  found = np.asarray(multihost_utils.broadcast_one_to_all(padded))
+  return found.tobytes().rstrip(b"\0").decode()
+
+
 class Vote:
   """Agree on the largest number that any process names.
 

@@ -108,8 +108,9 @@ def evaluate_run(
   with jax.set_mesh(mesh):
     built = compiled_steps.build(config, mesh)
     target = compiled_steps.to_dicts(built.abstract)["params"]
-    step, params = restore_params(folder.checkpoints, target, step)
-    _, meta = read_meta(folder.checkpoints, step)
+    run_id = folder.run_id()
+    step, params = restore_params(folder.checkpoints, target, step, run=run_id)
+    _, meta = read_meta(folder.checkpoints, step, run=run_id)
     changes = initial_state.data_changes(
       meta, config, folder, allow_data_change
     )

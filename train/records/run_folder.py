@@ -3,16 +3,19 @@
 The folder may be a `gs://` path. Each file is written whole, or not at all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import fcntl
 import json
-from typing import Any
+from typing import Any, TypeVar
+import uuid
 
 from etils import epath
 
 from train import atomic, stored_config
 from train.config import RunConfig
+
+_T = TypeVar("_T")
 
 
 class RunFolderError(ValueError):
@@ -30,6 +33,7 @@ class RunFolder:
     config_file: config.json in it.
     metrics_file: metrics.jsonl in it, one record a line.
     checkpoints: the folder of the checkpoints.
+    last_save_file: last_save.json in it, the step of the newest checkpoint.
   """
 
   def __init__(self, path: epath.PathLike):
@@ -37,6 +41,7 @@ class RunFolder:
     self.config_file = self.path / "config.json"
     self.metrics_file = self.path / "metrics.jsonl"
     self.checkpoints = self.path / "checkpoints"
+    self.last_save_file = self.path / "last_save.json"
     self._locks = contextlib.ExitStack()
 
   def open(self, config: RunConfig, *, allow_data_change: bool = False) -> None:
@@ -54,6 +59,7 @@ class RunFolder:
     """
     if self.config_file.exists():
       self._check_same_run(config, allow_data_change)
+      self._check_checkpoints_are_there()
       return
     if self.path.exists() and not self.path.is_dir():
       raise RunFolderError(f"{self.path} is a file: expected a folder")
@@ -62,7 +68,9 @@ class RunFolder:
         f"{self.path} is not empty and holds no config.json: expected a run "
         "folder or a new one"
       )
-    text = stored_config.to_json(config) + "\n"
+    # The name is for people; the number makes it this run's alone.
+    run_id = f"{self.path.name or 'run'}-{uuid.uuid4().hex[:12]}"
+    text = stored_config.to_json(config, run_id) + "\n"
     try:
       self.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -84,6 +92,50 @@ class RunFolder:
       f"choose another --run-dir{hint}"
     )
 
+  def _check_checkpoints_are_there(self) -> None:
+    """Raise RunFolderError if checkpoints were saved and are gone."""
+    there = self.checkpoints.exists()
+    if there and any(x.name[:1].isdigit() for x in self.checkpoints.iterdir()):
+      return
+    saved = self.last_save()
+    if saved is not None:
+      lost = f"step {saved} was saved"
+    elif self.metrics_file.exists() and not there and not self._is_remote:
+      lost = "steps are in metrics.jsonl"
+    else:
+      return  # the run was stopped before its first save
+    raise RunFolderError(
+      f"{self.checkpoints}: no checkpoint is there, although {lost}: expected "
+      "the run's checkpoints; bring them back, or start again in another "
+      "--run-dir"
+    )
+
+  @property
+  def _is_remote(self) -> bool:
+    return "://" in str(self.path)
+
+  def last_save(self) -> int | None:
+    """Return the step of the newest checkpoint ever saved; None before it.
+
+    Raises:
+      RunFolderError: last_save.json cannot be read.
+    """
+    if not self.last_save_file.exists():
+      return None
+    try:
+      step = json.loads(self.last_save_file.read_text())["step"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+      raise RunFolderError(f"{self.last_save_file}: {error!r}") from error
+    if type(step) is not int or step < 0:
+      raise RunFolderError(
+        f"{self.last_save_file}: step={step!r}: expected a step of the run"
+      )
+    return step
+
+  def note_save(self, step: int) -> None:
+    """Remember that a step is saved, so that its loss would be noticed."""
+    self.write(self.last_save_file.name, json.dumps({"step": step}) + "\n")
+
   @contextlib.contextmanager
   def locked(self) -> Iterator[None]:
     """Keep other processes of this host from training in the folder.
@@ -91,7 +143,7 @@ class RunFolder:
     Raises:
       RunFolderError: another process trains in it.
     """
-    if "://" in str(self.path):  # a bucket has no locks
+    if self._is_remote:  # a bucket has no locks
       yield
       return
     with self.config_file.open() as file, self._locks:
@@ -107,8 +159,8 @@ class RunFolder:
     """Store a config that has changed; call it while the folder is locked."""
     if self.read_config() == config:
       return
-    text = stored_config.to_json(config) + "\n"
-    if "://" in str(self.path):
+    text = stored_config.to_json(config, self.run_id()) + "\n"
+    if self._is_remote:
       self.write("config.json", text)
       return
     with atomic.replacing(self.config_file) as temporary:
@@ -122,10 +174,21 @@ class RunFolder:
     Raises:
       RunFolderError: there is none, or it cannot be read.
     """
+    return self._read_config_file(stored_config.from_json)
+
+  def run_id(self) -> str | None:
+    """Return the id of the run; None if it began before runs had one.
+
+    Raises:
+      RunFolderError: as `read_config` does.
+    """
+    return self._read_config_file(stored_config.read_id)
+
+  def _read_config_file(self, read: Callable[[str], _T]) -> _T:
     if not self.config_file.exists():
       raise RunFolderError(f"{self.path} is no run folder: no config.json")
     try:
-      return stored_config.from_json(self.config_file.read_text())
+      return read(self.config_file.read_text())
     except (stored_config.ConfigError, UnicodeDecodeError) as error:
       raise RunFolderError(f"{self.config_file}: {error}") from error
 
