@@ -102,6 +102,8 @@ def make_steps(config: RunConfig, mesh: Mesh) -> Steps:
     tuple(config.data.eval_fields(config.micro_batch)), mesh
   )
   everywhere = mesh_lib.replicated(mesh)
+  # A state stays where it is, rows and tokens are split, and the metrics are on
+  # every device, so that each process can read them.
   train_step = jax.jit(
     _with_program(step.train_step, program),
     in_shardings=(placed, batch, everywhere),

@@ -18,11 +18,12 @@ class OptimizerConfig:
 
   The learning rate rises linearly over `warmup_steps`. Then it falls as a half
   cosine from `learning_rate` to `final_fraction` of it at the run's last step.
+  With warm-up the first step has `learning_rate` / `warmup_steps`, not 0.
   """
 
   #: The highest learning rate.
   learning_rate: float = 1e-3
-  #: Steps over which the learning rate rises from 0.
+  #: Steps over which the learning rate rises.
   warmup_steps: int = 0
   #: The learning rate at the last step, as a fraction of the highest.
   final_fraction: float = 0.0

@@ -114,12 +114,11 @@ def eval_step(params: Any, batch: Batch, program: Program) -> dict[str, Array]:
     batch: as in `train_step`; also `rare` (B, T) if `recall` has a limit.
     program: the model and its layout.
   """
-  loss, targets = _loss_sum(params, batch, program)
+  recalled_BM = None
   if program.recall is not None:
     # Text has a target at every token, so M = T.
-    recalled_BT = recall.recalled(batch, program.recall)
-    targets = targets._replace(recalled_BM=recalled_BT.astype(jnp.float32))
-  return metrics.target_sums(loss, batch["weights"], targets)
+    recalled_BM = recall.recalled(batch, program.recall).astype(jnp.float32)
+  return loss_sums(params, batch, program, recalled_BM=recalled_BM)[1]
 
 
 def loss_sums(
@@ -127,6 +126,7 @@ def loss_sums(
   batch: Batch,
   program: Program,
   dropout_key: Array | None = None,
+  recalled_BM: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
   """Return Σ w · nll over the batch, and `metrics.target_sums` of it.
 
@@ -135,18 +135,8 @@ def loss_sums(
     batch: as in `train_step`.
     program: the model and its layout.
     dropout_key: a PRNG key. None: no dropout.
+    recalled_BM: float32, 1 at the targets that recall counts. None: none.
   """
-  loss, targets = _loss_sum(params, batch, program, dropout_key)
-  return loss, metrics.target_sums(loss, batch["weights"], targets)
-
-
-def _loss_sum(
-  params: Any,
-  batch: Batch,
-  program: Program,
-  dropout_key: Array | None = None,
-) -> tuple[Array, metrics.Targets]:
-  """Return Σ w · nll, and nll and correctness of each target."""
   model, axes = nnx.merge(program.graph, params), program.axes
   positions_BM = batch.get("positions")
   x_BMD = model.features(
@@ -167,7 +157,8 @@ def _loss_sum(
     parts=program.loss_chunks,
     axes=axes,
   )
-  return loss, metrics.Targets(tokens.nll_BM, tokens.correct_BM)
+  targets = metrics.Targets(tokens.nll_BM, tokens.correct_BM, recalled_BM)
+  return loss, metrics.target_sums(loss, batch["weights"], targets)
 
 
 def _mean_gradient(

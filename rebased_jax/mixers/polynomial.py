@@ -84,7 +84,10 @@ class HeadShape(NamedTuple):
 
 
 class Projections(nnx.Module):
-  """W_Q, W_K, W_V and W_O. Parameters: {q,k,v,o}/kernel."""
+  """W_Q, W_K, W_V and W_O.
+
+  Parameters: {q,k}/kernel (D, H·F), v/kernel (D, H·P) and o/kernel (H·P, D).
+  """
 
   def __init__(
     self, shape: HeadShape, width: int, *, dtype: str, rngs: nnx.Rngs

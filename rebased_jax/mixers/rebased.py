@@ -127,7 +127,8 @@ class KernelAffine(nnx.Module):
 class ReBased(PolynomialMixer):
   """The mixer of the paper.
 
-  Parameters: project/{q,k,v,o}/kernel, {query,key}_affine/{gamma,beta}.
+  Parameters: project/{q,k,v,o}/kernel, and {query,key}_affine/{gamma,beta} of
+  shape (H·F,).
   """
 
   config_type = ReBasedConfig
