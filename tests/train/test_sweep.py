@@ -17,6 +17,8 @@ from train.config import (
   RunConfig,
 )
 from train.devices import mesh as mesh_lib
+from train.experiments import record as records, sweep as sweep_lib
+from train.experiments.run_cell import run_cell
 from train.experiments.sweep import Cell, Sweep
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -68,11 +70,13 @@ def _alone(run: RunConfig):
   return jax.device_get((state["params"], np.stack(losses)))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_mapped_run_is_the_run_alone(accumulate):
+@pytest.mark.parametrize(
+  ("accumulate", "devices"), [(1, 1), (2, 1), (1, 3)], ids=str
+)
+def test_a_mapped_run_is_the_run_alone(accumulate, devices):
   run = _run(accumulate=accumulate)
   cell = Cell(run, rates=(1e-3, 1e-2), seeds=(0, 3))
-  sweep = Sweep(cell)
+  sweep = Sweep(cell, devices=jax.devices()[:devices])
   epochs = list(sweep.epochs())
   assert [epoch.number for epoch in epochs] == [0, 1, 2]
   losses_SR = np.concatenate([epoch.metrics_SR["loss"] for epoch in epochs])
@@ -92,7 +96,7 @@ def test_a_mapped_run_is_the_run_alone(accumulate):
 
 def test_a_run_that_stopped_no_longer_moves():
   cell = Cell(_run(stop_accuracy=1e-9), rates=(1e-2,), seeds=(0, 1))
-  sweep = Sweep(cell)
+  sweep = Sweep(cell, devices=jax.devices()[:1])
   epochs = sweep.epochs()
   first = next(epochs)
   stopped_R = first.accuracy_R > 1e-9
@@ -111,11 +115,97 @@ def test_a_run_that_stopped_no_longer_moves():
   np.testing.assert_array_equal(second.active_R, [False, True])
 
 
-def test_a_cell_is_one_compilation_each_way():
+def test_a_cell_is_one_compilation():
   sweep = Sweep(Cell(_run(), rates=(1e-3,), seeds=(0, 1)))
   list(sweep.epochs())
-  assert sweep._train._cache_size() == 1
-  assert sweep._evaluate._cache_size() == 1
+  assert len(sweep.compile_seconds) == 1
+
+
+def test_runs_are_shared_among_devices():
+  sweep = Sweep(Cell(_run(), rates=(1e-3,), seeds=(0, 1, 2, 3)))
+  sharding = sweep.state_R["ok"].sharding
+  assert len(sharding.device_set) == 4  # of eight
+  assert sharding.shard_shape((4,)) == (1,)
+
+
+def _numbers(record):
+  """The record without what depends on time."""
+  times = ("seconds", "ms_per_run_step", "commit")
+  return {name: x for name, x in record.items() if name not in times}
+
+
+def test_a_cell_that_is_stopped_and_resumed_has_the_same_record(tmp_path):
+  cell = Cell(_run(), rates=(1e-3, 1e-2), seeds=(0,))
+  whole = run_cell("cell", cell, tmp_path / "whole")
+  stopped = run_cell("cell", cell, tmp_path / "parts", stop=lambda: True)
+  assert stopped is None
+  assert not (tmp_path / "parts" / "cell.json").exists()
+  epochs = []
+  resumed = run_cell(
+    "cell",
+    cell,
+    tmp_path / "parts",
+    report=lambda progress: epochs.append(progress.epoch.number),
+  )
+  assert epochs == [1, 2]
+  assert _numbers(resumed) == _numbers(whole)
+  assert [path.name for path in (tmp_path / "parts").iterdir()] == ["cell.json"]
+  again = run_cell("cell", cell, tmp_path / "parts", report=epochs.append)
+  assert again == resumed and epochs == [1, 2]
+  assert records.cell_of(resumed) == cell
+
+
+def test_another_cell_under_the_same_name_is_refused(tmp_path):
+  cell = Cell(_run(), rates=(1e-3,), seeds=(0,))
+  run_cell("cell", cell, tmp_path, stop=lambda: True)
+  other = dataclasses.replace(cell, rates=(1e-2,))
+  with pytest.raises(records.RecordError, match="is of another cell"):
+    run_cell("cell", other, tmp_path)
+  run_cell("cell", cell, tmp_path)
+  with pytest.raises(records.RecordError, match="is of another cell"):
+    run_cell("cell", other, tmp_path)
+
+
+def test_runs_that_memory_does_not_hold_follow_each_other(
+  tmp_path, monkeypatch
+):
+  cell = Cell(_run(), rates=(1e-3,), seeds=(0, 1, 2))
+  whole = run_cell("whole", cell, tmp_path, devices=jax.devices()[:1])
+  sizes = []
+
+  def check(program, device, runs):
+    sizes.append(runs)
+    if runs > 2:
+      raise MemoryError(f"{runs} runs")
+
+  monkeypatch.setattr(sweep_lib, "_check_memory", check)
+  parts = run_cell("parts", cell, tmp_path, devices=jax.devices()[:1])
+  assert sizes == [3, 2, 2, 1, 1]
+  for a, b in zip(whole["runs"], parts["runs"], strict=True):
+    np.testing.assert_allclose(a["train_loss"], b["train_loss"], rtol=1e-4)
+
+
+def test_half_of_the_runs_continue_in_a_smaller_program(monkeypatch):
+  monkeypatch.setattr(sweep_lib, "_EPOCHS_WORTH_COMPILING", 1)
+  cell = Cell(_run(stop_accuracy=0.99), rates=(1e-3, 1e-2), seeds=(0,))
+  alone = [x.train_loss_R for x in Sweep(cell, runs=[1]).epochs()]
+  sweep = Sweep(cell, devices=jax.devices()[:1])
+  epochs = sweep.epochs()
+  first = next(epochs)
+  found = [first.train_loss_R[1]]
+  sweep._stop(first._replace(accuracy_R=np.array([0.995, 0.1])))
+  assert sweep.runs == (1,)
+  found += [epoch.train_loss_R[0] for epoch in epochs]
+  np.testing.assert_allclose(found, np.ravel(alone), rtol=1e-5)
+  assert len(sweep.compile_seconds) == 2
+
+
+def test_a_run_that_is_not_finite_stops(tmp_path):
+  cell = Cell(_run(), rates=(1e-3, 1e30), seeds=(0,))
+  record = run_cell("cell", cell, tmp_path)
+  good, bad = record["runs"]
+  assert good["finite"] and good["epochs"] == 3
+  assert not bad["finite"] and bad["epochs"] == 1
 
 
 def test_other_data_are_refused():

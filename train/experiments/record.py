@@ -3,6 +3,7 @@
 Tables and figures are drawn from these files alone.
 """
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -14,56 +15,97 @@ import numpy as np
 from train import atomic, stored_config
 from train.experiments.sweep import Cell, Epoch
 
-VERSION = 1
+VERSION = 2  # 1 listed a run's epochs after its stop too
+
+
+class RecordError(ValueError):
+  """A record cannot be read, or is of another cell."""
+
+
+@dataclasses.dataclass
+class History:
+  """What the epochs of a cell gave; NaN where a run was not trained."""
+
+  accuracy_ER: np.ndarray  # held-out; all are float32
+  loss_ER: np.ndarray  # held-out
+  train_loss_ER: np.ndarray  # mean over the epoch's steps
+  finite_ER: np.ndarray  # 1: no step so far had an Inf or NaN; else 0
+  seconds_ER: np.ndarray  # of the whole epoch, in each run's entry
+  runs_ER: np.ndarray  # how many runs the epoch's program had
+
+  @classmethod
+  def empty(cls, cell: Cell) -> "History":
+    """Return the history before the first epoch."""
+    shape = cell.epochs, len(cell.runs)
+    fields = dataclasses.fields(cls)
+    return cls(*(np.full(shape, np.nan, np.float32) for _ in fields))
+
+  def add(self, epoch: Epoch) -> None:
+    """Enter an epoch."""
+    on_R = epoch.active_R
+    runs = np.asarray(epoch.runs)[on_R]
+    self.accuracy_ER[epoch.number, runs] = epoch.accuracy_R[on_R]
+    self.loss_ER[epoch.number, runs] = epoch.loss_R[on_R]
+    self.train_loss_ER[epoch.number, runs] = epoch.train_loss_R[on_R]
+    self.finite_ER[epoch.number, runs] = epoch.finite_R[on_R]
+    self.seconds_ER[epoch.number, runs] = epoch.seconds
+    self.runs_ER[epoch.number, runs] = len(epoch.runs)
+
+  def arrays(self) -> dict[str, np.ndarray]:
+    """Return the arrays by name."""
+    return dict(vars(self))
+
+
+def key(cell: Cell) -> str:
+  """Return a hash of all that decides a cell's results, but the code."""
+  parts = {
+    "run": stored_config.to_dict(cell.run),
+    "rates": cell.rates,
+    "seeds": cell.seeds,
+    "precision": cell.precision,
+  }
+  text = json.dumps(parts, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def make(
-  cell: Cell, epochs: list[Epoch], *, name: str, commit: str | None
+  cell: Cell,
+  history: History,
+  *,
+  name: str,
+  commit: str | None,
+  seconds: float,
 ) -> dict[str, Any]:
   """Return the record of a cell as plain JSON data.
 
   Args:
     cell: the runs.
-    epochs: every epoch that was trained.
-    name: the preset or system that the cell is of.
+    history: of every epoch that was trained.
+    name: of the cell.
     commit: of the code. None: unknown.
+    seconds: of training, evaluation, compilation and saving together.
   """
-  run = stored_config.to_dict(cell.run)
-  text = json.dumps(run, sort_keys=True)
-  accuracy_ER = np.stack([epoch.accuracy_R for epoch in epochs])
-  active_ER = np.stack([epoch.active_R for epoch in epochs])
-  counted_ER = np.where(active_ER, accuracy_ER, -1)
-  steps = cell.epoch_steps
-  # The first epoch compiles; without a second one there is no time of a step.
-  later = [epoch.seconds for epoch in epochs[1:]]
+  trained_ER = np.isfinite(history.runs_ER)
+  # Time of a step of one run, in each epoch.
+  step_ER = history.seconds_ER / history.runs_ER / cell.epoch_steps
   return {
     "version": VERSION,
     "name": name,
-    "run": run,
-    "run_hash": hashlib.sha256(text.encode()).hexdigest()[:16],
+    "key": key(cell),
+    "run": stored_config.to_dict(cell.run),
     "data": dict(cell.batches.fingerprint),
     "precision": cell.precision,
     "commit": commit,
     "jax": jax.__version__,
     "device": jax.devices()[0].device_kind,
+    "devices": jax.local_device_count(),
     "epochs_planned": cell.epochs,
-    "epochs_done": len(epochs),
-    "steps_per_epoch": steps,
-    "seconds": sum(epoch.seconds for epoch in epochs),
-    "ms_per_run_step": (
-      1e3 * float(np.median(later)) / steps / len(cell.runs) if later else None
-    ),
+    "epochs_done": int(trained_ER.any(axis=1).sum()),
+    "steps_per_epoch": cell.epoch_steps,
+    "seconds": round(seconds, 1),
+    "ms_per_run_step": round(1e3 * float(np.nanmedian(step_ER)), 4),
     "runs": [
-      {
-        "learning_rate": rate,
-        "seed": seed,
-        "best_accuracy": float(counted_ER[:, index].max()),
-        "best_epoch": int(counted_ER[:, index].argmax()),
-        "epochs": int(active_ER[:, index].sum()),
-        "accuracy": _numbers(accuracy_ER[:, index]),
-        "loss": _numbers([epoch.loss_R[index] for epoch in epochs]),
-        "train_loss": _numbers([epoch.train_loss_R[index] for epoch in epochs]),
-      }
+      _run_record(history, index, rate, seed)
       for index, (rate, seed) in enumerate(cell.runs)
     ],
   }
@@ -80,6 +122,50 @@ def write(path: Path, record: dict[str, Any]) -> None:
   atomic.write_json(path, record)
 
 
+def read(path: Path) -> dict[str, Any]:
+  """Return the record in a file.
+
+  Args:
+    path: the file.
+
+  Raises:
+    RecordError: the file holds no record of this version.
+  """
+  try:
+    record = json.loads(path.read_text())
+  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    raise RecordError(f"{path}: no readable record ({error})") from error
+  version = record.get("version") if isinstance(record, dict) else None
+  if version != VERSION:
+    raise RecordError(f"{path}: version={version!r}: expected {VERSION}")
+  return record
+
+
+def cell_of(record: dict[str, Any]) -> Cell:
+  """Return the cell that a record is of.
+
+  Args:
+    record: as `read` returns it.
+
+  Raises:
+    ConfigError: the record's config cannot be read.
+    RecordError: the record was made from another cell than it says.
+  """
+  runs = record["runs"]
+  cell = Cell(
+    stored_config.from_dict(record["run"], "run"),
+    rates=tuple(dict.fromkeys(run["learning_rate"] for run in runs)),
+    seeds=tuple(dict.fromkeys(run["seed"] for run in runs)),
+    precision=record["precision"],
+  )
+  if key(cell) != record["key"]:
+    raise RecordError(
+      f"{record['name']}: key={record['key']!r}: expected {key(cell)!r} for "
+      "the config of the record"
+    )
+  return cell
+
+
 def best_rate(record: dict[str, Any]) -> dict[str, float]:
   """Return the result that the paper's Figure 1 shows of a cell.
 
@@ -91,9 +177,7 @@ def best_rate(record: dict[str, Any]) -> dict[str, float]:
   Returns:
     learning_rate, mean, std (over seeds, n − 1; 0 of a single seed) and seeds.
   """
-  rates: dict[float, list[float]] = {}
-  for run in record["runs"]:
-    rates.setdefault(run["learning_rate"], []).append(run["best_accuracy"])
+  rates = accuracy_by_rate(record)
   rate, found = max(rates.items(), key=lambda item: np.mean(item[1]))
   std = float(np.std(found, ddof=1)) if len(found) > 1 else 0.0
   return {
@@ -104,5 +188,39 @@ def best_rate(record: dict[str, Any]) -> dict[str, float]:
   }
 
 
-def _numbers(values: Any) -> list[float]:
-  return [round(float(value), 6) for value in values]
+def accuracy_by_rate(record: dict[str, Any]) -> dict[float, list[float]]:
+  """Return the best epoch's accuracy of each seed, by learning rate.
+
+  Args:
+    record: of the cell.
+  """
+  rates: dict[float, list[float]] = {}
+  for run in record["runs"]:
+    rates.setdefault(run["learning_rate"], []).append(run["best_accuracy"])
+  return rates
+
+
+def _run_record(
+  history: History, index: int, rate: float, seed: int
+) -> dict[str, Any]:
+  trained_E = np.isfinite(history.runs_ER[:, index])
+  # A run that left the finite has no accuracy; argmax takes the first NaN.
+  accuracy_E = np.nan_to_num(history.accuracy_ER[trained_E, index], nan=0.0)
+  return {
+    "learning_rate": rate,
+    "seed": seed,
+    "best_accuracy": round(float(accuracy_E.max()), 6),
+    "best_epoch": int(accuracy_E.argmax()),
+    "epochs": int(trained_E.sum()),
+    "finite": bool(history.finite_ER[trained_E, index].all()),
+    "accuracy": _numbers(accuracy_E),
+    "loss": _numbers(history.loss_ER[trained_E, index]),
+    "train_loss": _numbers(history.train_loss_ER[trained_E, index]),
+  }
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+  """Return numbers that JSON can hold; None where one is not finite."""
+  return [
+    round(float(value), 6) if np.isfinite(value) else None for value in values
+  ]

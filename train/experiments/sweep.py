@@ -9,14 +9,17 @@ Each run is `step.train_step` under `vmap`, with its own parameters, optimiser
 state, dropout key and order of the examples. The data set lies on the device,
 and an epoch is one `scan` over its steps. AdamW is linear in the learning rate,
 so the update rule is made for rate 1 and each run multiplies its updates by its
-own rate. A run that reached the stop accuracy no longer changes: its `ok` flag
-is cleared, which stops every later update.
+own rate. Where there are several devices, each trains runs of its own.
+
+A run that reached the stop accuracy no longer changes: its `ok` flag is
+cleared, which stops every later update. Once half of the runs have stopped, the
+others continue in a smaller program.
 
 A run of a cell sees the same parameters, batches and dropout as `rebased train`
 with its rate and seed; the two differ by rounding alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import time
@@ -26,6 +29,7 @@ from flax import nnx
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 
@@ -34,6 +38,8 @@ from train.config import MQARPaperData, RunConfig
 from train.data import mqar, mqar_paper
 
 _EVAL_ROWS = 500  # of the test set, at a time
+# A smaller program takes a compilation, which few epochs do not earn.
+_EPOCHS_WORTH_COMPILING = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +80,14 @@ class Cell:
     """Epochs of a run that does not stop early."""
     return self.run.steps // self.epoch_steps
 
-  def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+  def order(
+    self, epoch: int, seeds: Sequence[int]
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Return which examples each run sees in an epoch.
 
     Args:
       epoch: the epoch, from 0.
+      seeds: the seed of each run.
 
     Returns:
       (order_RSB, weights_SB): int32 indices of examples, the same as in
@@ -90,9 +99,9 @@ class Cell:
     filled_SB = np.minimum(place_SB, examples - 1)
     by_seed = {
       seed: mqar_paper.epoch_order(seed, epoch, examples)[filled_SB]
-      for seed in self.seeds
+      for seed in set(seeds)
     }
-    order_RSB = np.stack([by_seed[seed] for _, seed in self.runs])
+    order_RSB = np.stack([by_seed[seed] for seed in seeds])
     weights_SB = (place_SB < examples).astype(np.float32)
     return order_RSB.astype(np.int32), weights_SB
 
@@ -105,13 +114,15 @@ class Cell:
 
 
 class Epoch(NamedTuple):
-  """Results of one epoch of a cell; each array has one number per run."""
+  """Results of one epoch of a sweep; each array has one number per run."""
 
   number: int  # from 0
+  runs: tuple[int, ...]  # which runs of the cell the numbers are of
+  active_R: np.ndarray  # bool: the run was still training in this epoch
+  finite_R: np.ndarray  # bool: no step of the run had an Inf or NaN
   accuracy_R: np.ndarray  # held-out, of all targets
   loss_R: np.ndarray  # held-out
   train_loss_R: np.ndarray  # mean over the steps
-  active_R: np.ndarray  # bool: the run was still training in this epoch
   metrics_SR: dict[str, np.ndarray]  # every metric of every step
   seconds: float  # of training and evaluation together
 
@@ -137,100 +148,258 @@ def scale_by_run_rate() -> optax.GradientTransformation:
 
 
 class Sweep:
-  """A cell on the devices of this process: its state and compiled programs."""
+  """Runs of a cell on the devices of this process.
 
-  def __init__(self, cell: Cell):
-    """Draw the parameters of every run and put the data on the device.
+  Attributes:
+    cell: the cell.
+    runs: which runs of the cell are trained, by their place in `cell.runs`.
+    epoch: the next epoch.
+    active_R: which of `runs` have not stopped.
+    state_R: the state of each run, stacked.
+    compile_seconds: of each compilation so far.
+  """
+
+  def __init__(
+    self,
+    cell: Cell,
+    runs: Sequence[int] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+  ):
+    """Draw the parameters of every run and put the data on the devices.
 
     Args:
-      cell: the runs.
+      cell: the cell.
+      runs: which of its runs. None: all.
+      devices: the devices to share the runs. None: all of this process.
     """
     run = cell.run
     self.cell = cell
+    self.runs = tuple(range(len(cell.runs)) if runs is None else runs)
+    self.epoch = 0
+    self.active_R = np.ones(len(self.runs), bool)
+    self.compile_seconds: list[float] = []
+    self._devices = list(jax.local_devices() if devices is None else devices)
     unit_rate = dataclasses.replace(run.optimizer, learning_rate=1.0)
-    self.tx = optax.chain(
+    self._tx = optax.chain(
       optimizer.make(unit_rate, run.steps), scale_by_run_rate()
     )
     graph, _ = nnx.split(compiled_steps.abstract_lm(run.model))
-    self.program = step.Program(
-      graph, self.tx, run.accumulate, None, loss_chunks=run.loss_chunks
+    self._program = step.Program(
+      graph, self._tx, run.accumulate, None, loss_chunks=run.loss_chunks
     )
-    self.train_N = _examples(cell.batches)
-    test = mqar_paper.paper_test_batches(cell.batches.config)
-    self.test_N = _examples(test)
-    rates_R = jnp.asarray([rate for rate, _ in cell.runs], jnp.float32)
-    seeds_R = jnp.asarray([seed for _, seed in cell.runs], jnp.int32)
+    self._train_N = _examples(cell.batches)
+    self._test_N = _examples(mqar_paper.paper_test_batches(cell.batches.config))
+    chosen = [cell.runs[index] for index in self.runs]
+    rates_R = jnp.asarray([rate for rate, _ in chosen], jnp.float32)
+    seeds_R = jnp.asarray([seed for _, seed in chosen], jnp.int32)
     self.state_R = jax.jit(jax.vmap(self._first_state))(rates_R, seeds_R)
-    self.keys_R = jax.vmap(compiled_steps.dropout_key)(seeds_R)
-    self.active_R = np.ones(len(cell.runs), bool)
-    self.epoch = 0  # the next one
-    self._train = jax.jit(self._train_epoch, donate_argnums=0)
-    self._evaluate = jax.jit(self._test)
+    self._keys_R = jax.vmap(compiled_steps.dropout_key)(seeds_R)
+    self._place()
 
   def epochs(self) -> Iterator[Epoch]:
     """Train epoch after epoch until all runs have stopped or are finished."""
-    stop = self.cell.run.stop_accuracy
     while self.epoch < self.cell.epochs and self.active_R.any():
-      begin = time.perf_counter()
-      order_RSB, weights_SB = self.cell.order(self.epoch)
-      with jax.default_matmul_precision(self.cell.precision):
-        self.state_R, metrics_SR = self._train(
-          self.state_R, self.keys_R, order_RSB, weights_SB, self.train_N
-        )
-        sums_R = self._evaluate(self.state_R["params"], self.test_N)
-      metrics_SR, sums_R = jax.device_get((metrics_SR, sums_R))
-      accuracy_R = sums_R["accuracy"] / sums_R["tokens"]
-      found = Epoch(
-        self.epoch,
-        accuracy_R,
-        sums_R["loss"] / sums_R["tokens"],
-        metrics_SR["loss"].mean(axis=0),
-        self.active_R.copy(),
-        metrics_SR,
-        time.perf_counter() - begin,
+      yield self._run_epoch()
+
+  def compile(self) -> None:
+    """Compile both programs, unless they are compiled.
+
+    Raises:
+      MemoryError: a program needs more memory than a device has.
+    """
+    if self._compiled is not None:
+      return
+    begin = time.perf_counter()
+    order_RSB, weights_SB = self._order()
+    with jax.default_matmul_precision(self.cell.precision):
+      train = jax.jit(self._on_devices(_train_epoch), donate_argnums=0).lower(
+        self.state_R, self._keys_R, order_RSB, weights_SB, self._train_N
       )
-      self.epoch += 1
-      if stop is not None:
-        self.active_R = self.active_R & ~(accuracy_R > stop)
-        self.state_R = dict(
-          self.state_R, ok=self.state_R["ok"] & jnp.asarray(self.active_R)
-        )
-      yield found
+      evaluate = jax.jit(self._on_devices(_test)).lower(
+        self.state_R["params"], self._test_N
+      )
+    self._compiled = train.compile(), evaluate.compile()
+    self.compile_seconds.append(time.perf_counter() - begin)
+    for program in self._compiled:
+      _check_memory(program, self._devices[0], len(self.runs))
+
+  def keep(self, runs: Sequence[int]) -> None:
+    """Drop the other runs; the rest continues in a smaller program.
+
+    Args:
+      runs: the runs to keep, of `self.runs`.
+    """
+    places = np.asarray([self.runs.index(run) for run in runs])
+    self.runs = tuple(runs)
+    self.active_R = self.active_R[places]
+    self.state_R = jax.tree.map(lambda x_R: x_R[places], self.state_R)
+    self._keys_R = self._keys_R[places]
+    self._place()
+
+  def arrays(self) -> dict[str, Any]:
+    """Return the state as nested dicts of arrays, to be saved."""
+    return compiled_steps.to_dicts(self.state_R)
+
+  def load(self, arrays: dict[str, Any], epoch: int) -> None:
+    """Continue at an epoch from the `arrays` of a sweep of the same runs.
+
+    Args:
+      arrays: what `arrays` returned.
+      epoch: the epoch that is next.
+    """
+    self.state_R = compiled_steps.from_dicts(arrays, self.state_R)
+    self.active_R = np.asarray(jax.device_get(self.state_R["ok"]))
+    self.epoch = epoch
+    self._place()
+
+  def _run_epoch(self) -> Epoch:
+    self.compile()
+    train, evaluate = self._compiled
+    begin = time.perf_counter()
+    order_RSB, weights_SB = self._order()
+    self.state_R, metrics_SR = train(
+      self.state_R, self._keys_R, order_RSB, weights_SB, self._train_N
+    )
+    sums_R = evaluate(self.state_R["params"], self._test_N)
+    metrics_SR, sums_R, ok_R = jax.device_get(
+      (metrics_SR, sums_R, self.state_R["ok"])
+    )
+    accuracy_R = sums_R["accuracy"] / sums_R["tokens"]
+    found = Epoch(
+      number=self.epoch,
+      runs=self.runs,
+      active_R=self.active_R,
+      finite_R=ok_R,
+      accuracy_R=accuracy_R,
+      loss_R=sums_R["loss"] / sums_R["tokens"],
+      train_loss_R=metrics_SR["loss"].mean(axis=0),
+      metrics_SR=metrics_SR,
+      seconds=time.perf_counter() - begin,
+    )
+    self.epoch += 1
+    self._stop(found)
+    return found
+
+  def _stop(self, found: Epoch) -> None:
+    """Stop the runs above the stop accuracy, and those that left the finite."""
+    active_R = found.active_R & found.finite_R
+    if self.cell.run.stop_accuracy is not None:
+      active_R &= ~(found.accuracy_R > self.cell.run.stop_accuracy)
+    if not (active_R == self.active_R).all():
+      self.active_R = active_R
+      ok_R = jax.device_put(active_R, self.state_R["ok"].sharding)
+      self.state_R = dict(self.state_R, ok=ok_R)
+    left = [run for run, on in zip(self.runs, active_R, strict=True) if on]
+    enough = self.cell.epochs - self.epoch >= _EPOCHS_WORTH_COMPILING
+    if enough and 0 < 2 * len(left) <= len(self.runs):
+      self.keep(left)
+
+  def _place(self) -> None:
+    """Share the runs among as many devices as divide their number."""
+    count = next(
+      n for n in range(len(self._devices), 0, -1) if len(self.runs) % n == 0
+    )
+    self._mesh = Mesh(np.asarray(self._devices[:count]), ("runs",))
+    runs = NamedSharding(self._mesh, P("runs"))
+    everywhere = NamedSharding(self._mesh, P())
+    self.state_R, self._keys_R = jax.device_put(
+      (self.state_R, self._keys_R), runs
+    )
+    self._train_N, self._test_N = jax.device_put(
+      (self._train_N, self._test_N), everywhere
+    )
+    self._compiled = None
+
+  def _order(self) -> tuple[Array, Array]:
+    """Return this epoch's order_RSB and weights_SB on the devices."""
+    seeds = [self.cell.runs[run][1] for run in self.runs]
+    order_RSB, weights_SB = self.cell.order(self.epoch, seeds)
+    return (
+      jax.device_put(order_RSB, NamedSharding(self._mesh, P("runs"))),
+      jax.device_put(weights_SB, NamedSharding(self._mesh, P())),
+    )
+
+  def _on_devices(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Bind the program to a function, and give each device its own runs."""
+    bound = functools.partial(function, program=self._program)
+    if self._mesh.size == 1:
+      return bound
+    if function is _test:
+      return jax.shard_map(
+        bound, mesh=self._mesh, in_specs=(P("runs"), P()), out_specs=P("runs")
+      )
+    return jax.shard_map(
+      bound,
+      mesh=self._mesh,
+      in_specs=(P("runs"), P("runs"), P("runs"), P(), P()),
+      out_specs=(P("runs"), P(None, "runs")),
+    )
 
   def _first_state(self, rate: Array, seed: Array) -> step.State:
-    state = compiled_steps.new_state(self.cell.run.model, seed, self.tx)
+    state = compiled_steps.new_state(self.cell.run.model, seed, self._tx)
     *rest, _ = state["opt_state"]
     return dict(state, opt_state=(*rest, RunRate(rate)))
 
-  def _train_epoch(self, state_R, keys_R, order_RSB, weights_SB, train_N):
-    """Run one epoch: (state_R, metrics_SR)."""
-    one = functools.partial(step.train_step, program=self.program)
 
-    def train(state, key, index_B, weights_B):
-      batch = {name: x_N[index_B] for name, x_N in train_N.items()}
-      batch["weights"] = batch["weights"] * weights_B[:, None]
-      return one(state, batch, key)
+def _train_epoch(
+  state_R: Any,
+  keys_R: Array,
+  order_RSB: Array,
+  weights_SB: Array,
+  train_N: dict[str, Array],
+  *,
+  program: step.Program,
+) -> tuple[Any, dict[str, Array]]:
+  """Run one epoch: (state_R, metrics_SR)."""
 
-    def body(state_R, inputs):
-      index_RB, weights_B = inputs
-      every = jax.vmap(train, in_axes=(0, 0, 0, None))
-      return every(state_R, keys_R, index_RB, weights_B)
+  def train(state, key, index_B, weights_B):
+    batch = {name: x_N[index_B] for name, x_N in train_N.items()}
+    batch["weights"] = batch["weights"] * weights_B[:, None]
+    return step.train_step(state, batch, key, program)
 
-    steps = jnp.moveaxis(order_RSB, 1, 0), weights_SB
-    return jax.lax.scan(body, state_R, steps)
+  def body(state_R, inputs):
+    index_RB, weights_B = inputs
+    every = jax.vmap(train, in_axes=(0, 0, 0, None))
+    return every(state_R, keys_R, index_RB, weights_B)
 
-  def _test(self, params_R, test_N):
-    """Return `metrics.target_sums` of the test set, one number a run."""
+  steps = jnp.moveaxis(order_RSB, 1, 0), weights_SB
+  return jax.lax.scan(body, state_R, steps)
 
-    def sums(params):
-      parts = jax.tree.map(
-        lambda x: x.reshape(-1, _EVAL_ROWS, *x.shape[1:]), test_N
-      )
-      run = lambda batch: step.eval_step(params, batch, self.program)  # noqa: E731
-      found = jax.lax.map(run, parts)
-      return jax.tree.map(lambda x: x.sum(axis=0), found)
 
-    return jax.vmap(sums)(params_R)
+def _test(
+  params_R: Any, test_N: dict[str, Array], *, program: step.Program
+) -> dict[str, Array]:
+  """Return `metrics.target_sums` of the test set, one number a run."""
+
+  def sums(params):
+    parts = jax.tree.map(
+      lambda x: x.reshape(-1, _EVAL_ROWS, *x.shape[1:]), test_N
+    )
+    found = jax.lax.map(
+      lambda batch: step.eval_step(params, batch, program), parts
+    )
+    return jax.tree.map(lambda x: x.sum(axis=0), found)
+
+  return jax.vmap(sums)(params_R)
+
+
+def _check_memory(program: Any, device: jax.Device, runs: int) -> None:
+  """Raise MemoryError if a compiled program does not fit on its device."""
+  limit = (device.memory_stats() or {}).get("bytes_limit")
+  memory = program.memory_analysis()
+  if limit is None or memory is None:
+    return  # a CPU, whose memory jax does not know
+  needed = (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    + memory.temp_size_in_bytes
+    - memory.alias_size_in_bytes
+  )
+  if needed > limit:
+    raise MemoryError(
+      f"{runs} runs in one program take {needed / 2**30:.1f} GiB, and a device "
+      f"has {limit / 2**30:.1f} GiB"
+    )
 
 
 def _examples(batches: mqar_paper.MQARPaper) -> dict[str, Array]:
@@ -240,23 +409,3 @@ def _examples(batches: mqar_paper.MQARPaper) -> dict[str, Array]:
   )
   rows = mqar.mqar_rows(batches.config, *parts)
   return {name: jnp.asarray(x) for name, x in rows.items()}
-
-
-def train_cell(
-  cell: Cell, report: Callable[[Epoch], None] | None = None
-) -> list[Epoch]:
-  """Train a cell to its end.
-
-  Args:
-    cell: the runs.
-    report: called after every epoch. None: nothing is called.
-
-  Returns:
-    Every epoch.
-  """
-  found = []
-  for epoch in Sweep(cell).epochs():
-    found.append(epoch)
-    if report is not None:
-      report(epoch)
-  return found
