@@ -1,5 +1,6 @@
 """Checkpoints: bit-identical arrays, metadata, mismatches, wrong calls."""
 
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -307,6 +308,58 @@ def test_checksums_change_with_places_values_and_bits() -> None:
   assert one(np.float32(0)) != one(np.float32(-0.0))
   with jax.enable_x64(True):
     assert one(np.float64(1)) != one(np.float64(1 + 2**-50))
+
+
+def _checksum_by_hand(array: np.ndarray) -> int:
+  """Return the checksum as its definition says, in NumPy."""
+
+  def mix(word):
+    word = ((word ^ (word >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    word = ((word ^ (word >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return word ^ (word >> 16)
+
+  words = np.ascontiguousarray(array).view(f"u{min(array.itemsize, 4)}")
+  total = 0
+  for place, word in enumerate(words.ravel().astype(np.uint64).tolist()):
+    total += mix((word + mix(place + 1)) & 0xFFFFFFFF)
+  return total % 2**32
+
+
+def test_checksums_are_those_that_older_checkpoints_hold() -> None:
+  rng = np.random.default_rng(0)
+  arrays = {
+    "vector": rng.normal(size=37).astype(np.float32),
+    "matrix": rng.normal(size=(5, 7)).astype(np.float32),
+    "tensor": rng.normal(size=(3, 4, 5)).astype(np.float32),
+    "half": np.asarray(jnp.asarray(rng.normal(size=(6, 4)), jnp.bfloat16)),
+    "bytes": rng.integers(0, 256, (3, 5), np.uint8),
+    "mask": rng.normal(size=(4, 4)) > 0,
+    "scalar": np.float32(0.1),
+    "empty": np.zeros((0, 3), np.float32),
+  }
+  found = verify.checksums({k: jnp.asarray(v) for k, v in arrays.items()})
+  by_hand = {k: _checksum_by_hand(np.asarray(v)) for k, v in arrays.items()}
+  assert found == by_hand
+  assert found["scalar"] == 3518639523
+
+
+def test_checksums_see_the_order_of_the_axes() -> None:
+  """A transpose, a turn or a swap of rows or columns moves elements only."""
+  one = lambda x: verify.checksums({"x": jnp.asarray(x)})["x"]
+  square = np.arange(36, dtype=np.float32).reshape(6, 6)
+  cube = np.arange(64, dtype=np.float32).reshape(4, 4, 4)
+  moved = [
+    square,
+    square.T,
+    np.rot90(square),
+    square[::-1],
+    square[:, ::-1],
+    square[:, [1, 0, 2, 3, 4, 5]],
+    square[[1, 0, 2, 3, 4, 5]],
+  ]
+  assert len({one(x) for x in moved}) == len(moved)
+  turned = [cube.transpose(axes) for axes in itertools.permutations(range(3))]
+  assert len({one(x) for x in turned}) == 6
 
 
 def test_record_round_trips_through_json() -> None:

@@ -11,8 +11,11 @@ from checkpoint_cases import (
   make_state,
   names,
 )
+import jax
+import numpy as np
 import pytest
 
+from train.checkpoint import orbax_storage as storage
 from train.checkpoint.checkpoints import (
   CheckpointError,
   Checkpoints,
@@ -20,6 +23,7 @@ from train.checkpoint.checkpoints import (
   read_meta,
   restore_params,
 )
+from train.checkpoint.verify import flatten
 
 # Threads of a failed read may still complain after it has returned.
 pytestmark = pytest.mark.filterwarnings(
@@ -99,6 +103,47 @@ def test_a_flipped_bit_in_any_part_of_the_data_is_found(tmp_path: Path) -> None:
   assert outcomes["found"] > 4, outcomes
 
 
+def _changed(leaf: jax.Array) -> jax.Array:
+  """Return an array with its last element's lowest bit flipped."""
+  host = np.array(leaf)
+  data = host.reshape(-1).view(np.uint8)
+  data[-host.itemsize] ^= 1
+  return jax.device_put(host, leaf.sharding)
+
+
+def test_a_wrong_value_of_any_array_is_found(
+  tmp_path: Path, monkeypatch
+) -> None:
+  """Of the parameters, the optimiser's state, the step and the key alike."""
+  fill(tmp_path, (1,))
+  whole = flatten(make_state(1))
+  assert len(whole) == 10
+  load, wrong = storage.load, ""
+
+  def load_wrong(path, name, target, **options):
+    found = load(path, name, target, **options)
+    if name == "record":
+      return found
+    *parents, last = wrong.split("/")
+    place = found
+    for parent in parents:
+      place = place[parent]
+    place[last] = _changed(place[last])
+    return found
+
+  monkeypatch.setattr(storage, "load", load_wrong)
+  for wrong in whole:
+    message = f"{wrong} has another check"
+    with (
+      pytest.raises(CheckpointError, match=message),
+      Checkpoints(tmp_path) as checkpoints,
+    ):
+      checkpoints.restore(abstract(make_state(0)))
+  for wrong in (path for path in whole if path.startswith("params/")):
+    with pytest.raises(CheckpointError, match=f"{wrong} has another check"):
+      restore_params(tmp_path, abstract(make_state(0)["params"]))
+
+
 def test_a_second_damaged_step_keeps_both(tmp_path: Path) -> None:
   fill(tmp_path)
   for _ in range(2):
@@ -149,7 +194,6 @@ def test_failures_of_the_machine_are_not_damage(
 ) -> None:
   fill(tmp_path)
   with Checkpoints(tmp_path) as checkpoints:
-    from train.checkpoint import orbax_storage as storage
 
     def fail(*args):
       raise error
