@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 import subprocess
 import sys
 
@@ -22,6 +23,11 @@ import pytest
 from train import cli
 from train.data.prepare import input_files, tokenizer as tokenize
 from train.data.prepare.shard import PrepareError
+
+
+def _train(path: Path) -> None:
+  texts = (x["text"] for x in records(20))
+  path.write_text(tokenize.train_bpe(texts, 300))
 
 
 @pytest.mark.quick
@@ -177,6 +183,47 @@ def test_lost_and_damaged_shards_are_made_again(tmp_path):
   (out / "dataset.json").unlink()
   run([tmp_path / "in"], out)
   assert tree(out) == whole
+
+
+def _flip(path: Path) -> None:
+  """Change one byte of a file, and keep its size and modification time."""
+  data, times = bytearray(path.read_bytes()), path.stat()
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+  os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("rows", [None, 16])
+def test_a_changed_byte_in_any_file_is_found_and_mended(tmp_path, rows):
+  write_formats(tmp_path / "in")
+  _train(tmp_path / "t.json")
+  out = tmp_path / "out"
+  options = dict(tokenizer=str(tmp_path / "t.json"), row_length=rows)
+  run([tmp_path / "in"], out, **options)
+  whole = tree(out)
+  damaged = [x for x in whole if "plan" not in x and "00000.json" not in x]
+  assert len(damaged) == (17 if rows else 21)
+  for name in damaged:
+    _flip(out / name)
+  (out / "prepare" / "shard-00000.json").write_text('{"shard": []}')
+  run([tmp_path / "in"], out, **options)
+  assert tree(out) == whole
+  (out / "shard-00001.arrayrecord").write_bytes(
+    bytes(len(whole["shard-00001.arrayrecord"]))
+  )
+  (out / "dataset.json").write_text("{")
+  run([tmp_path / "in"], out, **options)
+  assert tree(out) == whole
+
+
+def test_a_damaged_plan_is_named(tmp_path):
+  (tmp_path / "x.jsonl").write_bytes(jsonl(records(1)))
+  out = tmp_path / "out"
+  run([tmp_path / "x.jsonl"], out)
+  for text in ("{", "[]", "[" * 10**5, '{"sources": [3]}', '{"fields": 1}'):
+    (out / "prepare" / "plan.json").write_text(text)
+    with pytest.raises(ValueError, match=r"plan.json is damaged|holds another"):
+      run([tmp_path / "x.jsonl"], out)
 
 
 def test_a_failed_run_continues_when_the_text_is_corrected(tmp_path):

@@ -2,15 +2,21 @@
 
 import os
 from pathlib import Path
+import re
+import socket
 import subprocess
 import sys
 
 from prepare_cases import jsonl, records, run, tree, write_formats
 import pytest
 
-from train.data.prepare import input_files
+from train.data.prepare import input_files, read_documents, tokenizer
 from train.data.prepare.prepare_dataset import PrepareConfig
 from train.data.prepare.shard import PrepareError
+from train.data.prepare.train_tokenizer import (
+  TokenizerTraining,
+  train_tokenizer,
+)
 
 
 def test_a_folder_of_another_data_set_is_refused(tmp_path):
@@ -90,6 +96,82 @@ def test_no_file_is_left_out_silently(tmp_path):
   Path(os.fsdecode(os.fsencode(folder) + b"/\xff.txt")).write_text("a")
   with pytest.raises(ValueError, match="expected a name in UTF-8"):
     input_files.find_sources([str(folder)])
+
+
+def test_a_linked_folder_is_read_once_under_its_name(tmp_path):
+  folder, other = tmp_path / "in", tmp_path / "other"
+  (folder / "deep").mkdir(parents=True)
+  (other / "sub").mkdir(parents=True)
+  (other / "a.jsonl").write_bytes(jsonl(records(2)))
+  (other / "sub" / "b.jsonl").write_bytes(jsonl(records(2, 2)))
+  (folder / "c.jsonl").write_bytes(jsonl(records(2, 4)))
+  (folder / "link").symlink_to(other)
+  (folder / "deep" / "file.jsonl").symlink_to(other / "a.jsonl")
+  found = input_files.find_sources([str(folder)])
+  assert [x.name for x in found.sources] == [
+    *("c.jsonl", "deep/file.jsonl", "link/a.jsonl", "link/sub/b.jsonl")
+  ]
+  assert run([folder], tmp_path / "out")["documents"] == 8
+  # An input may be a link itself, and may be named twice.
+  (tmp_path / "whole").symlink_to(folder)
+  again = input_files.find_sources([str(tmp_path / "whole")] * 2)
+  assert [x.name for x in again.sources] == [x.name for x in found.sources]
+
+
+@pytest.mark.parametrize("target", ["in", "in/a", "in/a/b", "other"])
+def test_a_folder_that_links_lead_to_twice_is_named(tmp_path, target):
+  """Link around in a circle, to a folder beside, and to a second input."""
+  folder, other = tmp_path / "in", tmp_path / "other"
+  (folder / "a" / "b").mkdir(parents=True)
+  other.mkdir()
+  (folder / "a" / "x.txt").write_text("a")
+  (folder / "a" / "b" / "link").symlink_to(tmp_path / target)
+  with pytest.raises(
+    ValueError, match=r"link.* are the same folder|same.*link"
+  ):
+    input_files.find_sources([str(folder), str(other)])
+
+
+def test_pipes_sockets_and_devices_are_named(tmp_path):
+  os.mkfifo(tmp_path / "a.jsonl")
+  with socket.socket(socket.AF_UNIX) as listener:
+    listener.bind(str(tmp_path / "b.txt"))
+    inputs = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt"), "/dev/zero"]
+    for name in inputs:
+      with pytest.raises(ValueError, match=f"^{name}: .* but a pipe, socket"):
+        input_files.find_sources([name])
+  for name in (str(tmp_path / "a.jsonl"), "/dev/zero"):
+    with pytest.raises(ValueError, match="tokenizer='.* it is no plain file"):
+      tokenizer.load(name)
+  # A plain file that becomes a pipe later does not block either.
+  (tmp_path / "c.jsonl").write_bytes(jsonl(records(1)))
+  (source,) = input_files.find_sources([str(tmp_path / "c.jsonl")]).sources
+  (tmp_path / "c.jsonl").unlink()
+  os.mkfifo(tmp_path / "c.jsonl")
+  nothing = lambda _: None
+  reader = read_documents.read(
+    source, read_documents.Fields(), nothing, nothing
+  )
+  with pytest.raises(OSError, match=r"c.jsonl: expected a plain file"):
+    list(reader)
+
+
+@pytest.mark.parametrize("url", ["gs://b/x", "s3://b/x", "hf://x", "file:///x"])
+def test_an_url_is_refused(tmp_path, monkeypatch, url):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "x.jsonl").write_bytes(jsonl(records(1)))
+  refused = f"={re.escape(repr(url))}: expected a path of this machine"
+  for inputs, options in (
+    (["x.jsonl"], dict(out=url)),
+    ([url], dict(out="out")),
+    (["x.jsonl"], dict(out="out", tokenizer=url)),
+  ):
+    with pytest.raises(ValueError, match=refused):
+      run(inputs, **options)
+  for inputs, out in ((["x.jsonl"], f"{url}.json"), ([url], "t.json")):
+    with pytest.raises(ValueError, match="expected a path of this machine"):
+      train_tokenizer(TokenizerTraining(out), inputs)
+  assert [x.name for x in tmp_path.iterdir()] == ["x.jsonl"]
 
 
 def test_two_processes_do_not_make_the_same_shard(tmp_path):

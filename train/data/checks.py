@@ -1,5 +1,7 @@
 """Checks of config values: a wrong one is named with what was expected."""
 
+import re
+
 
 def require(ok: bool, field: str, value: object, expected: str) -> None:
   """Raise a ValueError that names the field and its value unless `ok`.
@@ -15,3 +17,19 @@ def require(ok: bool, field: str, value: object, expected: str) -> None:
   """
   if not ok:
     raise ValueError(f"{field}={value!r}: expected {expected}")
+
+
+def check_local(name: str, path: str) -> None:
+  """Raise ValueError if a path is a URL, such as gs://bucket/folder.
+
+  `pathlib` would take it for a folder named "gs:".
+
+  Args:
+    name: what the message calls the path.
+    path: a path that is only read and written with the calls of the system.
+  """
+  if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path):
+    raise ValueError(
+      f"{name}={path!r}: expected a path of this machine; mount the bucket, or "
+      "copy the files with a tool such as `gcloud storage cp -r`"
+    )

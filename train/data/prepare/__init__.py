@@ -8,6 +8,7 @@
     shard              one source → one file of tokens
     worker_pool, beam  make many shards at once
     plan_and_locks     the plan of the output folder, and who makes which shard
+    made_shards        which shards are there and undamaged
     output_folder      writes each file complete or not at all
     dataset_json       all shards → dataset.json, which completes the data set
     prepare_dataset    all of it, in order

@@ -23,7 +23,12 @@ from train.data.prepare.output_folder import (
   write_json,
 )
 from train.data.prepare.plan_and_locks import finishing
-from train.data.prepare.shard import NO_DOMAIN, Job, PrepareError
+from train.data.prepare.shard import (
+  NO_DOMAIN,
+  Job,
+  PrepareError,
+  read_record,
+)
 from train.data.prepare.tokenizer import TokenizerSpec
 
 _TOTALS = ("documents", "tokens", "skipped", "empty", "text_bytes")
@@ -68,6 +73,8 @@ def finish(
 ) -> dict[str, Any] | None:
   """Write dataset.json if every shard is made, and print its counts.
 
+  A file that has the right content already is left alone.
+
   Args:
     plan_file: the open plan file.
     out: the folder of the data set.
@@ -90,10 +97,7 @@ def finish(
     )
     return None
   with finishing(plan_file):
-    if (out / DATASET).exists():
-      value = json.loads((out / DATASET).read_text())
-    else:
-      value = _write_dataset(out, jobs, description)
+    value = _write_dataset(out, jobs, description)
   rows = f"{value['rows']:,} rows, " if "rows" in value else ""
   say(
     console,
@@ -107,7 +111,7 @@ def _write_dataset(
   out: Path, jobs: Sequence[Job], description: Description
 ) -> dict[str, Any]:
   """Number the domains, then write dataset.json and return its content."""
-  records = [json.loads(job.record_file.read_text()) for job in jobs]
+  records = [_record(job) for job in jobs]
   shards = [record["shard"] for record in records]
   total, length = totals(shards), description.row_length
   if not total["documents"]:
@@ -143,9 +147,29 @@ def _write_dataset(
     **total,
     "shards": shards,
   }
+  if _held(out / DATASET) == value:
+    return value
   for path in (out / WORK).glob("*.tmp-*"):
     path.unlink(missing_ok=True)
   # The shards' names must be on the disk before dataset.json vouches for them.
   sync(out)
   write_json(out / DATASET, value)
   return value
+
+
+def _record(job: Job) -> dict[str, Any]:
+  """Return the JSON record of a shard, or raise PrepareError."""
+  record = read_record(job)
+  if record is None:
+    raise PrepareError(
+      f"{job.record_file} is damaged: run the --shard i/n that made it again"
+    )
+  return record
+
+
+def _held(path: Path) -> object:
+  """Return the content of a JSON file; None if there is none."""
+  try:
+    return json.loads(path.read_bytes())
+  except (FileNotFoundError, ValueError, RecursionError):
+    return None

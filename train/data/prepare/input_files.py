@@ -15,11 +15,16 @@ from pathlib import Path
 import platform
 import sysconfig
 
+from train.data.checks import check_local
+
 _JSON = (".jsonl", ".json", ".ndjson")
 _COMPRESSED = (".gz", ".zst")
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 # Never read as plain text. Suffixes are compared in lower case.
-_BINARY = (".gz", ".zst", ".arrayrecord", ".bin", ".idx", ".npy", ".zip")
+_BINARY = (
+  *(".gz", ".zst", ".bz2", ".xz", ".lz4", ".br", ".7z", ".zip", ".tar", ".tgz"),
+  *(".arrayrecord", ".bin", ".idx", ".npy", ".npz"),
+)
 _SMALLEST_GROUP, _LARGEST_GROUP = 4 << 20, 256 << 20  # bytes
 _GROUPS = 64  # groups of plain text, unless their sizes forbid it
 _CORPORA = ("stdlib",)
@@ -88,14 +93,15 @@ def find_sources(
   Args:
     inputs: files and folders. A file's format follows from its suffix; any
       other suffix means plain text. Folders are searched for JSON lines,
-      Parquet and plain text. Links to folders are not followed, and hidden
-      files (.name) are left out.
+      Parquet and plain text. Links are followed, and hidden files (.name) are
+      left out.
     corpus: "stdlib", the source code of Python's standard library, instead of
       inputs.
     text_suffixes: the suffixes of plain text files in a folder.
 
   Raises:
-    ValueError: an input does not exist or is not text, or there is no text.
+    ValueError: an input does not exist or is not text, or there is no text; or
+      a folder would be read twice, under its own name and through a link.
   """
   if corpus is not None:
     if inputs:
@@ -109,12 +115,14 @@ def find_sources(
     raise ValueError("inputs=(): expected files, folders or --corpus stdlib")
   left_out: Counter[str] = Counter()
   paths: set[Path] = set()
+  seen: dict[tuple[int, int], Path] = {}
   roots = []
   for name in inputs:
+    check_local("inputs", name)
     path = Path(name).absolute()
     if path.is_dir():
       roots.append(path)
-      for file in _walk(path):
+      for file in _walk(path, seen):
         if not file.is_file():
           left_out["a broken link or not a regular file"] += 1
         elif _is_taken_from_folder(file.name, text_suffixes):
@@ -130,7 +138,8 @@ def find_sources(
       roots.append(path.parent)
       paths.add(path)
     else:
-      raise ValueError(f"{name}: there is no such plain file or folder")
+      found = ", but a pipe, socket or device" if path.exists() else ""
+      raise ValueError(f"{name}: there is no such plain file or folder{found}")
   if not paths:
     seen = ", ".join(f"{n} with {x}" for x, n in left_out.most_common(5))
     raise ValueError(
@@ -192,9 +201,27 @@ def _is_taken_from_folder(name: str, text_suffixes: Sequence[str]) -> bool:
   return not name.endswith(".json")
 
 
-def _walk(folder: Path) -> Iterable[Path]:
-  """Yield all files under a folder that are not hidden."""
-  for parent, folders, files in os.walk(folder, onerror=_fail):
+def _walk(folder: Path, seen: dict[tuple[int, int], Path]) -> Iterable[Path]:
+  """Yield all files under a folder that are not hidden; follow links.
+
+  Args:
+    folder: the folder.
+    seen: the folders that were read so far, by device and inode; it grows.
+
+  Raises:
+    ValueError: a link leads to a folder that was read before, or around in a
+      circle.
+  """
+  for parent, folders, files in os.walk(
+    folder, onerror=_fail, followlinks=True
+  ):
+    status = os.stat(parent)
+    first = seen.setdefault((status.st_dev, status.st_ino), Path(parent))
+    if first != Path(parent):
+      raise ValueError(
+        f"{parent} and {first} are the same folder: expected each folder once, "
+        "or its text would be read twice; remove the link or the input"
+      )
     folders[:] = sorted(x for x in folders if not x.startswith("."))
     for name in files:
       path = Path(parent, name)

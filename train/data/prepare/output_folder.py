@@ -9,6 +9,7 @@ that is recorded as made is not made again after a crash.
 """
 
 from collections.abc import Iterable
+import hashlib
 import io
 from pathlib import Path
 
@@ -30,8 +31,10 @@ def write_bytes(path: Path, data: bytes) -> None:
   atomic.write_bytes(path, data, folder=_work(path), durable=True)
 
 
-def write_array(path: Path, values: Iterable[int], dtype: type) -> None:
-  """Write an .npy file of OUT or OUT/prepare.
+def write_array(path: Path, values: Iterable[int], dtype: type) -> str:
+  """Write an .npy file of OUT or OUT/prepare, and return its SHA-256.
+
+  A file that has the same bytes already is left alone.
 
   Args:
     path: the file.
@@ -40,7 +43,9 @@ def write_array(path: Path, values: Iterable[int], dtype: type) -> None:
   """
   data = io.BytesIO()
   np.save(data, np.array(values, dtype))
-  write_bytes(path, data.getvalue())
+  if not path.exists() or path.read_bytes() != data.getvalue():
+    write_bytes(path, data.getvalue())
+  return hashlib.sha256(data.getvalue()).hexdigest()
 
 
 def _work(path: Path) -> Path:

@@ -87,9 +87,13 @@ def claimed(out: Path, plan: dict[str, Any]) -> Iterator[BinaryIO]:
   with file.open("r+b") as opened:
     try:
       held = json.loads(opened.read())
-    except ValueError as error:
+      changed = differences(held, plan)
+    except (ValueError, RecursionError) as error:
       raise ValueError(f"{file} is damaged: {error}") from error
-    changed = differences(held, plan)
+    except (AttributeError, KeyError, TypeError) as error:
+      raise ValueError(
+        f"{file} is damaged: expected a plan that `rebased prepare` wrote"
+      ) from error
     if changed:
       more = len(changed) - _SHOWN
       tail = f"; and {more} more" if more > 0 else ""

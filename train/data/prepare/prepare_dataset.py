@@ -28,18 +28,18 @@ from typing import Any, Literal
 from rich.console import Console
 
 from train.console import say
-from train.data.checks import require
+from train.data.checks import check_local, require
+from train.data.file_hashes import file_hash
 from train.data.prepare import tokenizer as tokenizer_lib
 from train.data.prepare.dataset_json import Description, finish, totals
 from train.data.prepare.input_files import TEXT_SUFFIXES, find_sources
+from train.data.prepare.made_shards import missing_shards
 from train.data.prepare.output_folder import DATASET, WORK, write_bytes
 from train.data.prepare.plan_and_locks import claimed, lock, make_plan
 from train.data.prepare.read_documents import Fields
-from train.data.prepare.shard import Job, PlannedTokenizer, changed_files
+from train.data.prepare.shard import Job, PlannedTokenizer
 from train.data.prepare.tokenizer import TokenizerSpec
 from train.data.prepare.worker_pool import run_jobs
-
-_SHOWN = 5  # file names that a message lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,8 @@ class PrepareConfig:
 
   def __post_init__(self) -> None:
     require(bool(self.out), "out", self.out, "a folder")
+    check_local("out", self.out)
+    check_local("tokenizer", self.tokenizer)
     require(self.workers >= 0, "workers", self.workers, "at least 0")
     require(
       self.max_document_mb >= 1, "max_document_mb", self.max_document_mb, ">= 1"
@@ -164,7 +166,10 @@ def prepare(
     lock(plan_file, [job.index for job in mine])
     if not (out / DATASET).exists():
       _remove_temporary(out, {job.name for job in mine})
-    todo = [job for job in mine if not _is_made(job)]
+    todo = missing_shards(mine, config.workers)
+    for job in todo:
+      if job.record_file.exists():
+        say(console, f"{job.name} is damaged and is made again")
     _copy_tokenizer(out, spec, config)
     if todo:
       begin = time.perf_counter()
@@ -207,9 +212,11 @@ def _check_outside(out: Path, inputs: Sequence[str]) -> None:
 def _copy_tokenizer(
   out: Path, spec: TokenizerSpec, config: PrepareConfig
 ) -> None:
-  """Copy the tokenizer.json into the data set, unless it is there."""
+  """Copy the tokenizer.json into the data set, unless it is there, whole."""
   copy = out / "tokenizer.json"
-  if spec.type == "file" and not copy.exists():
+  if spec.type == "file" and not (
+    copy.exists() and file_hash(copy) == spec.sha256
+  ):
     path = tokenizer_lib.file_of(config.tokenizer)
     data = tokenizer_lib.read_tokenizer_file(path)
     if hashlib.sha256(data).hexdigest() != spec.sha256:
@@ -222,35 +229,6 @@ def _remove_temporary(out: Path, names: set[str]) -> None:
   for path in (out / WORK).iterdir():
     if ".tmp-" in path.name and path.name.partition(".")[0] in names:
       path.unlink(missing_ok=True)
-
-
-def _is_made(job: Job) -> bool:
-  """Return whether a shard is complete.
-
-  Raises:
-    ValueError: a file of its source changed since the shard was made.
-  """
-  out = Path(job.out)
-  records = out / f"{job.name}.arrayrecord"
-  others = (
-    out / f"{job.name}.lengths.npy",
-    out / WORK / f"{job.name}.domains.npy",
-  )
-  if not job.record_file.exists():
-    return False
-  record = json.loads(job.record_file.read_text())
-  changed = changed_files(job.source, record)
-  if changed:
-    more = len(changed) - _SHOWN
-    tail = f" and {more} more" if more > 0 else ""
-    raise ValueError(
-      f"{', '.join(changed[:_SHOWN])}{tail} changed since {job.name} was made "
-      "from it; choose another --out"
-    )
-  return (
-    all(path.exists() for path in (records, *others))
-    and records.stat().st_size == record["shard"]["bytes"]
-  )
 
 
 def _report(jobs: Sequence[Job], seconds: float, console: Console) -> None:

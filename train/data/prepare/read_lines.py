@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator
 import dataclasses
 import gzip
 import hashlib
-from typing import Self
+import os
+from pathlib import Path
+import stat
+from typing import BinaryIO, Self
 import zlib
 
 READ_BYTES = 1 << 20
@@ -26,6 +29,20 @@ class StreamError(ValueError):
   """A compressed stream is damaged or ends too early."""
 
 
+def open_plain(path: str | Path) -> BinaryIO:
+  """Open a plain file without a buffer, to read its bytes.
+
+  Raises:
+    OSError: it cannot be opened, or is a pipe, socket or device, which may
+      block or never end.
+  """
+  descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+  if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    os.close(descriptor)
+    raise OSError(f"{path}: expected a plain file")
+  return open(descriptor, "rb", buffering=0)
+
+
 class HashedFile:
   """Read a file once from beginning to end, and hash it; a context manager.
 
@@ -35,10 +52,13 @@ class HashedFile:
 
   Attributes:
     bytes: the number of bytes read so far.
+
+  Raises:
+    OSError: the file cannot be opened, or is a pipe, socket or device.
   """
 
   def __init__(self, path: str, on_bytes: Callable[[int], None]) -> None:
-    self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+    self._file = open_plain(path)
     self._on_bytes = on_bytes
     self._hash = hashlib.sha256()
     self.bytes = 0

@@ -25,6 +25,8 @@ import array
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ from train.data.prepare.tokenizer import Tokenizer, TokenizerSpec
 NO_DOMAIN = "unknown"  # the domain of a document that names none
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 20, 256
 _MOST_DOMAINS = 1 << 15  # domains are stored as int16
+_OWN_HASH = "record_sha256"  # the key of the record's own SHA-256
 _PROBLEMS_KEPT = 20  # messages kept in the record of a shard
 
 
@@ -230,30 +233,39 @@ def write_shard(
       record["shard"] |= {"rows": cutter.rows, "left_over": cutter.left_over}
     sync(records)
     records.replace(out / f"{job.name}.arrayrecord")
-  write_array(out / f"{job.name}.lengths.npy", counts.records, np.int64)
+  lengths = out / f"{job.name}.lengths.npy"
+  record["lengths_sha256"] = write_array(lengths, counts.records, np.int64)
   domains = out / WORK / f"{job.name}.domains.npy"
-  write_array(domains, counts.domains, np.int16)
-  write_json(job.record_file, record)
+  record["domains_sha256"] = write_array(domains, counts.domains, np.int16)
+  write_json(job.record_file, record | {_OWN_HASH: _hash(record)})
   return record
 
 
-def changed_files(source: Source, record: dict[str, Any]) -> list[str]:
-  """Return the names of files that changed since a shard was made from them.
-
-  A file whose modification time differs is read again and compared by its
-  SHA-256.
+def read_record(job: Job) -> dict[str, Any] | None:
+  """Return the JSON record of a shard; None if there is none or it is damaged.
 
   Args:
-    source: the files of the shard as they are now.
-    record: the shard's JSON record.
+    job: the shard.
   """
-  if modification_times(source) == record["times"]:
-    return []
-  return [
-    file.name
-    for file, sha256 in zip(source.files, record["hashes"], strict=True)
-    if file_hash(file.path) != sha256
-  ]
+  try:
+    record = json.loads(job.record_file.read_bytes())
+    own_hash = record.pop(_OWN_HASH, None)
+    # Records of earlier versions have no hash of their own.
+    whole = own_hash in (None, _hash(record)) and (
+      isinstance(record["shard"]["sha256"], str)
+      and len(record["times"]) == len(job.source.files)
+      and len(record["hashes"]) == len(job.source.files)
+    )
+  except FileNotFoundError:
+    return None
+  except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+    return None  # it holds something else
+  return record if whole else None
+
+
+def _hash(record: dict[str, Any]) -> str:
+  """Return the SHA-256 of a shard's JSON record, without its own hash."""
+  return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
 def _good(

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from train.data.prepare.markers_in_text import without_markers
+from train.data.prepare.read_lines import open_plain
 
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
@@ -246,11 +247,12 @@ def read_tokenizer_file(path: str | Path) -> bytes:
     ValueError: it cannot be read.
   """
   try:
-    return Path(path).read_bytes()
+    with open_plain(path) as file:
+      return file.read()
   except OSError as error:
     raise ValueError(
       f"tokenizer={str(path)!r}: expected 'bytes' or a tokenizer.json: "
-      f"{error.strerror}"
+      f"{error.strerror or 'it is no plain file'}"
     ) from error
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from train.atomic import write_text
-from train.data.checks import require
+from train.data.checks import check_local, require
 from train.data.prepare import tokenizer
 from train.data.prepare.input_files import TEXT_SUFFIXES, Source, find_sources
 from train.data.prepare.read_documents import Changed, Fields, Problem, read
@@ -94,6 +94,7 @@ def train_tokenizer(
     PrepareError: the text is malformed, or there is none.
     OSError: a file cannot be read or written.
   """
+  check_local("out", config.out)
   out = Path(config.out)
   name = "a name that ends in .json"
   require(out.suffix == ".json", "out", config.out, name)
