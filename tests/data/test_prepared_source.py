@@ -1,5 +1,7 @@
 """Test prepared data sets: their documents, and damaged files."""
 
+from collections.abc import Iterator
+import io
 import json
 from pathlib import Path
 import pickle
@@ -10,7 +12,9 @@ from data_cases import documents, write_prepared
 import grain
 import numpy as np
 import pytest
+from rich.console import Console
 
+from train.commands.inspect_data import show
 from train.data.file_hashes import sampled_hash
 from train.data.text.prepared_source import PreparedSource
 from train.data.text.token_source import DataError, Pieces
@@ -125,6 +129,119 @@ def test_a_damaged_data_set_is_named(folder: Path, name: str) -> None:
   with pytest.raises(DataError, match=expected) as caught:
     PreparedSource(folder)
   assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "name", ["", ".", "..", "a/b", "/etc/x", "a\0b", "\ud800"]
+)
+def test_a_shard_outside_the_folder_is_refused(folder, name) -> None:
+  _edit_shard(folder, name=name)
+  expected = r"shards\[2\].name=.*: expected the name of a file in this folder"
+  with pytest.raises(DataError, match=expected):
+    PreparedSource(folder)
+
+
+def test_a_shard_that_is_named_twice_is_refused(folder: Path) -> None:
+  data = json.loads((folder / "dataset.json").read_text())
+  _edit(folder, shards=[*data["shards"], data["shards"][0]])
+  with pytest.raises(DataError, match="'shard-00000.arrayrecord' is there tw"):
+    PreparedSource(folder)
+
+
+@pytest.mark.parametrize("change", ["cut", "longer"])
+def test_a_shard_of_another_size_is_named_at_the_start(folder, change) -> None:
+  path = folder / "shard-00002.arrayrecord"
+  size = path.stat().st_size
+  _edit_shard(folder, bytes=size)
+  PreparedSource(folder)
+  content = path.read_bytes()
+  path.write_bytes(content[:-1] if change == "cut" else content + b"\0")
+  with pytest.raises(DataError, match=f"bytes: expected {size:,}") as caught:
+    PreparedSource(folder)
+  assert str(path) in str(caught.value)
+
+
+_WRONG = (None, True, "x", "", "[/b]", -1, 1.5, 10**30, float("nan"))
+_WRONG += ([], [1], {}, {"x": 1})
+
+
+def _places(value: object, place: tuple = ()) -> Iterator[tuple]:
+  """Yield the place of every value inside a JSON value."""
+  items = ()
+  if isinstance(value, dict):
+    items = value.items()
+  elif isinstance(value, list):
+    items = enumerate(value)
+  for key, inner in items:
+    yield (*place, key)
+    yield from _places(inner, (*place, key))
+
+
+@pytest.mark.parametrize("kind", ["documents", "rows"])
+def test_a_wrong_field_of_dataset_json_is_named(tmp_path, kind) -> None:
+  """Every field is replaced by values of other types, or left out."""
+  if kind == "documents":
+    path = write_prepared(tmp_path / "set", _SHARDS, domains=("wiki", "code"))
+  else:
+    path = write_prepared(tmp_path / "set", [[np.arange(5)] * 3])
+    entry = json.loads((path / "dataset.json").read_text())["shards"][0]
+    shard = {**entry, "rows": 3, "documents": 2, "tokens": 14}
+    shard |= {"bytes": (path / entry["name"]).stat().st_size}
+    rows = dict(kind="rows", length=4, rows=3, documents=2, tokens=14)
+    _edit(path, shards=[shard], **rows, left_over=1)
+  file, refused, shown = path / "dataset.json", 0, 0
+  sound = file.read_text()
+  for place in _places(json.loads(sound)):
+    for wrong in (*_WRONG, "absent"):
+      data = json.loads(sound)
+      inner = data
+      for key in place[:-1]:
+        inner = inner[key]
+      if wrong == "absent":
+        del inner[place[-1]]
+      else:
+        inner[place[-1]] = wrong
+      file.write_text(json.dumps(data))
+      console = Console(file=io.StringIO())
+      try:
+        show(str(path), console, length=8, verify=True)
+        shown += 1
+      except DataError as error:
+        assert str(path) in str(error)
+        refused += 1
+  assert refused > 200 and shown > 20
+
+
+def test_a_damaged_lengths_file_is_named(folder: Path) -> None:
+  """Bytes are flipped, cut, added and replaced; no wrong length passes."""
+  path, random = folder / "shard-00002.lengths.npy", np.random.default_rng(0)
+  sound = path.read_bytes()
+  lengths = [len(x) for x in _TEXTS]
+  for i in range(300):
+    content = bytearray(sound)
+    # Half of the changes are in the text of the header.
+    at = int(random.integers(80 if i % 2 else len(sound)))
+    kind = i // 2 % 5
+    if kind == 0:
+      content = content[:at]
+    elif kind == 1:
+      content[at] ^= 1 << int(random.integers(8))
+    elif kind == 2:
+      content[at : at + 4] = random.bytes(4)
+    elif kind == 3:
+      content[at:at] = bytes(random.choice(list(b"()9{'[,\n"), 3))
+    else:
+      content[at : at + 9] = b"9" * 9
+    path.write_bytes(content)
+    try:
+      source = PreparedSource(folder)
+    except DataError as error:
+      assert str(path) in str(error)
+      continue
+    # A sum that did not change is not noticed until the record is read.
+    if source.lengths.tolist() != lengths:
+      with pytest.raises(DataError, match="lengths.npy says"):
+        list(source)
 
 
 def test_a_truncated_or_replaced_shard_is_named(folder: Path) -> None:

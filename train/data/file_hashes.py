@@ -1,4 +1,4 @@
-"""SHA-256 hashes of files and arrays, which fingerprints of data are made of.
+"""SHA-256 hashes of files, which fingerprints of data are made of.
 
 Large token files are not read whole. `sizes_hash` covers their names and
 sizes, and `sampled_hash` covers 64 blocks of their bytes.
@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import hashlib
 from pathlib import Path
 
-import numpy as np
-
 _BLOCKS = 64
 _BLOCK_BYTES = 4096
 
@@ -18,14 +16,6 @@ def file_hash(path: Path | str) -> str:
   """Return the SHA-256 of a whole file, in hexadecimal."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def array_hash(*arrays: np.ndarray) -> str:
-  """Return the SHA-256 of the concatenated bytes of arrays, in hexadecimal."""
-  digest = hashlib.sha256()
-  for array in arrays:
-    digest.update(np.ascontiguousarray(array).view(np.uint8))
-  return digest.hexdigest()
 
 
 def sampled_hash(paths: Sequence[Path]) -> str:

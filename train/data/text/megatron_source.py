@@ -22,6 +22,7 @@ and 8, so every other code is refused.
 
 from collections.abc import Callable
 import functools
+import mmap
 from pathlib import Path
 import re
 from typing import Literal, NamedTuple, NoReturn
@@ -30,6 +31,12 @@ import numpy as np
 
 from train.data.batches import Fingerprint
 from train.data.file_hashes import file_hash, sampled_hash, sizes_hash
+from train.data.text.open_files import (
+  OpenFiles,
+  RawFile,
+  file_size,
+  unreadable,
+)
 from train.data.text.token_source import DataError, Pieces, TokenSource
 
 Unit = Literal["document", "sequence"]
@@ -73,10 +80,15 @@ def read_index(path: Path) -> Index:
   def wrong(offset: int, text: str) -> NoReturn:
     raise DataError(f"{path}, offset {offset}: {text}")
 
-  size = path.stat().st_size
+  size = file_size(path)
   if size < _HEADER:
     wrong(size, f"the file ends inside the header of {_HEADER} bytes")
-  content = np.asarray(np.memmap(path, np.uint8, "r"))
+  try:
+    with path.open("rb") as file:
+      mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+  except OSError as error:
+    raise unreadable(path, error) from error
+  content = np.frombuffer(mapped, np.uint8)
 
   def number(offset: int) -> int:
     return int.from_bytes(content[offset : offset + 8].tobytes(), "little")
@@ -110,6 +122,8 @@ def read_index(path: Path) -> Index:
   )
   total = _check_sequences(index, pointers, wrong)
   _check_documents(index, starts, wrong)
+  # From here on it is read at random places: do not read ahead at each.
+  mapped.madvise(mmap.MADV_RANDOM)
   return index._replace(total_bytes=total)
 
 
@@ -145,7 +159,11 @@ def _check_sequences(
 def _check_documents(
   index: Index, starts: int, wrong: Callable[[int, str], NoReturn]
 ) -> None:
-  """Check that the documents' starts rise from 0 to the number of sequences."""
+  """Check that the documents' starts go from 0 to the number of sequences.
+
+  Megatron-LM writes the same start twice where a document has no sequence: it
+  is empty.
+  """
   S, D = len(index.lengths_S), len(index.documents_D)
   if index.documents_D[0] != 0:
     wrong(
@@ -154,13 +172,13 @@ def _check_documents(
     )
   for first in range(0, D - 1, _BLOCK):
     start_C = index.documents_D[first : first + _BLOCK + 1]
-    bad = np.flatnonzero(start_C[1:] <= start_C[:-1])
+    bad = np.flatnonzero(start_C[1:] < start_C[:-1])
     if bad.size:
       i = first + int(bad[0]) + 1
       wrong(
         starts + 8 * i,
         f"document {i} begins at sequence {index.documents_D[i]}: expected "
-        f"more than {index.documents_D[i - 1]}, where the one before begins",
+        f"{index.documents_D[i - 1]} or more, where the one before begins",
       )
   if index.documents_D[-1] != S:
     wrong(
@@ -231,41 +249,51 @@ class MegatronSource(TokenSource):
     self.path, self.unit = Path(path), unit
     self._index = read_index(self.path)
     self.shards = find_shards(self.path)
-    sizes = [shard.stat().st_size for shard in self.shards]
-    if sum(sizes) != self._index.total_bytes:
+    self._sizes = [file_size(shard) for shard in self.shards]
+    if sum(self._sizes) != self._index.total_bytes:
       raise DataError(
-        f"{self.shards[-1]}, offset {sizes[-1]}: the data of {self.path} ends "
-        f"after {sum(sizes)} bytes in {len(sizes)} files: expected "
-        f"{self._index.total_bytes}"
+        f"{self.shards[-1]}, offset {self._sizes[-1]}: the data of {self.path} "
+        f"ends after {sum(self._sizes)} bytes in {len(self._sizes)} files: "
+        f"expected {self._index.total_bytes}"
       )
-    self._ends = np.cumsum(sizes)
-    self._data = [
-      np.asarray(np.memmap(shard, np.uint8, "r"))
-      if size
-      else np.empty(0, np.uint8)
-      for shard, size in zip(self.shards, sizes, strict=True)
-    ]
+    self._ends = np.cumsum(self._sizes)
+    self._open = OpenFiles[RawFile]()
 
   @property
   def name(self) -> str:
     """The path of the index."""
     return str(self.path)
 
-  @functools.cached_property
-  def starts(self) -> np.ndarray:
-    """The place of each document in the data in bytes: int64 (n,)."""
-    offsets_S = self._index.offsets_S
-    if self.unit == "sequence":
-      return offsets_S
-    return offsets_S[self._index.documents_D[:-1]]
+  def starts(self, document_n: np.ndarray) -> np.ndarray:
+    """Return the place of documents in the data in bytes, int64 (n,).
 
-  @functools.cached_property
+    Args:
+      document_n: the numbers of the documents; their number itself stands for
+        the end of the data.
+    """
+    first_n = document_n
+    if self.unit == "document":
+      first_n = self._index.documents_D[document_n]
+    # A document without sequences may begin where the data ends.
+    offsets_S, last = self._index.offsets_S, self.sequences - 1
+    return np.where(
+      first_n > last,
+      self._index.total_bytes,
+      offsets_S[np.minimum(first_n, last)],
+    )
+
+  @property
   def lengths(self) -> np.ndarray:
     """The number of tokens of each document: int (n,)."""
     if self.unit == "sequence":
       return self._index.lengths_S
-    ends = np.append(self.starts[1:], self._index.total_bytes)
-    return (ends - self.starts) // self._index.dtype.itemsize
+    size = self._index.dtype.itemsize
+    return np.diff(self.starts(np.arange(len(self) + 1))) // size
+
+  def length_of(self, document: int) -> int:
+    """Return the number of tokens of a document."""
+    begin, end = self.starts(np.array([document, document + 1])).tolist()
+    return (end - begin) // self._index.dtype.itemsize
 
   @property
   def sequences(self) -> int:
@@ -302,24 +330,40 @@ class MegatronSource(TokenSource):
   def fill(self, pieces: Pieces, out_N: np.ndarray) -> None:
     """Write the tokens of pieces to their places; see `TokenSource.fill`."""
     size = self._index.dtype.itemsize
-    first_P = self.starts[pieces.document_P] + size * pieces.start_P
+    first_P = self.starts(pieces.document_P) + size * pieces.start_P
     shard_P = np.searchsorted(self._ends, first_P, side="right")
     columns = (first_P, shard_P, pieces.length_P, pieces.place_P)
     rows = zip(*(x.tolist() for x in columns), strict=True)
     for first, shard, length, place in rows:
       raw = self._bytes(first, first + size * length, shard)
-      out_N[place : place + length] = raw.view(self._index.dtype)
+      out_N[place : place + length] = np.frombuffer(raw, self._index.dtype)
 
-  def _bytes(self, begin: int, end: int, shard: int) -> np.ndarray:
+  def _bytes(self, begin: int, end: int, shard: int) -> bytes:
     """Return the bytes begin..end-1 of the data; `shard` holds the first."""
     parts = []
     while True:
-      data = self._data[shard]
-      base = int(self._ends[shard]) - len(data)
-      parts.append(data[max(begin - base, 0) : end - base])
-      if end - base <= len(data):
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+      base = int(self._ends[shard]) - self._sizes[shard]
+      low, high = max(begin - base, 0), min(end - base, self._sizes[shard])
+      path, file = self.shards[shard], self._open.get(shard, self._open_shard)
+      try:
+        part = file.read(low, high - low)
+      except OSError as error:
+        raise unreadable(path, error) from error
+      if len(part) != high - low:
+        raise DataError(
+          f"{path}, offset {low + len(part)}: the file ends: expected "
+          f"{self._sizes[shard]:,} bytes, as when it was opened"
+        )
+      parts.append(part)
+      if end - base <= self._sizes[shard]:
+        return b"".join(parts)
       shard += 1
+
+  def _open_shard(self, shard: int) -> RawFile:
+    try:
+      return RawFile(self.shards[shard])
+    except OSError as error:
+      raise unreadable(self.shards[shard], error) from error
 
   def __repr__(self) -> str:
     return f"MegatronSource({self.name!r}, {self.unit!r})"

@@ -15,25 +15,26 @@ as a document.
 """
 
 import functools
+import hashlib
 import json
 from pathlib import Path
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordReader
 import numpy as np
 
 from train.data.batches import Fingerprint
-from train.data.file_hashes import (
-  array_hash,
-  file_hash,
-  sampled_hash,
-  sizes_hash,
-)
+from train.data.file_hashes import file_hash, sampled_hash, sizes_hash
+from train.data.text.open_files import OpenFiles, file_size, unreadable
 from train.data.text.token_source import DataError, Pieces, TokenSource
 
 FORMAT, VERSION = "rebased-tokens", 1
 _DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-_TYPES: dict[str, type] = {
+_MOST = 2**53  # the largest count that is believed
+
+# The fields of dataset.json that are read, and those that may be left out.
+_FIELDS: dict[str, type] = {
   "kind": str,
   "dtype": str,
   "vocab_size": int,
@@ -42,6 +43,26 @@ _TYPES: dict[str, type] = {
   "documents": int,
   "tokens": int,
 }
+_OPTIONAL: dict[str, type] = {
+  "length": int,
+  "rows": int,
+  "left_over": int,
+  "skipped": int,
+  "empty": int,
+  "text_bytes": int,
+  "domain_names": list,
+}
+_OPTIONAL_OF_SHARD: dict[str, type] = {
+  "bytes": int,
+  "sha256": str,
+  "domains": dict,
+}
+# What np.save writes before an array of one axis.
+_NPY = re.compile(
+  rb"\x93NUMPY\x01\x00(?s:..)\{'descr': '([<>|=]?[biufc]\d{1,2})', "
+  rb"'fortran_order': (?:False|True), 'shape': \((\d*),\), \} *\n"
+)
+_NPY_HEADER = 512  # longer than any such header
 
 
 def read_sidecar(folder: Path) -> dict[str, Any]:
@@ -59,58 +80,132 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
       f"{folder}: no dataset.json, so it is not a data set, or an unfinished "
       "one; `rebased prepare` makes or finishes it"
     )
+  file_size(path)
   try:
-    data = json.loads(path.read_text())
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise DataError(f"{path}: {error}") from error
+    data = json.loads(path.read_text("utf-8"))
+  except OSError as error:
+    raise unreadable(path, error) from error
+  except (ValueError, RecursionError) as error:
+    raise DataError(f"{path}: not JSON: {error}") from error
   if not isinstance(data, dict) or data.get("format") != FORMAT:
     raise DataError(f"{path}: expected an object with format={FORMAT!r}")
-  if data.get("version") != VERSION:
+  if data.get("version") != VERSION or data["version"] is True:
     raise DataError(
       f"{path}: version={data.get('version')!r}: expected {VERSION}"
     )
-  for field, kind in _TYPES.items():
-    if not isinstance(data.get(field), kind):
+  _check_fields(path, data)
+  for i, shard in enumerate(data["shards"]):
+    _check_shard(path, i, shard, data)
+  names = [shard["name"] for shard in data["shards"]]
+  if len(set(names)) < len(names):
+    twice = next(name for name in names if names.count(name) > 1)
+    raise DataError(f"{path}: shards: {twice!r} is there twice: expected once")
+  for field in _counts_of(data):
+    total = sum(shard[field] for shard in data["shards"])
+    if data.get(field) != total:
       raise DataError(
-        f"{path}: {field}={data.get(field)!r}: expected {kind.__name__}"
+        f"{path}: {field}={data.get(field)!r}: expected {total}, the sum over "
+        "its shards"
       )
-  _check_values(path, data)
   return data
 
 
-def _check_values(path: Path, data: dict[str, Any]) -> None:
-  """Raise DataError if a field of a dataset.json is out of range."""
+def _check(ok: bool, path: Path, field: str, value: Any, expected: str) -> None:
+  """Raise DataError if a field of a dataset.json is wrong."""
+  if not ok:
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else f"{shown[:80]}…"
+    raise DataError(f"{path}: {field}={shown}: expected {expected}")
+
+
+def _is(value: Any, kind: type) -> bool:
+  """Whether a value has this type; a count is from 0 to 2**53."""
+  if kind is int:
+    return type(value) is int and 0 <= value <= _MOST
+  return isinstance(value, kind)
+
+
+def _check_kinds(
+  path: Path, prefix: str, data: dict, kinds: dict[str, type], needed: bool
+) -> None:
+  """Check the types of fields, which may be absent unless `needed`."""
+  for field, kind in kinds.items():
+    if needed or field in data:
+      value = data.get(field)
+      expected = "a count" if kind is int else kind.__name__
+      _check(_is(value, kind), path, prefix + field, value, expected)
+
+
+def _counts_of(data: dict[str, Any]) -> tuple[str, ...]:
+  """Return the counts that a data set and each of its shards have."""
+  rows = data["kind"] == "rows"
+  return ("documents", "tokens", "rows") if rows else ("documents", "tokens")
+
+
+def _check_fields(path: Path, data: dict[str, Any]) -> None:
+  """Raise DataError if a field is wrong; the shards are checked later."""
 
   def check(ok: bool, field: str, expected: str) -> None:
-    if not ok:
-      value = data.get(field)
-      raise DataError(f"{path}: {field}={value!r}: expected {expected}")
+    _check(ok, path, field, data.get(field), expected)
 
+  _check_kinds(path, "", data, _FIELDS, needed=True)
+  _check_kinds(path, "", data, _OPTIONAL, needed=False)
   rows = data["kind"] == "rows"
   check(rows or data["kind"] == "documents", "kind", "'documents' or 'rows'")
   if rows:
     length = data.get("length")
     check(type(length) is int and length >= 1, "length", "1 or more")
-  counts = ("documents", "tokens", "rows") if rows else ("documents", "tokens")
   check(data["dtype"] in _DTYPES, "dtype", f"one of {', '.join(_DTYPES)}")
   limit = 2 ** min(8 * _DTYPES[data["dtype"]].itemsize, 31)
   fits = 1 <= data["vocab_size"] <= limit
   check(fits, "vocab_size", f"1 to {limit}, as {data['dtype']} holds them")
-  check({"name", "sha256"} <= set(data["tokenizer"]), "tokenizer", "its hash")
+  tokenizer = data["tokenizer"]
+  hashed = all(isinstance(tokenizer.get(x), str) for x in ("name", "sha256"))
+  check(hashed, "tokenizer", "its name and its hash")
+  eos = data.get("eos")
+  known = eos is None or (_is(eos, int) and eos < data["vocab_size"])
+  check(known, "eos", f"a token below {data['vocab_size']}, or null")
+  names = data.get("domain_names", [])
+  named = all(isinstance(name, str) for name in names)
+  check(named, "domain_names", "a list of names")
   check(len(data["shards"]) > 0, "shards", "one or more")
-  for i, shard in enumerate(data["shards"]):
-    try:
-      named = isinstance(shard["name"], str)
-      counted = all(type(shard[x]) is int for x in counts)
-    except (KeyError, TypeError):
-      named = counted = False
-    if not (named and counted and Path(shard["name"]).name == shard["name"]):
-      raise DataError(
-        f"{path}: shards[{i}]: expected name, {' and '.join(counts)}"
-      )
-  for field in counts:
-    total = sum(shard[field] for shard in data["shards"])
-    check(data.get(field) == total, field, f"{total}, the sum over its shards")
+
+
+def _check_shard(
+  path: Path, number: int, shard: Any, data: dict[str, Any]
+) -> None:
+  """Raise DataError if the entry of a shard is wrong."""
+  where, counts = f"shards[{number}]", _counts_of(data)
+  if not (
+    isinstance(shard, dict)
+    and isinstance(shard.get("name"), str)
+    and all(_is(shard.get(field), int) for field in counts)
+  ):
+    raise DataError(f"{path}: {where}: expected name, {' and '.join(counts)}")
+  name = shard["name"]
+  # A name with a slash would lead out of the folder; "" is the folder itself.
+  plain = name not in ("", ".", "..") and name.isprintable() and "/" not in name
+  expected = "the name of a file in this folder"
+  _check(plain, path, f"{where}.name", name, expected)
+  _check_kinds(path, f"{where}.", shard, _OPTIONAL_OF_SHARD, needed=False)
+  for domain, found in shard.get("domains", {}).items():
+    field = f"{where}.domains[{domain!r}]"
+    counted = isinstance(found, dict) and all(
+      _is(found.get(x, 0), int) for x in ("documents", "tokens")
+    )
+    _check(counted, path, field, found, "documents and tokens")
+
+
+class _Shard(NamedTuple):
+  """An open shard.
+
+  Attributes:
+    reader: reads its records.
+    lengths_R: the number of tokens of each record, in the smallest dtype.
+  """
+
+  reader: ArrayRecordReader
+  lengths_R: np.ndarray
 
 
 class PreparedSource(TokenSource):
@@ -140,47 +235,50 @@ class PreparedSource(TokenSource):
     self._counts = [shard[counted] for shard in self.sidecar["shards"]]
     self._ends = np.cumsum(self._counts)
     self.shards = [self.path / s["name"] for s in self.sidecar["shards"]]
-    self._readers: dict[int, ArrayRecordReader] = {}
-    parts = [self._lengths(i) for i in range(len(self.shards))]
-    self._lengths_n = np.concatenate(parts)
-    self._lengths_n.flags.writeable = False
+    self._open = OpenFiles[_Shard]()
+    lengths = hashlib.sha256()
+    for shard in range(len(self.shards)):
+      self._check_size(shard)
+      lengths.update(self._lengths(shard))
+    self._lengths_hash = lengths.hexdigest()
+
+  def _check_size(self, shard: int) -> None:
+    """Check that a shard is there and has the size that dataset.json says."""
+    path = self.shards[shard]
+    size, expected = file_size(path), self.sidecar["shards"][shard].get("bytes")
+    if expected not in (None, size):
+      raise DataError(
+        f"{path}: {size:,} bytes: expected {expected:,}, as dataset.json says; "
+        "the file is truncated or replaced: copy or prepare it again"
+      )
 
   def _lengths(self, shard: int) -> np.ndarray:
     """Return the lengths of a shard's records, checked with dataset.json."""
     path = self.shards[shard]
-    if not path.exists():
-      raise DataError(f"{path}: missing, though dataset.json lists it")
     lengths_n = self._array(shard, "lengths", np.int64)
-    if lengths_n.size and lengths_n.min() < 0:
-      bad = int(np.flatnonzero(lengths_n < 0)[0])
-      raise DataError(
-        f"{_beside(path, 'lengths')}: record {bad} has {lengths_n[bad]} "
-        "tokens: expected 0 or more"
-      )
     tokens = self.sidecar["shards"][shard]["tokens"]
     if self.row_length is not None:
       tokens = self._counts[shard] * (self.row_length + 1)
-    if int(lengths_n.sum()) != tokens:
+    bad = np.flatnonzero(lengths_n < 0)
+    if bad.size:
       raise DataError(
-        f"{_beside(path, 'lengths')}: {lengths_n.sum()} tokens: expected "
-        f"{tokens}, as dataset.json says"
+        f"{_beside(path, 'lengths')}: record {bad[0]} has {lengths_n[bad[0]]} "
+        "tokens: expected 0 or more"
+      )
+    total = int(lengths_n.sum())
+    # A sum of wrong lengths may overflow to the right one.
+    if total != tokens or lengths_n.max(initial=0) > tokens:
+      raise DataError(
+        f"{_beside(path, 'lengths')}: {total} tokens: expected {tokens}, as "
+        "dataset.json says"
       )
     return lengths_n
 
   def _array(self, shard: int, what: str, dtype: type) -> np.ndarray:
     """Read NAME.what.npy of a shard, which has one value for each record."""
-    path = _beside(self.shards[shard], what)
-    expected = self._counts[shard]
-    try:
-      array_n = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-      raise DataError(f"{path}: cannot be read: {error}") from error
-    if array_n.shape != (expected,) or array_n.dtype != dtype:
-      raise DataError(
-        f"{path}: {array_n.dtype}{list(array_n.shape)}: expected "
-        f"{np.dtype(dtype)}[{expected}], as dataset.json says"
-      )
-    return array_n
+    return _read_array(
+      _beside(self.shards[shard], what), np.dtype(dtype), self._counts[shard]
+    )
 
   @property
   def name(self) -> str:
@@ -196,8 +294,12 @@ class PreparedSource(TokenSource):
 
   @property
   def lengths(self) -> np.ndarray:
-    """The number of tokens of each document: int64 (n,), read-only."""
-    return self._lengths_n
+    """The number of tokens of each document: int64 (n,), read from the files.
+
+    It is not kept, because it takes 8 bytes a document in each process.
+    """
+    shards = range(len(self.shards))
+    return np.concatenate([self._lengths(shard) for shard in shards])
 
   @property
   def vocab_size(self) -> int:
@@ -236,14 +338,20 @@ class PreparedSource(TokenSource):
       "kind": "prepared",
       "index": file_hash(self.path / "dataset.json"),
       "tokenizer": self.sidecar["tokenizer"]["sha256"],
-      "lengths": array_hash(self._lengths_n),
+      "lengths": self._lengths_hash,
       "files": sizes_hash(self.shards),
       "blocks": sampled_hash(self.shards),
     }
 
   def __len__(self) -> int:
     """Return the number of documents."""
-    return len(self._lengths_n)
+    return int(self._ends[-1])
+
+  def length_of(self, document: int) -> int:
+    """Return the number of tokens of a document."""
+    shard = int(np.searchsorted(self._ends, document, side="right"))
+    lengths_R = self._shard(shard).lengths_R
+    return int(lengths_R[document - int(self._ends[shard])])
 
   def fill(self, pieces: Pieces, out_N: np.ndarray) -> None:
     """Write the tokens of pieces to their places; see `TokenSource.fill`."""
@@ -256,20 +364,18 @@ class PreparedSource(TokenSource):
     """Fill pieces of one shard; each record is read once."""
     first = int(self._ends[shard]) - self._counts[shard]
     document_R, record_P = np.unique(pieces.document_P, return_inverse=True)
-    path, reader = self.shards[shard], self._reader(shard)
+    number_R = document_R - first
+    path, opened = self.shards[shard], self._shard(shard)
     try:
-      records = reader.read((document_R - first).tolist())
+      records = opened.reader.read(number_R.tolist())
     except (IndexError, RuntimeError, ValueError) as error:
       raise DataError(f"{path}: cannot be read: {error}") from error
-    size, expected_R = (
-      self._dtype.itemsize,
-      self._lengths_n[document_R].tolist(),
-    )
+    size, expected_R = self._dtype.itemsize, opened.lengths_R[number_R].tolist()
     for i, (record, length) in enumerate(zip(records, expected_R, strict=True)):
       if len(record) != size * length:
         raise DataError(
-          f"{path}, record {document_R[i] - first}: {len(record)} bytes: "
-          f"expected {size * length}, as {_beside(path, 'lengths').name} says"
+          f"{path}, record {number_R[i]}: {len(record)} bytes: expected "
+          f"{size * length}, as {_beside(path, 'lengths').name} says"
         )
     columns = (record_P, pieces.start_P, pieces.length_P, pieces.place_P)
     rows = zip(*(x.tolist() for x in columns), strict=True)
@@ -278,22 +384,36 @@ class PreparedSource(TokenSource):
         records[record], self._dtype, length, size * start
       )
 
-  def _reader(self, shard: int) -> ArrayRecordReader:
-    """Open a shard, and check its number of records."""
-    if shard not in self._readers:
-      path = self.shards[shard]
-      try:
-        reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
-        count = reader.num_records()
-      except (RuntimeError, ValueError) as error:
-        raise DataError(f"{path}: not an ArrayRecord file: {error}") from error
-      expected = self._counts[shard]
-      if count != expected:
-        raise DataError(
-          f"{path}: {count} records: expected {expected}, as dataset.json says"
-        )
-      self._readers[shard] = reader
-    return self._readers[shard]
+  def _shard(self, shard: int) -> _Shard:
+    """Return an open shard.
+
+    Raises:
+      DataError: it cannot be opened, or does not match dataset.json.
+    """
+    return self._open.get(shard, self._open_shard)
+
+  def _open_shard(self, shard: int) -> _Shard:
+    """Open a shard, and check its size and its number of records."""
+    path = self.shards[shard]
+    self._check_size(shard)
+    try:
+      reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
+      if not reader.ok():
+        # The reader does not say why it has no records. The system does.
+        path.open("rb").close()
+      count = reader.num_records()
+    except OSError as error:
+      raise unreadable(path, error) from error
+    except (RuntimeError, ValueError) as error:
+      raise DataError(f"{path}: not an ArrayRecord file: {error}") from error
+    expected = self._counts[shard]
+    if count != expected:
+      raise DataError(
+        f"{path}: {count} records: expected {expected}, as dataset.json says"
+      )
+    lengths_R = self._lengths(shard)
+    most = int(lengths_R.max(initial=0))
+    return _Shard(reader, lengths_R.astype(np.min_scalar_type(most)))
 
   def verify(self) -> None:
     """Read every byte and compare the checksums.
@@ -316,3 +436,56 @@ class PreparedSource(TokenSource):
 def _beside(shard: Path, what: str) -> Path:
   """Return the path NAME.what.npy of a shard NAME.arrayrecord."""
   return shard.with_name(f"{shard.stem}.{what}.npy")
+
+
+def _read_array(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+  """Read an .npy file of one axis.
+
+  NumPy evaluates the header as Python, and reserves the memory that it names.
+  Here only a header of the expected form is accepted, before memory is taken.
+
+  Args:
+    path: the file.
+    dtype: the expected dtype.
+    count: the expected number of values.
+
+  Raises:
+    DataError: the file is missing, damaged, or has another dtype or size.
+  """
+  if not path.exists():
+    raise DataError(f"{path}: cannot be read: it is missing")
+  size = file_size(path)
+  try:
+    with path.open("rb") as file:
+      header = _NPY.match(file.read(_NPY_HEADER))
+      if header is None:
+        raise DataError(
+          f"{path}: cannot be read: expected a NumPy file of one axis"
+        )
+      found = _dtype_name(header[1].decode("latin-1"))
+      if (found, int(header[2] or 0)) != (dtype.name, count):
+        raise DataError(
+          f"{path}: {found}[{header[2].decode()}]: expected "
+          f"{dtype.name}[{count}], as dataset.json says"
+        )
+      expected = header.end() + count * dtype.itemsize
+      if size != expected:
+        raise DataError(
+          f"{path}: cannot be read: {size:,} bytes: expected {expected:,}, as "
+          "its header says"
+        )
+      file.seek(header.end())
+      array_n = np.fromfile(file, dtype, count)
+  except OSError as error:
+    raise unreadable(path, error) from error
+  if len(array_n) != count:
+    raise DataError(f"{path}: cannot be read: it was cut while it was read")
+  return array_n
+
+
+def _dtype_name(text: str) -> str:
+  """Return the name of a dtype that a file names; the text if it is none."""
+  try:
+    return np.dtype(text).name
+  except TypeError:
+    return text

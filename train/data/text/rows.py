@@ -93,7 +93,8 @@ def open_source(path: str, packing: Packing = "stream") -> TokenSource:
 def _stamp(folder: Path, *patterns: str) -> tuple:
   """Return the names, sizes, times and inodes of a data set's files."""
   found = sorted({x for pattern in patterns for x in folder.glob(pattern)})
-  stats = ((path.name, path.stat()) for path in found)
+  # A link may lead nowhere. If it belongs to the data set, opening names it.
+  stats = ((path.name, path.stat()) for path in found if path.exists())
   return tuple((name, x.st_size, x.st_mtime_ns, x.st_ino) for name, x in stats)
 
 
@@ -159,8 +160,9 @@ def make_plan(
 
 def _check_rows(source: TokenSource, width: int) -> None:
   """Raise DataError if a document does not have `width` tokens."""
+  length_n = source.lengths
   for first in range(0, len(source), _BLOCK):
-    length_C = source.lengths[first : first + _BLOCK]
+    length_C = length_n[first : first + _BLOCK]
     bad = np.flatnonzero(length_C != width)
     if bad.size:
       raise DataError(

@@ -46,7 +46,10 @@ class TokenSource(abc.ABC):
   @property
   @abc.abstractmethod
   def lengths(self) -> np.ndarray:
-    """The number of tokens of each document: int64 (n,), read-only."""
+    """The number of tokens of each document: int (n,).
+
+    It may be computed at each use, so that it takes no memory between them.
+    """
 
   @property
   @abc.abstractmethod
@@ -72,6 +75,10 @@ class TokenSource(abc.ABC):
     """Return the number of documents."""
 
   @abc.abstractmethod
+  def length_of(self, document: int) -> int:
+    """Return the number of tokens of a document, which must exist."""
+
+  @abc.abstractmethod
   def fill(self, pieces: Pieces, out_N: np.ndarray) -> None:
     """Write the tokens of pieces to their places in a buffer.
 
@@ -88,7 +95,7 @@ class TokenSource(abc.ABC):
     index = int(document)
     if not 0 <= index < len(self):
       raise IndexError(f"{self.name}: no document {index} of {len(self)}")
-    length = int(self.lengths[index])
+    length = self.length_of(index)
     out_N = np.empty(length, np.int32)
     if length:
       zero, whole = np.array([0]), np.array([length])
