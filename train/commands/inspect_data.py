@@ -137,12 +137,12 @@ def _domains(sidecar: dict[str, Any]) -> Table:
     table.add_column(column, justify="left" if column == "domain" else "right")
   total = max(sidecar["tokens"], 1)
   for name in sidecar["domain_names"]:
-    found = [x["domains"].get(name, {}) for x in sidecar["shards"]]
+    found = [x.get("domains", {}).get(name, {}) for x in sidecar["shards"]]
     documents, tokens = (
       sum(x.get(field, 0) for x in found) for field in ("documents", "tokens")
     )
     table.add_row(
-      name, f"{documents:,}", f"{tokens:,}", f"{tokens / total:.1%}"
+      Text(name), f"{documents:,}", f"{tokens:,}", f"{tokens / total:.1%}"
     )
   return table
 
