@@ -18,6 +18,7 @@ from train.data.config import (
   TextData as TextData,
 )
 from train.devices.mesh import MeshConfig as MeshConfig
+from train.field_types import fits, use_plain_scalars
 from train.optimizer import OptimizerConfig as OptimizerConfig
 
 
@@ -31,9 +32,10 @@ class ProfileConfig:
   steps: int = 0
 
   def __post_init__(self):
+    use_plain_scalars(self)
     for name in ("start", "steps"):
       value = getattr(self, name)
-      ok = isinstance(value, int) and value >= 0
+      ok = fits(value, int) and value >= 0
       require(ok, f"profile.{name}", value, "an integer ≥ 0")
 
   def check(self, steps: int) -> None:
@@ -99,13 +101,12 @@ class RunConfig:
   nan: Literal["abort", "skip"] = "abort"
 
   def __post_init__(self):
+    use_plain_scalars(self)
     require(self.nan in ("abort", "skip"), "nan", self.nan, "'abort' or 'skip'")
     integers = ("steps", "batch", "accumulate", "eval_every", "save_every")
     for name in (*integers, "log_every", "keep", "loss_chunks"):
       value = getattr(self, name)
-      require(
-        isinstance(value, int) and value >= 1, name, value, "an integer ≥ 1"
-      )
+      require(fits(value, int) and value >= 1, name, value, "an integer ≥ 1")
     require(
       self.batch % self.accumulate == 0,
       "batch",
@@ -118,7 +119,10 @@ class RunConfig:
       self.loss_chunks,
       f"a divisor of the {self.data.targets} targets of a row",
     )
-    require(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2³¹ − 1")
+    seed = fits(self.seed, int) and 0 <= self.seed < 2**31
+    require(seed, "seed", self.seed, "an integer, 0 to 2³¹ − 1")
+    is_bool = isinstance(self.tensorboard, bool)
+    require(is_bool, "tensorboard", self.tensorboard, "True or False")
     require(
       self.optimizer.warmup_steps < self.steps,
       "optimizer.warmup_steps",

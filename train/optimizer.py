@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from train.data.checks import require
+from train.field_types import fits, use_plain_scalars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,8 @@ class OptimizerConfig:
   clip_norm: float | None = None
 
   def __post_init__(self):
+    use_plain_scalars(self)
+
     def check(ok: bool, name: str, expected: str) -> None:
       require(ok, f"optimizer.{name}", getattr(self, name), expected)
 
@@ -55,7 +58,7 @@ class OptimizerConfig:
       check(0 <= getattr(self, name) < 1, name, "a number in [0, 1)")
     check(0 <= self.weight_decay < math.inf, "weight_decay", "finite, ≥ 0")
     for name in ("warmup_steps", "epoch_steps"):
-      check(isinstance(getattr(self, name), int | None), name, "an integer")
+      check(fits(getattr(self, name), int | None), name, "an integer")
     check(self.warmup_steps >= 0, "warmup_steps", "an integer ≥ 0")
     check(0 <= self.final_fraction <= 1, "final_fraction", "0 to 1")
     check(

@@ -4,7 +4,8 @@
 
 Each dataclass names its class as `module:Class`, so that a mixer or a data
 source from anybody's module can be stored. Reading a config imports the
-modules that it names: read only files that you trust.
+modules that it names: read only files that you trust. Every value is compared
+with the type that its class annotates.
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import json
 import math
 from typing import Any
 
+from train import field_types
 from train.config import RunConfig
 
 VERSION = 2  # of the JSON form
@@ -71,10 +73,19 @@ def from_dict(data: Any, where: str = "config") -> Any:
   fields = dict(data)
   cls = _find_class(fields.pop(_CLASS, None), where)
   values = {key: from_dict(x, f"{where}.{key}") for key, x in fields.items()}
+  for key, hint in field_types.hints(cls).items():
+    if key in values and not field_types.fits(values[key], hint):
+      raise ConfigError(
+        f"{where}.{key}={_short(values[key])}: expected "
+        f"{field_types.name(hint)}"
+      )
   try:
     return cls(**values)
   except (TypeError, ValueError) as error:
     raise ConfigError(f"{where}: {error}") from error
+  except Exception as error:  # noqa: BLE001  # a class may raise anything
+    kind = type(error).__name__
+    raise ConfigError(f"{where}: {kind}: {error}") from error
 
 
 def to_json(config: RunConfig, run_id: str | None = None) -> str:
@@ -102,15 +113,18 @@ def from_json(text: str) -> RunConfig:
   """
   data = _load(text)
   version = data.get("version")
-  if version == 1:
+  if type(version) is int and version == 1:
     raise ConfigError(
       "version=1: expected 2. Version 1 is of a trainer before 0.1.0, whose "
       "parameters had other names, so that its checkpoints cannot be read "
       "either. Train the run again, or use the trainer that wrote it"
     )
-  if version != VERSION:
+  if type(version) is not int or version != VERSION:
     raise ConfigError(f"version={version!r}: expected {VERSION}")
-  config = from_dict(data.get("run"), "run")
+  try:
+    config = from_dict(data.get("run"), "run")
+  except RecursionError as error:
+    raise ConfigError("run is nested too deeply") from error
   if not isinstance(config, RunConfig):
     name = type(config).__name__
     raise ConfigError(f"run has type {name}: expected train:RunConfig")
@@ -275,7 +289,7 @@ def _import_name(stored: str, where: str) -> Any:
   module, _, name = stored.partition(":")
   try:
     found: Any = importlib.import_module(module)
-  except Exception as error:  # noqa: BLE001  # a module may raise anything
+  except (Exception, SystemExit) as error:  # a module may raise anything
     raise ConfigError(
       f"{where}.{_CLASS}={stored!r}: cannot import {module} "
       f"({type(error).__name__}: {error}): install its package, or add the "
@@ -283,13 +297,22 @@ def _import_name(stored: str, where: str) -> Any:
       f"{_shadow_hint(module)}"
     ) from error
   for part in name.split("."):
-    if not hasattr(found, part):
+    try:
+      found = getattr(found, part)
+    except Exception as error:  # noqa: BLE001  # as above
       raise ConfigError(
         f"{where}.{_CLASS}={stored!r}: {module} has no {name}: expected the "
         "class that was stored; was it renamed?"
-      )
-    found = getattr(found, part)
+      ) from error
   return found
+
+
+def _short(value: Any) -> str:
+  """Return a value for a message; of a config, its class."""
+  if dataclasses.is_dataclass(value):
+    return f"a {type(value).__name__}"
+  text = repr(value)
+  return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _check_class(cls: Any, stored: str, where: str) -> None:

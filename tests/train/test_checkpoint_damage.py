@@ -114,7 +114,7 @@ def _changed(leaf: jax.Array) -> jax.Array:
 def test_a_wrong_value_of_any_array_is_found(
   tmp_path: Path, monkeypatch
 ) -> None:
-  """Of the parameters, the optimiser's state, the step and the key alike."""
+  """The optimiser's state, the step and the key are arrays as well."""
   fill(tmp_path, (1,))
   whole = flatten(make_state(1))
   assert len(whole) == 10

@@ -19,6 +19,7 @@ from train.data.text import bigram_counts, lm_batches
 from train.data.text.packing_cache import CACHE_DIR
 from train.data.text.rows import HeldOut, Layout, Packing, open_source
 from train.data.text.token_source import DataError, TokenSource
+from train.field_types import fits, use_plain_scalars
 
 
 class Field(NamedTuple):
@@ -70,12 +71,14 @@ class DataConfig(abc.ABC):
     Raises:
       ValueError: a value is out of range.
     """
-    whole = isinstance(self.length, int) and self.length >= 1
+    if dataclasses.is_dataclass(self):
+      use_plain_scalars(self)
+    whole = fits(self.length, int) and self.length >= 1
     require(whole, "data.length", self.length, "a positive integer")
     size = self.vocab_size
-    known = size is None or (isinstance(size, int) and size >= 1)
+    known = size is None or (fits(size, int) and size >= 1)
     require(known, "data.vocab_size", size, "a positive integer, or None")
-    whole = isinstance(self.workers, int) and self.workers >= 0
+    whole = fits(self.workers, int) and self.workers >= 0
     require(whole, "data.workers", self.workers, "0 or more")
     some = self.timeout is None or self.timeout > 0
     expected = "None or a number of seconds above 0"
@@ -342,7 +345,7 @@ class TextData(DataConfig):
     some = rows is None or rows >= 1
     require(some, "data.eval_rows", rows, "1 or more, or None")
     limit, expected = self.recall_limit, "None, or 0 or more"
-    whole = limit is None or (isinstance(limit, int) and limit >= 0)
+    whole = limit is None or (fits(limit, int) and limit >= 0)
     require(whole, "data.recall_limit", limit, expected)
     bigrams = limit is None or self.recall == "bigram"
     expected += " with data.recall='bigram'"

@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rebased_jax import ShardAxes
 from train.data.checks import require
+from train.field_types import fits, use_plain_scalars
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -39,10 +40,11 @@ class MeshConfig:
   context: int = 1
 
   def __post_init__(self):
+    use_plain_scalars(self)
     for name in AXES:
       value = getattr(self, name)
       optional = value is None and name == "data"
-      whole = isinstance(value, int) and not isinstance(value, bool)
+      whole = fits(value, int)
       require(
         optional or (whole and value >= 1),
         f"mesh.{name}",

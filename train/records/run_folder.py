@@ -204,24 +204,46 @@ class RunFolder:
     """
     if not self.metrics_file.exists():
       return []
-    lines = self.metrics_file.read_text().splitlines()
+    lines = self.metrics_file.read_bytes().splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
       try:
-        record = json.loads(line)
-        if not isinstance(record, dict) or not {"kind", "step"} <= set(record):
-          raise ValueError("expected a record with a kind and a step")
-        records.append(record)
-      except ValueError as error:
+        records.append(_metrics_record(line))
+      except (ValueError, RecursionError) as error:
         if number < len(lines):
           raise RunFolderError(
             f"{self.metrics_file}, line {number}: {error}"
           ) from error
     return records
 
-  def cut_metrics(self, step: int) -> None:
-    """Drop the records after `step`, which the resumed run makes again."""
+  def cut_metrics(self, step: int, *, evaluates: bool = False) -> None:
+    """Drop the records that the resumed run makes again.
+
+    Args:
+      step: the step that it resumes at; records after it are dropped.
+      evaluates: whether it begins with the evaluation of this step. The last
+        step of a run then has all its records but those of whole windows.
+    """
     if self.metrics_file.exists():
       kept = [x for x in self.read_metrics() if x["step"] <= step]
+      if evaluates:
+        kept = [x for x in kept if x["step"] < step or x["kind"] != "eval"]
       lines = "".join(json.dumps(record) + "\n" for record in kept)
       self.write("metrics.jsonl", lines)
+
+
+def _metrics_record(line: bytes) -> dict[str, Any]:
+  """Return the record of a line; ValueError if it is none."""
+  record = json.loads(line.decode())
+  if not isinstance(record, dict) or not {"kind", "step"} <= set(record):
+    raise ValueError("expected a record with a kind and a step")
+  values = dict(record)
+  kind, step = values.pop("kind"), values.pop("step")
+  if not isinstance(kind, str):
+    raise ValueError(f"kind={kind!r}: expected a string")
+  if type(step) is not int or step < 0:
+    raise ValueError(f"step={step!r}: expected an integer ≥ 0")
+  for name, value in values.items():
+    if type(value) not in (int, float):
+      raise ValueError(f"{name}={value!r}: expected a number")
+  return record
