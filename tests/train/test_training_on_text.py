@@ -30,6 +30,10 @@ from train_cases import (
 )
 
 from rebased_jax import LM
+from train.data.text.megatron_source import MegatronSource
+from train.data.text.packing import split_documents
+from train.data.text.token_source import DataError
+from train.nonfinite_steps import TrainingFailed
 from train.records.run_folder import RunFolder, RunFolderError
 
 
@@ -185,3 +189,33 @@ def test_workers_train_the_same(tmp_path, folder, finished, trainer) -> None:
   )
   assert code == 0, err
   assert saved_bits(path, config) == saved_bits(finished, config)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_token_past_the_vocabulary_is_named(
+  tmp_path: Path, monkeypatch, split: str
+) -> None:
+  """Even a run that skips steps ends, before the step or before the run."""
+  texts = [text.copy() for text in DOCUMENTS]
+  chosen = split_documents(len(texts), split, 0.2, 0.0)
+  ends = np.cumsum([len(texts[i]) for i in chosen])
+  # Rows of 16 tokens, 8 a step: the fourth step, or some held-out row.
+  place = 3 * 128 + 5 if split == "train" else 100
+  index = int(np.searchsorted(ends, place, side="right"))
+  document, token = int(chosen[index]), place - int(ends[index])
+  texts[document][token] = 300
+  path = write_megatron(tmp_path / "d", texts, cuts=(1001,))
+  config = make_config(
+    path, data=dict(shuffle=False, eval_rows=None), nan="skip", eval_every=3
+  )
+  named = f"{path}: document {document}, token {len(texts[document]) + token}"
+  named += " .* 300: expected 0 to 256"
+  with pytest.raises(DataError, match=named):
+    run(config, tmp_path / "refused")
+  assert not (tmp_path / "refused").exists()
+  # Not found in the sample of a large data set.
+  monkeypatch.setattr(MegatronSource, "check_tokens", lambda *args: None)
+  with pytest.raises(TrainingFailed, match=named):
+    run(config, tmp_path / "run")
+  steps = {int(x.name) for x in (tmp_path / "run" / "checkpoints").iterdir()}
+  assert steps and steps <= {2, 3}  # what was learnt before is kept

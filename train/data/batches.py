@@ -99,6 +99,19 @@ class Batches(abc.ABC):
       New arrays, which the caller may change, with stop - start rows each.
     """
 
+  def place(self, step: int, row: int, name: str, column: int) -> str:
+    """Return where a value of a batch comes from, for messages.
+
+    By default this is its place in the batch. A subclass may name a file.
+
+    Args:
+      step: the global step.
+      row: the row of the global batch.
+      name: the name of the array.
+      column: the value's place in the row of that array.
+    """
+    return f"step {step}, row {row}, {name}[{column}]"
+
   def read(self, step: int, rows: slice | None = None) -> Batch:
     """Return the given rows of the global batch at `step`.
 

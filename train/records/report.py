@@ -10,6 +10,7 @@ from train import compiled_steps, evaluate, initial_state, metrics
 from train.checkpoint.checkpoints import read_meta, restore_params
 from train.config import MQARData, RunConfig
 from train.console import rows
+from train.data.in_vocabulary import InVocabulary
 from train.devices import mesh as mesh_lib
 from train.loop import Outcome
 from train.records import plots
@@ -116,6 +117,7 @@ def evaluate_run(
     )
     make = config.data.test_batches if test else config.data.eval_batches
     data = make(config.micro_batch, config.seed)
+    data = InVocabulary(data, config.model.vocab_size)
     found = evaluate.evaluate(built, params, data, timeout=config.data.timeout)
   values = {
     "step": f"{step:,}",

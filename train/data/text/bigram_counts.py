@@ -256,6 +256,10 @@ class RareBatches(Batches):
     """The fingerprint of the batches, and the limit."""
     return {**self.inner.fingerprint, "recall_limit": self.limit}
 
+  def place(self, step: int, row: int, name: str, column: int) -> str:
+    """Return where a value comes from; see `Batches.place`."""
+    return self.inner.place(step, row, name, column)
+
   @functools.cached_property
   def _frequent_N(self) -> np.ndarray:
     return frequent(self.paths, self.limit)

@@ -210,6 +210,17 @@ class LMBatches(Batches):
         row_B[here_B] = index_b
     return set_B, row_B
 
+  def place(self, step: int, row: int, name: str, column: int) -> str:
+    """Return the data set, document and token of a value of a batch."""
+    set_B, row_B = self.locate(np.array([step * self.rows + row]))
+    source, plan = self.parts[int(set_B[0])]
+    pieces, _ = plan.pieces(row_B)
+    place = column + (name == "targets")  # in the row of length + 1 tokens
+    piece = int(np.flatnonzero(pieces.place_P <= place)[-1])
+    token = int(pieces.start_P[piece]) + place - int(pieces.place_P[piece])
+    where = f"document {pieces.document_P[piece]}, token {token}"
+    return f"{source.name}: {where} (step {step}, row {row})"
+
   def read_rows(self, step: int, start: int, stop: int) -> Batch:
     """Return rows of a batch; DataError if a file cannot be read."""
     place_B = step * self.rows + np.arange(start, stop)

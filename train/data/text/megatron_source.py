@@ -45,6 +45,8 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = 34
 _DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 _BLOCK = 1 << 20  # entries that are checked at a time
+_CHECKED_BLOCKS = 64  # where tokens are compared with a vocabulary
+_CHECKED_BYTES = 1 << 20
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.bin")
 
 
@@ -326,6 +328,47 @@ class MegatronSource(TokenSource):
     if self.unit == "sequence":
       return self.sequences
     return len(self._index.documents_D) - 1
+
+  def check_tokens(self, vocab_size: int) -> None:
+    """Look for tokens outside a vocabulary in 64 blocks of 1 MiB.
+
+    The blocks are spread evenly over the data, with its first and last bytes.
+    Data of at most 64 MiB is checked as a whole.
+
+    Args:
+      vocab_size: the vocabulary size V of the model.
+
+    Raises:
+      DataError: some token is not in [0, V).
+    """
+    dtype, size = self.dtype, self.dtype.itemsize
+    if np.iinfo(dtype).min >= 0 and np.iinfo(dtype).max < vocab_size:
+      return
+    total = self._index.total_bytes
+    last = max(total - _CHECKED_BYTES, 0)
+    blocks = min(_CHECKED_BLOCKS, -(-total // _CHECKED_BYTES))
+    for i in range(blocks):
+      begin = last * i // max(blocks - 1, 1) // size * size
+      end = min(begin + _CHECKED_BYTES, total)
+      shard = int(np.searchsorted(self._ends, begin, side="right"))
+      token_N = np.frombuffer(self._bytes(begin, end, shard), dtype)
+      bad_N = np.flatnonzero((token_N < 0) | (token_N >= vocab_size))
+      if bad_N.size:
+        self._raise_outside(begin + size * int(bad_N[0]), vocab_size)
+
+  def _raise_outside(self, place: int, vocab_size: int) -> NoReturn:
+    """Raise DataError about the token at a place of the data in bytes."""
+    start_n = self.starts(np.arange(len(self)))
+    document = int(np.searchsorted(start_n, place, side="right")) - 1
+    shard = int(np.searchsorted(self._ends, place, side="right"))
+    size = self.dtype.itemsize
+    value = np.frombuffer(self._bytes(place, place + size, shard), self.dtype)
+    raise DataError(
+      f"{self.name}: document {document}, token "
+      f"{(place - int(start_n[document])) // size} (in {self.shards[shard]}): "
+      f"the token is {value[0]}: expected 0 to {vocab_size - 1}, the model's "
+      "vocabulary; correct the data or set a larger --model.vocab-size"
+    )
 
   def fill(self, pieces: Pieces, out_N: np.ndarray) -> None:
     """Write the tokens of pieces to their places; see `TokenSource.fill`."""

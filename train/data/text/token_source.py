@@ -74,6 +74,24 @@ class TokenSource(abc.ABC):
   def __len__(self) -> int:
     """Return the number of documents."""
 
+  def check_tokens(self, vocab_size: int) -> None:
+    """Look for tokens outside a model's vocabulary before training.
+
+    The default is for a source that knows its `vocab_size`.
+
+    Args:
+      vocab_size: the vocabulary size V of the model.
+
+    Raises:
+      DataError: some token is not in [0, V).
+    """
+    if self.vocab_size is not None and self.vocab_size > vocab_size:
+      raise DataError(
+        f"{self.name}: its vocabulary has {self.vocab_size} tokens: expected "
+        f"at most {vocab_size}, the model's vocabulary; set a larger "
+        "--model.vocab-size"
+      )
+
   @abc.abstractmethod
   def length_of(self, document: int) -> int:
     """Return the number of tokens of a document, which must exist."""
