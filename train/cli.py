@@ -97,6 +97,11 @@ VERBS = {
     "train.commands.count",
     uses_jax=False,
   ),
+  "experiment": Verb(
+    "NAME",
+    "run an experiment of the paper; `list` shows all",
+    "train.commands.experiment",
+  ),
   "doctor": Verb(
     "",
     "show devices, versions, implementations",

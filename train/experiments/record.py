@@ -141,6 +141,25 @@ def read(path: Path) -> dict[str, Any]:
   return record
 
 
+def read_of(path: Path, cell: Cell) -> dict[str, Any]:
+  """Return the record in a file, which must be of the given cell.
+
+  Args:
+    path: the file.
+    cell: the cell.
+
+  Raises:
+    RecordError: the file holds no record, or that of another cell.
+  """
+  record = read(path)
+  if record["key"] != key(cell):
+    raise RecordError(
+      f"{path} is of another cell (its config, rates or seeds differ): use "
+      "another folder, or delete the file"
+    )
+  return record
+
+
 def cell_of(record: dict[str, Any]) -> Cell:
   """Return the cell that a record is of.
 

@@ -74,10 +74,7 @@ def run_cell(
   """
   path = folder / f"{name}.json"
   if path.exists():
-    found = records.read(path)
-    if found["key"] != records.key(cell):
-      raise _of_another_cell(path)
-    return found
+    return records.read_of(path, cell)
   partial = folder / f"{name}.partial"
   work = _Work(cell, partial, devices)
   for group in work.groups():
@@ -173,7 +170,10 @@ class _Work:
     except NoCheckpointError:
       return None
     if meta["key"] != records.key(self.cell):
-      raise _of_another_cell(self._partial)
+      raise RecordError(
+        f"{self._partial} is of another cell (its config, rates or seeds "
+        "differ): use another folder, or delete it"
+      )
     return meta
 
   def _restore(self, meta: dict[str, Any]) -> Sweep:
@@ -205,13 +205,6 @@ class _Work:
         if len(runs) == 1:
           raise
         runs = runs[: (len(runs) + 1) // 2]
-
-
-def _of_another_cell(path: Path) -> RecordError:
-  return RecordError(
-    f"{path} is of another cell (its config, rates or seeds differ): use "
-    "another folder, or delete the file"
-  )
 
 
 def _commit() -> str | None:

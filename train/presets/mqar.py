@@ -18,6 +18,7 @@ from train.config import (
 #: Pairs of a row, by its length in tokens.
 PAPER_LENGTHS = {128: 16, 256: 64, 512: 128, 1024: 256, 2048: 512}
 ABLATION_LENGTHS = (256, 2048)
+ABLATION_PAIRS = 32
 # Softmax attention does not learn at the learning rate of ReBased, 1e-2.
 _SMALL_RATE = 3e-3
 #: Other names of presets: Based and ReBased contain the convolution already.
@@ -119,6 +120,6 @@ def make_presets() -> dict[str, RunConfig]:
   for variant, mixer in presets.VARIANTS.items():
     system = presets.hybrid(mixer)
     for length in ABLATION_LENGTHS:
-      run = paper(system, length=length, pairs=32, width=48)
+      run = paper(system, length=length, pairs=ABLATION_PAIRS, width=48)
       runs[f"mqar-paper-ablation-{variant}-{length}"] = run
   return runs

@@ -1,0 +1,163 @@
+"""The paper's experiments: their cells, tables, plots and command."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from train import cli
+from train.experiments import paper, record as records, results
+
+_EXPERIMENTS = paper.make_experiments()
+
+
+def test_a_name_means_one_cell_in_all_experiments():
+  keys = {}
+  for experiment in _EXPERIMENTS.values():
+    for name, cell in experiment.cells.items():
+      assert keys.setdefault(name, records.key(cell)) == records.key(cell)
+  assert len(set(keys.values())) == len(keys)
+
+
+@pytest.mark.parametrize("name", _EXPERIMENTS)
+def test_names_say_what_the_cells_are(name):
+  experiment = _EXPERIMENTS[name]
+  for cell_name, cell in experiment.cells.items():
+    where = results.place(cell_name)
+    assert where.length == cell.run.data.length
+    assert where.width == cell.run.model.width
+    # One cosine over 64 epochs, stepped at each epoch, and no warm-up.
+    assert cell.epochs == 64
+    assert cell.run.optimizer.epoch_steps == cell.epoch_steps
+    assert cell.precision == "highest" and cell.run.stop_accuracy == 0.99
+  published = {results.place(each).length for each in experiment.published}
+  lengths = {results.place(each).length for each in experiment.cells}
+  assert published <= lengths
+  for each in experiment.quick:
+    small = paper.make_small(experiment.cells[each])
+    assert small.run.data.length <= 32 and small.epochs == 2
+
+
+def test_table_1_has_the_papers_means():
+  published = _EXPERIMENTS["table-1"].published
+  means = {
+    (variant, length): np.mean(
+      [
+        published[f"ablation-{variant}-L{length}-d{width}"].mean
+        for width in paper.TABLE_1_WIDTHS
+      ]
+    )
+    for variant in ("based", "x2", "norm", "gamma", "gamma-beta", "rebased")
+    for length in (256, 2048)
+  }
+  # The paper's column of means. Both it and the entries have two digits.
+  printed = {
+    256: (0.58, 0.54, 0.57, 0.51, 0.61, 0.63),
+    2048: (0.51, 0.44, 0.58, 0.48, 0.60, 0.61),
+  }
+  for length, values in printed.items():
+    mine = [mean for (_, at), mean in means.items() if at == length]
+    np.testing.assert_allclose(mine, values, atol=0.01)
+
+
+def test_expected_best_is_the_mean_over_all_draws():
+  values = [0.3, 0.9, 0.1, 0.6]
+  for n, (biased, unbiased) in enumerate(
+    zip(
+      results.expected_best(values),
+      results.expected_best_unbiased(values),
+      strict=True,
+    ),
+    start=1,
+  ):
+    with_replacement = itertools.product(values, repeat=n)
+    without = itertools.combinations(values, n)
+    assert biased == pytest.approx(np.mean([max(x) for x in with_replacement]))
+    assert unbiased == pytest.approx(np.mean([max(x) for x in without]))
+
+
+def _record(cell, name, accuracy):
+  """A record of two epochs, as `record.make` returns it."""
+  history = records.History.empty(cell)
+  for field in vars(history).values():
+    field[:2] = 1.0
+  history.accuracy_ER[:2] = [[0.1] * len(cell.runs), accuracy]
+  return records.make(cell, history, name=name, commit=None, seconds=1.0)
+
+
+def test_a_table_has_ours_beside_the_papers(tmp_path):
+  experiment = _EXPERIMENTS["figure-1"]
+  name = "rebased-L256-d64"
+  cell = experiment.cells[name]  # 4 rates × 2 seeds
+  accuracy = [0.5, 0.7, 0.8, 0.6, 0.2, 0.2, 0.1, 0.1]
+  record = _record(cell, name, accuracy)
+  records.write(tmp_path / "cells" / f"{name}.json", record)
+  page, picture = results.write(experiment, tmp_path)
+  rows = {
+    line.split(" | ")[0].strip("| "): line
+    for line in page.read_text().splitlines()
+  }
+  # The rate with the best mean over seeds, 0.7, deviates by 0.1 · √2.
+  assert "| ≈ 0.97 | 0.7000 ± 0.1414 | 2 | 0.001 | 2 of 64 |" in rows[name]
+  assert "not run" in rows["based-L256-d64"]
+  assert "1 of 34 cells" in page.read_text()
+  assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_record_of_another_cell_is_refused(tmp_path):
+  experiment = _EXPERIMENTS["figure-1"]
+  cell = experiment.cells["rebased-L128-d64"]
+  record = _record(cell, "x", [0.5] * 8)
+  records.write(tmp_path / "cells" / "rebased-L256-d64.json", record)
+  with pytest.raises(records.RecordError, match="is of another cell"):
+    results.write(experiment, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    ("{", "no readable record"),
+    ("[]", "version=None: expected 2"),
+    (json.dumps({"version": 1}), "version=1: expected 2"),
+  ],
+)
+def test_a_file_that_is_no_record_is_named(tmp_path, content, message):
+  path = tmp_path / "cell.json"
+  path.write_text(content)
+  with pytest.raises(records.RecordError, match=message):
+    records.read(path)
+
+
+def _command(capsys, *args):
+  with pytest.raises(SystemExit) as end:
+    cli.main(["experiment", *args])
+  out, err = capsys.readouterr()
+  return end.value.code, out, err
+
+
+def test_list_counts_what_was_run(tmp_path, capsys, monkeypatch):
+  monkeypatch.setenv("COLUMNS", "100")
+  cell = _EXPERIMENTS["figure-1"].cells["rebased-L128-d64"]
+  record = _record(cell, "rebased-L128-d64", [0.5] * 8)
+  records.write(tmp_path / "cells" / "rebased-L128-d64.json", record)
+  code, out, _ = _command(capsys, "list", "--out", str(tmp_path))
+  assert code == 0
+  assert "1 of 34 cells" in out and "0 of 30 cells" in out
+  assert "0.5000 ± 0.0000" in out and "8 runs, 2 of 64 epochs" in out
+
+
+@pytest.mark.parametrize(
+  ("args", "message"),
+  [
+    (["figure-11"], "there is no experiment 'figure-11'; did you mean"),
+    (["figure-1", "--only", "nothing*"], "--only nothing*: expected a pattern"),
+    (["verify", "missing.json"], "missing.json: no readable record"),
+  ],
+)
+def test_wrong_arguments_are_named(tmp_path, capsys, args, message):
+  if args[0] != "verify":
+    args = [*args, "--out", str(tmp_path)]
+  code, _, err = _command(capsys, *args)
+  assert code == 2 and message in err
+  assert not list(tmp_path.iterdir())

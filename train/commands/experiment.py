@@ -1,0 +1,239 @@
+"""`rebased experiment NAME`: run an experiment of the paper, cell by cell."""
+
+import dataclasses
+import fnmatch
+from pathlib import Path
+import time
+from typing import Annotated
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+import tyro
+
+from train import console as lines
+from train.experiments import paper, record as records, results
+from train.experiments.paper import Experiment
+from train.experiments.run_cell import Progress, run_cell
+from train.experiments.sweep import Cell, Sweep
+from train.stop_signals import StopSignals
+
+_Positional = Annotated[str, tyro.conf.Positional]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunArgs:
+  """Run the cells of an experiment that have no record yet, and draw it.
+
+  A cell that was stopped continues. Each finished cell is a file in `cells/`.
+  """
+
+  #: Which experiment.
+  name: Annotated[_Positional, tyro.conf.arg(metavar="NAME")]
+  #: The folder of records, tables and plots.
+  out: str = "experiments"
+  #: Run only cells whose names match one of these patterns, as "rebased-L128*".
+  only: tuple[str, ...] = ()
+  #: Stop after this time, at the end of an epoch. None: no limit.
+  minutes: float | None = None
+  #: Run a few cells at a small size, which show nothing of the paper.
+  quick: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ListArgs:
+  """Show every experiment, and which of its cells have been run."""
+
+  #: The folder of records.
+  out: str = "experiments"
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyArgs:
+  """Run the first epochs of a recorded cell again, and compare."""
+
+  #: The record of the cell.
+  cell: Annotated[_Positional, tyro.conf.arg(metavar="CELL.json")]
+  #: Epochs to run.
+  epochs: int = 2
+  #: Largest difference of an accuracy.
+  tolerance: float = 0.02
+
+
+def run(args: list[str]) -> int:
+  """Run the verb and return the exit code.
+
+  Args:
+    args: the arguments after the verb.
+
+  Raises:
+    ValueError: an argument is wrong, or a record is of another cell.
+  """
+  console = Console()
+  word = args[0] if args else "--help"
+  if word == "list":
+    return _list(
+      tyro.cli(ListArgs, prog="rebased experiment list", args=args[1:]), console
+    )
+  if word == "verify":
+    return _verify(
+      tyro.cli(VerifyArgs, prog="rebased experiment verify", args=args[1:]),
+      console,
+    )
+  parsed = tyro.cli(RunArgs, prog="rebased experiment", args=args)
+  return _run(parsed, console)
+
+
+def _run(args: RunArgs, console: Console) -> int:
+  experiments = paper.make_experiments()
+  if args.name not in experiments:
+    known = (*experiments, "list", "verify")
+    raise ValueError(lines.unknown("experiment", args.name, known))
+  experiment = experiments[args.name]
+  if args.quick:
+    experiment = _small(experiment)
+    lines.say(console, "--quick: small cells; not of the paper's size")
+  chosen = _choose(experiment, args.only)
+  folder = Path(args.out)
+  end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+  with StopSignals() as signals:
+
+    def stop() -> bool:
+      late = end is not None and time.monotonic() >= end
+      return signals.requested or late
+
+    for name, cell in chosen.items():
+      if stop():
+        break
+      found = run_cell(
+        name,
+        cell,
+        folder / "cells",
+        stop=stop,
+        report=lambda progress, name=name: _report(console, name, progress),
+      )
+      if found is not None:
+        lines.say(console, f"{name}: {_summary(found)}")
+    code = signals.exit_code
+  for path in results.write(experiment, folder):
+    lines.say(console, f"wrote {path}")
+  done = len(results.read_cells(experiment, folder / "cells"))
+  left = len(experiment.cells) - done
+  if left:
+    lines.say(
+      console, f"{left} cells have no record; the same command continues"
+    )
+  return code
+
+
+def _choose(experiment: Experiment, only: tuple[str, ...]) -> dict[str, Cell]:
+  """Return the cells whose names match a pattern; all if there is none."""
+  if not only:
+    return dict(experiment.cells)
+  chosen = {
+    name: cell
+    for name, cell in experiment.cells.items()
+    if any(fnmatch.fnmatch(name, pattern) for pattern in only)
+  }
+  if not chosen:
+    raise ValueError(
+      f"--only {' '.join(only)}: expected a pattern that matches one of the "
+      f"cells {', '.join(experiment.cells)}"
+    )
+  return chosen
+
+
+def _small(experiment: Experiment) -> Experiment:
+  cells = {
+    f"quick-{name}": paper.make_small(experiment.cells[name])
+    for name in experiment.quick
+  }
+  return dataclasses.replace(
+    experiment,
+    name=f"{experiment.name}-quick",
+    statement="Small cells, which show that the code runs.",
+    cells=cells,
+    published={},
+  )
+
+
+def _report(console: Console, name: str, progress: Progress) -> None:
+  epoch = progress.epoch
+  best, worst = epoch.accuracy_R.max(), epoch.accuracy_R.min()
+  lines.say(
+    console,
+    f"{name}: epoch {epoch.number + 1}, accuracy {worst:.3f} to {best:.3f}, "
+    f"{progress.finished} of {progress.total} runs finished, "
+    f"{epoch.seconds:.1f} s",
+  )
+
+
+def _summary(record: dict) -> str:
+  best = records.best_rate(record)
+  return (
+    f"{best['mean']:.4f} ± {best['std']:.4f} over {best['seeds']} seeds at "
+    f"rate {best['learning_rate']:g}; {record['epochs_done']} of "
+    f"{record['epochs_planned']} epochs, {record['seconds']:.0f} s, "
+    f"{record['ms_per_run_step']:.3g} ms a run-step"
+  )
+
+
+def _list(args: ListArgs, console: Console) -> int:
+  folder = Path(args.out) / "cells"
+  table = Table(title="Experiments of arXiv 2402.10644", title_justify="left")
+  for column in ("cell", "paper", "ours", "our runs"):
+    table.add_column(column, no_wrap=True)
+  for experiment in paper.make_experiments().values():
+    found = results.read_cells(experiment, folder)
+    table.add_section()
+    table.add_row(
+      experiment.name, "", f"{len(found)} of {len(experiment.cells)} cells", ""
+    )
+    for name in experiment.cells:
+      published = experiment.published.get(name)
+      theirs = "" if published is None else str(published)
+      table.add_row(f"  {name}", theirs, *_ours(found.get(name)))
+  console.print(table)
+  return 0
+
+
+def _ours(record: dict | None) -> tuple[str, str]:
+  """Return our accuracy and the size of our run."""
+  if record is None:
+    return "not run", ""
+  best = records.best_rate(record)
+  size = (
+    f"{len(record['runs'])} runs, {record['epochs_done']} of "
+    f"{record['epochs_planned']} epochs"
+  )
+  return f"{best['mean']:.4f} ± {best['std']:.4f}", size
+
+
+def _verify(args: VerifyArgs, console: Console) -> int:
+  record = records.read(Path(args.cell))
+  cell = records.cell_of(record)
+  count = min(args.epochs, record["epochs_done"])
+  if count < 1:
+    raise ValueError(f"--epochs {args.epochs}: expected 1 or more")
+  worst = 0.0
+  for epoch in Sweep(cell).epochs():
+    for place, run in enumerate(epoch.runs):
+      then = record["runs"][run]["accuracy"]
+      if epoch.number < len(then) and epoch.active_R[place]:
+        now = float(np.nan_to_num(epoch.accuracy_R[place]))
+        worst = max(worst, abs(now - then[epoch.number]))
+    lines.say(
+      console,
+      f"epoch {epoch.number + 1}: largest difference so far {worst:.4f}",
+    )
+    if epoch.number + 1 == count:
+      break
+  if worst <= args.tolerance:
+    lines.say(console, f"{record['name']}: {count} epochs agree")
+    return 0
+  lines.say(
+    console,
+    f"{record['name']}: an accuracy differs by {worst:.4f}, more than "
+    f"--tolerance {args.tolerance:g}",
+  )
+  return 1
