@@ -19,7 +19,9 @@ from train import console
 
 _EXIT_CODES = """\
 Exit codes: 0 done; 2 a wrong argument or config, nothing was changed; 1 failed;
-143 (SIGTERM) or 130 (SIGINT) stopped and saved, and can be resumed."""
+3 another process of the run ended; 143 (SIGTERM) or 130 (SIGINT) stopped and
+saved, and can be resumed."""
+_PEER_LOST = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
   if verb is None:
     _print_error(console.unknown("command", args[0], VERBS))
     sys.exit(2)
-  sys.exit(_run(verb, args[1:]))
+  sys.exit(_run_among_peers(verb, args[1:]))
 
 
 def _help() -> str:
@@ -140,6 +142,19 @@ def _help() -> str:
     lines.append(f"  {f'rebased {name} {verb.usage}':<36}{summary}")
   lines += ["", "`rebased VERB --help` shows the options.", _EXIT_CODES]
   return "\n".join(lines)
+
+
+def _run_among_peers(verb: Verb, args: list[str]) -> int:
+  """Run a verb, and tell the other processes of the run how it ended."""
+  code = 1  # of an exception that is a bug
+  try:
+    code = _run(verb, args)
+  finally:
+    # Not imported here: a verb that never imported it has no peers.
+    processes = sys.modules.get("train.devices.processes")
+    if processes is not None:
+      processes.leave(code)
+  return code
 
 
 def _run(verb: Verb, args: list[str]) -> int:
@@ -159,6 +174,9 @@ def _run(verb: Verb, args: list[str]) -> int:
       _exit_if_hung(error)
     _print_error(str(error))
     return 1
+  except _peer_lost() as error:
+    _print_error(str(error))
+    return _PEER_LOST
   except KeyboardInterrupt as error:
     if verb.uses_jax:
       raise
@@ -179,6 +197,12 @@ def _failures(verb: Verb) -> tuple[type[Exception], ...]:
   from train.nonfinite_steps import TrainingFailed
 
   return OSError, CheckpointError, TrainingFailed
+
+
+def _peer_lost() -> tuple[type[Exception], ...]:
+  """Return the error of a run that lost a process; none if there are none."""
+  processes = sys.modules.get("train.devices.processes")
+  return () if processes is None else (processes.PeerLost,)
 
 
 def _exit_if_hung(error: Exception) -> None:

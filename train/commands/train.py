@@ -25,6 +25,8 @@ class TrainArgs:
   #: How this process finds the others: "off" if there are none, "auto" from
   #: the cluster, or HOST:PORT,N,I for process I of N.
   distributed: str = "off"
+  #: Seconds to wait for the other processes at the start.
+  join_timeout: float = processes.JOIN_TIMEOUT
 
 
 def run(args: list[str]) -> int:
@@ -38,7 +40,7 @@ def run(args: list[str]) -> int:
     OSError, CheckpointError or TrainingFailed: the run failed.
   """
   name, parsed = parse_preset(TrainArgs, "train", args)
-  processes.start(parsed.distributed)
+  processes.start(parsed.distributed, parsed.join_timeout)
   run_dir = parsed.run_dir
   if run_dir is None:
     if parsed.distributed != "off":

@@ -6,12 +6,12 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from rebased_jax import LM, parameter_count
-from train import compiled_steps, evaluate, initial_state, metrics
+from train import compiled_steps, evaluate, initial_state, metrics, same_run
 from train.checkpoint.checkpoints import read_meta, restore_params
 from train.config import MQARData, RunConfig
 from train.console import rows
 from train.data.in_vocabulary import InVocabulary
-from train.devices import mesh as mesh_lib
+from train.devices import mesh as mesh_lib, processes
 from train.loop import Outcome
 from train.records import plots
 from train.records.run_folder import RunFolder
@@ -104,9 +104,17 @@ def evaluate_run(
     ValueError: the data has no test split, or tokens that the model lacks.
     RunFolderError: the data has changed, which is not allowed.
     CheckpointError: there is no such checkpoint.
+    PeerLost: another process of the evaluation has ended.
   """
+  same_run.check(
+    config,
+    folder,
+    step=step,
+    test=test,
+    allow_data_change=allow_data_change,
+  )
   mesh = mesh_lib.make_mesh(config.mesh)
-  with jax.set_mesh(mesh):
+  with processes.naming_lost_peers(), jax.set_mesh(mesh):
     built = compiled_steps.build(config, mesh)
     target = compiled_steps.to_dicts(built.abstract)["params"]
     run_id = folder.run_id()
