@@ -1,6 +1,7 @@
 """Test prepared data sets: their documents, and damaged files."""
 
 from collections.abc import Iterator
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from train.commands.inspect_data import show
+from train.config import TextData
 from train.data.file_hashes import sampled_hash
 from train.data.text.prepared_source import PreparedSource
 from train.data.text.token_source import DataError, Pieces
@@ -279,6 +281,40 @@ def test_verify_reads_every_byte(folder: Path) -> None:
   path.write_bytes(content)
   with pytest.raises(DataError, match="00002.arrayrecord: its SHA-256 is not"):
     source.verify()
+
+
+def test_damage_in_place_is_named_by_verify_and_by_reading(folder) -> None:
+  """Every byte of a shard is zeroed, or one bit is flipped: same size."""
+  path = folder / "shard-00002.arrayrecord"
+  sound, random = path.read_bytes(), np.random.default_rng(1)
+  _edit_shard(folder, bytes=len(sound))
+  data = TextData((str(folder),), length=8, verify=True)
+  data.check_files(257)
+  for i in range(40):
+    content = bytearray(len(sound) if i == 0 else sound)
+    if i:
+      content[int(random.integers(len(sound)))] ^= 1 << int(random.integers(8))
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="its SHA-256 is not the one in datas"):
+      data.check_files(257)
+    try:
+      read = [x.tolist() for x in PreparedSource(folder)]
+    except DataError as error:
+      assert str(path) in str(error)
+    else:
+      assert i and read == [x.tolist() for x in _TEXTS]
+  # Without `verify` only the size is compared, before anything is read.
+  dataclasses.replace(data, verify=False).check_files(257)
+  with pytest.raises(ValueError, match="data.verify='yes': expected True or"):
+    dataclasses.replace(data, verify="yes")
+
+
+def test_a_shard_without_a_checksum_is_not_called_sound(folder: Path) -> None:
+  data = json.loads((folder / "dataset.json").read_text())
+  del data["shards"][1]["sha256"]
+  _edit(folder, **data)
+  with pytest.raises(DataError, match="shard-00001.* has no SHA-256 of it"):
+    PreparedSource(folder).verify()
 
 
 def test_a_domain_without_a_name_is_an_error(folder: Path) -> None:

@@ -79,8 +79,6 @@ def show(path: str, console: Console, *, length: int, verify: bool) -> None:
   if isinstance(source, PreparedSource) and source.sidecar.get("domain_names"):
     console.print(_domains(source.sidecar))
   if verify:
-    if not isinstance(source, PreparedSource):
-      raise ValueError(f"{path}: Megatron's format has no checksums to verify")
     source.verify()
     console.print(f"all {len(source.shards)} shards match their checksums")
   _sample(source, length, console)

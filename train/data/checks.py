@@ -1,5 +1,6 @@
 """Checks of config values: a wrong one is named with what was expected."""
 
+import os
 import re
 
 
@@ -17,6 +18,15 @@ def require(ok: bool, field: str, value: object, expected: str) -> None:
   """
   if not ok:
     raise ValueError(f"{field}={value!r}: expected {expected}")
+
+
+def absolute(path: str) -> str:
+  """Return a path that does not depend on the working directory.
+
+  Args:
+    path: a path, or a URL, which stays as it is.
+  """
+  return path if "://" in path else os.path.abspath(path)
 
 
 def check_local(name: str, path: str) -> None:

@@ -9,11 +9,11 @@ import abc
 from collections.abc import Mapping, Sequence
 import dataclasses
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 from train.data import mqar, mqar_paper
 from train.data.batches import Batch, Batches
-from train.data.checks import require
+from train.data.checks import absolute, require
 from train.data.recall import RECALLS, Recall
 from train.data.text import bigram_counts, lm_batches
 from train.data.text.packing_cache import CACHE_DIR
@@ -150,6 +150,27 @@ class DataConfig(abc.ABC):
   def read_vocab_size(self) -> int | None:
     """Return the vocabulary size, reading it from the files if necessary."""
     return self.vocab_size
+
+  def with_absolute_paths(self) -> Self:
+    """Return this config with paths for any working directory.
+
+    A run stores the result, so that it can be resumed from elsewhere. By
+    default there are no paths. A subclass that has some should override it.
+    """
+    return self
+
+  def check_files(self, vocab_size: int) -> None:  # noqa: B027
+    """Check the data's files before training, beyond a first batch.
+
+    Whether tokens are in the vocabulary is checked for every batch that is
+    read. A subclass may find out earlier. The default does nothing.
+
+    Args:
+      vocab_size: the vocabulary size V of the model.
+
+    Raises:
+      ValueError: a file is damaged, or some token is not in [0, V).
+    """
 
 
 # What training reads. Other arrays have the dtype that `fields` says.
@@ -322,6 +343,9 @@ class TextData(DataConfig):
   shuffle: bool = True
   #: The number of processes that read ahead; 0 for a thread.
   workers: int = 0
+  #: Read every shard before training, and compare its SHA-256 with the one in
+  #: dataset.json.
+  verify: bool = False
   #: The folder of cached row plans. None: ~/.cache/rebased_jax/plans.
   cache_dir: str | None = None
   #: Seconds that training waits for a batch. None: no limit.
@@ -341,6 +365,8 @@ class TextData(DataConfig):
       require(isinstance(value, tuple), f"data.{field}", value, "a tuple")
     super().__post_init__()
     self.train_batches(1, 0)  # raises if there are no such rows
+    is_bool = isinstance(self.verify, bool)
+    require(is_bool, "data.verify", self.verify, "True or False")
     rows = self.eval_rows
     some = rows is None or rows >= 1
     require(some, "data.eval_rows", rows, "1 or more, or None")
@@ -358,6 +384,16 @@ class TextData(DataConfig):
       some = self.validation > 0
       expected = "above 0, or a data.eval_path"
       require(some, "data.validation", self.validation, expected)
+
+  def with_absolute_paths(self) -> Self:
+    """Return this config with paths for any working directory."""
+    cache = self.cache_dir
+    return dataclasses.replace(
+      self,
+      path=tuple(absolute(path) for path in self.path),
+      eval_path=tuple(absolute(path) for path in self.eval_path),
+      cache_dir=None if cache is None else absolute(cache),
+    )
 
   @property
   def vocab_size(self) -> None:
@@ -378,6 +414,22 @@ class TextData(DataConfig):
     _check_tokenizers(sources)
     sizes = [source.vocab_size for source in sources]
     return max((size for size in sizes if size is not None), default=None)
+
+  def check_files(self, vocab_size: int) -> None:
+    """Look for tokens outside a model's vocabulary, and verify the files.
+
+    Args:
+      vocab_size: the vocabulary size V of the model.
+
+    Raises:
+      DataError: some token is not in [0, V), a data set cannot be read, or
+        `verify` is set and a shard changed since it was made.
+    """
+    for path in (*self.path, *self.eval_path):
+      source = open_source(path, self.packing)
+      source.check_tokens(vocab_size)
+      if self.verify:
+        source.verify()
 
   def fields(self, rows: int) -> dict[str, Field]:
     """Return the arrays of a training batch, by name; reads no file."""

@@ -356,6 +356,12 @@ class MegatronSource(TokenSource):
       if bad_N.size:
         self._raise_outside(begin + size * int(bad_N[0]), vocab_size)
 
+  def verify(self) -> NoReturn:
+    """Raise DataError, because the format has no checksums."""
+    raise DataError(
+      f"{self.name}: Megatron's format has no checksums to verify"
+    )
+
   def _raise_outside(self, place: int, vocab_size: int) -> NoReturn:
     """Raise DataError about the token at a place of the data in bytes."""
     start_n = self.starts(np.arange(len(self)))

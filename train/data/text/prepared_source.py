@@ -419,12 +419,23 @@ class PreparedSource(TokenSource):
     """Read every byte and compare the checksums.
 
     Raises:
-      DataError: a shard changed since it was made.
+      DataError: a shard changed since it was made, or has no checksum.
     """
     for shard, path in enumerate(self.shards):
       expected = self.sidecar["shards"][shard].get("sha256")
-      if expected is not None and file_hash(path) != expected:
-        raise DataError(f"{path}: its SHA-256 is not the one in dataset.json")
+      if expected is None:
+        raise DataError(
+          f"{path}: dataset.json has no SHA-256 of it to compare with"
+        )
+      try:
+        found = file_hash(path)
+      except OSError as error:
+        raise unreadable(path, error) from error
+      if found != expected:
+        raise DataError(
+          f"{path}: its SHA-256 is not the one in dataset.json: the file is "
+          "damaged: copy or prepare it again"
+        )
 
   def __repr__(self) -> str:
     return f"PreparedSource({self.name!r})"

@@ -93,6 +93,14 @@ class TokenSource(abc.ABC):
       )
 
   @abc.abstractmethod
+  def verify(self) -> None:
+    """Read every byte and compare the checksums.
+
+    Raises:
+      DataError: a file changed since it was made, or there are no checksums.
+    """
+
+  @abc.abstractmethod
   def length_of(self, document: int) -> int:
     """Return the number of tokens of a document, which must exist."""
 
