@@ -1,6 +1,7 @@
 """Layer normalisation against its equations in float64."""
 
 import functools
+import re
 
 from flax import nnx
 import jax
@@ -88,6 +89,16 @@ def test_values_and_gradients(shape, dtype, out, limit) -> None:
     pairs = zip((y, *found), wanted, strict=True)
   for a, b in pairs:
     assert _error(a, b) <= limit
+
+
+def test_the_backward_computes_the_normalised_row_again() -> None:
+  """Otherwise XLA keeps it from the forward, in float32."""
+  x_D, scale_D, bias_D, _ = (np.float32(x) for x in _inputs((3, 8)))
+  loss = lambda x: layer_norm(x, scale_D, bias_D, eps=EPS).sum()
+  lowered = jax.jit(jax.grad(loss)).lower(x_D).as_text()
+  # A row, its mean and its 1/σ: nothing computed from them passes the barrier.
+  (barrier,) = re.findall(r"optimization_barrier.* : (.*)", lowered)
+  assert re.findall(r"<(.*?)>", barrier) == ["3x8xf32", *["3x1xf32"] * 2]
 
 
 @pytest.mark.usefixtures("program")

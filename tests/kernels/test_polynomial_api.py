@@ -143,6 +143,17 @@ def test_chosen_positions_equal_rows_of_the_whole(boundaries):
   assert_close(o_BMHP, np.take_along_axis(want_BTHP, rows, axis=1))
 
 
+def test_positions_outside_the_row_have_nan():
+  x = make_inputs(**SHAPE)
+  positions_BM = jnp.array([[-1, 0, 69, 70], [-70, 3, 2**30, -(2**31)]])
+  o_BMHP = pk.polynomial_attention_at(
+    x.q_BTHF[:, :4], x.k_BTHF, x.v_BTHP, positions_BM
+  )
+  inside_BM = (positions_BM >= 0) & (positions_BM < 70)
+  assert (jnp.isnan(o_BMHP).all(axis=(2, 3)) == ~inside_BM).all()
+  assert (jnp.isfinite(o_BMHP).all(axis=(2, 3)) == inside_BM).all()
+
+
 @pytest.mark.parametrize("name", ["REBASED", "BASED"])
 def test_weights_give_the_output(name):
   x = make_inputs(**SHAPE)

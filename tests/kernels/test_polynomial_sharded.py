@@ -137,6 +137,10 @@ def test_axes_without_a_mesh_are_refused():
       pk.ShardAxes(time=("model", "sequence")),
       r"axes\.time=\('model', 'sequence'\) splits 6 .* multiple of 4",
     ),
+    (
+      pk.ShardAxes(time=("sequence", "sequence")),
+      r"axes=.* uses the mesh axis 'sequence' twice",
+    ),
   ],
   ids=lambda x: str(x)[:30],
 )
