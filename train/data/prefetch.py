@@ -15,6 +15,7 @@ import grain
 from rebased_jax.find_trainer import in_worker
 from train.data.batches import Batch, Batches, row_bounds
 from train.data.checks import require
+from train.data.worker_process import end_with_parent
 
 _T = TypeVar("_T")
 
@@ -43,7 +44,13 @@ class _Span:
   def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
     # A worker process may find a user's `train` before the trainer.
     args = (self._batches, self._start, self._stop, self._rows)
-    return in_worker(_Span, *args), ()
+    return in_worker(_span_in_worker, *args), ()
+
+
+def _span_in_worker(*args: Any) -> _Span:
+  """Return the span that a worker process reads, and tie it to its parent."""
+  end_with_parent()
+  return _Span(*args)
 
 
 class BatchIterator(Iterator[Batch]):

@@ -6,7 +6,6 @@ from concurrent.futures.process import BrokenProcessPool
 import contextlib
 import functools
 import multiprocessing
-from multiprocessing.connection import wait
 import os
 from pathlib import Path
 import signal
@@ -28,6 +27,7 @@ from train.data.prepare.shard import (
   write_shard,
 )
 from train.data.prepare.tokenizer import Tokenizer
+from train.data.worker_process import end_with_parent
 
 _POLL = 0.1  # seconds between two checks of the workers
 _LINE = 10.0  # seconds between two lines of progress without a terminal
@@ -217,16 +217,8 @@ def _start(planned: PlannedTokenizer, read: Any, stop: Any) -> None:
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   # A worker uses one core, so the tokenizer must not start threads.
   os.environ["TOKENIZERS_PARALLELISM"] = "false"
-  threading.Thread(target=_die_with_parent, daemon=True).start()
+  end_with_parent()
   _worker = _Worker(planned, read, stop)
-
-
-def _die_with_parent() -> None:
-  """End this worker when its parent ends, even if the parent was killed."""
-  parent = multiprocessing.parent_process()
-  assert parent is not None, "this runs in a child process"
-  wait([parent.sentinel])
-  os._exit(1)
 
 
 @functools.cache

@@ -1,0 +1,91 @@
+"""Worker processes end with the process that started them."""
+
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from train.data import worker_process
+
+_ROOT = Path(__file__).parents[2]
+
+# Reads one batch by a worker process, and then does nothing.
+_READ = """
+import sys, time
+if __name__ == "__main__":
+  from train.data import mqar
+  from train.data.prefetch import iterate
+  from train.presets import make_presets
+  config = make_presets()["mqar"]
+  data = config.data.train_batches(config.batch, config.seed)
+  with iterate(data, start=0, stop=1000, workers=1) as batches:
+    next(batches)
+    print("ready", flush=True)
+    time.sleep({sleep})
+"""
+# Starts a worker of `prepare`, with work that does not end.
+_PREPARE = """
+import sys, time
+if __name__ == "__main__":
+  from train.data.prepare import worker_pool
+  import concurrent.futures, multiprocessing
+  context = multiprocessing.get_context("spawn")
+  with concurrent.futures.ProcessPoolExecutor(
+    1, mp_context=context, initializer=worker_pool._start,
+    initargs=(None, context.Value("q", 0), context.Value("b", 0)),
+  ) as pool:
+    pool.submit(int).result()
+    print("ready", flush=True)
+    pool.submit(time.sleep, 1000).result()
+"""
+
+
+def _descendants(pid: int) -> set[int]:
+  found: set[int] = set()
+  for file in Path(f"/proc/{pid}/task").glob("*/children"):
+    for child in map(int, file.read_text().split()):
+      found |= {child} | _descendants(child)
+  return found
+
+
+@pytest.mark.parametrize("code", [_READ.format(sleep=1000), _PREPARE])
+def test_no_worker_survives_a_killed_parent(tmp_path: Path, code: str) -> None:
+  script = tmp_path / "parent.py"  # a spawned process imports it again
+  script.write_text(code)
+  parent = subprocess.Popen(
+    [sys.executable, str(script)],
+    env=os.environ | {"PYTHONPATH": str(_ROOT), "JAX_PLATFORMS": "cpu"},
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  assert parent.stdout.readline() == "ready\n"
+  workers = _descendants(parent.pid)
+  assert workers
+  parent.send_signal(signal.SIGKILL)
+  parent.communicate()
+  deadline = time.monotonic() + 20
+  while any(map(_runs, workers)) and time.monotonic() < deadline:
+    time.sleep(0.05)
+  left = [worker for worker in workers if _runs(worker)]
+  for worker in left:
+    os.kill(worker, signal.SIGKILL)
+  assert not left
+
+
+def _runs(pid: int) -> bool:
+  """Whether a process exists and is no zombie that waits to be reaped."""
+  try:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][1] != "Z"
+  except (FileNotFoundError, ProcessLookupError):
+    return False
+
+
+def test_the_main_process_needs_no_parent() -> None:
+  before = threading.active_count()
+  worker_process.end_with_parent()
+  assert threading.active_count() == before
