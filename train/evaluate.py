@@ -1,6 +1,7 @@
 """Held-out metrics: one pass over finitely many batches of one fixed shape."""
 
 import collections
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,9 +12,21 @@ from train.data import prefetch
 from train.data.batches import Batches
 from train.devices import batch_sharding
 
+#: Batches that are dispatched before the sums of an earlier one are read.
+AHEAD = 2
+
+
+class Interrupted(Exception):
+  """The evaluation was ended before its last batch."""
+
 
 def evaluate(
-  built: Built, params: Any, data: Batches, *, timeout: float | None = None
+  built: Built,
+  params: Any,
+  data: Batches,
+  *,
+  timeout: float | None = None,
+  interrupted: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
   """Return the means over the targets of all batches.
 
@@ -24,13 +37,16 @@ def evaluate(
     params: the parameters, on the devices.
     data: the batches.
     timeout: seconds to wait for a batch. None waits for any time.
+    interrupted: called before each batch; True ends the evaluation. None: it
+      always runs to its end.
 
   Returns:
     Every TargetMetric, and `tokens`, the number of targets. Metrics about
     recall are there for text with `data.recall` only.
 
   Raises:
-    ValueError: the batches have no end.
+    Interrupted: `interrupted` returned True.
+    ValueError: the batches have no end, or no target.
   """
   rows = batch_sharding.local_rows(data.rows, built.mesh)
   stop = data.num_batches
@@ -39,16 +55,28 @@ def evaluate(
       f"{type(data).__name__}.num_batches is None: expected a number: the "
       "batches of an evaluation must end"
     )
-  sums = []
+  # Added as Python's 64-bit floats.
+  total: dict[str, float] = collections.defaultdict(float)
+  running = collections.deque[dict[str, jax.Array]]()
+
+  def read_down_to(count: int) -> None:
+    while len(running) > count:
+      for name, value in jax.device_get(running.popleft()).items():
+        total[name] += float(value)
+
   with prefetch.iterate(
     data, start=0, stop=stop, rows=rows, timeout=timeout
   ) as iterator:
     for batch in iterator:
+      if interrupted is not None and interrupted():
+        raise Interrupted
       placed = batch_sharding.put_batch(batch, built.mesh, data.rows)
-      sums.append(built.eval_step(params, placed))
-  # Read after all steps are dispatched; added as Python's 64-bit floats.
-  total: dict[str, float] = collections.defaultdict(float)
-  for batch_sums in sums:
-    for name, value in jax.device_get(batch_sums).items():
-      total[name] += float(value)
+      running.append(built.eval_step(params, placed))
+      read_down_to(AHEAD)
+  read_down_to(0)
+  if not total["tokens"]:
+    raise ValueError(
+      f"{type(data).__name__}: every weight of its {stop} batches is 0: "
+      "expected held-out rows with a target"
+    )
   return metrics.target_means(total) | {"tokens": total["tokens"]}

@@ -3,28 +3,35 @@
     each step               next batch → train_step → metrics of the last step
     every eval_every steps  metrics on held-out rows
     every save_every steps  a checkpoint
+    at a signal             a checkpoint, before any evaluation
 
 The metrics of a step are read after the next step is dispatched, so that the
 device never waits for the host. The state is saved only after its metrics are
 known to be finite.
+
+A checkpoint also holds what the loop knows beside the state: the metrics since
+the last record, and whether an evaluation is due. A resumed run therefore
+writes the records that an undisturbed run writes.
 """
 
+import collections
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import signal
 import time
 from typing import Any, NamedTuple
 
 import jax
 
 from train import compiled_steps, evaluate, metrics
-from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.checkpoints import CheckpointError, Checkpoints
 from train.compiled_steps import Built
 from train.config import RunConfig
 from train.data import prefetch
-from train.data.prefetch import DataTimeout
+from train.data.in_vocabulary import InVocabulary
 from train.devices import batch_sharding, processes
-from train.nonfinite_steps import NonfiniteSteps
+from train.nonfinite_steps import NonfiniteSteps, TrainingFailed
 from train.progress import Display
 from train.records.device_usage import DeviceUsage
 from train.records.metrics_writer import MetricsWriter, Window
@@ -32,6 +39,7 @@ from train.records.profile import Profile
 from train.records.run_folder import RunFolder
 from train.stop_signals import StopSignals
 from train.stored_config import fingerprint, to_dict
+from train.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +69,18 @@ class _Pending(NamedTuple):
   vote: jax.Array | None  # a signal, which all processes are told of
 
 
+def unwritten_records(meta: dict[str, Any]) -> list[str]:
+  """Return the kinds of records of a checkpoint's own step that are due.
+
+  Args:
+    meta: what the checkpoint says of itself.
+  """
+  kinds = ["eval"] if meta.get("evaluation_due", False) else []
+  if meta.get("window", {}).get("steps", 0):
+    kinds.append("train")
+  return kinds
+
+
 class Loop:
   """One process's part of a run.
 
@@ -71,6 +91,7 @@ class Loop:
     checkpoints: where the state is saved.
     writer: where metrics are written.
     meta: what the restored checkpoint says of itself; {} for a new run.
+    watch: is told of every progress.
 
   Attributes:
     held_out: the last held-out metrics, by name.
@@ -86,15 +107,21 @@ class Loop:
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     meta: dict[str, Any],
+    watch: Watchdog,
   ):
     self.held_out: dict[str, float] = meta.get("held_out", {})
     self.signal = 0
+    self._evaluation_due = bool(meta.get("evaluation_due", False))
     self._config, self._built = config, built
     self._checkpoints, self._writer = checkpoints, writer
-    self._train_data = config.data.train_batches(config.batch, config.seed)
-    self._eval_data = config.data.eval_batches(config.micro_batch, config.seed)
-    self._window = Window()
+    self._watch = watch
+    train = config.data.train_batches(config.batch, config.seed)
+    held_out = config.data.eval_batches(config.micro_batch, config.seed)
+    self._train_data = InVocabulary(train, config.model.vocab_size)
+    self._eval_data = InVocabulary(held_out, config.model.vocab_size)
+    self._window = Window(meta.get("window"))
     self._display: Display | None = None
+    self._stop: StopSignals | None = None
     self._pending: _Pending | None = None
     several = jax.process_count() > 1
     self._vote = processes.Vote(built.mesh) if several else None
@@ -102,7 +129,7 @@ class Loop:
       skip=config.nan == "skip",
       folder=folder,
       data=self._train_data,
-      skipped=meta.get("skipped", 0),
+      meta=meta,
     )
     self._usage = DeviceUsage(built.abstract["params"])
     self._profile = Profile(config.profile, folder.path)
@@ -118,7 +145,7 @@ class Loop:
       display: shows the progress.
       stop: knows whether a signal came.
     """
-    config, self._display = self._config, display
+    config, self._display, self._stop = self._config, display, stop
     data = prefetch.iterate(
       self._train_data,
       start=start,
@@ -128,73 +155,153 @@ class Loop:
       timeout=config.data.timeout,
     )
     batches = batch_sharding.put_ahead(data, self._put)
-    step = start
-    reason = None if start < config.steps else "finished"
+    step, reason = start, None
     with (
-      self._saved_if_data_hangs(lambda: (state, step)),
+      self._saved_if_it_fails(lambda: state, start),
       data,
       self._profile,
     ):
+      if self._evaluation_due or start >= config.steps:
+        reason = self._evaluate_if_due(state, step)
+        self._record_if_last(step, reason)
       while reason is None:
         self._profile.before(step, state)
+        self._watch.beat(f"data of step {step}")
         before = time.perf_counter()
         batch = next(batches)
         wait = time.perf_counter() - before
+        compiles = "compilation and " if step == start else ""
+        self._watch.beat(f"{compiles}step {step}")
         state, found = self._built.train_step(state, batch, self._built.key)
-        self._settle(state)
-        vote = self._cast_vote(stop.signal_number)
-        self._pending = _Pending(step, found, wait, vote)
+        vote = self._cast_vote()
+        before, self._pending = (
+          self._pending,
+          _Pending(step, found, wait, vote),
+        )
         step += 1
+        self._read(before, state)
         reason = self._evaluate_and_save_if_due(state, step)
-    self._settle(state)
-    self._record(step)  # a signal may come before the next record is due
     return state, step, reason
 
   def _put(self, batch: Any) -> Any:
     return batch_sharding.put_batch(batch, self._built.mesh, self._config.batch)
 
-  def _cast_vote(self, signal: int) -> jax.Array | None:
+  def _own_signal(self) -> int:
+    """Return the signal that this process has received; 0 without one."""
+    assert self._stop is not None
+    lost = self._display is not None and self._display.output_lost
+    return self._stop.signal_number or (signal.SIGPIPE if lost else 0)
+
+  def _cast_vote(self) -> jax.Array | None:
     """Note this process's signal, or start to tell all processes of it.
 
     The others learn of it when they read the metrics of this step, so that all
     processes stop after the same one.
     """
     if self._vote is None:
-      self.signal = signal
+      self.signal = self._own_signal()
       return None
-    return self._vote.cast(signal)
+    return self._vote.cast(self._own_signal())
+
+  def _interrupts(self) -> Callable[[], bool]:
+    """Return a function that says whether a signal ends an evaluation.
+
+    Every process calls it once a batch. A vote of several processes is read
+    some batches later, so that no device waits for it.
+    """
+    votes = collections.deque[jax.Array]()
+
+    def interrupted() -> bool:
+      self._watch.beat("evaluation")
+      vote = self._cast_vote()
+      if vote is not None:
+        votes.append(vote)
+        if len(votes) > evaluate.AHEAD:
+          self.signal = int(votes.popleft())
+      return self.signal != 0
+
+    return interrupted
 
   @contextlib.contextmanager
-  def _saved_if_data_hangs(
-    self, where: Callable[[], tuple[Any, int]]
+  def _saved_if_it_fails(
+    self, where: Callable[[], Any], start: int
   ) -> Iterator[None]:
-    """Save (state, step), which `where` returns, if a batch is not in time."""
+    """Save the state if the data, an evaluation or a record fails.
+
+    Args:
+      where: returns the state.
+      start: the step that the run started from, which needs no saving.
+    """
     try:
       yield
-    except DataTimeout:
-      state, step = where()
-      if jax.process_count() == 1:  # the other processes do not know of it
-        self._settle(state)
-        self._save(state, step, None)
+    except (TrainingFailed, CheckpointError):
       raise
+    except Exception:
+      if jax.process_count() == 1:  # the other processes do not know of it
+        self._save_after_failure(where(), start)
+      raise
+
+  def _save_after_failure(self, state: Any, start: int) -> None:
+    """Save the state, if it is whole, and say so; never hide the failure."""
+    assert self._display is not None
+    if any(x.is_deleted() for x in jax.tree.leaves(state)):
+      return  # donated to a step that failed
+    try:
+      step = int(state["step"])
+      if step == start or not bool(state["ok"]):
+        return
+      self._settle(state)
+      self._save(state, step, None)
+      self._checkpoints.wait()
+    except Exception as error:  # noqa: BLE001  # the first failure is raised
+      self._display.line(f"warning: not saved after a failure: {error}")
+    else:
+      self._display.line(f"saved at step {step} after a failure")
 
   def _evaluate_and_save_if_due(self, state: Any, step: int) -> str | None:
     """Return the reason to stop after `step` updates, or None to continue."""
     config = self._config
-    last = step == config.steps
-    reason = "finished" if last else None
-    if step % config.eval_every == 0 or last:
-      accuracy = self._evaluate(state, step)["accuracy"]
-      if config.stop_accuracy is not None and accuracy > config.stop_accuracy:
-        reason = "accuracy"
-    if reason is None and self.signal:
-      reason = "signal"
+    if step % config.eval_every == 0 or step == config.steps:
+      self._evaluation_due = True
+    reason = self._evaluate_if_due(state, step)
     if reason is not None or step % config.save_every == 0:
       self._settle(state)
+      self._record_if_last(step, reason)
       self._save(state, step, None if reason == "signal" else reason)
     return reason
 
+  def _evaluate_if_due(self, state: Any, step: int) -> str | None:
+    """Evaluate if it is time; return the reason to stop, or None.
+
+    A signal comes first: it leaves the evaluation to the resumed run.
+    """
+    limit = self._config.stop_accuracy
+    if self._evaluation_due:
+      self._settle(state)
+      try:
+        found = self._evaluate(state, step)
+      except evaluate.Interrupted:
+        return "signal"
+      self._evaluation_due = False
+      if limit is not None and found["accuracy"] > limit:
+        return "accuracy"
+    if step == self._config.steps:
+      return "finished"
+    if self._vote is None:
+      self.signal = self._own_signal()
+    return "signal" if self.signal else None
+
+  def _record_if_last(self, step: int, reason: str | None) -> None:
+    """Write the last record, whose window may be incomplete.
+
+    After a signal the window stays in the checkpoint and is completed by the
+    resumed run.
+    """
+    if reason not in (None, "signal"):
+      self._record(step)
+
   def _save(self, state: Any, step: int, finished: str | None) -> None:
+    self._watch.beat(f"save of step {step}")
     before = time.perf_counter()
     self._checkpoints.save(
       step, compiled_steps.to_dicts(state), self._meta(finished)
@@ -207,21 +314,30 @@ class Loop:
       config=to_dict(self._config),
       config_hash=fingerprint(self._config),
       data=self._train_data.fingerprint,
+      held_out_data=self._eval_data.fingerprint,
       jax=jax.__version__,
       finished=finished,
       held_out=self.held_out,
-      skipped=self._nonfinite.skipped,
+      window=self._window.state(),
+      evaluation_due=self._evaluation_due,
+      **self._nonfinite.state(),
     )
 
   def _evaluate(self, state: Any, step: int) -> dict[str, float]:
-    """Return the held-out metrics, and record them."""
-    self._settle(state)
+    """Return the held-out metrics, and record them.
+
+    Raises:
+      Interrupted: a signal came, before the evaluation or in it.
+    """
+    if self.signal:
+      raise evaluate.Interrupted
     before = time.perf_counter()
     found = evaluate.evaluate(
       self._built,
       state["params"],
       self._eval_data,
       timeout=self._config.data.timeout,
+      interrupted=self._interrupts(),
     )
     self.held_out = self._with_derived(found)
     self._writer.write("eval", step, **self.held_out)
@@ -231,21 +347,27 @@ class Loop:
     return self.held_out
 
   def _settle(self, state: Any) -> None:
-    """Read the metrics of the step before.
+    """Read the metrics of the last step; `state` is that after it."""
+    pending, self._pending = self._pending, None
+    self._read(pending, state)
+
+  def _read(self, pending: _Pending | None, state: Any) -> None:
+    """Read the metrics of a step.
 
     Args:
-      state: the state after that step, which is the state before it if the step
-        was not finite.
+      pending: the step; None does nothing.
+      state: the state after that step or the next one. It is the state before
+        the step if the step was not finite.
 
     Raises:
       TrainingFailed: the step was not finite, and the run does not skip it.
     """
-    if self._pending is None:
+    if pending is None:
       return
-    pending, self._pending = self._pending, None
     if pending.vote is not None:
       self.signal = int(pending.vote)
     values = metrics.by_layer(jax.device_get(pending.metrics))
+    self._watch.beat(f"step {pending.step + 1}")
     if metrics.are_finite(values):
       tokens = self._config.batch * self._train_data.length
       self._window.add(values, tokens, pending.wait)

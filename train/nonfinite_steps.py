@@ -6,6 +6,7 @@ unless too many steps in a row are not finite. The optimiser does not count
 skipped steps, so its learning-rate schedule falls behind by their number.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -31,19 +32,33 @@ class NonfiniteSteps:
     skip: whether the run continues after one.
     folder: the run's folder.
     data: the training batches.
-    skipped: steps that earlier processes of this run skipped.
+    meta: what the restored checkpoint says of skipped steps, as `state`
+      returned it; {} for a new run.
 
   Attributes:
     skipped: steps that were skipped so far.
   """
 
   def __init__(
-    self, *, skip: bool, folder: RunFolder, data: Batches, skipped: int = 0
+    self,
+    *,
+    skip: bool,
+    folder: RunFolder,
+    data: Batches,
+    meta: Mapping[str, Any],
   ):
-    self.skipped = skipped
+    self.skipped: int = meta.get("skipped", 0)
+    self._last: int = meta.get("skipped_last", -1)
+    self._in_a_row: int = meta.get("skipped_in_a_row", 0)
     self._skip, self._folder, self._data = skip, folder, data
-    self._last = -1
-    self._in_a_row = 0
+
+  def state(self) -> dict[str, int]:
+    """Return the counts of skipped steps, for a checkpoint."""
+    return dict(
+      skipped=self.skipped,
+      skipped_last=self._last,
+      skipped_in_a_row=self._in_a_row,
+    )
 
   def handle(
     self, step: int, values: dict[str, float], state: Any, meta: dict[str, Any]

@@ -6,7 +6,7 @@ from typing import Self
 from rich import progress, table
 from rich.console import Console
 
-from train import metrics
+from train import console as console_lib, metrics
 
 
 class Display:
@@ -74,10 +74,15 @@ class Display:
         f"{values['loss']:.4f}"
       )
 
+  @property
+  def output_lost(self) -> bool:
+    """Whether nobody can read the progress any more."""
+    return getattr(self.console.file, "lost", False)
+
   def line(self, text: str) -> None:
     """Show a line of text, above the bar."""
     if self._active:
-      self.console.print(text, highlight=False, soft_wrap=True)
+      console_lib.say(self.console, text)
 
   def _left(self, step: int) -> str:
     seconds = time.perf_counter() - self._begin

@@ -19,19 +19,24 @@ from rich.console import Console
 from rebased_jax import import_trainer
 from train import (
   compiled_steps,
+  console as console_lib,
   initial_state,
   loop as loop_lib,
+  same_run,
   stored_config,
 )
 from train.checkpoint.checkpoints import Checkpoints
 from train.config import RunConfig
+from train.data.text.token_source import DataError
 from train.devices import mesh as mesh_lib, mesh_report, processes
 from train.loop import Outcome
+from train.nonfinite_steps import TrainingFailed
 from train.progress import Display
 from train.records import report, wandb
 from train.records.metrics_writer import MetricsWriter
 from train.records.run_folder import RunFolder, RunFolderError
 from train.stop_signals import StopSignals
+from train.watchdog import STEP_TIMEOUT, Watchdog
 
 
 def run(
@@ -40,11 +45,12 @@ def run(
   *,
   console: Console | None = None,
   allow_data_change: bool = False,
+  step_timeout: float | None = STEP_TIMEOUT,
 ) -> Outcome:
   """Train a config, or resume the run that the folder holds.
 
-  SIGTERM and SIGINT stop the run after the current step: it is saved, and the
-  same call resumes it.
+  SIGTERM, SIGINT, SIGHUP and SIGUSR1 stop the run after the current step: it is
+  saved, and the same call resumes it. See `train/stop_signals.py`.
 
   Args:
     config: the run. Its classes must be importable by name, because the folder
@@ -54,6 +60,8 @@ def run(
     console: prints progress and results. None: prints to standard output.
     allow_data_change: resume although the data, its batch or its seed are not
       those of the folder. The run then continues at its step of the new data.
+    step_timeout: seconds without any progress, such as a step or a batch of an
+      evaluation, after which the process ends with exit code 4. None: never.
 
   Returns:
     Where and why the run stopped, its held-out metrics and its final state.
@@ -64,21 +72,24 @@ def run(
     ValueError: the config does not fit the devices or the data. In all cases so
       far nothing was written.
     CheckpointError: no checkpoint can be read, or one cannot be written.
-    TrainingFailed: a step was not finite.
+    TrainingFailed: a step was not finite, or data became unreadable. Before an
+      error in the loop is raised, the state is saved.
     DataTimeout: a batch did not come in time; a thread still waits for it, so
       end the process with `os._exit`.
+    PeerLost: another process of the run has ended.
   """
   # Where `train` is a user's own module, a call may come from outside the
   # context that gave this function.
-  with import_trainer():
-    return _run(config, run_dir, console, allow_data_change=allow_data_change)
+  with import_trainer(), processes.naming_lost_peers():
+    with Watchdog(step_timeout) as watch:
+      return _run(config, run_dir, console, watch, allow_data_change)
 
 
 def _run(
   config: RunConfig,
   run_dir: epath.PathLike | None,
   console: Console | None,
-  *,
+  watch: Watchdog,
   allow_data_change: bool,
 ) -> Outcome:
   if run_dir is None:
@@ -88,25 +99,46 @@ def _run(
       )
     run_dir = f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
   if console is None:
-    console = Console(quiet=jax.process_index() != 0)
+    console = console_lib.to_stdout(quiet=jax.process_index() != 0)
   folder = RunFolder(run_dir)
-  outcome = train(config, folder, console, allow_data_change=allow_data_change)
+  outcome = train(
+    config, folder, console, watch, allow_data_change=allow_data_change
+  )
   if outcome.reason == "signal":
-    console.print(
+    console_lib.say(
+      console,
       f"stopped at step {outcome.step} and saved; resume with\n"
       f"  rebased resume {shlex.quote(str(run_dir))}",
-      highlight=False,
-      soft_wrap=True,
     )
   else:
-    report.finish(config, folder, outcome, console)
+    watch.beat("pictures and table")
+    with _failing():
+      report.finish(config, folder, outcome, console)
   return outcome
+
+
+@contextlib.contextmanager
+def _failing() -> Iterator[None]:
+  """Raise no ValueError, which would mean that nothing was changed.
+
+  Raises:
+    TrainingFailed: the data is at fault; the message says what is wrong.
+    RuntimeError: any other ValueError or NotImplementedError.
+  """
+  try:
+    yield
+  except (DataError, RunFolderError) as error:
+    raise TrainingFailed(str(error)) from error
+  except (ValueError, NotImplementedError) as error:
+    kind = type(error).__name__
+    raise RuntimeError(f"the run failed: {kind}: {error}") from error
 
 
 def train(
   config: RunConfig,
   folder: RunFolder,
   console: Console,
+  watch: Watchdog | None = None,
   *,
   allow_data_change: bool = False,
 ) -> Outcome:
@@ -114,7 +146,10 @@ def train(
 
   Everything that can be refused is refused before the folder is touched.
   """
+  watch = watch or Watchdog()
   stored_config.check_storable(config)
+  same_run.check(config, folder, allow_data_change=allow_data_change)
+  config = config.with_absolute_paths()
   mesh = mesh_lib.make_mesh(config.mesh)
   first = jax.process_index() == 0
   with jax.set_mesh(mesh):
@@ -122,10 +157,11 @@ def train(
     weights = None
     if config.init_from is not None and not folder.config_file.exists():
       weights = initial_state.source_weights(config, built)
-    wandb.check(config)
-    initial_state.try_data(config)
-    # Shapes only: finds what a step cannot compute.
-    built.train_step.eval_shape(*compiled_steps.step_inputs(config, built))
+    with processes.all_or_none():
+      wandb.check(config)
+      initial_state.try_data(config)
+      # Shapes only: finds what a step cannot compute.
+      built.train_step.eval_shape(*compiled_steps.step_inputs(config, built))
     placed = mesh_report.describe(
       config, compiled_steps.to_dicts(built.abstract)["params"], mesh.shape
     )
@@ -139,6 +175,8 @@ def train(
       ) as checkpoints,
       StopSignals() as stop,
     ):
+      processes.check_alike({"saved steps": checkpoints.steps()})
+      watch.beat("initial state")
       state, start, meta, notes = initial_state.restore_or_create(
         config,
         built,
@@ -148,19 +186,22 @@ def train(
         allow_data_change=allow_data_change,
       )
       if first:
+        folder.cut_metrics(start, again=loop_lib.unwritten_records(meta))
         folder.update(config)
-        folder.cut_metrics(start)
         folder.write("sharding.txt", mesh_report.as_text(*placed))
       display = Display(console, start=start, steps=config.steps, active=first)
       writer = MetricsWriter(config, folder, active=first)
       begin = time.perf_counter()
-      with writer, display:
+      with _failing(), writer, display:
         for note in (f"run folder: {folder.path}", *placed[0], *notes):
           display.line(note)
-        loop = loop_lib.Loop(config, folder, built, checkpoints, writer, meta)
+        loop = loop_lib.Loop(
+          config, folder, built, checkpoints, writer, meta, watch
+        )
         reason, step = meta.get("finished"), start
         if reason is None:
           state, step, reason = loop.run(state, start, display, stop)
+        watch.beat("last save")
         checkpoints.wait()
       seconds = time.perf_counter() - begin
       code = 128 + loop.signal if reason == "signal" else 0
@@ -191,4 +232,5 @@ def _claimed(
         failure = error
     if not processes.all_processes(failure is None):
       raise failure or RunFolderError(f"{folder.path}: refused by process 0")
+    same_run.check_folder(folder)
     yield processes.from_first(run_id or "") or None

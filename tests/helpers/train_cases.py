@@ -226,6 +226,18 @@ class Spoiled(Batches):
     return batch
 
 
+@dataclasses.dataclass(frozen=True)
+class Failing(Spoiled):
+  """Batches of which one cannot be read."""
+
+  error: type[Exception]
+
+  def read_rows(self, step: int, start: int, stop: int) -> dict:
+    if step == self.bad_step:
+      raise self.error(f"step {step} is damaged")
+    return self.source.read(step, slice(start, stop))
+
+
 @pytest.fixture
 def call(capsys, monkeypatch, tmp_path: Path):
   """Return a function that runs a command in an empty folder.

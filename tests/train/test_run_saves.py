@@ -1,31 +1,107 @@
 """What must not keep a run from saving: numbers, data, evaluations, signals."""
 
+from collections.abc import Callable
+import dataclasses
 import math
+import os
 from pathlib import Path
+import signal
+import sys
 
 import numpy as np
 import pytest
-from train_cases import Spoiled, run, tiny, trainer as trainer
+from train_cases import (
+  Failing,
+  Spoiled,
+  flags,
+  run,
+  saved_bits,
+  tiny,
+  trainer as trainer,
+)
 
-from train import evaluate, metrics
+from train import cli, evaluate, metrics, start_run
 from train.checkpoint.checkpoints import Checkpoints, read_meta
 from train.config import MQARStreamData
+from train.data.text.token_source import DataError
+from train.devices import batch_sharding
 from train.nonfinite_steps import TrainingFailed
-from train.records.run_folder import RunFolder
+from train.records.profile import Profile
+from train.records.run_folder import RunFolder, RunFolderError
+
+# Records of training at steps 4 and 7, of evaluation at steps 3, 6 and 7. An
+# evaluation has 3 batches.
+_STEPS = tiny(steps=7, eval_every=3, save_every=100, log_every=4)
 
 
-@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+def _records(folder: Path) -> list[dict]:
+  """Return the records of a run without those of time."""
+  timed = ("tokens_per_second", "step_time", "data_wait", "goodput")
+  records = RunFolder(folder).read_metrics()
+  return [{k: x[k] for k in x.keys() - set(timed)} for x in records]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+  folder = tmp_path_factory.mktemp("saves") / "undisturbed"
+  run(_STEPS, folder)
+  found = [(x["kind"], x["step"]) for x in _records(folder)]
+  wanted = {"train": [4, 7], "eval": [3, 6, 7]}
+  for kind, steps in wanted.items():
+    assert [step for name, step in found if name == kind] == steps
+  return folder
+
+
+def _assert_same_end(folder: Path, undisturbed: Path) -> None:
+  assert _records(folder) == _records(undisturbed)
+  assert saved_bits(folder, _STEPS) == saved_bits(undisturbed, _STEPS)
+
+
+def _train_batches(monkeypatch, change: Callable) -> None:
+  make = MQARStreamData.train_batches
+  monkeypatch.setattr(
+    MQARStreamData, "train_batches", lambda *args: change(make(*args))
+  )
+
+
+def _at_batch(monkeypatch, kind: str, number: int, action: Callable) -> list:
+  """Call `action` when a batch is put on the devices.
+
+  Args:
+    monkeypatch: the fixture.
+    kind: "train" or "evaluate", for which the batch is.
+    number: the batch, counted from 0 over the whole run.
+    action: what is called.
+
+  Returns:
+    A list that gets the kind of every batch that is put.
+  """
+  put, seen = batch_sharding.put_batch, []
+
+  def put_batch(*args):
+    here = "train" if sys._getframe(1).f_code.co_name == "_put" else "evaluate"
+    if here == kind and seen.count(here) == number:
+      action()
+    seen.append(here)
+    return put(*args)
+
+  monkeypatch.setattr(batch_sharding, "put_batch", put_batch)
+  return seen
+
+
+def _terminate() -> None:
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [math.inf, math.nan])
 def test_a_number_that_is_not_finite_stops_no_save(
   tmp_path: Path, monkeypatch, number: float
 ) -> None:
   folder, config = tmp_path / "run", tiny(steps=4, save_every=1, eval_every=1)
   found = dict(loss=number, accuracy=number, tokens=40.0)
   monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: found)
-  make = MQARStreamData.train_batches
   with monkeypatch.context() as patch:
-    patch.setattr(
-      MQARStreamData, "train_batches", lambda *args: Spoiled(make(*args), 3)
-    )
+    _train_batches(patch, lambda data: Spoiled(data, 3))
     with pytest.raises(TrainingFailed, match="step 3 is not finite"):
       run(config, folder)
   for checkpoints, step in (
@@ -54,3 +130,153 @@ def test_a_derived_metric_is_a_plain_number(monkeypatch) -> None:
   monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, square))
   found = metrics.with_derived(dict(loss=2.0), text=False)
   assert type(found["square"]) is float and found["square"] == 2
+
+
+@pytest.mark.parametrize(
+  ("evaluation", "step"), [(0, 3), (2, 7)], ids=["first", "last"]
+)
+def test_a_signal_in_an_evaluation_saves_first(
+  undisturbed: Path, tmp_path: Path, monkeypatch, evaluation: int, step: int
+) -> None:
+  folder = tmp_path / "run"
+  with monkeypatch.context() as patch:
+    seen = _at_batch(patch, "evaluate", 3 * evaluation + 1, _terminate)
+    outcome, _ = run(_STEPS, folder)
+  assert (outcome.step, outcome.reason, outcome.exit_code) == (
+    step,
+    "signal",
+    143,
+  )
+  assert seen.count("evaluate") == 3 * evaluation + 2  # of 3 more
+  saved, meta = read_meta(folder / "checkpoints")
+  assert (saved, meta["finished"], meta["evaluation_due"]) == (step, None, True)
+  assert (step, "eval") not in {
+    (x["step"], x["kind"]) for x in _records(folder)
+  }
+  for _ in range(2):  # the second time there is nothing left to train
+    outcome, _ = run(_STEPS, folder)
+    assert (outcome.step, outcome.reason) == (7, "finished")
+    _assert_same_end(folder, undisturbed)
+  assert outcome.held_out == _held_out(undisturbed)
+
+
+def _held_out(folder: Path) -> dict[str, float]:
+  last = _records(folder)[-1 if _records(folder)[-1]["kind"] == "eval" else -2]
+  return {k: v for k, v in last.items() if k not in ("kind", "step")}
+
+
+@pytest.mark.parametrize("step", [3, 5, 7])  # due: evaluation, nothing, end
+def test_a_signal_in_a_step_saves_before_any_evaluation(
+  undisturbed: Path, tmp_path: Path, monkeypatch, step: int
+) -> None:
+  folder = tmp_path / "run"
+  before = Profile.before
+
+  def signalled(self, index, state):
+    if index == step - 1:
+      _terminate()
+    before(self, index, state)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Profile, "before", signalled)
+    outcome, _ = run(_STEPS, folder)
+  assert (outcome.step, outcome.reason, outcome.exit_code) == (
+    step,
+    "signal",
+    143,
+  )
+  assert read_meta(folder / "checkpoints")[0] == step
+  evaluations = [x["step"] for x in _records(folder) if x["kind"] == "eval"]
+  assert evaluations == [x for x in (3, 6) if x < step]
+  assert run(_STEPS, folder)[0].reason == "finished"
+  _assert_same_end(folder, undisturbed)
+
+
+def test_a_run_that_dies_in_a_log_window_makes_the_same_records(
+  undisturbed: Path, tmp_path: Path, monkeypatch
+) -> None:
+  """It saves step 2 and dies in step 6, after the record of step 4."""
+  folder = tmp_path / "run"
+
+  class Killed(BaseException):
+    pass
+
+  def die() -> None:
+    raise Killed
+
+  config = dataclasses.replace(_STEPS, save_every=2)
+  with monkeypatch.context() as patch:
+    _at_batch(patch, "train", 6, die)
+    patch.setattr(Checkpoints, "save", _only_step_2(Checkpoints.save))
+    with pytest.raises(Killed):
+      run(config, folder)
+  assert _records(folder)[-1]["step"] > 2
+  _, out = run(config, folder)
+  assert "resuming at step 2" in out
+  assert _records(folder) == _records(undisturbed)
+
+
+def _only_step_2(save: Callable) -> Callable:
+  def saved(self, step, *rest):
+    if step == 2:
+      save(self, step, *rest)
+
+  return saved
+
+
+@pytest.mark.parametrize("error", [DataError, OSError, ValueError])
+def test_data_that_fails_saves_the_run(
+  undisturbed: Path, tmp_path: Path, monkeypatch, capsys, error: type
+) -> None:
+  folder = tmp_path / "run"
+  words = ("train", "mqar", *flags(_STEPS), "--run-dir", str(folder))
+  with monkeypatch.context() as patch:
+    _train_batches(patch, lambda data: Failing(data, 5, error))
+    # A ValueError that the trainer does not know keeps its traceback.
+    known = error is not ValueError
+    with pytest.raises(SystemExit if known else RuntimeError) as end:
+      cli.main(words)
+  out, err = capsys.readouterr()
+  if known:
+    assert end.value.code == 1 and "step 5 is damaged" in err
+    assert "Traceback" not in err
+  else:
+    assert str(end.value) == "the run failed: ValueError: step 5 is damaged"
+    assert isinstance(end.value.__cause__, ValueError)
+  assert "saved at step 4 after a failure" in out  # batch 4 was not used yet
+  assert read_meta(folder / "checkpoints")[0] == 4
+  assert run(_STEPS, folder)[0].reason == "finished"
+  _assert_same_end(folder, undisturbed)
+
+
+def test_an_evaluation_that_fails_saves_the_run(
+  undisturbed: Path, tmp_path: Path, monkeypatch
+) -> None:
+  folder = tmp_path / "run"
+  make = MQARStreamData.eval_batches
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      MQARStreamData,
+      "eval_batches",
+      lambda *args: Failing(make(*args), 1, DataError),
+    )
+    with pytest.raises(TrainingFailed, match="step 1 is damaged"):
+      run(_STEPS, folder)
+  saved, meta = read_meta(folder / "checkpoints")
+  assert (saved, meta["evaluation_due"]) == (3, True)
+  run(_STEPS, folder)
+  _assert_same_end(folder, undisturbed)
+
+
+def test_no_error_in_a_run_means_that_nothing_was_changed() -> None:
+  """Which a ValueError would mean, with exit code 2."""
+  for error, wanted in (
+    (DataError("shard 3"), TrainingFailed),
+    (RunFolderError("metrics.jsonl"), TrainingFailed),
+    (ValueError("odd"), RuntimeError),
+    (NotImplementedError("odd"), RuntimeError),
+  ):
+    with pytest.raises(wanted, match=str(error)), start_run._failing():
+      raise error
+  with pytest.raises(TypeError), start_run._failing():
+    raise TypeError

@@ -1,5 +1,6 @@
 """Write metrics as JSON lines, and to TensorBoard and wandb on request."""
 
+from collections.abc import Mapping
 import json
 import time
 from types import TracebackType
@@ -65,10 +66,29 @@ class MetricsWriter:
 
 
 class Window:
-  """The means of a run's metrics over the steps since the last record."""
+  """The means of a run's metrics over the steps since the last record.
 
-  def __init__(self) -> None:
+  Args:
+    state: that of a window to continue, as `state` returned it. None: a new
+      window.
+  """
+
+  def __init__(self, state: Mapping[str, Any] | None = None) -> None:
     self._restart()
+    if state is not None:
+      self._sums, self._steps = dict(state["sums"]), state["steps"]
+      self._tokens, self._wait = state["tokens"], state["wait"]
+      self._start -= state["seconds"]
+
+  def state(self) -> dict[str, Any]:
+    """Return the open window as JSON data, from which another continues."""
+    return dict(
+      sums=dict(self._sums),
+      steps=self._steps,
+      tokens=self._tokens,
+      wait=self._wait,
+      seconds=time.perf_counter() - self._start,
+    )
 
   def _restart(self) -> None:
     self._sums: dict[str, float] = {}

@@ -3,7 +3,7 @@
 The folder may be a `gs://` path. Each file is written whole, or not at all.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 import contextlib
 import fcntl
 import json
@@ -47,10 +47,11 @@ class RunFolder:
   def open(self, config: RunConfig, *, allow_data_change: bool = False) -> None:
     """Make the folder for a new run, or check that it is this run's.
 
-    The mesh may differ from the stored one. `update` stores the new config.
+    The mesh may differ from the stored one, and so may the paths of data that a
+    checkpoint knows. `update` stores the new config.
 
     Args:
-      config: the run.
+      config: the run, with absolute paths.
       allow_data_change: whether data, batch and seed may differ too.
 
     Raises:
@@ -78,10 +79,14 @@ class RunFolder:
     self.write("config.json", text)
 
   def _check_same_run(self, config: RunConfig, allow_data_change: bool) -> None:
+    # A checkpoint knows what moved data must hold.
+    may_move = self._has_checkpoints()
+    stored = self.read_config().with_absolute_paths()
     changed = [
       change
-      for change in stored_config.differences(self.read_config(), config)
+      for change in stored_config.differences(stored, config)
       if not stored_config.is_about_mesh(change)
+      and not (may_move and stored_config.is_about_paths(change))
     ]
     data_only = all(stored_config.is_about_data(x) for x in changed)
     if not changed or (data_only and allow_data_change):
@@ -92,11 +97,17 @@ class RunFolder:
       f"choose another --run-dir{hint}"
     )
 
+  def _has_checkpoints(self) -> bool:
+    """Whether there are steps, readable or not."""
+    return self.checkpoints.exists() and any(
+      x.name[:1].isdigit() for x in self.checkpoints.iterdir()
+    )
+
   def _check_checkpoints_are_there(self) -> None:
     """Raise RunFolderError if checkpoints were saved and are gone."""
-    there = self.checkpoints.exists()
-    if there and any(x.name[:1].isdigit() for x in self.checkpoints.iterdir()):
+    if self._has_checkpoints():
       return
+    there = self.checkpoints.exists()
     saved = self.last_save()
     if saved is not None:
       lost = f"step {saved} was saved"
@@ -216,18 +227,19 @@ class RunFolder:
           ) from error
     return records
 
-  def cut_metrics(self, step: int, *, evaluates: bool = False) -> None:
+  def cut_metrics(self, step: int, *, again: Collection[str] = ()) -> None:
     """Drop the records that the resumed run makes again.
 
     Args:
       step: the step that it resumes at; records after it are dropped.
-      evaluates: whether it begins with the evaluation of this step. The last
-        step of a run then has all its records but those of whole windows.
+      again: the kinds of records that it makes of this step too.
     """
     if self.metrics_file.exists():
-      kept = [x for x in self.read_metrics() if x["step"] <= step]
-      if evaluates:
-        kept = [x for x in kept if x["step"] < step or x["kind"] != "eval"]
+      kept = [
+        x
+        for x in self.read_metrics()
+        if x["step"] < step or (x["step"] == step and x["kind"] not in again)
+      ]
       lines = "".join(json.dumps(record) + "\n" for record in kept)
       self.write("metrics.jsonl", lines)
 
