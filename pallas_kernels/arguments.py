@@ -1,34 +1,47 @@
 """Checks of public functions' arguments: ValueError that names the argument.
 
+Each check returns the argument in the one form that the operators work with: a
+jax array, or a Python number or bool. NumPy arrays become jax arrays. NumPy
+scalars and jax arrays of one number become Python numbers.
+
 Shapes are tuples of sizes that are known and of letters that are free:
 ("B", "T", 48). A first entry "…" stands for any number of axes.
 """
 
+import math
+import numbers
 from typing import Any
 
+import jax
 from jax import Array
 import jax.numpy as jnp
+import numpy as np
 
 Shape = tuple[int | str, ...]
 
 
-def check_floats(
+def float_array(
   name: str,
-  x: Array,
+  x: Any,
   shape: Shape,
   *,
   like: tuple[str, Array] | None = None,
   nonempty: bool = False,
-) -> None:
-  """Raise ValueError if x has another shape or no floating-point dtype.
+) -> Array:
+  """Return x as an array; raise if its shape or dtype is not as expected.
 
   Args:
     name: the argument's name, for the message.
     x: the argument.
     shape: what is expected.
-    like: name and array of an argument whose dtype x must have; None: any.
+    like: name and array of an argument whose dtype x must have; None: any
+      floating-point dtype.
     nonempty: refuse axes of size 0.
+
+  Raises:
+    ValueError: x is no array, or has another shape or dtype.
   """
+  x = as_array(name, x)
   _check_shape(name, x, shape, nonempty=nonempty)
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f"{name} has dtype {x.dtype}: expected a float dtype")
@@ -36,19 +49,103 @@ def check_floats(
     raise ValueError(
       f"{name} has dtype {x.dtype}: expected that of {like[0]}, {like[1].dtype}"
     )
+  return x
 
 
-def check_integers(name: str, x: Array, shape: Shape) -> None:
-  """Raise ValueError if x has another shape or no integer dtype."""
+def integer_array(name: str, x: Any, shape: Shape) -> Array:
+  """Return x as an array of integers of at least 32 bits.
+
+  Narrower integers become int32. Otherwise a size such as T or V could lie
+  outside of their range, and a comparison with it would wrap.
+
+  Raises:
+    ValueError: x is no array, or has another shape or no integer dtype.
+  """
+  x = as_array(name, x)
   _check_shape(name, x, shape, nonempty=False)
   if not jnp.issubdtype(x.dtype, jnp.integer):
     raise ValueError(f"{name} has dtype {x.dtype}: expected integers")
+  if jnp.iinfo(x.dtype).bits >= 32:
+    return x
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return x.update(dtype=jnp.int32)
+  return x.astype(jnp.int32)
 
 
-def check_eps(eps: Any) -> None:
-  """Raise ValueError if eps is no Python number ≥ 0."""
-  if isinstance(eps, bool) or not isinstance(eps, int | float) or not eps >= 0:
-    raise ValueError(f"eps={eps!r}: expected a Python number ≥ 0")
+def as_array(name: str, x: Any) -> Array:
+  """Return a jax array, also of a NumPy array.
+
+  The shape and dtype of an array, a `jax.ShapeDtypeStruct`, is returned as it
+  is: calls can be checked with it alone.
+
+  Raises:
+    ValueError: x is no array, such as None, a list or a number.
+  """
+  if isinstance(x, Array | jax.ShapeDtypeStruct):
+    return x
+  if isinstance(x, np.ndarray | np.generic) or hasattr(x, "__jax_array__"):
+    try:
+      return jnp.asarray(x)
+    except TypeError as error:  # such as an array of strings
+      raise ValueError(f"{name}: expected an array of numbers") from error
+  raise ValueError(
+    f"{name} is a {type(x).__name__}: expected an array of jax or NumPy"
+  )
+
+
+def number(name: str, value: Any) -> float:
+  """Return a finite number as a Python float.
+
+  Raises:
+    ValueError: the value is no number, not finite, or known only inside jit.
+  """
+  found = _scalar(value)
+  is_number = isinstance(found, numbers.Real) and not isinstance(found, bool)
+  if not is_number or not math.isfinite(found):
+    raise _wrong(name, value, "a finite Python number")
+  return float(found)
+
+
+def number_from_0(name: str, value: Any) -> float:
+  """Return a finite number ≥ 0 as a Python float; raise ValueError if not."""
+  found = number(name, value)
+  if found < 0:
+    raise ValueError(f"{name}={found!r}: expected a number ≥ 0")
+  return found
+
+
+def positive_integer(name: str, value: Any) -> int:
+  """Return an integer ≥ 1 as a Python int; raise ValueError if it is none."""
+  found = _scalar(value)
+  if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+    raise _wrong(name, value, "an integer ≥ 1")
+  return found
+
+
+def flag(name: str, value: Any) -> bool:
+  """Return True or False as a Python bool; raise ValueError if it is none."""
+  found = _scalar(value)
+  if not isinstance(found, bool):
+    raise _wrong(name, value, "True or False")
+  return found
+
+
+def _scalar(value: Any) -> Any:
+  """Return the Python number of a NumPy or jax scalar; else the value."""
+  if isinstance(value, jax.core.Tracer):
+    return None
+  if isinstance(value, np.ndarray | np.generic | Array) and value.ndim == 0:
+    return value.item()
+  return value
+
+
+def _wrong(name: str, value: Any, expected: str) -> ValueError:
+  if isinstance(value, jax.core.Tracer):
+    return ValueError(
+      f"{name} is known only when the compiled program runs: expected "
+      f"{expected}. Name it in jax.jit's static_argnames, or close over it"
+    )
+  return ValueError(f"{name}={value!r}: expected {expected}")
 
 
 def _check_shape(name: str, x: Array, shape: Shape, *, nonempty: bool) -> None:

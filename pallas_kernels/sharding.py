@@ -37,13 +37,24 @@ class ShardAxes:
   #: Mesh axes that split the time: each device holds a slice of every row.
   time: Axis = None
 
-  def check(self, batch: int, heads: int | None, time: int) -> None:
+  def __post_init__(self) -> None:
+    for field in ("batch", "heads", "time"):
+      axis = getattr(self, field)
+      if not all(isinstance(name, str) for name in _names(axis)):
+        raise ValueError(
+          f"ShardAxes.{field}={axis!r}: expected the name of a mesh axis, a "
+          "tuple of names, or None"
+        )
+
+  def check(
+    self, batch: int | None, heads: int | None, time: int | None
+  ) -> None:
     """Raise ValueError if the ambient mesh does not fit these sizes.
 
     Args:
-      batch: number of rows.
-      heads: number of heads; None where nothing is split by heads.
-      time: tokens of a row.
+      batch: number of rows; None where any number will do.
+      heads: number of heads; None likewise.
+      time: tokens of a row; None likewise.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -104,6 +115,25 @@ class ShardAxes:
     An implementation keeps in them what the tokens before each slice sum to.
     """
     return PartitionSpec(self.time, self.batch, self.heads)
+
+
+def check_axes(
+  axes: ShardAxes | None,
+  batch: int | None = None,
+  heads: int | None = None,
+  time: int | None = None,
+) -> None:
+  """Check an operator's argument `axes`; the sizes are as in `ShardAxes.check`.
+
+  Raises:
+    ValueError: it is neither None nor a ShardAxes, or the ambient mesh lacks an
+      axis or does not fit the sizes.
+  """
+  if axes is None:
+    return
+  if not isinstance(axes, ShardAxes):
+    raise ValueError(f"axes={axes!r}: expected a ShardAxes, or None")
+  axes.check(batch, heads, time)
 
 
 def axes_of(*trees: Any) -> frozenset[str]:
@@ -191,4 +221,6 @@ def sum_over_tokens(sums: Any, axes: ShardAxes | None) -> Any:
 
 
 def _names(axis: Axis) -> tuple[str, ...]:
-  return (axis,) if isinstance(axis, str) else axis or ()
+  if axis is None:
+    return ()
+  return axis if isinstance(axis, tuple) else (axis,)

@@ -25,11 +25,15 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import devices
-from pallas_kernels.arguments import check_floats, check_integers
+from pallas_kernels.arguments import (
+  float_array,
+  integer_array,
+  positive_integer,
+)
 from pallas_kernels.cross_entropy import xla
 from pallas_kernels.cross_entropy.xla import TokenLosses
 from pallas_kernels.numerics import sum_dtype
-from pallas_kernels.sharding import ShardAxes, vary_alike
+from pallas_kernels.sharding import ShardAxes, check_axes, vary_alike
 
 # The kernel reads rows in blocks of gpu.BLOCK logits and loads of 16 bytes.
 _FEWEST_LOGITS = 1024
@@ -68,7 +72,8 @@ def cross_entropy(
   Args:
     x: (B, M, D), of any float dtype: the features of M tokens a row.
     embedding: E (V, D), of any float dtype; the products use it in x's dtype.
-    targets: integers (B, M), each in [0, V).
+    targets: integers (B, M), each in [0, V). Another one makes the loss NaN,
+      unless its weight is 0.
     weights: w (B, M), floats; 0 leaves a token out. They have no gradient.
       None: 1 for every token.
     parts: parts that each row's M tokens are computed in, one after the other:
@@ -86,18 +91,31 @@ def cross_entropy(
       tokens, or `parts` does not divide the tokens of a row on a device. The
       message names the argument.
   """
-  check_floats("x", x, ("B", "M", "D"))
-  check_floats("embedding", embedding, ("V", x.shape[-1]), nonempty=True)
-  check_integers("targets", targets, x.shape[:2])
+  x = float_array("x", x, ("B", "M", "D"))
+  embedding = float_array(
+    "embedding", embedding, ("V", x.shape[-1]), nonempty=True
+  )
+  targets = integer_array("targets", targets, x.shape[:2])
   if weights is None:
     weights = jnp.ones(x.shape[:2], sum_dtype(x.dtype))
-  check_floats("weights", weights, x.shape[:2])
-  if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1:
-    raise ValueError(f"parts={parts!r}: expected an integer ≥ 1")
+  weights = float_array("weights", weights, x.shape[:2])
+  parts = positive_integer("parts", parts)
+  check_axes(axes)
+  if parts > 1:
+    _check_parts(x, parts, axes)
+  # A token that is left out may have any target, and 0 · NaN would be NaN.
+  is_outside = xla.is_outside(targets, embedding.shape[0])
+  targets = jnp.where(is_outside & (weights == 0), 0, targets)
   if parts == 1:
     tokens = xla.token_losses(xla.logits(x, embedding), targets)
     fixed = jax.tree.map(jax.lax.stop_gradient, tokens)
     return (weights * tokens.nll_BM).sum(), fixed
+  arrays = vary_alike(x, embedding, targets, weights)
+  return _in_parts(*arrays, _Plan(parts, axes))
+
+
+def _check_parts(x: Array, parts: int, axes: ShardAxes | None) -> None:
+  """Raise ValueError if parts do not divide a row's tokens on a device."""
   on_device = x.shape[1]
   if axes is not None:
     axes.check(x.shape[0], None, x.shape[1])
@@ -107,8 +125,6 @@ def cross_entropy(
       f"parts={parts}: expected a divisor of the {on_device} targets of a row "
       "on a device"
     )
-  arrays = vary_alike(x, embedding, targets, weights)
-  return _in_parts(*arrays, _Plan(parts, axes))
 
 
 def has_kernel(logits_V: Array) -> bool:

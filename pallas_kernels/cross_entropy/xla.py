@@ -42,12 +42,10 @@ def logits(
 
 def token_losses(logits_V: Array, targets: Array) -> TokenLosses:
   """Return each token's loss, differentiable by jax in the logits (…, V)."""
-  of_target = jnp.take_along_axis(logits_V, targets[..., None], axis=-1)
-  of_target = of_target.take(0, axis=-1)
+  of_target = _logit_of_target(logits_V, targets)
   nll = jax.nn.logsumexp(logits_V, axis=-1) - of_target
   best = jnp.argmax(logits_V, axis=-1)
-  correct = best == targets.astype(best.dtype)
-  return TokenLosses(nll, correct.astype(jnp.float32))
+  return TokenLosses(nll, _is_correct(best, targets))
 
 
 def token_losses_and_log_sums(
@@ -69,10 +67,31 @@ def losses_from_log_sums(
     log_sum: log Σ exp z (…).
     best: the first index of each token's greatest logit, (…).
   """
-  of_target = jnp.take_along_axis(logits_V, targets[..., None], axis=-1)
-  nll = log_sum - of_target[..., 0].astype(log_sum.dtype)
-  correct = best == targets.astype(best.dtype)
-  return TokenLosses(nll, correct.astype(jnp.float32))
+  of_target = _logit_of_target(logits_V, targets)
+  nll = log_sum - of_target.astype(log_sum.dtype)
+  return TokenLosses(nll, _is_correct(best, targets))
+
+
+def _logit_of_target(logits_V: Array, targets: Array) -> Array:
+  """Return z_target (…), NaN for a target outside [0, V)."""
+  V = logits_V.shape[-1]
+  # A negative index would count from the end, and a large one could wrap.
+  index = jnp.where(is_outside(targets, V), V, targets).astype(jnp.int32)
+  found = jnp.take_along_axis(
+    logits_V, index[..., None], axis=-1, mode="fill", fill_value=jnp.nan
+  )
+  return found.take(0, axis=-1)
+
+
+def is_outside(targets: Array, V: int) -> Array:
+  """Return whether a target is outside [0, V)."""
+  return (targets < 0) | (targets >= V)
+
+
+def _is_correct(best: Array, targets: Array) -> Array:
+  """Return 1 where the greatest logit is the target's, else 0; float32."""
+  # Not the other way round: a wide target may be out of best's range.
+  return (best.astype(targets.dtype) == targets).astype(jnp.float32)
 
 
 def log_sum_and_best(logits_V: Array) -> tuple[Array, Array]:

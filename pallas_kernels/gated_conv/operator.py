@@ -13,11 +13,12 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import devices
-from pallas_kernels.arguments import check_floats, check_integers
+from pallas_kernels.arguments import float_array, integer_array
 from pallas_kernels.gated_conv import xla
 from pallas_kernels.numerics import add_bias
 from pallas_kernels.sharding import (
   ShardAxes,
+  check_axes,
   map_over_mesh,
   sum_over_tokens,
   vary_alike,
@@ -66,10 +67,11 @@ def gated_conv(
       or a device would hold fewer than K − 1 tokens of a row. The message names
       the argument.
   """
-  _check_conv("u", u, taps, bias, segment_ids)
-  check_floats("z", z, u.shape, like=("u", u))
+  u, taps, bias, segment_ids = _conv_arrays("u", u, taps, bias, segment_ids)
+  z = float_array("z", z, u.shape, like=("u", u))
   if z_bias is not None:
-    check_floats("z_bias", z_bias, u.shape[-1:])
+    z_bias = float_array("z_bias", z_bias, u.shape[-1:])
+  check_axes(axes)
   u, z, taps, bias, z_bias = vary_alike(u, z, taps, bias, z_bias)
   if has_kernel(u, taps.shape[0], segment_ids=segment_ids, axes=axes):
     if z_bias is None:
@@ -114,11 +116,14 @@ def causal_conv(
       or a device would hold fewer than K − 1 tokens of a row. The message names
       the argument.
   """
-  _check_conv("x", x, taps, bias, segment_ids)
+  x, taps, bias, segment_ids = _conv_arrays("x", x, taps, bias, segment_ids)
+  check_axes(axes)
   (B, _, D), K = x.shape, taps.shape[0]
   if initial_state is None:
     initial_state = jnp.zeros_like(x, shape=(B, K - 1, D))
-  check_floats("initial_state", initial_state, (B, K - 1, D), like=("x", x))
+  initial_state = float_array(
+    "initial_state", initial_state, (B, K - 1, D), like=("x", x)
+  )
   if axes is None or axes.time is None:
     return xla.causal_conv(taps, bias, x, initial_state, segment_ids)
   return xla.over_time(taps, bias, x, initial_state, segment_ids, axes)
@@ -194,9 +199,11 @@ def _backward(axes, kept, dy_BTD):
 _by_kernel.defvjp(_forward, _backward)
 
 
-def _check_conv(name, x, taps, bias, segment_ids) -> None:
-  check_floats(name, x, ("B", "T", "D"))
-  check_floats("taps", taps, ("K", x.shape[-1]), nonempty=True)
-  check_floats("bias", bias, x.shape[-1:])
+def _conv_arrays(name, x, taps, bias, segment_ids):
+  """Return the arguments as arrays; raise ValueError if one does not fit."""
+  x = float_array(name, x, ("B", "T", "D"))
+  taps = float_array("taps", taps, ("K", x.shape[-1]), nonempty=True)
+  bias = float_array("bias", bias, x.shape[-1:])
   if segment_ids is not None:
-    check_integers("segment_ids", segment_ids, x.shape[:2])
+    segment_ids = integer_array("segment_ids", segment_ids, x.shape[:2])
+  return x, taps, bias, segment_ids

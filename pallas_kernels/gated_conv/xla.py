@@ -36,7 +36,7 @@ def causal_conv(
   window_BSD = jnp.concatenate([past_BKD, x_BTD], axis=1)  # S = K − 1 + T
   shifted = [window_BSD[:, j : j + T] for j in range(past + 1)]
   after_BKD = window_BSD[:, T:]
-  if segment_ids is not None:
+  if segment_ids is not None and T > 0:
     if past_ids_BK is None:
       runs_BT = document_runs(segment_ids)
       runs_BS = jnp.pad(runs_BT, ((0, 0), (past, 0)))

@@ -13,10 +13,11 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import devices
-from pallas_kernels.arguments import check_floats
+from pallas_kernels.arguments import float_array
 from pallas_kernels.gelu import xla
 from pallas_kernels.sharding import (
   ShardAxes,
+  check_axes,
   flatten_tokens,
   map_over_mesh,
   sum_over_tokens,
@@ -51,12 +52,12 @@ def gelu(
       time; the message names the argument.
   """
   form = ("…", "D") if axes is None else ("B", "T", "D")
-  check_floats("x", x, form)
+  x = float_array("x", x, form)
   if bias is not None:
-    check_floats("bias", bias, (x.shape[-1],))
-  x, bias = vary_alike(x, bias)
+    bias = float_array("bias", bias, (x.shape[-1],))
   if axes is not None:
-    axes.check(x.shape[0], None, x.shape[1])
+    check_axes(axes, batch=x.shape[0], time=x.shape[1])
+  x, bias = vary_alike(x, bias)
   if not has_kernel(x, axes=axes):
     return xla.gelu(x, bias)
   if bias is None:

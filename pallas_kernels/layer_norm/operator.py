@@ -17,10 +17,11 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import devices
-from pallas_kernels.arguments import check_eps, check_floats
+from pallas_kernels.arguments import as_array, float_array, number_from_0
 from pallas_kernels.layer_norm import xla
 from pallas_kernels.sharding import (
   ShardAxes,
+  check_axes,
   flatten_tokens,
   map_over_mesh,
   sum_over_tokens,
@@ -57,12 +58,15 @@ def layer_norm(
   Raises:
     ValueError: an argument does not fit; the message names it.
   """
-  _check_norm(x, scale, bias, eps)
+  x, scale, bias = _norm_arrays(x, scale, bias)
+  eps = number_from_0("eps", eps)
   if scale is None:
     scale = _filled(1, x, bias)
   if bias is None:
     bias = _filled(0, x, scale)
   dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f"dtype={dtype}: expected a float dtype, or None")
   return _layer_norm(*vary_alike(x, scale, bias), eps, dtype)
 
 
@@ -97,15 +101,17 @@ def add_layer_norm(
     (s, n): s (…, D) in x's dtype and n = LN(s) (…, D) in y's dtype.
 
   Raises:
-    ValueError: an argument does not fit, or the mesh does not fit batch and
-      time where a kernel runs; the message names the argument.
+    ValueError: an argument does not fit, the mesh lacks an axis, or it does not
+      fit batch and time where a kernel runs; the message names the argument.
   """
-  check_floats("x", x, ("…", "D") if axes is None else ("B", "T", "D"))
-  check_floats("y", y, x.shape)
-  for name, parameter in (("scale", scale), ("bias", bias), ("y_bias", y_bias)):
-    if parameter is not None:
-      check_floats(name, parameter, x.shape[-1:])
-  check_eps(eps)
+  x = float_array("x", x, ("…", "D") if axes is None else ("B", "T", "D"))
+  y = float_array("y", y, x.shape)
+  scale = float_array("scale", scale, x.shape[-1:])
+  bias = float_array("bias", bias, x.shape[-1:])
+  if y_bias is not None:
+    y_bias = float_array("y_bias", y_bias, x.shape[-1:])
+  eps = number_from_0("eps", eps)
+  check_axes(axes)
   x, y, y_bias, scale, bias = vary_alike(x, y, y_bias, scale, bias)
   if has_kernel(x, y):
     return _by_kernel(x, y, y_bias, scale, bias, eps, axes)
@@ -220,14 +226,21 @@ def _filled(value: float, x: Array, like: Array | None) -> Array:
   return jnp.full(shape, value, xla.sum_dtype(x.dtype))
 
 
-def _check_norm(
-  x: Array, scale: Array | None, bias: Array | None, eps: float
-) -> None:
-  check_floats("x", x, ("…", "D"))
-  for name, parameter in (("scale", scale), ("bias", bias)):
-    if parameter is not None:
-      axes = parameter.ndim if 1 <= parameter.ndim <= x.ndim else 1
-      check_floats(name, parameter, x.shape[-axes:])
-  if scale is not None and bias is not None:
-    check_floats("bias", bias, scale.shape)
-  check_eps(eps)
+def _norm_arrays(
+  x: Array, scale: Array | None, bias: Array | None
+) -> tuple[Array, Array | None, Array | None]:
+  """Return x, γ and β as arrays whose shapes fit; raise ValueError if not."""
+  x = float_array("x", x, ("…", "D"))
+
+  def of_last_axes(name: str, parameter: Array) -> Array:
+    ndim = as_array(name, parameter).ndim
+    axes = ndim if 1 <= ndim <= x.ndim else 1
+    return float_array(name, parameter, x.shape[-axes:])
+
+  if scale is not None:
+    scale = of_last_axes("scale", scale)
+  if bias is not None:
+    bias = of_last_axes("bias", bias)
+    if scale is not None:
+      float_array("bias", bias, scale.shape)
+  return x, scale, bias

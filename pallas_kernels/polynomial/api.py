@@ -7,6 +7,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import devices, documents as documents_lib, numerics
+from pallas_kernels.arguments import flag
 from pallas_kernels.polynomial import (
   checks,
   decode,
@@ -18,7 +19,7 @@ from pallas_kernels.polynomial import (
 from pallas_kernels.polynomial.operator import Kernel, Passes, StaticArguments
 from pallas_kernels.polynomial.spec import REBASED, Coefficients
 from pallas_kernels.polynomial.state import State
-from pallas_kernels.sharding import ShardAxes, vary_alike
+from pallas_kernels.sharding import ShardAxes, check_axes, vary_alike
 
 Implementation = Literal["gpu", "tpu", "xla", "reference"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
@@ -159,16 +160,16 @@ def polynomial_attention(
     NotImplementedError: the named implementation cannot do this call. The
       message says why, before anything is computed.
   """
-  checks.sequences(q, k, v, segment_ids)
+  q, k, v, segment_ids = checks.sequences(q, k, v, segment_ids)
   kernel = checks.kernel(q, coefficients, scale, eps)
+  return_state = flag("return_state", return_state)
   B, T, H, F = q.shape
   P = v.shape[-1]
   if initial_state is not None:
-    checks.state(
+    initial_state = checks.state(
       "initial_state", initial_state, B, H, F, P, coefficients, q.dtype
     )
-  if axes is not None:
-    axes.check(B, H, T)
+  check_axes(axes, B, H, T)
   states = initial_state is not None or return_state
   q, k, v, segment_ids, initial_state = vary_alike(
     q, k, v, segment_ids, initial_state
@@ -220,10 +221,11 @@ def polynomial_attention_step(
   Raises:
     ValueError: an argument does not fit. The message names it.
   """
-  checks.arrays(q, k, v, "(B, H, F)", "(B, H, P)", 3)
+  q, k, v = checks.arrays(q, k, v, "(B, H, F)", "(B, H, P)", 3)
   kernel = checks.kernel(q, coefficients, scale, eps)
   B, H, F = q.shape
-  checks.state("state", state, B, H, F, v.shape[-1], coefficients, q.dtype)
+  P = v.shape[-1]
+  state = checks.state("state", state, B, H, F, P, coefficients, q.dtype)
   return decode.step(state, q, k, v, kernel)
 
 
@@ -260,12 +262,13 @@ def polynomial_attention_at(
   Raises:
     ValueError: an argument does not fit. The message names it.
   """
-  checks.sequences(k, k, v, segment_ids, names="kkv")
-  checks.query_positions(q, k, positions)
+  k, _, v, segment_ids = checks.sequences(k, k, v, segment_ids, names="kkv")
+  q, positions = checks.query_positions(q, k, positions)
   T = k.shape[1]
   kernel = checks.kernel(q, coefficients, scale, eps)
   inside_BM = (positions >= 0) & (positions < T)
-  mask_BMT = positions[:, :, None] >= jnp.arange(T)[None, None]
+  t_T = jnp.arange(T, dtype=positions.dtype)
+  mask_BMT = positions[:, :, None] >= t_T[None, None]
   if segment_ids is not None:
     runs_BT = documents_lib.document_runs(segment_ids)
     own_BM = jnp.take_along_axis(runs_BT, positions, axis=1)
@@ -303,7 +306,7 @@ def polynomial_attention_weights(
   Raises:
     ValueError: an argument does not fit. The message names it.
   """
-  checks.arrays(q, k, k, "(B, T, H, F)", "(B, T, H, F)", 4)
+  q, k, _ = checks.arrays(q, k, k, "(B, T, H, F)", "(B, T, H, F)", 4, "qkk")
   kernel = checks.kernel(q, coefficients, scale, eps)
   T = q.shape[1]
   mask_BTT = jnp.tril(jnp.ones((1, T, T), bool))

@@ -1,15 +1,20 @@
 """Checks of the public functions' arguments.
 
-Every ValueError names the argument, its shape or value, and what was expected.
+As in `pallas_kernels.arguments`, each check returns what it checked, as jax
+arrays and Python numbers. Every ValueError names the argument, its shape or
+value, and what was expected.
 """
-
-import math
-import numbers
 
 import jax
 from jax import Array
-import jax.numpy as jnp
 
+from pallas_kernels.arguments import (
+  as_array,
+  float_array,
+  integer_array,
+  number,
+  number_from_0,
+)
 from pallas_kernels.polynomial.operator import Kernel
 from pallas_kernels.polynomial.spec import Coefficients
 from pallas_kernels.polynomial.state import State, zero_state
@@ -34,13 +39,8 @@ def kernel(
   """
   if not isinstance(coefficients, Coefficients):
     raise ValueError(f"coefficients={coefficients!r}: expected Coefficients")
-  scale = q.shape[-1] ** -0.5 if scale is None else scale
-  for name, value in (("scale", scale), ("eps", eps)):
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-      raise ValueError(f"{name}={value!r}: expected a finite Python number")
-  if eps < 0:
-    raise ValueError(f"eps={eps}: expected a number ≥ 0")
-  return Kernel(coefficients.scaled(float(scale)), float(eps))
+  scale = q.shape[-1] ** -0.5 if scale is None else number("scale", scale)
+  return Kernel(coefficients.scaled(scale), number_from_0("eps", eps))
 
 
 def arrays(
@@ -51,8 +51,8 @@ def arrays(
   v_form: str,
   rank: int,
   names: str = "qkv",
-) -> None:
-  """Check the shapes and dtypes of queries, keys and values.
+) -> tuple[Array, Array, Array]:
+  """Check the shapes and dtypes of queries, keys and values; return all three.
 
   Args:
     q: queries.
@@ -66,6 +66,7 @@ def arrays(
   Raises:
     ValueError: an array does not fit; the message names it.
   """
+  q, k, v = map(as_array, names, (q, k, v))
   forms = (qk_form, qk_form, v_form)
   for name, x, form in zip(names, (q, k, v), forms, strict=True):
     if x.ndim != rank or 0 in x.shape:
@@ -82,26 +83,24 @@ def arrays(
   if v.shape[:-1] != q.shape[:-1]:
     expected = (*q.shape[:-1], "P")
     raise ValueError(f"v has shape {v.shape}: expected {expected}")
+  return q, k, v
 
 
 def sequences(
   q: Array, k: Array, v: Array, segment_ids: Array | None, names: str = "qkv"
-) -> None:
+) -> tuple[Array, Array, Array, Array | None]:
   """Check (B, T, H, ·) queries, keys and values, and their segment ids.
+
+  Returns:
+    All four, as arrays.
 
   Raises:
     ValueError: an array does not fit; the message names it.
   """
-  arrays(q, k, v, "(B, T, H, F)", "(B, T, H, P)", 4, names)
-  if segment_ids is None:
-    return
-  if segment_ids.shape != q.shape[:2]:
-    raise ValueError(
-      f"segment_ids has shape {segment_ids.shape}: expected (B, T) = "
-      f"{q.shape[:2]}"
-    )
-  if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-    raise ValueError(f"segment_ids is {segment_ids.dtype}: expected integers")
+  q, k, v = arrays(q, k, v, "(B, T, H, F)", "(B, T, H, P)", 4, names)
+  if segment_ids is not None:
+    segment_ids = integer_array("segment_ids", segment_ids, q.shape[:2])
+  return q, k, v, segment_ids
 
 
 def state(
@@ -113,8 +112,8 @@ def state(
   P: int,
   coefficients: Coefficients,
   dtype: jax.typing.DTypeLike,
-) -> None:
-  """Check a recurrent state against the sizes of q and v.
+) -> State:
+  """Check a recurrent state against the sizes of q and v; return its arrays.
 
   Args:
     argument: the name of the state's argument, for messages.
@@ -133,35 +132,32 @@ def state(
     raise ValueError(
       f"{argument} is a {type(state).__name__}: expected a State"
     )
+  names = [f"{argument}.{field}" for field in State._fields]
+  found = State(*map(as_array, names, state))
   expected = jax.eval_shape(
     lambda: zero_state(B, H, F, P, coefficients=coefficients, dtype=dtype)
   )
-  for field, x, want in zip(State._fields, state, expected, strict=True):
+  for name, x, want in zip(names, found, expected, strict=True):
     if (x.shape, x.dtype) != (want.shape, want.dtype):
       raise ValueError(
-        f"{argument}.{field} is {x.dtype}{x.shape}: expected "
+        f"{name} is {x.dtype}{x.shape}: expected "
         f"{want.dtype}{want.shape} for B={B}, H={H}, F={F}, P={P}, "
         f"{coefficients}"
       )
+  return found
 
 
-def query_positions(q: Array, k: Array, positions: Array) -> None:
-  """Check the (B, M) positions of M queries among T keys.
+def query_positions(
+  q: Array, k: Array, positions: Array
+) -> tuple[Array, Array]:
+  """Check M queries and their (B, M) positions among T keys; return both.
 
   Raises:
     ValueError: an array does not fit; the message names it.
   """
   B, _, H, F = k.shape
-  if q.ndim != 4 or (q.shape[0], *q.shape[2:]) != (B, H, F):
-    raise ValueError(f"q has shape {q.shape}: expected {(B, 'M', H, F)}")
-  if q.dtype != k.dtype:
-    raise ValueError(f"q is {q.dtype}: expected k's dtype, {k.dtype}")
-  if positions.shape != q.shape[:2]:
-    raise ValueError(
-      f"positions has shape {positions.shape}: expected (B, M) = {q.shape[:2]}"
-    )
-  if not jnp.issubdtype(positions.dtype, jnp.integer):
-    raise ValueError(f"positions is {positions.dtype}: expected integers")
+  q = float_array("q", q, (B, "M", H, F), like=("k", k))
+  return q, integer_array("positions", positions, q.shape[:2])
 
 
 def outside_checked_shard_map(implementation: str, q: Array) -> None:

@@ -302,7 +302,7 @@ def _shard_backward(
     own = passes.query_cotangent(q, do, r, dz, runs_BT, kernel)
     first_DB, last_DB = _shard_documents(ids_BT, runs_BT, time)
     here = jax.lax.axis_index(time)
-    later_D = jnp.arange(first_DB.shape[0]) > here
+    later_D = jnp.arange(first_DB.shape[0], dtype=jnp.int32) > here
     joined_DB = (first_DB == last_DB[here][None]) & later_D[:, None]
     dafter = _sum_joined(
       own, joined_DB, dafter, last_DB[here] == last_DB[-1], time
@@ -331,7 +331,7 @@ def _state_before_shard(
   own = static.passes.key_state(k, v, runs_BT, static.kernel)
   first_DB, last_DB = _shard_documents(ids_BT, runs_BT, static.time)
   here = jax.lax.axis_index(static.time)
-  earlier_D = jnp.arange(first_DB.shape[0]) < here
+  earlier_D = jnp.arange(first_DB.shape[0], dtype=jnp.int32) < here
   joined_DB = (last_DB == first_DB[here][None]) & earlier_D[:, None]
   return _sum_joined(own, joined_DB, state, first_DB[here] == 0, static.time)
 
@@ -371,9 +371,12 @@ def _shard_documents(ids_BT, runs_BT, time: Axis) -> tuple[Array, Array]:
   if ids_BT is None:
     zero_DB = jnp.zeros((jax.lax.axis_size(time), 1), jnp.int32)
     return zero_DB, zero_DB
-  ends_B3 = jnp.stack([ids_BT[:, 0], ids_BT[:, -1], runs_BT[:, -1]], axis=-1)
+  # The ids have 32 bits or more, which hold every document's number.
+  boundaries_B = runs_BT[:, -1].astype(ids_BT.dtype)
+  ends_B3 = jnp.stack([ids_BT[:, 0], ids_BT[:, -1], boundaries_B], axis=-1)
   ends_DB3 = jax.lax.all_gather(ends_B3, time)
   first_id_DB, last_id_DB, boundaries_DB = (ends_DB3[..., i] for i in range(3))
+  boundaries_DB = boundaries_DB.astype(jnp.int32)
   # A document boundary may also lie between two shards.
   between_DB = (first_id_DB[1:] != last_id_DB[:-1]).astype(jnp.int32)
   steps_DB = boundaries_DB[:-1] + between_DB

@@ -56,8 +56,8 @@ import dataclasses
 import jax
 from jax import Array
 import jax.numpy as jnp
-import numpy as np
 
+from pallas_kernels.arguments import number
 from pallas_kernels.numerics import sum_dtype, weighted_sum
 
 
@@ -65,13 +65,15 @@ from pallas_kernels.numerics import sum_dtype, weighted_sum
 class Coefficients:
   """The coefficients of sim = c0 + c1·s + c2·s², as static Python numbers.
 
+  NumPy scalars and jax arrays of one number become Python numbers.
+
   Attributes:
     c0: coefficient of the constant term.
     c1: coefficient of s.
     c2: coefficient of s².
 
   Raises:
-    ValueError: a coefficient is not finite, or all three are 0.
+    ValueError: a coefficient is no finite number, or all three are 0.
   """
 
   c0: float
@@ -80,11 +82,8 @@ class Coefficients:
 
   def __post_init__(self) -> None:
     for name in ("c0", "c1", "c2"):
-      value = getattr(self, name)
-      if not np.isfinite(value):
-        raise ValueError(
-          f"Coefficients.{name}={value}: expected a finite number"
-        )
+      value = number(f"Coefficients.{name}", getattr(self, name))
+      object.__setattr__(self, name, value)  # the dataclass is frozen
     if self.c0 == self.c1 == self.c2 == 0:
       raise ValueError(
         "Coefficients: all three are 0, so every similarity is 0; "

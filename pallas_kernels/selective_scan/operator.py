@@ -13,9 +13,14 @@ exponent is positive, so that any Δ ≥ 0 is safe.
 
 import jax
 from jax import Array
+import jax.export
 import jax.numpy as jnp
 
-from pallas_kernels.arguments import check_floats, check_integers
+from pallas_kernels.arguments import (
+  float_array,
+  integer_array,
+  positive_integer,
+)
 from pallas_kernels.documents import document_runs
 from pallas_kernels.sharding import vary_alike
 
@@ -67,23 +72,26 @@ def selective_scan(
   Raises:
     ValueError: an argument does not fit; the message names it.
   """
-  check_floats("x", x, ("B", "T", "I"), nonempty=True)
+  x = float_array("x", x, ("B", "T", "I"), nonempty=True)
   rows, T, I = x.shape
   like = ("x", x)
-  check_floats("delta", delta, x.shape, like=like)
-  check_floats("A", A, (I, "N"), like=like, nonempty=True)
+  delta = float_array("delta", delta, x.shape, like=like)
+  A = float_array("A", A, (I, "N"), like=like, nonempty=True)
   N = A.shape[1]
-  check_floats("B", B, (rows, T, N), like=like)
-  check_floats("C", C, (rows, T, N), like=like)
+  B = float_array("B", B, (rows, T, N), like=like)
+  C = float_array("C", C, (rows, T, N), like=like)
   if initial_state is None:
     initial_state = jnp.zeros((rows, I, N), x.dtype)
-  check_floats("initial_state", initial_state, (rows, I, N), like=like)
+  initial_state = float_array(
+    "initial_state", initial_state, (rows, I, N), like=like
+  )
   if segment_ids is not None:
-    check_integers("segment_ids", segment_ids, (rows, T))
+    segment_ids = integer_array("segment_ids", segment_ids, (rows, T))
   if chunk is None:
-    chunk = min(max(TOKENS // rows, CHUNK), LONGEST)
-  if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-    raise ValueError(f"chunk={chunk!r}: expected an integer ≥ 1, or None")
+    # `jax.export` may leave the number of rows open.
+    is_open = jax.export.is_symbolic_dim(rows)
+    chunk = CHUNK if is_open else min(max(TOKENS // rows, CHUNK), LONGEST)
+  chunk = positive_integer("chunk", chunk)
   return _scan_chunks(x, delta, A, B, C, initial_state, segment_ids, chunk)
 
 

@@ -31,7 +31,7 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels.arguments import check_floats, check_integers
+from pallas_kernels.arguments import float_array, integer_array
 from pallas_kernels.documents import document_runs
 from pallas_kernels.sharding import vary_alike
 from pallas_kernels.wkv.state import (
@@ -78,16 +78,16 @@ def wkv(
   Raises:
     ValueError: an argument does not fit; the message names it.
   """
-  check_floats("k", k, ("B", "T", "D"), nonempty=True)
+  k = float_array("k", k, ("B", "T", "D"), nonempty=True)
   B, T, D = k.shape
-  check_floats("v", v, k.shape, like=("k", k))
-  _check_parameters(w, u, D)
+  v = float_array("v", v, k.shape, like=("k", k))
+  w, u = _parameters(w, u, D)
   if initial_state is None:
     initial_state = empty_wkv_state((B, D), w.dtype)
-  _check_state("initial_state", initial_state, (B, D), w)
+  initial_state = _state("initial_state", initial_state, (B, D), w)
   start_BT = jnp.zeros((B, T), bool)
   if segment_ids is not None:
-    check_integers("segment_ids", segment_ids, (B, T))
+    segment_ids = integer_array("segment_ids", segment_ids, (B, T))
     changes_BT = jnp.diff(document_runs(segment_ids), axis=1) > 0
     start_BT = jnp.pad(changes_BT, ((0, 0), (1, 0)))
   return _wkv(*vary_alike(k, v, w, u, initial_state, start_BT))
@@ -112,28 +112,37 @@ def wkv_step(
   Raises:
     ValueError: an argument does not fit; the message names it.
   """
-  check_floats("k", k, ("B", "D"), like=("w", w))
-  _check_parameters(w, u, k.shape[1])
-  check_floats("v", v, k.shape, like=("w", w))
-  _check_state("state", state, k.shape, w)
+  k = float_array("k", k, ("B", "D"))
+  w, u = _parameters(w, u, k.shape[1])
+  k, v = (
+    float_array(name, x, k.shape, like=("w", w))
+    for name, x in (("k", k), ("v", v))
+  )
+  state = _state("state", state, k.shape, w)
   y, *_ = output(state, k, v, u[None])
   return y, add_token(state, w[None], k, v, jnp.ones_like(v))
 
 
-def _check_parameters(w: Array, u: Array, D: int) -> None:
-  check_floats("w", w, (D,))
+def _parameters(w: Array, u: Array, D: int) -> tuple[Array, Array]:
+  """Return w and u as arrays; raise ValueError if they do not fit."""
+  w = float_array("w", w, (D,))
   if w.dtype not in (jnp.float32, jnp.float64):
     raise ValueError(f"w has dtype {w.dtype}: expected float32 or float64")
-  check_floats("u", u, (D,), like=("w", w))
+  return w, float_array("u", u, (D,), like=("w", w))
 
 
-def _check_state(
+def _state(
   name: str, state: WKVState, shape: tuple[int, ...], w: Array
-) -> None:
+) -> WKVState:
+  """Return a state of arrays; raise ValueError if it does not fit."""
   if not isinstance(state, WKVState):
     raise ValueError(f"{name} is a {type(state).__name__}: expected a WKVState")
-  for field, x in zip(WKVState._fields, state, strict=True):
-    check_floats(f"{name}.{field}", x, shape, like=("w", w))
+  return WKVState(
+    *(
+      float_array(f"{name}.{field}", x, shape, like=("w", w))
+      for field, x in zip(WKVState._fields, state, strict=True)
+    )
+  )
 
 
 class _Marks(NamedTuple):

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.sharding import AxisType
 import numpy as np
@@ -172,6 +173,19 @@ def test_few_rows_have_longer_chunks(rows: int, expected: int) -> None:
   traced = jax.make_jaxpr(scan)(*args)
   scans = [x for x in traced.eqns if x.primitive.name == "scan"]
   assert [x.params["length"] for x in scans] == [T // expected]
+
+
+def test_an_exported_scan_takes_any_number_of_rows() -> None:
+  args = arguments(40)
+  (rows,) = jax.export.symbolic_shape("rows")
+  shapes = [
+    jax.ShapeDtypeStruct((rows, *x.shape[1:]) if x.ndim > 2 else x.shape, "f4")
+    for x in args
+  ]
+  exported = jax.export.export(jax.jit(scan))(*shapes)
+  for x, y in zip(exported.call(*args), jax.jit(scan)(*args), strict=True):
+    # Chunks of another length: other orders of the same float32 sums.
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("length", [1, 2, 33])
