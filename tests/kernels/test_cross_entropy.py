@@ -341,3 +341,8 @@ def test_logits_are_never_whole() -> None:
 def test_parts_that_do_not_divide_are_refused() -> None:
   with pytest.raises(ValueError, match="parts=5: expected a divisor of"):
     _run(_inputs(), parts=5)
+  mesh = jax.make_mesh((2, 4), ("data", "time"), (AxisType.Auto,) * 2)
+  axes = ShardAxes(batch="data", time="time")
+  message = f"parts=4: expected a divisor of the {T // 4} targets"
+  with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
+    _run(_inputs(), parts=4, axes=axes)

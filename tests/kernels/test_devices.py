@@ -1,6 +1,8 @@
 """A jax that cannot import the kernels: XLA runs, and the reason is given."""
 
+import re
 import sys
+import types
 import warnings
 
 import jax
@@ -39,6 +41,33 @@ def test_a_failed_import_says_why(error) -> None:
     devices.kernel_imports("tpu"),
   ):
     raise error("gone")
+
+
+@pytest.mark.parametrize(
+  ("platform", "capability", "dtype", "width", "reason"),
+  [
+    ("gpu", "9.0", "bfloat16", 256, None),
+    ("gpu", "9.0", "float16", 264, "multiple of 8, at most 256 .* it is 264"),
+    ("gpu", "8.0", "bfloat16", 128, None),
+    ("gpu", "8.0", "bfloat16", 136, "multiple of 8, at most 128 .* it is 136"),
+    ("gpu", "10.0", "bfloat16", 256, None),
+    ("gpu", "9.0", "bfloat16", 12, "multiple of 8"),
+    ("gpu", "9.0", "float32", 64, "bfloat16 or float16, not float32"),
+    ("gpu", "7.5", "bfloat16", 64, "8.0 or above; a kind has 7.5"),
+    ("gpu", "gfx942", "bfloat16", 64, "an NVIDIA GPU .* has gfx942"),
+    ("gpu", None, "bfloat16", 64, "an NVIDIA GPU .* has unknown"),
+    ("tpu", "9.0", "bfloat16", 64, "a GPU; this process runs on tpu"),
+  ],
+)
+def test_what_cudnn_can_do(
+  monkeypatch, platform, capability, dtype, width, reason
+) -> None:
+  device = types.SimpleNamespace(platform=platform, device_kind="a kind")
+  if capability is not None:
+    device.compute_capability = capability
+  monkeypatch.setattr(jax, "devices", lambda: [device])
+  found = devices.why_not_cudnn(dtype, width)
+  assert found is None if reason is None else re.search(reason, found)
 
 
 def test_names_of_operators_are_functions() -> None:
