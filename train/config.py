@@ -6,10 +6,10 @@ else changes a config.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Self
 
 from rebased_jax import ModelConfig
-from train.data.checks import require
+from train.data.checks import absolute, require
 from train.data.config import (
   DataConfig as DataConfig,
   MQARData as MQARData,
@@ -156,6 +156,15 @@ class RunConfig:
       "steps",
       self.steps,
       f"at most the {limit} batches of the data",
+    )
+
+  def with_absolute_paths(self) -> Self:
+    """Return this run with paths for any working directory."""
+    source = self.init_from
+    return dataclasses.replace(
+      self,
+      data=self.data.with_absolute_paths(),
+      init_from=None if source is None else absolute(source),
     )
 
   @property

@@ -19,12 +19,14 @@ from train.config import RunConfig
 from train.data import batches as batches_lib
 from train.data.checks import require
 from train.data.config import check_batch
+from train.data.in_vocabulary import check_tokens
 from train.records.run_folder import RunFolder, RunFolderError
 from train.stored_config import (
   differences,
   from_dict,
   is_about_data,
   is_about_mesh,
+  is_about_paths,
 )
 
 
@@ -88,7 +90,7 @@ def restore_or_create(
   notes = [f"warning: {broken}" for broken in found.broken]
   notes += _newer_steps_that_are_gone(folder, found)
   notes += [
-    change if is_about_mesh(change) else f"warning: {change}"
+    change if _is_about_places(change) else f"warning: {change}"
     for change in changes
   ]
   notes.append(f"resuming at step {found.step}")
@@ -109,6 +111,8 @@ def config_changes(
 ) -> list[str]:
   """Return how mesh and data differ from those of a checkpoint, a line each.
 
+  Paths may differ if the data in them is the same.
+
   Args:
     meta: what the checkpoint says of itself.
     config: the run now.
@@ -119,12 +123,12 @@ def config_changes(
     RunFolderError: the data differs and `allow` is False, or something other
       than data and mesh differs.
   """
-  saved = from_dict(meta["config"], "checkpoint")
+  saved = from_dict(meta["config"], "checkpoint").with_absolute_paths()
   changed = differences(saved, config)
   refused = [
     change
     for change in changed
-    if not (is_about_mesh(change) or (allow and is_about_data(change)))
+    if not (_is_about_places(change) or (allow and is_about_data(change)))
   ]
   if refused:
     raise RunFolderError(
@@ -132,6 +136,10 @@ def config_changes(
       f"{'; '.join(refused)}"
     )
   return changed + data_changes(meta, config, folder, allow)
+
+
+def _is_about_places(change: str) -> bool:
+  return is_about_mesh(change) or is_about_paths(change)
 
 
 def data_changes(
@@ -151,14 +159,23 @@ def data_changes(
   """
   check_vocabulary(config)
   data = config.data.train_batches(config.batch, config.seed)
-  try:
-    batches_lib.check_fingerprint(meta["data"], data.fingerprint)
-  except ValueError as error:
-    if not allow:
-      hint = "; --allow-data-change uses the new data"
-      raise RunFolderError(f"{folder.path}: {error}{hint}") from error
-    return [str(error)]
-  return []
+  held_out = config.data.eval_batches(config.micro_batch, config.seed)
+  saved = [("", meta["data"], data)]
+  if "held_out_data" in meta:  # not in checkpoints of before
+    saved.append(("held out: ", meta["held_out_data"], held_out))
+  changes = []
+  for name, old, batches in saved:
+    # What counts as recall may differ: it changes no row.
+    new = {k: x for k, x in batches.fingerprint.items() if k != "recall_limit"}
+    old = {k: x for k, x in old.items() if k != "recall_limit"}
+    try:
+      batches_lib.check_fingerprint(old, new)
+    except ValueError as error:
+      changes.append(f"{name}{error}")
+  if changes and not allow:
+    hint = "; --allow-data-change uses the new data"
+    raise RunFolderError(f"{folder.path}: {changes[0]}{hint}")
+  return changes
 
 
 def try_data(config: RunConfig) -> None:
@@ -171,18 +188,34 @@ def try_data(config: RunConfig) -> None:
   data, micro_batch = config.data, config.micro_batch
   train = data.train_batches(config.batch, config.seed)
   batches_lib.check_storable(train)
-  check_batch(train.read(0), data.fields(config.batch), "train_batches")
+  batch, V = train.read(0), config.model.vocab_size
+  check_batch(batch, data.fields(config.batch), "train_batches")
+  check_tokens(train, 0, 0, batch, V)
   held_out = data.eval_batches(micro_batch, config.seed)
   if held_out.num_batches is None:
     raise ValueError(
       f"{type(data).__name__}.eval_batches: num_batches is None: expected a "
       "number: held-out batches must end"
     )
-  check_batch(held_out.read(0), data.eval_fields(micro_batch), "eval_batches")
+  batches_lib.check_storable(held_out)
+  batch = held_out.read(0)
+  check_batch(batch, data.eval_fields(micro_batch), "eval_batches")
+  check_tokens(held_out, 0, 0, batch, V)
+  steps = range(held_out.num_batches)
+  # The first batch has a target in all but strange cases, so one is read.
+  some = any(held_out.read(step)["weights"].any() for step in steps)
+  if not some:
+    raise ValueError(
+      f"{type(data).__name__}.eval_batches: every weight of its {len(steps)} "
+      "batches is 0: expected held-out rows with a target"
+    )
 
 
 def check_vocabulary(config: RunConfig) -> None:
   """Check that the model has an embedding for every token of the data.
+
+  Data that does not say its vocabulary is sampled. The rest is checked when a
+  batch is read.
 
   Raises:
     ValueError: it does not.
@@ -194,3 +227,4 @@ def check_vocabulary(config: RunConfig) -> None:
     config.model.vocab_size,
     f"at least {needed}, the vocabulary of the data",
   )
+  config.data.check_files(config.model.vocab_size)

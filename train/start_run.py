@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import contextlib
 import datetime
 import shlex
+import sys
 import time
 
 from etils import epath
@@ -105,11 +106,14 @@ def _run(
     config, folder, console, watch, allow_data_change=allow_data_change
   )
   if outcome.reason == "signal":
-    console_lib.say(
-      console,
+    text = (
       f"stopped at step {outcome.step} and saved; resume with\n"
-      f"  rebased resume {shlex.quote(str(run_dir))}",
+      f"  rebased resume {shlex.quote(str(run_dir))}"
     )
+    console_lib.say(console, text)
+    if getattr(console.file, "lost", False):
+      with contextlib.suppress(OSError):
+        print(f"nobody reads the output: {text}", file=sys.stderr)
   else:
     watch.beat("pictures and table")
     with _failing():

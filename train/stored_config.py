@@ -112,7 +112,7 @@ def from_json(text: str) -> RunConfig:
       or field that does not fit.
   """
   data = _load(text)
-  version = data.get("version")
+  version = data.get("version") if isinstance(data, dict) else None
   if type(version) is int and version == 1:
     raise ConfigError(
       "version=1: expected 2. Version 1 is of a trainer before 0.1.0, whose "
@@ -137,24 +137,21 @@ def read_id(text: str) -> str | None:
   Raises:
     ConfigError: the text is not JSON, or the id is no string.
   """
-  run_id = _load(text).get("id")
+  data = _load(text)
+  run_id = data.get("id") if isinstance(data, dict) else None
   if run_id is not None and not isinstance(run_id, str):
     raise ConfigError(f"id={run_id!r}: expected a string")
   return run_id
 
 
-def _load(text: str) -> dict[str, Any]:
-  """Return the JSON object of a config.json."""
+def _load(text: str) -> Any:
+  """Return the JSON data of a config.json."""
   try:
-    data = json.loads(
+    return json.loads(
       text, parse_constant=_refuse, object_pairs_hook=_without_repeats
     )
   except (ValueError, RecursionError) as error:
     raise ConfigError(f"not JSON: {error}") from error
-  if not isinstance(data, dict):
-    kind = type(data).__name__
-    raise ConfigError(f"it holds a {kind}: expected a JSON object")
-  return data
 
 
 def _refuse(constant: str) -> None:
@@ -208,6 +205,16 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 def is_about_mesh(difference: str) -> bool:
   """Whether one of `differences` is about the devices, not about the run."""
   return difference.startswith("mesh.")
+
+
+def is_about_paths(difference: str) -> bool:
+  """Whether one of `differences` is about the places of files, or their check.
+
+  What the files hold is another matter: their fingerprint must be the same.
+  """
+  field = difference.partition(":")[0]
+  places = ("data.path", "data.eval_path", "data.cache_dir")
+  return field in (*places, "data.verify")
 
 
 def is_about_data(difference: str) -> bool:

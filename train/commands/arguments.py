@@ -1,18 +1,31 @@
 """Arguments that several verbs share: the preset, the run, the mesh."""
 
 import dataclasses
+import os
 import sys
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from train import console
-from train.config import RunConfig
+from train.config import DataConfig, RunConfig, TextData
 from train.presets import make_presets
 from train.records.run_folder import RunFolder
 
 #: A positional argument: the folder of a run.
 RunArg = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataPlaces:
+  """Where the data of a run is now, if it was moved."""
+
+  #: The data sets, as many as the run has. Empty: where the run had them.
+  path: tuple[str, ...] = ()
+  #: The data sets to evaluate on, as many as the run has. Empty: where the run
+  #: had them.
+  eval_path: tuple[str, ...] = ()
+
 
 _Args = TypeVar("_Args", bound=Any)
 
@@ -58,15 +71,16 @@ def parse_run(
   """Parse the arguments of a verb that takes a run and may change its mesh.
 
   Args:
-    kind: a dataclass with the fields `run_dir`, first, and `mesh`.
+    kind: a dataclass with the fields `run_dir`, first, `data` and `mesh`.
     verb: the name of the verb.
     args: the arguments after the verb.
 
   Returns:
-    The parsed arguments, and the config of the run on the mesh that they name.
+    The parsed arguments, and the config of the run on the mesh and with the
+    data that they name.
 
   Raises:
-    RunFolderError: there is no such run.
+    ValueError: there is no such run, or its data is not there.
   """
   prog = f"rebased {verb}"
   run_dir = tyro.cli(kind, prog=prog, args=args).run_dir
@@ -75,4 +89,33 @@ def parse_run(
   # command does not name stay as the run has them.
   default = kind(run_dir, mesh=config.mesh)
   parsed = tyro.cli(kind, prog=prog, args=args, default=default)
-  return parsed, dataclasses.replace(config, mesh=parsed.mesh)
+  config = dataclasses.replace(
+    config, data=_moved(config.data, parsed.data), mesh=parsed.mesh
+  )
+  _check_data_is_there(config.data)
+  return parsed, config
+
+
+def _moved(data: DataConfig, places: DataPlaces) -> DataConfig:
+  """Return the data of a run at the places that a command names."""
+  changes = {k: x for k, x in dataclasses.asdict(places).items() if x}
+  for name, paths in changes.items():
+    old = getattr(data, name, ()) if isinstance(data, TextData) else ()
+    if len(paths) != len(old):
+      raise ValueError(
+        f"data.{name}={paths!r}: expected {len(old)} paths, as the run has"
+      )
+  return dataclasses.replace(data, **changes) if changes else data
+
+
+def _check_data_is_there(data: DataConfig) -> None:
+  if not isinstance(data, TextData):
+    return
+  for name in ("path", "eval_path"):
+    for path in getattr(data, name):
+      if not os.path.exists(path):
+        option = name.replace("_", "-")
+        raise ValueError(
+          f"data.{name}: {path} is not there: expected the run's data; "
+          f"--data.{option} names the place where it is now"
+        )

@@ -4,13 +4,14 @@ import dataclasses
 
 from rich.console import Console
 
-from train.commands.arguments import RunArg, parse_run
+from train.commands.arguments import DataPlaces, RunArg, parse_run
 from train.config import RunConfig, TextData
 from train.data.recall import Recall
 from train.devices import processes
 from train.devices.mesh import MeshConfig
 from train.records import report
 from train.records.run_folder import RunFolder
+from train.watchdog import STEP_TIMEOUT, Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +32,18 @@ class EvaluateArgs:
   recall_limit: int | None = None
   #: Evaluate although the data has changed.
   allow_data_change: bool = False
+  #: Where the data is now, if it was moved.
+  data: DataPlaces = DataPlaces()
   #: The mesh of devices, if it is not to be the run's.
   mesh: MeshConfig = MeshConfig()
   #: How this process finds the others: "off" if there are none, "auto" from
   #: the cluster, or HOST:PORT,N,I for process I of N.
   distributed: str = "off"
+  #: Seconds to wait for the other processes at the start.
+  join_timeout: float = processes.JOIN_TIMEOUT
+  #: Seconds without any progress after which the process ends with exit code 4.
+  #: None: never.
+  step_timeout: float | None = STEP_TIMEOUT
 
 
 def run(args: list[str]) -> int:
@@ -50,15 +58,17 @@ def run(args: list[str]) -> int:
   """
   parsed, config = parse_run(EvaluateArgs, "evaluate", args)
   config = with_recall(config, parsed.recall, parsed.recall_limit)
-  processes.start(parsed.distributed)
-  return report.evaluate_run(
-    config,
-    RunFolder(parsed.run_dir),
-    parsed.step,
-    Console(),
-    test=parsed.test,
-    allow_data_change=parsed.allow_data_change,
-  )
+  processes.start(parsed.distributed, parsed.join_timeout)
+  with Watchdog(parsed.step_timeout) as watch:
+    return report.evaluate_run(
+      config,
+      RunFolder(parsed.run_dir),
+      parsed.step,
+      Console(),
+      test=parsed.test,
+      allow_data_change=parsed.allow_data_change,
+      watch=watch,
+    )
 
 
 def with_recall(

@@ -3,9 +3,10 @@
 import dataclasses
 
 from train import start_run
-from train.commands.arguments import RunArg, parse_run
+from train.commands.arguments import DataPlaces, RunArg, parse_run
 from train.devices import processes
 from train.devices.mesh import MeshConfig
+from train.watchdog import STEP_TIMEOUT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +15,8 @@ class ResumeArgs:
 
   #: The run's folder.
   run_dir: RunArg
+  #: Where the data is now, if it was moved.
+  data: DataPlaces = DataPlaces()
   #: The mesh of devices, if it is not to be the run's.
   mesh: MeshConfig = MeshConfig()
   #: Resume although the data has changed.
@@ -21,6 +24,11 @@ class ResumeArgs:
   #: How this process finds the others: "off" if there are none, "auto" from
   #: the cluster, or HOST:PORT,N,I for process I of N.
   distributed: str = "off"
+  #: Seconds to wait for the other processes at the start.
+  join_timeout: float = processes.JOIN_TIMEOUT
+  #: Seconds without any progress after which the process ends with exit code 4.
+  #: None: never.
+  step_timeout: float | None = STEP_TIMEOUT
 
 
 def run(args: list[str]) -> int:
@@ -34,8 +42,11 @@ def run(args: list[str]) -> int:
     OSError, CheckpointError or TrainingFailed: the run failed.
   """
   parsed, config = parse_run(ResumeArgs, "resume", args)
-  processes.start(parsed.distributed)
+  processes.start(parsed.distributed, parsed.join_timeout)
   outcome = start_run.run(
-    config, parsed.run_dir, allow_data_change=parsed.allow_data_change
+    config,
+    parsed.run_dir,
+    allow_data_change=parsed.allow_data_change,
+    step_timeout=parsed.step_timeout,
   )
   return outcome.exit_code

@@ -43,7 +43,8 @@ class DataConfig(abc.ABC):
   - `vocab_size`;
   - `train_batches(rows, seed)` and `eval_batches(rows, seed)`, the batches;
   - `targets`, if a row does not have one target for each token;
-  - `fields(rows)`, if the arrays should be known without reading a batch.
+  - `fields(rows)`, if the arrays should be known without reading a batch;
+  - `with_absolute_paths()`, if it has paths.
 
   `workers`, `timeout` and `recall` have defaults. Declare one as a field of
   the dataclass to let users change it. A subclass that
