@@ -7,20 +7,22 @@ that only read and write tokens never import it.
 """
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import dataclasses
 import importlib
 import multiprocessing
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from train import console
 
+# The table in docs/training.md says more.
 _EXIT_CODES = """\
 Exit codes: 0 done; 2 a wrong argument or config, nothing was changed; 1 failed;
-3 another process of the run ended; 143 (SIGTERM) or 130 (SIGINT) stopped and
-saved, and can be resumed."""
+3 another process of the run ended; 128 + N signal N stopped it: a run is saved
+and can be resumed; 141 nobody reads the output."""
 _PEER_LOST = 3
 
 
@@ -119,14 +121,43 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     argv: the arguments of the command; None takes those of the process.
   """
   args = list(sys.argv[1:] if argv is None else argv)
+  output: Any = console.Output(sys.stdout, _raise)
+  with contextlib.redirect_stdout(output):
+    try:
+      try:
+        code = _find_and_run(args)
+      finally:
+        output.flush()
+    except console.OutputLost as error:
+      code = _exit_code_of_lost_output(error)
+  sys.exit(code)
+
+
+def _raise(error: Exception) -> NoReturn:
+  raise error
+
+
+def _exit_code_of_lost_output(error: console.OutputLost) -> int:
+  """Return the exit code after lost output; say why, unless it is usual."""
+  cause = error.cause
+  while isinstance(cause, console.OutputLost):
+    cause = cause.cause
+  if isinstance(cause, BrokenPipeError):  # as after `| head`
+    return 128 + signal.SIGPIPE
+  _print_error(str(error))
+  return 1
+
+
+def _find_and_run(args: list[str]) -> int:
+  """Run the verb that the arguments begin with, and return the exit code."""
   if not args or args[0] in ("-h", "--help"):
     print(_help())
-    sys.exit(0 if args else 2)
+    return 0 if args else 2
   verb = VERBS.get(args[0])
   if verb is None:
     _print_error(console.unknown("command", args[0], VERBS))
-    sys.exit(2)
-  sys.exit(_run_among_peers(verb, args[1:]))
+    return 2
+  return _run_among_peers(verb, args[1:])
 
 
 def _help() -> str:
@@ -224,7 +255,8 @@ def _exit_if_hung(error: Exception) -> None:
 
 def _print_error(message: str) -> None:
   """Print a message as an error of the command."""
-  print(f"rebased: {message}", file=sys.stderr)
+  with contextlib.suppress(OSError):  # it may have lost its reader, too
+    print(f"rebased: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

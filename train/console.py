@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 import contextlib
 import difflib
-import io
 import os
 import sys
 from typing import Any
@@ -14,99 +13,83 @@ from rich.text import Text
 
 
 class OutputLost(Exception):
-  """Nobody can read the output any more; the message has the reason."""
-
-
-class Output(io.TextIOBase):
-  """Standard output whose reader may go away, as `| head` does.
-
-  Writing to a closed pipe or a lost terminal fails. Here the first failure
-  calls `on_lost`, and all text after it is dropped.
+  """Standard output cannot be written any more.
 
   Args:
-    stream: where the text goes. None stands for a closed standard output, as
-      Python has it.
-    on_lost: called once with the error. None: nothing is called.
+    cause: the error of the write that failed.
+  """
+
+  def __init__(self, cause: Exception):
+    super().__init__(f"standard output cannot be written: {cause}")
+    self.cause = cause
+
+
+class Output:
+  """Standard output whose reader may go away, as that of `| head` does.
+
+  Writing to a closed pipe, a lost terminal or a full disk fails. Here the first
+  failure calls `on_lost`, and all text after it is dropped. In all else it is
+  the stream.
+
+  Args:
+    stream: where the text goes. None, which Python has for a closed standard
+      output, drops all text.
+    on_lost: called once, with the error.
 
   Attributes:
     lost: whether writing has failed.
   """
 
-  def __init__(
-    self,
-    stream: Any,
-    on_lost: Callable[[OutputLost], None] | None = None,
-  ):
+  def __init__(self, stream: Any, on_lost: Callable[[OutputLost], None]):
     self.lost = False
-    self._stream, self._on_lost = stream, on_lost
+    self._on_lost = on_lost
+    if stream is None:
+      stream = open(os.devnull, "w")  # noqa: SIM115  # open until the end
+    self._stream = stream
 
-  @property
-  def encoding(self) -> str:
-    """The stream's encoding; rich chooses its characters by it."""
-    return getattr(self._stream, "encoding", None) or "utf-8"
-
-  @property
-  def errors(self) -> str | None:
-    """How the stream encodes characters that it lacks."""
-    return getattr(self._stream, "errors", None)
-
-  @property
-  def buffer(self) -> Any:
-    """The bytes under the stream."""
-    return self._stream.buffer
-
-  def isatty(self) -> bool:
-    """Whether the stream is a terminal."""
-    return self._stream is not None and self._stream.isatty()
-
-  def fileno(self) -> int:
-    """Return the stream's file descriptor."""
-    if self._stream is None:
-      raise io.UnsupportedOperation("fileno")
-    return self._stream.fileno()
-
-  def writable(self) -> bool:
-    """Whether text is accepted: always."""
-    return True
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
 
   def write(self, text: str) -> int:
     """Write text, or drop it once writing has failed."""
     self._try(lambda: self._stream.write(text))
     return len(text)
 
+  def writelines(self, lines: Iterable[str]) -> None:
+    """Write several texts."""
+    self.write("".join(lines))
+
   def flush(self) -> None:
     """Flush the stream, unless writing has failed."""
-    self._try(lambda: self._stream.flush())
+    self._try(self._stream.flush)
 
   def _try(self, action: Callable[[], object]) -> None:
-    if self.lost or self._stream is None:
+    if self.lost:
       return
     try:
       action()
-    except UnicodeError:  # a ValueError, but no loss
-      raise
-    except (OSError, OutputLost, ValueError) as error:  # closed: a ValueError
+    except (OSError, OutputLost) as error:
       self.lost = True
       self._drop_buffered_text()
-      if self._on_lost is not None:
-        self._on_lost(OutputLost(f"standard output cannot be written: {error}"))
+      self._on_lost(OutputLost(error))
 
   def _drop_buffered_text(self) -> None:
-    """Let Python's flush at its exit succeed."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    """Let Python's own flush succeed when the process ends."""
+    with contextlib.suppress(OSError):  # a stream in memory has no descriptor
       null = os.open(os.devnull, os.O_WRONLY)
       os.dup2(null, self._stream.fileno())
       os.close(null)
 
 
 def to_stdout(*, quiet: bool = False) -> Console:
-  """Return a console that prints on while it can, and never fails.
+  """Return a console that prints as long as it can, and never fails.
+
+  `Output.lost` of its file says whether printing has failed.
 
   Args:
     quiet: whether it prints nothing.
   """
-  # The stream is a proper file for rich, though no subclass of typing.IO.
-  output: Any = Output(sys.stdout)
+  output: Any = Output(sys.stdout, lambda _: None)
   return Console(file=output, quiet=quiet)
 
 

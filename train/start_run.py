@@ -81,9 +81,12 @@ def run(
   """
   # Where `train` is a user's own module, a call may come from outside the
   # context that gave this function.
-  with import_trainer(), processes.naming_lost_peers():
-    with Watchdog(step_timeout) as watch:
-      return _run(config, run_dir, console, watch, allow_data_change)
+  with (
+    import_trainer(),
+    processes.naming_lost_peers(),
+    Watchdog(step_timeout) as watch,
+  ):
+    return _run(config, run_dir, console, watch, allow_data_change)
 
 
 def _run(

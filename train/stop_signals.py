@@ -1,14 +1,20 @@
-"""The handling of SIGTERM and SIGINT during training.
+"""The handling of signals that stop a run.
+
+    SIGTERM, SIGINT   a scheduler or Ctrl-C
+    SIGHUP            the terminal is lost; ignored under nohup
+    SIGUSR1           SLURM's --signal=USR1, some time before the end of a job
 
 The first signal sets a flag. The loop then finishes its step, saves, prints
-how to resume, and leaves with `exit_code`. A second signal ends the process at
-once with the same code, even while the main thread computes: Python runs signal
-handlers only when the main thread returns to Python, so that a separate thread
-counts the signals.
+how to resume, and leaves with `exit_code`. A second SIGTERM or SIGINT ends the
+process at once with the same code, even while the main thread computes: Python
+runs signal handlers only when the main thread returns to Python, so that a
+separate thread counts the signals. SIGHUP and SIGUSR1 never end it at once: a
+shell repeats SIGHUP, and after SIGUSR1 SLURM sends SIGTERM.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -16,11 +22,13 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_URGENT = (signal.SIGTERM, signal.SIGINT)
+# Watched unless the program has its own handler for them, or ignores them.
+_POLITE = (signal.SIGHUP, signal.SIGUSR1)
 
 
 class StopSignals:
-  """Watch for SIGTERM and SIGINT while the context is open.
+  """Watch for the signals that stop a run, while the context is open.
 
   The flag is that of this process. Several processes agree on the step to stop
   at by `devices.processes.Vote`. `jax.distributed.initialize` installs its own
@@ -46,12 +54,12 @@ class StopSignals:
 
   @property
   def signal_name(self) -> str | None:
-    """The name of the first signal, `SIGTERM` or `SIGINT`; None without one."""
+    """The name of the first signal, such as `SIGTERM`; None without one."""
     return None if self._first is None else signal.Signals(self._first).name
 
   @property
   def exit_code(self) -> int:
-    """143 after SIGTERM, 130 after SIGINT, 0 without a signal."""
+    """128 + the number of the first signal; 0 without one."""
     return 0 if self._first is None else 128 + self._first
 
   def __enter__(self) -> Self:
@@ -75,7 +83,8 @@ class StopSignals:
     self._old_fd = signal.set_wakeup_fd(
       self._writer.fileno(), warn_on_full_buffer=False
     )
-    for number in _SIGNALS:
+    ours = [x for x in _POLITE if signal.getsignal(x) == signal.SIG_DFL]
+    for number in (*_URGENT, *ours):
       self._handlers[number] = signal.signal(number, self._handle)
     return self
 
@@ -101,22 +110,24 @@ class StopSignals:
       signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
 
   def _handle(self, number: int, frame: FrameType | None) -> None:
-    self._handled += 1
+    self._handled += number in _URGENT
     self._note(number, self._handled)
 
   def _count(self) -> None:
     """Count the signals, which the interpreter writes as one byte each."""
     count = 0
     while received := self._reader.recv(1):
-      if received[0] in _SIGNALS:
-        count += 1
+      if received[0] in self._handlers:
+        count += received[0] in _URGENT
         self._note(received[0], count)
 
   def _note(self, number: int, count: int) -> None:
+    """Note a signal; `count` is the number of urgent ones so far."""
     if self._first is None:
       self._first = number
-    if count > 1:
+    if count > 1 and number in _URGENT:
       name = signal.Signals(number).name
       text = f"\nsecond signal ({name}): leaving at once, nothing is saved\n"
-      os.write(2, text.encode())
+      with contextlib.suppress(OSError):  # standard error may be lost
+        os.write(2, text.encode())
       os._exit(self.exit_code)

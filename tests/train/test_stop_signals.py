@@ -1,11 +1,13 @@
-"""SIGTERM and SIGINT, sent to real processes."""
+"""Signals that stop a run, sent to real processes."""
 
+import os
 from pathlib import Path
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import pytest
 
@@ -50,7 +52,9 @@ sys.exit(stop.exit_code)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+)
 def test_one_signal_lets_the_loop_finish(number: signal.Signals) -> None:
   process = _start(_LOOP)
   _ready(process)
@@ -96,15 +100,44 @@ def test_second_signal_ends_at_once(body, first, second) -> None:
   assert "second signal" in err and "Traceback" not in err
 
 
+def test_only_an_urgent_signal_ends_at_once() -> None:
+  """A shell repeats SIGHUP, and SLURM sends SIGTERM after SIGUSR1."""
+  process = _start("""
+  os.close(2)  # nobody can read the last message
+  with StopSignals() as stop:
+    for name in ("SIGUSR1", "SIGHUP", "SIGHUP", "SIGUSR1", "SIGTERM"):
+      os.kill(os.getpid(), getattr(signal, name))
+      time.sleep(0.05)
+    say(f"saved after {stop.signal_name}, {stop.exit_code}")
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(30)
+  """)
+  code, out, _ = _finish(process)
+  assert (code, out) == (138, "saved after SIGUSR1, 138\n")
+
+
+def test_an_ignored_hangup_stays_ignored() -> None:
+  """As under nohup."""
+  old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with StopSignals() as stop:
+      os.kill(os.getpid(), signal.SIGHUP)
+      time.sleep(0.05)
+      assert not stop.requested
+  finally:
+    signal.signal(signal.SIGHUP, old)
+
+
 def test_handlers_are_restored() -> None:
-  old = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+  numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+  old = [signal.getsignal(n) for n in numbers]
   wakeup = signal.set_wakeup_fd(-1)
   signal.set_wakeup_fd(wakeup)
   with StopSignals() as stop:
-    assert signal.getsignal(signal.SIGTERM) not in old
+    assert all(signal.getsignal(n) not in old for n in numbers)
     assert not stop.requested and stop.exit_code == 0
     assert stop.signal_name is None
-  now = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+  now = [signal.getsignal(n) for n in numbers]
   assert now == old
   assert signal.set_wakeup_fd(wakeup) == wakeup
 
