@@ -1,5 +1,7 @@
 """Test packing: which pieces of which documents make up each row."""
 
+import tracemalloc
+
 from data_cases import documents
 import numpy as np
 import pytest
@@ -71,6 +73,55 @@ def test_packed_documents_are_predicted_once(width: int) -> None:
   once = np.bincount(pieces.document_P, minlength=200)
   whole = (_LENGTHS > 1) & (width + 1 > _LENGTHS)
   assert whole.any() and (once[whole] == 1).all()
+
+
+def _packed_by_sorting(width, lengths_n, document_n) -> list[np.ndarray]:
+  """Return first_R, document_P, start_P and length_P by sorts of all pieces."""
+  piece_P = [
+    (int(n), start, min(int(lengths_n[n]) - start, width))
+    for n in document_n
+    for start in range(0, int(lengths_n[n]) - 1, width - 1)
+  ]
+  piece_P = np.array(piece_P).reshape(-1, 3)
+  piece_P = piece_P[np.argsort(-piece_P[:, 2], kind="stable")]
+  counts = np.bincount(piece_P[:, 2], minlength=width + 1)
+  bins_P, rows = packing.best_fit(width, counts)
+  piece_P = piece_P[np.argsort(bins_P, kind="stable")]
+  first_R = np.append(0, np.cumsum(np.bincount(bins_P, minlength=rows)))
+  return [first_R, *piece_P.T]
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 18])
+@pytest.mark.parametrize("width", [9, 300])
+def test_blocks_of_documents_change_no_plan(monkeypatch, block, width) -> None:
+  monkeypatch.setattr(packing, "_BLOCK", block)
+  chosen = packing.split_documents(200, "train", 0.2, 0.0)
+  plan = packing.packed_plan(width, _LENGTHS, chosen)
+  found = [plan.first_R, plan.document_P, plan.start_P, plan.length_P]
+  expected = _packed_by_sorting(width, _LENGTHS, chosen)
+  for array, other in zip(found, expected, strict=True):
+    np.testing.assert_array_equal(array, other)
+  stream = packing.stream_plan(width, _LENGTHS, chosen)
+  assert stream.document_n.tolist() == chosen.tolist()
+  ends = np.append(0, np.cumsum(_LENGTHS[chosen]))
+  assert stream.start_n.tolist() == ends.tolist()
+
+
+@pytest.mark.parametrize("make", [packing.stream_plan, packing.packed_plan])
+def test_making_a_plan_takes_few_bytes_a_document(monkeypatch, make) -> None:
+  monkeypatch.setattr(packing, "_BLOCK", 1 << 14)
+  count = 200_000
+  length_n = np.random.default_rng(0).integers(1, 600, count).astype(np.int32)
+  tracemalloc.start()
+  try:
+    plan = make(513, length_n, packing.split_documents(count, "train", 0.1, 0))
+    _, peak = tracemalloc.get_traced_memory()
+  finally:
+    tracemalloc.stop()
+  assert len(plan) > 10_000
+  # The lengths take 4 of them before, and the result 11 or 16.
+  limit = 20 if make is packing.stream_plan else 42
+  assert peak / count < limit, f"{peak / count:.1f} bytes a document"
 
 
 def test_packing_wastes_little() -> None:

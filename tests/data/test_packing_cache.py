@@ -1,11 +1,18 @@
 """Test the cache of row plans."""
 
+import json
 import logging
+import os
 from pathlib import Path
+import resource
+import threading
+import time
 
 import numpy as np
 import pytest
 
+from train.data.text import packing_cache
+from train.data.text.open_files import TooManyOpenFiles
 from train.data.text.packing_cache import cached
 
 
@@ -52,3 +59,76 @@ def test_a_failed_plan_leaves_nothing(tmp_path: Path) -> None:
   with pytest.raises(MemoryError):
     cached({"k": 1}, make, tmp_path)
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["empty", "other names", "no record"])
+def test_a_changed_record_is_not_believed(tmp_path: Path, damage) -> None:
+  make = lambda: {"a": np.arange(50)}
+  cached({"k": 1}, make, tmp_path)
+  (path,) = tmp_path.glob("*/plan.json")
+  record = json.loads(path.read_text())
+  if damage == "empty":
+    record["sha256"] = {}
+  elif damage == "other names":
+    path.with_name("a.npy").rename(path.with_name("b.npy"))
+    record["sha256"] = {"b": record["sha256"]["a"]}
+  else:
+    record = [record]
+  path.write_text(json.dumps(record))
+  assert cached({"k": 1}, make, tmp_path)["a"].tolist() == list(range(50))
+
+
+def test_one_process_makes_a_plan_and_the_others_wait(tmp_path: Path) -> None:
+  """Each thread opens the lock itself, as a process does."""
+  made, found, start = [], [], threading.Barrier(6)
+
+  def make() -> dict[str, np.ndarray]:
+    made.append(1)
+    time.sleep(0.2)
+    return {"a": np.arange(7)}
+
+  def work() -> None:
+    start.wait()
+    found.append(cached({"k": 1}, make, tmp_path)["a"].tolist())
+
+  threads = [threading.Thread(target=work) for _ in range(6)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert made == [1] and found == [list(range(7))] * 6
+  assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_cannot_be_locked_is_used(
+  tmp_path, monkeypatch, caplog
+) -> None:
+  def flock(descriptor: int, operation: int) -> None:
+    raise OSError(37, "No locks available")
+
+  monkeypatch.setattr(packing_cache.fcntl, "flock", flock)
+  assert cached({"k": 1}, lambda: {"a": np.arange(3)}, tmp_path)["a"][2] == 2
+  assert "cannot be locked: No locks available" in caplog.text
+
+
+def test_a_plan_is_not_damaged_because_files_are_open(
+  tmp_path, monkeypatch
+) -> None:
+  make = lambda: {"a": np.arange(3)}
+  cached({"k": 1}, make, tmp_path)
+  monkeypatch.setattr(packing_cache, "raise_limit", lambda: 0)
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  used = max(int(x) for x in os.listdir("/proc/self/fd"))
+  held = [os.open("/dev/null", os.O_RDONLY)]
+  try:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(used, held[0]) + 1, hard))
+    with pytest.raises(OSError, match="Too many open files"):
+      while True:
+        held.append(os.open("/dev/null", os.O_RDONLY))
+    with pytest.raises(TooManyOpenFiles, match="open files, its limit"):
+      cached({"k": 1}, make, tmp_path)
+  finally:
+    for descriptor in held:
+      os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+  assert len(list(tmp_path.iterdir())) == 1

@@ -286,11 +286,21 @@ class MegatronSource(TokenSource):
 
   @property
   def lengths(self) -> np.ndarray:
-    """The number of tokens of each document: int (n,)."""
+    """The number of tokens of each document (n,).
+
+    It is int32, or int64 if a document has 2³¹ tokens or more.
+    """
     if self.unit == "sequence":
       return self._index.lengths_S
-    size = self._index.dtype.itemsize
-    return np.diff(self.starts(np.arange(len(self) + 1))) // size
+    size, count = self._index.dtype.itemsize, len(self)
+    length_n = np.empty(count, np.int32)
+    for first in range(0, count, _BLOCK):
+      stop = min(first + _BLOCK, count)
+      length_C = np.diff(self.starts(np.arange(first, stop + 1))) // size
+      if length_C.max() >= 2**31:
+        length_n = length_n.astype(np.int64)
+      length_n[first:stop] = length_C
+    return length_n
 
   def length_of(self, document: int) -> int:
     """Return the number of tokens of a document."""

@@ -14,6 +14,10 @@ The result is a row plan. It depends only on the lengths of the documents, is
 computed once, and gives any row at any time. `train/data/order.py` decides in
 which order training reads the rows.
 
+A data set may have hundreds of millions of documents. So arrays over documents
+and pieces have the smallest dtype, are filled block by block, and are freed as
+soon as possible.
+
 Best fit follows "Fewer Truncations Improve Language Modeling", arXiv
 2404.10830. Here all pieces of one length are placed at once.
 """
@@ -29,7 +33,7 @@ from train.data.text.token_source import Pieces
 SPLITS = ("train", "validation", "test")
 
 _SPLIT_KEY = 0x5EED50F5711  # makes the splits independent of other hashes
-_BLOCK = 1 << 20  # documents that are hashed at a time
+_BLOCK = 1 << 18  # documents or pieces that are handled at a time
 _LEAST = 2  # the shortest piece; one token has nothing to predict
 
 
@@ -122,7 +126,8 @@ class StreamRows(RowPlan):
 
   Attributes:
     width: W, the number of tokens of a row.
-    document_n: the documents that are not empty, in their order, int64.
+    document_n: the documents that are not empty, in their order, uint32, or
+      int64 if there are 2³² documents or more.
     start_n: the place of each document in the stream, and the end of the
       stream, int64 (n + 1,).
   """
@@ -174,9 +179,10 @@ class PackedRows(RowPlan):
     width: W, the number of tokens of a row.
     first_R: the first piece of each row, and the number of pieces, int64
       (rows + 1,).
-    document_P: the document of each piece, row by row.
-    start_P: the first token of each piece in its document.
-    length_P: the tokens of each piece.
+    document_P: the document of each piece, row by row; uint32, or int64 if
+      there are 2³² documents or more.
+    start_P: the first token of each piece in its document, uint32 or int64.
+    length_P: the tokens of each piece, uint16 or uint32.
   """
 
   width: int
@@ -210,7 +216,7 @@ class PackedRows(RowPlan):
 def split_documents(
   count: int, split: str, validation: float, test: float
 ) -> np.ndarray:
-  """Return the documents of a split, ascending, int64.
+  """Return the documents of a split, ascending, uint32 or int64.
 
   A hash of its number decides the split of a document. Each shard therefore
   gives its share, and the splits do not depend on the run's seed.
@@ -221,17 +227,18 @@ def split_documents(
     validation: the fraction that is held out for validation.
     test: the fraction that is held out for tests.
   """
+  dtype = _index_dtype(count)
   if validation == test == 0:
-    return np.arange(count if split == "train" else 0)
+    return np.arange(count if split == "train" else 0, dtype=dtype)
   edges = np.array([validation, validation + test])
   chosen = {"validation": 0, "test": 1, "train": 2}[split]
-  found = []
+  found = [np.zeros(0, dtype)]
   for first in range(0, count, _BLOCK):
     number_C = np.arange(first, min(first + _BLOCK, count))
     unit_C = (hash64(_SPLIT_KEY, number_C) >> np.uint64(11)) * 2.0**-53
     kind_C = np.searchsorted(edges, unit_C, side="right")
-    found.append(number_C[kind_C == chosen])
-  return np.concatenate(found) if found else np.arange(0)
+    found.append(number_C[kind_C == chosen].astype(dtype))
+  return np.concatenate(found)
 
 
 def split_rows(
@@ -269,12 +276,23 @@ def stream_plan(
     lengths_n: the tokens of each document of the data set.
     document_n: the documents to use, in the order of the stream.
   """
-  length_n = lengths_n[document_n].astype(np.int64)
-  kept_n = length_n > 0
-  ends_n = np.cumsum(length_n[kept_n])
-  return StreamRows(
-    width, document_n[kept_n], np.concatenate([np.zeros(1, np.int64), ends_n])
+  blocks = range(0, len(document_n), _BLOCK)
+  kept = sum(
+    np.count_nonzero(lengths_n[document_n[i : i + _BLOCK]]) for i in blocks
   )
+  used_n = np.empty(kept, _index_dtype(len(lengths_n)))
+  start_n = np.zeros(kept + 1, np.int64)
+  place = 0
+  for i in blocks:
+    document_C = document_n[i : i + _BLOCK]
+    length_C = lengths_n[document_C]
+    some_C = length_C > 0
+    stop = place + np.count_nonzero(some_C)
+    used_n[place:stop] = document_C[some_C]
+    ends_C = np.cumsum(length_C[some_C], dtype=np.int64)
+    start_n[place + 1 : stop + 1] = start_n[place] + ends_C
+    place = stop
+  return StreamRows(width, used_n, start_n)
 
 
 def packed_plan(
@@ -289,23 +307,100 @@ def packed_plan(
     lengths_n: the tokens of each document of the data set.
     document_n: the documents to use.
   """
-  length_n = lengths_n[document_n].astype(np.int64)
-  count_n = np.where(length_n < _LEAST, 0, -(-(length_n - 1) // (width - 1)))
-  index_P, within_P = _expand(count_n)
-  start_P = within_P * (width - 1)
-  length_P = np.minimum(length_n[index_P] - start_P, width)
-  short_P = (width - length_P).astype(np.min_scalar_type(width))
-  order_P = np.argsort(short_P, kind="stable")
-  bins_P, rows = best_fit(width, np.bincount(length_P, minlength=width + 1))
-  order_P = order_P[np.argsort(bins_P, kind="stable")]
-  per_row = np.bincount(bins_P, minlength=rows)
-  return PackedRows(
-    width,
-    np.concatenate([np.zeros(1, np.int64), np.cumsum(per_row)]),
-    document_n[index_P[order_P]],
-    start_P[order_P],
-    length_P[order_P].astype(np.int32),
-  )
+  document_P, start_P, length_P = _cut(width, lengths_n, document_n)
+  del lengths_n, document_n
+  count_L = np.zeros(width + 1, np.int64)
+  for i in range(0, len(length_P), _BLOCK):
+    count_L += np.bincount(length_P[i : i + _BLOCK], minlength=width + 1)
+  # Longest first: the pieces of one length come after all longer ones.
+  first_L = np.cumsum(count_L[::-1])[::-1] - count_L
+  order_P = _stable_order(length_P, first_L)
+  bins_P, rows = best_fit(width, count_L)
+  per_row = np.zeros(rows + 1, np.int64)
+  for i in range(0, len(bins_P), _BLOCK):
+    per_row += np.bincount(bins_P[i : i + _BLOCK], minlength=rows + 1)
+  first_R = np.concatenate([np.zeros(1, np.int64), np.cumsum(per_row[:-1])])
+  del per_row
+  by_row_P = _stable_order(bins_P, first_R[:-1])
+  del bins_P
+  order_P = order_P[by_row_P]
+  del by_row_P
+  document_P = document_P[order_P]
+  start_P = start_P[order_P]
+  length_P = length_P[order_P]
+  return PackedRows(width, first_R, document_P, start_P, length_P)
+
+
+def _cut(
+  width: int, lengths_n: np.ndarray, document_n: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Cut documents into pieces of 2 to W tokens.
+
+  Args:
+    width: W.
+    lengths_n: the tokens of each document of the data set.
+    document_n: the documents to use.
+
+  Returns:
+    The document of each piece, its first token and its number of tokens, in the
+    order of the documents.
+  """
+  blocks = range(0, len(document_n), _BLOCK)
+
+  def pieces(first: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lengths of a block of documents, and their pieces."""
+    length_C = lengths_n[document_n[first : first + _BLOCK]].astype(np.int64)
+    short_C = length_C < _LEAST
+    return length_C, np.where(short_C, 0, -(-(length_C - 1) // (width - 1)))
+
+  count = longest = 0
+  for i in blocks:
+    length_C, count_C = pieces(i)
+    count += int(count_C.sum())
+    longest = max(longest, int(length_C.max()))
+  document_P = np.empty(count, _index_dtype(len(lengths_n)))
+  start_P = np.empty(count, _index_dtype(longest))
+  length_P = np.empty(count, np.uint16 if width < 2**16 else np.uint32)
+  place = 0
+  for i in blocks:
+    length_C, count_C = pieces(i)
+    index_Q, within_Q = _expand(count_C)
+    stop = place + len(index_Q)
+    document_P[place:stop] = document_n[i : i + _BLOCK][index_Q]
+    start_P[place:stop] = start_Q = within_Q * (width - 1)
+    length_P[place:stop] = np.minimum(length_C[index_Q] - start_Q, width)
+    place = stop
+  return document_P, start_P, length_P
+
+
+def _stable_order(key_P: np.ndarray, first_K: np.ndarray) -> np.ndarray:
+  """Return the order that groups equal keys, which keep their order.
+
+  It is a counting sort by blocks, because `np.argsort` takes 16 bytes an entry.
+
+  Args:
+    key_P: the keys, in [0, K).
+    first_K: the place of the first entry of each key in the result.
+
+  Returns:
+    The index of each entry in `key_P`, uint32 or int64 (P,).
+  """
+  next_K = first_K.copy()
+  order_P = np.empty(len(key_P), _index_dtype(len(key_P)))
+  for first in range(0, len(key_P), _BLOCK):
+    order_C = np.argsort(key_P[first : first + _BLOCK], kind="stable")
+    key_C = key_P[first : first + _BLOCK][order_C]
+    begin_G = np.flatnonzero(np.append(True, key_C[1:] != key_C[:-1]))
+    count_G = np.diff(begin_G, append=len(key_C))
+    rank_C = np.arange(len(key_C)) - np.repeat(begin_G, count_G)
+    order_P[next_K[key_C] + rank_C] = first + order_C
+    next_K[key_C[begin_G]] += count_G
+  return order_P
+
+
+def _index_dtype(count: int) -> type:
+  """Return the dtype of integers below `count` or equal to it."""
+  return np.uint32 if count < 2**32 else np.int64
 
 
 def best_fit(width: int, counts: np.ndarray) -> tuple[np.ndarray, int]:
@@ -316,11 +411,15 @@ def best_fit(width: int, counts: np.ndarray) -> tuple[np.ndarray, int]:
     counts: the number of pieces of each length, (W + 1,); 0 below length 2.
 
   Returns:
-    The bin of each piece, longest pieces first, int64; and the number of bins.
+    The bin of each piece, longest pieces first, uint32 or int64; and the number
+    of bins.
   """
   rooms: list[list[np.ndarray]] = [[] for _ in range(width + 1)]
   open_ = np.zeros(width + 1, bool)
-  chosen, bins = [], 0
+  pieces = int(counts.sum())
+  dtype = _index_dtype(pieces)
+  bins_P = np.empty(pieces, dtype)
+  placed = bins = 0
 
   def leave(room: int, bins_m: np.ndarray) -> None:
     """Keep bins that have this much room left."""
@@ -334,21 +433,23 @@ def best_fit(width: int, counts: np.ndarray) -> tuple[np.ndarray, int]:
       room = length + int(np.argmax(open_[length:]))
       if not open_[room]:
         full, rest = divmod(missing, width // length)
-        new_m = np.arange(bins, bins + full + (rest > 0))
+        new_m = np.arange(bins, bins + full + (rest > 0), dtype=dtype)
         bins += len(new_m)
-        chosen.append(np.repeat(new_m, width // length)[:missing])
+        each = width // length
+        bins_P[placed : placed + missing] = np.repeat(new_m, each)[:missing]
+        placed += missing
         leave(width % length, new_m[:full])
         leave(width - rest * length, new_m[full:])
         break
       bins_m = rooms[room].pop()
       open_[room] = bool(rooms[room])
       taken_m, kept_m = bins_m[:missing], bins_m[missing:]
-      chosen.append(taken_m)
+      bins_P[placed : placed + len(taken_m)] = taken_m
+      placed += len(taken_m)
       missing -= len(taken_m)
       leave(room, kept_m)
       leave(room - length, taken_m)
-  empty = np.zeros(0, np.int64)
-  return np.concatenate([empty, *chosen]), bins
+  return bins_P, bins
 
 
 def _expand(count_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,9 +3,14 @@
 A plan is a folder of .npy files and a plan.json with their SHA-256. The folder
 appears whole or not at all, so that processes may share the cache. A damaged
 plan is made again.
+
+Making a plan takes memory. So one process of a host makes one, with a lock on
+the cache, while the others wait. Then all map the same files into memory.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -17,10 +22,15 @@ import uuid
 import numpy as np
 
 from train.data.file_hashes import file_hash
+from train.data.text.open_files import (
+  TooManyOpenFiles,
+  raise_limit,
+  unreadable,
+)
 
 CACHE_DIR = Path.home() / ".cache" / "rebased_jax" / "plans"
 
-_VERSION = 1
+_VERSION = 2
 _log = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
@@ -43,28 +53,63 @@ def cached(
 
   Raises:
     OSError: the folder cannot be written.
+    TooManyOpenFiles: the process cannot open the files of the plan.
   """
   text = json.dumps({"version": _VERSION, **key}, sort_keys=True)
   name = hashlib.sha256(text.encode()).hexdigest()[:32]
   folder = Path(cache_dir) / f"plan-{name}"
   arrays = _load(folder, text)
   if arrays is None:
-    _save(folder, text, make())
-    arrays = _load(folder, text)
+    with _one_maker(folder.parent):
+      arrays = _load(folder, text)  # another process may have made it
+      if arrays is None:
+        if folder.exists():
+          _log.warning("%s is damaged and will be made again", folder)
+        _save(folder, text, make())
+        arrays = _load(folder, text)
   if arrays is None:
     raise OSError(f"{folder} is damaged right after it was written")
   return arrays
+
+
+@contextlib.contextmanager
+def _one_maker(cache_dir: Path) -> Iterator[None]:
+  """Wait until no other process of this host makes a plan.
+
+  The folder itself is locked, so that no file of the lock remains. The system
+  frees the lock of a process that is killed.
+  """
+  cache_dir.mkdir(parents=True, exist_ok=True)
+  descriptor = os.open(cache_dir, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      _log.info("%s: waiting for the process that makes a plan", cache_dir)
+      fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+      # Some network file systems lock no folders. The plan is then made twice.
+      _log.warning("%s cannot be locked: %s", cache_dir, error.strerror)
+    yield
+  finally:
+    os.close(descriptor)
 
 
 def _load(folder: Path, text: str) -> Arrays | None:
   """Return the memory-mapped arrays of a folder; None if it is not sound."""
   if not folder.exists():
     return None
+  raise_limit()  # each array keeps its file open
   try:
     record = json.loads((folder / "plan.json").read_text())
-    sound = record["key"] == text and all(
-      file_hash(folder / f"{name}.npy") == digest
-      for name, digest in record["sha256"].items()
+    seal = record.pop("seal")
+    sound = (
+      seal == _seal(record)
+      and record["key"] == text
+      and all(
+        file_hash(folder / f"{name}.npy") == digest
+        for name, digest in record["sha256"].items()
+      )
     )
     if sound:
       return {
@@ -73,10 +118,18 @@ def _load(folder: Path, text: str) -> Arrays | None:
         )
         for name in record["sha256"]
       }
-  except (OSError, ValueError, KeyError, TypeError, AttributeError):
+  except OSError as error:
+    found = unreadable(folder, error)
+    if isinstance(found, TooManyOpenFiles):
+      raise found from error
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
     pass
-  _log.warning("%s is damaged and will be made again", folder)
   return None
+
+
+def _seal(record: Mapping) -> str:
+  """Return the SHA-256 of the record of a plan."""
+  return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _save(folder: Path, text: str, arrays: Arrays) -> None:
@@ -91,8 +144,9 @@ def _save(folder: Path, text: str, arrays: Arrays) -> None:
       np.save(path, array, allow_pickle=False)
       digests[name] = file_hash(path)
     record = {"key": text, "sha256": digests}
-    (temporary / "plan.json").write_text(json.dumps(record))
-    # Another process may have made it meanwhile.
+    sealed = {**record, "seal": _seal(record)}
+    (temporary / "plan.json").write_text(json.dumps(sealed))
+    # Without a lock another process may have made it meanwhile.
     if _load(folder, text) is None:
       shutil.rmtree(folder, ignore_errors=True)
       try:

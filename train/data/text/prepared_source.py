@@ -294,12 +294,16 @@ class PreparedSource(TokenSource):
 
   @property
   def lengths(self) -> np.ndarray:
-    """The number of tokens of each document: int64 (n,), read from the files.
+    """The number of tokens of each document (n,), read from the files.
 
-    It is not kept, because it takes 8 bytes a document in each process.
+    The array is not kept, because it takes 4 bytes a document in each process.
+    It is int32, or int64 if a shard has 2³¹ tokens or more.
     """
-    shards = range(len(self.shards))
-    return np.concatenate([self._lengths(shard) for shard in shards])
+    most = max(shard["tokens"] for shard in self.sidecar["shards"])
+    length_n = np.empty(len(self), np.int32 if most < 2**31 else np.int64)
+    for shard, end in enumerate(self._ends.tolist()):
+      length_n[end - self._counts[shard] : end] = self._lengths(shard)
+    return length_n
 
   @property
   def vocab_size(self) -> int:

@@ -23,7 +23,7 @@ PACKINGS = ("stream", "documents", "rows")
 HeldOut = Literal["documents", "end"]
 HELD_OUT = ("documents", "end")
 
-_VERSION = 1  # of the row plans; raise it when they change
+_VERSION = 2  # of the row plans; raise it when they change
 _BLOCK = 1 << 20  # lengths that are checked at a time
 
 
@@ -145,8 +145,12 @@ def make_plan(
   make = packing.packed_plan if packed else packing.stream_plan
 
   def arrays() -> Arrays:
-    chosen_n = packing.split_documents(len(source), split, *fractions)
-    return make(width, source.lengths, chosen_n).arrays()
+    # No variable holds the arguments, so that `make` can free them.
+    return make(
+      width,
+      source.lengths,
+      packing.split_documents(len(source), split, *fractions),
+    ).arrays()
 
   key = {
     "plan": _VERSION,
