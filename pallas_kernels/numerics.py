@@ -79,7 +79,7 @@ def _scale_backward(kept, dy_D):
 _scale_channels.defvjp(_scale_forward, _scale_backward)
 
 
-def weighted_sum(w_ts: Array, x_s: Array, mask_ts: Array | None) -> Array:
+def weighted_sum(w_ts: Array, x_s: Array, mask_ts: Array) -> Array:
   """Compute Σ_s w_ts x_s, where masked rows do not see an Inf or NaN in x.
 
   A weight of 0 is not enough for that, because 0 · Inf is NaN.
@@ -88,24 +88,18 @@ def weighted_sum(w_ts: Array, x_s: Array, mask_ts: Array | None) -> Array:
     w_ts: weights (…, t, s), 0 where the mask is False.
     x_s: summands (…, s, p).
     mask_ts: whether row t sees x_s. A row that sees a non-finite x_s becomes
-      NaN; the other rows ignore that x_s. None: every row sees every x_s.
+      NaN; the other rows ignore that x_s.
 
   Returns:
     The sums (…, t, p), in the dtype of sums.
   """
-
-  def sum_over_s(x: Array) -> Array:
-    return jnp.einsum(
-      "...ts,...sp->...tp",
-      w_ts,
-      x,
-      precision=product_precision(x.dtype),
-      preferred_element_type=sum_dtype(x.dtype),
-    )
-
-  if mask_ts is None:
-    return sum_over_s(x_s)
   finite_s = jnp.isfinite(x_s).all(axis=-1)
-  y_tp = sum_over_s(jnp.where(finite_s[..., None], x_s, 0))
+  y_tp = jnp.einsum(
+    "...ts,...sp->...tp",
+    w_ts,
+    jnp.where(finite_s[..., None], x_s, 0),
+    precision=product_precision(x_s.dtype),
+    preferred_element_type=sum_dtype(x_s.dtype),
+  )
   sees_nonfinite_t = (mask_ts & ~finite_s[..., None, :]).any(axis=-1)
   return jnp.where(sees_nonfinite_t[..., None], jnp.nan, y_tp)

@@ -119,6 +119,11 @@ def polynomial_attention(
 
   Sums and the recurrent state are float32, or float64 for float64 inputs.
 
+  An Inf or NaN of one token reaches neither earlier outputs nor other
+  documents. The gradients of k and v in its document become NaN, and so does
+  that of q from this token on. The kernels are weaker: within a chunk "gpu"
+  spreads it to every output, and "tpu" too where there are no `segment_ids`.
+
   Args:
     q: queries (B, T, H, F), of dtype float32, bfloat16, float16 or float64.
     k: keys (B, T, H, F), of q's dtype.
@@ -128,9 +133,7 @@ def polynomial_attention(
     eps: a number ≥ 0, added to the denominator. With 0, a token whose
       similarities are all 0 gets NaN.
     segment_ids: integers (B, T). A run of equal ids is a document, and a token
-      sees its own document alone. An Inf or NaN in one document does not reach
-      another. If None, each row is one document, and an Inf or NaN may reach
-      any token of its row.
+      sees its own document alone. If None, each row is one document.
     initial_state: the recurrent state of the tokens before q. It belongs to the
       document of token 0. If None, there are none; pass None, or zeros in its
       row, where token 0 starts a document.

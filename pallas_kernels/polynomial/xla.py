@@ -119,7 +119,8 @@ def backward_queries(
     da_BHCC = _product_cotangent(
       q_BHCF, k_BHCF, v_BHCP, do_BHCP, r_BHC, dz_BHC, masks, kernel
     )
-    dq_BHCF = numerics.weighted_sum(da_BHCC, k_BHCF, _seen(masks))
+    seen = _seen(masks, da_BHCC.shape[-1])
+    dq_BHCF = numerics.weighted_sum(da_BHCC, k_BHCF, seen)
     if state is not None:
       dq_BHCF += _query_cotangent(q_BHCF, g_BHCP, dz_BHC, state, masks, kernel)
     state = _add_keys(state, k_BHCF, v_BHCP, masks, kernel)
@@ -162,7 +163,8 @@ def backward_keys(
     da_BHCC = _product_cotangent(
       q_BHCF, k_BHCF, v_BHCP, do_BHCP, r_BHC, dz_BHC, masks, kernel
     )
-    seen, dtype = _seen(masks, by_key=True), v_BHCP.dtype
+    seen = _seen(masks, da_BHCC.shape[-1]).swapaxes(-1, -2)
+    dtype = v_BHCP.dtype
     dk_BHCF = numerics.weighted_sum(da_BHCC.swapaxes(-1, -2), q_BHCF, seen)
     sim_BHCC = sim_BHCC.swapaxes(-1, -2).astype(dtype)
     dv_BHCP = numerics.weighted_sum(sim_BHCC, g_BHCP.astype(dtype), seen)
@@ -316,20 +318,16 @@ def _scan(
 # The terms of a chunk.
 
 
-def _seen(masks: Masks | None, *, by_key: bool = False) -> Array | None:
-  """Return the documents' mask [t, s], or [s, t] `by_key`; None without one."""
+def _seen(masks: Masks | None, C: int) -> Array:
+  """Return whether query t of a chunk sees key s, [t, s]."""
   if masks is None:
-    return None
-  documents_B1CC = masks.documents_B1CC
-  return documents_B1CC.swapaxes(-1, -2) if by_key else documents_B1CC
+    return jnp.tril(jnp.ones((1, 1, C, C), bool))
+  return masks.documents_B1CC
 
 
 def _visible(x_BHCC: Array, masks: Masks | None) -> Array:
   """Set to 0 the entries [t, s] where query t does not see key s."""
-  C = x_BHCC.shape[-1]
-  causal_CC = jnp.tril(jnp.ones((1, 1, C, C), bool))
-  seen = causal_CC if masks is None else masks.documents_B1CC
-  return jnp.where(seen, x_BHCC, 0)
+  return jnp.where(_seen(masks, x_BHCC.shape[-1]), x_BHCC, 0)
 
 
 def _inner(x_BHCF: Array, y_BHCF: Array) -> Array:
@@ -355,7 +353,7 @@ def _two_sums(q_BHCF, k_BHCF, v_BHCP, state, masks, kernel):
   )
   z_BHC = sim_BHCC.sum(axis=-1)
   num_BHCP = numerics.weighted_sum(
-    sim_BHCC.astype(v_BHCP.dtype), v_BHCP, _seen(masks)
+    sim_BHCC.astype(v_BHCP.dtype), v_BHCP, _seen(masks, v_BHCP.shape[-2])
   )
   if state is None:
     return num_BHCP, z_BHC
