@@ -1,6 +1,8 @@
 """Test counts of token pairs, their file, and rare AR targets."""
 
 from collections import Counter
+import io
+import os
 from pathlib import Path
 
 from data_cases import documents, write_megatron, write_prepared
@@ -107,6 +109,48 @@ def test_unusable_files_of_counts_are_named(tmp_path) -> None:
     bigram_counts.frequent([str(path)], 3)
   with pytest.raises(ValueError, match="least=0: expected 1 or more"):
     bigram_counts.write(str(path), least=0)
+
+
+def test_a_damaged_file_of_counts_is_named(tmp_path) -> None:
+  """Bytes are flipped, cut, replaced; then an array has another form."""
+  texts = documents(30)
+  path = str(write_prepared(tmp_path / "set", (texts,)))
+  bigram_counts.write(path)
+  table, random = bigram_counts.table_path(path), np.random.default_rng(0)
+  sound, right = table.read_bytes(), bigram_counts.frequent([path], 3)
+  refused = 0
+  for i in range(200):
+    content, at = bytearray(sound), int(random.integers(len(sound)))
+    if i % 3 == 0:
+      content[at] ^= 1 << int(random.integers(8))
+    elif i % 3 == 1:
+      content = content[:at]
+    else:
+      content[at : at + 8] = random.bytes(8)
+    table.write_bytes(content)
+    try:
+      found = bigram_counts.frequent([path], 3)
+    except DataError as error:
+      refused += str(table) in str(error)
+    else:
+      np.testing.assert_array_equal(found, right)
+  assert refused > 150
+  with np.load(io.BytesIO(sound)) as data:
+    arrays = dict(data)
+  for name, value in (
+    ("record", np.array("[]")),
+    ("record", np.array('{"version": 1, "least": true}')),
+    ("counts", arrays["counts"][1:]),
+    ("counts", arrays["counts"].astype(np.float32)),
+    ("pair_deltas", arrays["pair_deltas"][None]),
+  ):
+    np.savez(table, **{**arrays, name: value})
+    with pytest.raises(DataError, match="not a file of counts: .*another form"):
+      bigram_counts.frequent([path], 3)
+  table.unlink()
+  os.mkfifo(table)
+  with pytest.raises(DataError, match="it is a pipe: expected a regular file"):
+    bigram_counts.frequent([path], 3)
 
 
 def _shares(folder: Path, limit: int | None) -> dict[str, float]:

@@ -24,7 +24,6 @@ import io
 import json
 from pathlib import Path
 from typing import Any
-import zipfile
 
 import numpy as np
 
@@ -36,6 +35,7 @@ from train.data.batches import (
   check_fingerprint,
 )
 from train.data.checks import require
+from train.data.text.open_files import file_size
 from train.data.text.rows import fill_pieces, open_source
 from train.data.text.token_source import DataError, Pieces, TokenSource
 
@@ -175,11 +175,22 @@ def _load(path: str, limit: int, least: int | None) -> Counts:
   again = f"`rebased count {path}` makes it"
   if not place.exists():
     raise DataError(f"{place}: no counts of this data set; {again}")
+  file_size(place)
   try:
-    with np.load(io.BytesIO(place.read_bytes())) as data:
+    with np.load(io.BytesIO(place.read_bytes()), allow_pickle=False) as data:
       record = json.loads(str(data["record"]))
       delta_N, count_N = data["pair_deltas"], data["counts"]
-  except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    if not (
+      isinstance(record, dict)
+      and type(record.get("least")) is int
+      and isinstance(record.get("fingerprint"), dict)
+      and (delta_N.dtype, count_N.dtype) == (np.uint64, np.uint32)
+      and delta_N.ndim == 1
+      and delta_N.shape == count_N.shape
+    ):
+      raise DataError("an array or its record has another form")
+  # zipfile, zlib and NumPy's parser raise a dozen kinds of errors.
+  except Exception as error:
     raise DataError(
       f"{place}: not a file of counts: {error}; {again}"
     ) from error
