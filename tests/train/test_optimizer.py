@@ -10,6 +10,13 @@ import optax
 import pytest
 from train_cases import tiny, trainer as trainer
 
+from rebased_jax import (
+  AttentionConfig,
+  HyenaConfig,
+  MambaConfig,
+  ModelConfig,
+  RWKVConfig,
+)
 from train import compiled_steps, optimizer
 from train.config import OptimizerConfig
 from train.presets import make_presets
@@ -161,6 +168,35 @@ def test_which_parameters_decay() -> None:
   leaves = jax.tree_util.tree_leaves_with_path(params)
   assert _true(optimizer.decayed(params, "all")) == {
     jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves
+  }
+
+
+@pytest.mark.parametrize(
+  ("mixer", "kernels"),
+  [
+    (AttentionConfig(), ("qkv", "out_proj")),
+    (RWKVConfig(), tuple("kvro")),
+    (
+      HyenaConfig(),
+      ("in_proj", "out_proj", *(f"filter/layers/{i}" for i in range(4))),
+    ),
+    (
+      MambaConfig(),
+      tuple(f"{x}_proj" for x in ("in", "gate", "x", "dt", "out")),
+    ),
+  ],
+  ids=lambda x: type(x).__name__,
+)
+def test_kernels_of_projections_decay(mixer, kernels) -> None:
+  """Taps of a convolution do not, nor Mamba's A_log and D."""
+  model = compiled_steps.abstract_lm(
+    ModelConfig(first=mixer, second=mixer, vocab_size=8, width=8, positions=8)
+  )
+  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  assert _true(optimizer.decayed(params, "matrices")) == {
+    f"pairs/{block}/mixer/{kernel}/kernel"
+    for block in ("first", "second")
+    for kernel in kernels
   }
 
 

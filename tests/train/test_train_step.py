@@ -10,6 +10,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from train_cases import bits, tiny, trainer as trainer
 
@@ -165,7 +166,7 @@ def test_micro_batches_are_weighted_by_their_tokens(parts: Parts) -> None:
   assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(moved)) > 1e-3
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient", "both"])
+@pytest.mark.parametrize("where", ["loss", "gradient", "both", "update"])
 def test_a_step_that_is_not_finite_changes_nothing(
   parts: Parts, where: str
 ) -> None:
@@ -177,14 +178,18 @@ def test_a_step_that_is_not_finite_changes_nothing(
     scale = params["norm"]["scale"] * 1e25
     params["norm"] = dict(params["norm"], scale=scale)
     state = dict(state, params=params)
+  elif where == "update":  # Adam's average gradient is of another scale
+    moments = jax.tree.map(lambda x: jnp.full_like(x, 1e34), state["params"])
+    opt_state = optax.tree.set(state["opt_state"], mu=moments)
+    state = dict(state, opt_state=opt_state)
   else:
     batch["weights"][1, 1] = np.nan
   bad, found = parts.run(state, batch, _KEY)
-  assert bool(jnp.isfinite(found["loss"])) == (where == "gradient")
-  assert bool(jnp.isfinite(found["grad_norm"])) == (where == "loss")
+  assert bool(jnp.isfinite(found["loss"])) == (where in ("gradient", "update"))
+  assert bool(jnp.isfinite(found["grad_norm"])) == (where in ("loss", "update"))
   assert not bool(bad["ok"])
   assert bits(dict(bad, ok=state["ok"])) == bits(state)
-  bad = dict(bad, params=parts.state["params"])
+  bad = dict(parts.state, ok=bad["ok"])
   after, found = parts.run(bad, _batch(), _KEY)
   assert jnp.isfinite(found["loss"]) and jnp.isfinite(found["grad_norm"])
   assert bits(after) == bits(bad)
