@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import contextlib
 import dataclasses
 import importlib
+import io
 import multiprocessing
 import os
 import signal
@@ -21,8 +22,9 @@ from train import console
 # The table in docs/training.md says more.
 _EXIT_CODES = """\
 Exit codes: 0 done; 2 a wrong argument or config, nothing was changed; 1 failed;
-3 another process of the run ended; 128 + N signal N stopped it: a run is saved
-and can be resumed; 141 nobody reads the output."""
+3 another process of the run ended; 4 nothing moved for --step-timeout;
+128 + N signal N stopped it: a run is saved and can be resumed; 141 nobody reads
+the output."""
 _PEER_LOST = 3
 
 
@@ -121,6 +123,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     argv: the arguments of the command; None takes those of the process.
   """
   args = list(sys.argv[1:] if argv is None else argv)
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    # An ASCII terminal gets an escape in place of a character it lacks.
+    sys.stdout.reconfigure(errors="backslashreplace")
   output: Any = console.Output(sys.stdout, _raise)
   with contextlib.redirect_stdout(output):
     try:
@@ -209,9 +214,8 @@ def _run(verb: Verb, args: list[str]) -> int:
     _print_error(str(error))
     return _PEER_LOST
   except KeyboardInterrupt as error:
-    if verb.uses_jax:
-      raise
-    _print_error("stopped; repeat the same command to continue")
+    hint = "" if verb.uses_jax else "; repeat the same command to continue"
+    _print_error(f"stopped{hint}")
     return 128 + (error.args[0] if error.args else signal.SIGINT)
 
 

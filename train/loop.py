@@ -170,8 +170,10 @@ class Loop:
         before = time.perf_counter()
         batch = next(batches)
         wait = time.perf_counter() - before
-        compiles = "compilation and " if step == start else ""
-        self._watch.beat(f"{compiles}step {step}")
+        if step == start:
+          self._watch.beat(f"compilation and step {step}")
+        else:
+          self._watch.beat(f"step {step}", training=True)
         state, found = self._built.train_step(state, batch, self._built.key)
         vote = self._cast_vote()
         before, self._pending = (
@@ -367,7 +369,7 @@ class Loop:
     if pending.vote is not None:
       self.signal = int(pending.vote)
     values = metrics.by_layer(jax.device_get(pending.metrics))
-    self._watch.beat(f"step {pending.step + 1}")
+    self._watch.beat(f"step {pending.step + 1}", training=True)
     if metrics.are_finite(values):
       tokens = self._config.batch * self._train_data.length
       self._window.add(values, tokens, pending.wait)
@@ -389,6 +391,7 @@ class Loop:
       return None
     means = self._with_derived(means)
     means |= self._usage.read(means["tokens_per_second"])
+    means["goodput"] = self._watch.goodput()
     if self._config.nan == "skip":
       means["skipped_steps"] = self._nonfinite.skipped
     self._writer.write("train", step, **means)

@@ -8,7 +8,6 @@ print(outcome.reason, outcome.held_out["loss"])
 
 from collections.abc import Iterator
 import contextlib
-import datetime
 import shlex
 import sys
 import time
@@ -29,13 +28,17 @@ from train import (
 from train.checkpoint.checkpoints import Checkpoints
 from train.config import RunConfig
 from train.data.text.token_source import DataError
-from train.devices import mesh as mesh_lib, mesh_report, processes
+from train.devices import backend, mesh as mesh_lib, mesh_report, processes
 from train.loop import Outcome
 from train.nonfinite_steps import TrainingFailed
 from train.progress import Display
 from train.records import report, wandb
 from train.records.metrics_writer import MetricsWriter
-from train.records.run_folder import RunFolder, RunFolderError
+from train.records.run_folder import (
+  RunFolder,
+  RunFolderError,
+  default_folder,
+)
 from train.stop_signals import StopSignals
 from train.watchdog import STEP_TIMEOUT, Watchdog
 
@@ -57,7 +60,7 @@ def run(
     config: the run. Its classes must be importable by name, because the folder
       stores `module:Class` for each.
     run_dir: the folder for config.json, metrics.jsonl, checkpoints and
-      pictures: a new one, or that of this run. None: `runs/TIME`.
+      pictures: a new one, or that of this run. None: a new one, `runs/TIME`.
     console: prints progress and results. None: prints to standard output.
     allow_data_change: resume although the data, its batch or its seed are not
       those of the folder. The run then continues at its step of the new data.
@@ -96,12 +99,14 @@ def _run(
   watch: Watchdog,
   allow_data_change: bool,
 ) -> Outcome:
+  backend.devices()  # says so if there are none
   if run_dir is None:
     if jax.process_count() > 1:
       raise ValueError(
         "run_dir=None: expected a folder that all processes share"
       )
-    run_dir = f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    with default_folder() as made:
+      return _run(config, made, console, watch, allow_data_change)
   if console is None:
     console = console_lib.to_stdout(quiet=jax.process_index() != 0)
   folder = RunFolder(run_dir)
@@ -121,6 +126,7 @@ def _run(
     watch.beat("pictures and table")
     with _failing():
       report.finish(config, folder, outcome, console)
+  processes.stop_together()
   return outcome
 
 

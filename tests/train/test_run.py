@@ -111,7 +111,7 @@ def test_the_records_of_a_run(learned: Path) -> None:
     "eval": {"loss", "accuracy", "tokens"},
     "train": {
       *("loss", "accuracy", "grad_norm", "param_norm", "update_norm"),
-      *("tokens_per_second", "step_time", "data_wait"),
+      *("tokens_per_second", "step_time", "data_wait", "goodput"),
       *(
         f"layer1/{side}_{name}_{kind}"
         for side in ("query", "key")

@@ -1,7 +1,7 @@
 """`rebased train PRESET`: train a preset, or resume the run in a folder."""
 
+import contextlib
 import dataclasses
-import datetime
 from typing import Annotated
 
 import tyro
@@ -10,6 +10,8 @@ from train import start_run
 from train.commands.arguments import parse_preset
 from train.config import RunConfig
 from train.devices import processes
+from train.records.run_folder import default_folder
+from train.watchdog import STEP_TIMEOUT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,9 @@ class TrainArgs:
   distributed: str = "off"
   #: Seconds to wait for the other processes at the start.
   join_timeout: float = processes.JOIN_TIMEOUT
+  #: Seconds without any progress after which the process ends with exit code 4.
+  #: None: never.
+  step_timeout: float | None = STEP_TIMEOUT
 
 
 def run(args: list[str]) -> int:
@@ -41,15 +46,19 @@ def run(args: list[str]) -> int:
   """
   name, parsed = parse_preset(TrainArgs, "train", args)
   processes.start(parsed.distributed, parsed.join_timeout)
-  run_dir = parsed.run_dir
-  if run_dir is None:
-    if parsed.distributed != "off":
-      raise ValueError(
-        "run_dir=None: expected --run-dir, a folder that all processes share, "
-        f"with --distributed {parsed.distributed}"
-      )
-    run_dir = f"runs/{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-  outcome = start_run.run(
-    parsed.run, run_dir, allow_data_change=parsed.allow_data_change
-  )
+  if parsed.run_dir is None and parsed.distributed != "off":
+    raise ValueError(
+      "run_dir=None: expected --run-dir, a folder that all processes share, "
+      f"with --distributed {parsed.distributed}"
+    )
+  with contextlib.ExitStack() as made:
+    run_dir = parsed.run_dir
+    if run_dir is None:
+      run_dir = made.enter_context(default_folder(name))
+    outcome = start_run.run(
+      parsed.run,
+      run_dir,
+      allow_data_change=parsed.allow_data_change,
+      step_timeout=parsed.step_timeout,
+    )
   return outcome.exit_code

@@ -1,4 +1,4 @@
-"""What a worker process does beside its work: it ends with its parent."""
+"""End a worker process together with the process that started it."""
 
 import multiprocessing
 from multiprocessing.connection import wait

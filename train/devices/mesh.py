@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rebased_jax import ShardAxes
 from train.data.checks import require
+from train.devices import backend
 from train.field_types import fits, use_plain_scalars
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -90,9 +91,10 @@ def make_mesh(
     devices: None takes the devices of all processes.
 
   Raises:
-    ValueError: the config does not fit the number of devices.
+    ValueError: the config does not fit the number of devices, or there are
+      none.
   """
-  devices = jax.devices() if devices is None else devices
+  devices = backend.devices() if devices is None else devices
   sizes = (config or MeshConfig()).sizes(len(devices))
   return jax.make_mesh(
     tuple(sizes.values()),

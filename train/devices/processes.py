@@ -34,7 +34,9 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # jax's own search for dead processes aborts them; `Peers` is there before it.
 _JAX_HEARTBEAT = 24 * 3600
 
-_peers: Peers | None = None  # of this process; jax's own state is global too
+# Of this process; jax's own state is global too.
+_peers: Peers | None = None
+_stopped_together = False
 
 
 class PeerLost(RuntimeError):
@@ -119,6 +121,12 @@ def versions() -> dict[str, str]:
   }
 
 
+def stop_together() -> None:
+  """Note that all processes have come to the same end of a run."""
+  global _stopped_together
+  _stopped_together = True
+
+
 def leave(code: int) -> None:
   """Tell the other processes that this one ends; call it last.
 
@@ -129,8 +137,9 @@ def leave(code: int) -> None:
   """
   if _peers is None:
     return
-  _peers.leave(code)
-  if 0 < code < 128:
+  together = code == 0 or _stopped_together
+  _peers.leave(0 if together else code)
+  if not together:
     if sys.exception() is not None:
       traceback.print_exc()
     sys.stdout.flush()

@@ -15,6 +15,7 @@ from train.devices import mesh as mesh_lib, processes
 from train.loop import Outcome
 from train.records import plots
 from train.records.run_folder import RunFolder
+from train.watchdog import Watchdog
 
 
 def finish(
@@ -89,6 +90,7 @@ def evaluate_run(
   *,
   test: bool = False,
   allow_data_change: bool = False,
+  watch: Watchdog | None = None,
 ) -> int:
   """Print the held-out metrics of a run's checkpoint, and return 0.
 
@@ -99,6 +101,7 @@ def evaluate_run(
     console: where the table goes.
     test: evaluate on the test split instead of the held-out rows.
     allow_data_change: evaluate although the data has changed.
+    watch: is told of every batch. None: nothing is.
 
   Raises:
     ValueError: the data has no test split, or tokens that the model lacks.
@@ -126,7 +129,19 @@ def evaluate_run(
     make = config.data.test_batches if test else config.data.eval_batches
     data = make(config.micro_batch, config.seed)
     data = InVocabulary(data, config.model.vocab_size)
-    found = evaluate.evaluate(built, params, data, timeout=config.data.timeout)
+
+    def no_interrupt() -> bool:
+      if watch is not None:
+        watch.beat("evaluation")
+      return False
+
+    found = evaluate.evaluate(
+      built,
+      params,
+      data,
+      timeout=config.data.timeout,
+      interrupted=no_interrupt,
+    )
   values = {
     "step": f"{step:,}",
     **_table_rows(config, found, "test" if test else "held-out"),

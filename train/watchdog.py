@@ -1,0 +1,91 @@
+"""Watch what a run does: how productive it is, and whether it hangs.
+
+A process that hangs ends with a line that says where. A hang cannot be undone
+from inside: a collective that waits for another process, a lock that is held, a
+disk that does not answer. The last checkpoint is whole, so that ending the
+process loses less than waiting does.
+"""
+
+import threading
+import time
+from types import TracebackType
+from typing import Self
+
+from train.devices.peers import end_process
+
+#: The exit code of a process that made no progress within the limit.
+EXIT_HUNG = 4
+#: Seconds without progress after which a run ends, unless it says otherwise.
+STEP_TIMEOUT = 1800.0
+
+
+class Watchdog:
+  """Watch that a run makes progress while the context is open.
+
+  Time counts only while this process runs, so that one that was stopped with
+  SIGSTOP and continued, or slept with its host, does not count as hung.
+
+  Args:
+    limit: seconds without progress after which the process ends. None: never.
+
+  Raises:
+    ValueError: the limit is not above 0.
+  """
+
+  def __init__(self, limit: float | None = None):
+    if limit is not None and not limit > 0:
+      raise ValueError(
+        f"step_timeout={limit!r}: expected a number of seconds above 0, or None"
+      )
+    self._limit = limit
+    self._phase = "start"
+    self._idle = 0.0  # seconds since the last progress
+    self._begin = self._since = time.perf_counter()
+    self._training = False  # whether the phase is training
+    self._trained = 0.0  # seconds of the earlier phases of training
+    self._closed = threading.Event()
+
+  def beat(self, phase: str, *, training: bool = False) -> None:
+    """Note progress.
+
+    Args:
+      phase: what the run does from now on, such as "step 7".
+      training: whether that is a step, and not what surrounds the steps.
+    """
+    now = time.perf_counter()
+    if self._training:
+      self._trained += now - self._since
+    self._training, self._since = training, now
+    self._phase, self._idle = phase, 0.0
+
+  def goodput(self) -> float:
+    """Return the share of the time since the start that steps took, 0 to 1."""
+    self.beat(self._phase, training=self._training)
+    return self._trained / max(self._since - self._begin, 1e-9)
+
+  def __enter__(self) -> Self:
+    if self._limit is not None:
+      threading.Thread(
+        target=self._watch, args=(self._limit,), name="watchdog", daemon=True
+      ).start()
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    self._closed.set()
+
+  def _watch(self, limit: float) -> None:
+    tick = min(1.0, limit / 10)
+    while not self._closed.wait(tick):
+      self._idle += tick
+      if self._idle >= limit:
+        end_process(
+          f"no progress for {limit:g} s (--step-timeout) in: {self._phase}; "
+          "the last checkpoint is whole, and `rebased resume` continues from "
+          "it",
+          EXIT_HUNG,
+        )
