@@ -69,6 +69,23 @@ def write_bytes(
       sync(temp)
 
 
+def create_text(path: Path, text: str) -> None:
+  """Write a new text file whole; one of several processes succeeds.
+
+  Raises:
+    FileExistsError: the path exists, perhaps since a moment.
+  """
+  with temporary(path.parent, path.name) as temp:
+    temp.write_text(text)
+    try:
+      os.link(temp, path)
+    except FileExistsError:
+      raise
+    except OSError:  # a file system without hard links
+      with open(path, "x", encoding="utf-8") as file:
+        file.write(text)
+
+
 def write_text(path: Any, text: str) -> None:
   """Write a text file whole, or not at all."""
   write_bytes(path, text.encode())

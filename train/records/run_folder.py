@@ -5,8 +5,14 @@ The folder may be a `gs://` path. Each file is written whole, or not at all.
 
 from collections.abc import Callable, Collection, Iterator
 import contextlib
+import datetime
 import fcntl
+import importlib.util
+import itertools
 import json
+import os
+from pathlib import Path
+import re
 from typing import Any, TypeVar
 import uuid
 
@@ -20,6 +26,42 @@ _T = TypeVar("_T")
 
 class RunFolderError(ValueError):
   """The folder cannot be used for this run; nothing in it was changed."""
+
+
+@contextlib.contextmanager
+def default_folder(name: str = "") -> Iterator[Path]:
+  """Make an empty folder that no other run has, `runs/NAME-TIME`.
+
+  A run that starts in the same second gets a number: `runs/NAME-TIME-2`. The
+  folder is removed again if an error comes before anything is in it.
+
+  Args:
+    name: what the run is, as the name of a preset. Empty: `runs/TIME`.
+
+  Yields:
+    The folder, relative to the working directory.
+
+  Raises:
+    RunFolderError: it cannot be made.
+  """
+  root, now = Path("runs"), f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
+  first = path = root / (f"{name}-{now}" if name else now)
+  is_new = not root.exists()
+  for number in itertools.count(2):
+    try:
+      path.mkdir(parents=True)
+      break
+    except FileExistsError:
+      path = first.with_name(f"{first.name}-{number}")
+    except OSError as error:
+      raise RunFolderError(f"{path} cannot be made: {error}") from error
+  try:
+    yield path
+  except BaseException:
+    for folder in (path, root) if is_new else (path,):
+      with contextlib.suppress(OSError):  # it is not empty
+        folder.rmdir()
+    raise
 
 
 class RunFolder:
@@ -37,7 +79,7 @@ class RunFolder:
   """
 
   def __init__(self, path: epath.PathLike):
-    self.path = epath.Path(path)
+    self.path = _checked_path(path)
     self.config_file = self.path / "config.json"
     self.metrics_file = self.path / "metrics.jsonl"
     self.checkpoints = self.path / "checkpoints"
@@ -64,7 +106,7 @@ class RunFolder:
       return
     if self.path.exists() and not self.path.is_dir():
       raise RunFolderError(f"{self.path} is a file: expected a folder")
-    if self.path.exists() and any(self.path.iterdir()):
+    if self.path.exists() and self._has_other_files():
       raise RunFolderError(
         f"{self.path} is not empty and holds no config.json: expected a run "
         "folder or a new one"
@@ -76,7 +118,20 @@ class RunFolder:
       self.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise RunFolderError(f"{self.path} cannot be made: {error}") from error
-    self.write("config.json", text)
+    if self._is_remote:
+      self.write("config.json", text)
+      return
+    try:
+      atomic.create_text(Path(self.config_file), text)
+    except FileExistsError:  # another process was faster
+      self._check_same_run(config, allow_data_change)
+
+  def _has_other_files(self) -> bool:
+    """Whether the folder holds more than what `open` itself begins with."""
+    ours = (
+      f"{self.config_file.name}.tmp-"  # of another process, or a killed one
+    )
+    return any(not x.name.startswith(ours) for x in self.path.iterdir())
 
   def _check_same_run(self, config: RunConfig, allow_data_change: bool) -> None:
     # A checkpoint knows what moved data must hold.
@@ -157,14 +212,26 @@ class RunFolder:
     if self._is_remote:  # a bucket has no locks
       yield
       return
-    with self.config_file.open() as file, self._locks:
+    with self._locks:
+      while not self._lock_config():
+        pass  # `update` of another process has just replaced the file
+      yield
+
+  def _lock_config(self) -> bool:
+    """Lock config.json; return whether it is still the file of that name."""
+    with contextlib.ExitStack() as opened:
+      # Network file systems lock only files that are open for writing.
+      file = opened.enter_context(open(self.config_file, "r+"))
       try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError as error:
         raise RunFolderError(
           f"{self.path}: another process is training in it"
         ) from error
-      yield
+      if os.path.samestat(os.fstat(file.fileno()), os.stat(self.config_file)):
+        self._locks.push(opened.pop_all())
+        return True
+    return False
 
   def update(self, config: RunConfig) -> None:
     """Store a config that has changed; call it while the folder is locked."""
@@ -177,7 +244,9 @@ class RunFolder:
     with atomic.replacing(self.config_file) as temporary:
       temporary.write_text(text)
       # The lock is on the file, so the new one is locked before it is in place.
-      fcntl.flock(self._locks.enter_context(temporary.open()), fcntl.LOCK_EX)
+      file = open(temporary, "r+")  # noqa: SIM115  # open as long as the lock
+      locked = self._locks.enter_context(file)
+      fcntl.flock(locked, fcntl.LOCK_EX)
 
   def read_config(self) -> RunConfig:
     """Return the run's config.
@@ -242,6 +311,31 @@ class RunFolder:
       ]
       lines = "".join(json.dumps(record) + "\n" for record in kept)
       self.write("metrics.jsonl", lines)
+
+
+def _checked_path(path: epath.PathLike) -> epath.Path:
+  """Return the path of a run folder.
+
+  Raises:
+    RunFolderError: it is a URL of a store that is not supported, or whose
+      package is not installed.
+  """
+  text = str(path)
+  # `gs:/` with one slash would be a local folder of that name.
+  scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)
+  if scheme is None:
+    return epath.Path(path)
+  if not text.startswith("gs://"):
+    raise RunFolderError(
+      f"{text}: {scheme[1]}: is not a store of run folders: expected a local "
+      "folder or gs://BUCKET/FOLDER"
+    )
+  if not any(importlib.util.find_spec(x) for x in ("gcsfs", "tensorflow")):
+    raise RunFolderError(
+      f"{text}: run folders in Google Cloud Storage need the package gcsfs: "
+      "pip install 'rebased-jax[gcs]'"
+    )
+  return epath.Path(path)
 
 
 def _metrics_record(line: bytes) -> dict[str, Any]:
