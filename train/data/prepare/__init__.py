@@ -1,6 +1,7 @@
 """Turn text into tokens: what `rebased prepare` does.
 
     input_files        find the files, and group them into sources
+    parquet_pages      the memory that a Parquet file needs
     read_lines         decompress a file and cut it into lines
     read_documents     JSON lines, Parquet and plain text → documents
     markers_in_text    text never becomes a control token

@@ -6,15 +6,25 @@ UTF-8.
 """
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import json
 from typing import Any
 
 from train.data.prepare.input_files import Source, TextFile, compression
-from train.data.prepare.read_lines import HashedFile, decompressed, lines
+from train.data.prepare.parquet_pages import largest_page
+from train.data.prepare.read_lines import (
+  READ_BYTES,
+  HashedFile,
+  decompressed,
+  lines,
+)
 
-_ROWS = 256  # rows of Parquet that are decoded at a time
+_ROWS = 256  # the most rows of Parquet that are decoded at a time
+_BATCH_BYTES = 64 << 20  # the most memory for them, unless one row needs more
+_PAGE_BYTES = 256 << 20  # the largest page of Parquet
+_DOMAIN_LENGTH = 1024  # characters; the names of all domains are kept
+_NAME_LENGTH = 40  # characters of a field's name that a message shows
 _TOPICS = "pydoc_data/topics.py"
 
 
@@ -125,7 +135,7 @@ def _nothing(_: int) -> None:
 def _jsonl(file: TextFile, fields: Fields, raw: HashedFile) -> _Read:
   """Read the records of a file of JSON lines."""
   found = False
-  stream = decompressed(raw, compression(file.name))
+  stream = decompressed(raw, compression(file.name), fields.most_bytes)
   for line in lines(stream, fields.most_bytes):
     where = f"{file.name}, line {line.number}"
     if line.data is None:
@@ -162,7 +172,7 @@ def _document(record: object, fields: Fields, where: str) -> Document:
   found, text = _get(record, fields.text)
   if not found:
     raise _Malformed(
-      f"there is no field {fields.text!r}; there are {sorted(record)[:8]} "
+      f"there is no field {fields.text!r}; there are {_some(record)} "
       "(--text-field)"
     )
   if not isinstance(text, str):
@@ -177,11 +187,24 @@ def _document(record: object, fields: Fields, where: str) -> Document:
       raise _Malformed(
         f"{name} has half a surrogate pair at character {error.start}"
       ) from error
-    if size > fields.most_bytes:
-      raise _Malformed(
-        f"{name} has {size:,} bytes: expected at most {fields.most_bytes:,}"
-      )
+    _check_length(name, size, fields.most_bytes)
+  if domain is not None and len(domain) > _DOMAIN_LENGTH:
+    raise _Malformed(
+      f"{fields.domain} has {len(domain):,} characters: expected the name of a "
+      f"data set, at most {_DOMAIN_LENGTH:,}"
+    )
   return Document(text, where, domain)
+
+
+def _check_length(name: str, size: int, limit: int) -> None:
+  """Raise _Malformed if a string of `size` bytes is too long."""
+  if size > limit:
+    raise _Malformed(f"{name} has {size:,} bytes: expected at most {limit:,}")
+
+
+def _some(names: Iterable[str]) -> list[str]:
+  """Return some field names for a message; a name may be of any length."""
+  return [name[:_NAME_LENGTH] for name in sorted(names)[:8]]
 
 
 def _get(record: dict, field: str) -> tuple[bool, object]:
@@ -208,33 +231,36 @@ def _parquet(
 
   broken = (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError)
   try:
-    table = parquet.ParquetFile(file.path, page_checksum_verification=True)
-    names = set(table.schema_arrow.names)
+    table = parquet.ParquetFile(
+      file.path, buffer_size=READ_BYTES, page_checksum_verification=True
+    )
+    names = table.schema_arrow.names
   except broken as error:
     yield Problem(file.name, f"not readable as Parquet: {_short(error)}")
     on_bytes(file.bytes)
     return
-  with table:
-    text = fields.text.partition(".")[0]
-    if text not in names:
-      yield Problem(
-        file.name,
-        f"there is no column {text!r}; there are {sorted(names)[:8]} "
-        "(--text-field)",
-        max(table.metadata.num_rows, 1),
-      )
+  with table, open(file.path, "rb") as raw:
+    try:
+      columns = _columns(table, fields, names)
+    except _Malformed as error:
+      yield Problem(file.name, str(error), max(table.metadata.num_rows, 1))
       on_bytes(file.bytes)
       return
     if table.metadata.num_rows == 0:
       yield Problem(file.name, "the file is empty: expected rows")
-    columns = sorted({text, fields.domain.partition(".")[0]} & names)
     first = told = 0
     for group in range(table.metadata.num_row_groups):
       rows = table.metadata.row_group(group).num_rows
       done = 0
       try:
+        chunks = [table.metadata.row_group(group).column(x) for x in columns]
+        size = max(largest_page(raw, chunk) for chunk in chunks)
+        _check_page(size, fields)
+        # Each row may be as long as a page.
+        together = min(max(_BATCH_BYTES // max(size, 1), 1), _ROWS)
+        paths = [chunk.path_in_schema for chunk in chunks]
         for batch in table.iter_batches(
-          _ROWS, [group], columns, use_threads=False
+          together, [group], paths, use_threads=False
         ):
           for index in range(batch.num_rows):
             where = f"{file.name}, row {first + done}"
@@ -250,19 +276,89 @@ def _parquet(
     on_bytes(file.bytes - told)
 
 
+def _columns(table: Any, fields: Fields, names: list[str]) -> list[int]:
+  """Return the columns of a Parquet file that hold the text and the domain.
+
+  Args:
+    table: the `pyarrow.parquet.ParquetFile`.
+    fields: which fields of a record are read.
+    names: the names of its outermost fields.
+
+  Raises:
+    _Malformed: there is no text, or a field is there twice or is no string.
+  """
+  leaves = [table.schema.column(i) for i in range(len(table.schema))]
+  found = []
+  for field, option in (
+    (fields.text, "--text-field"),
+    (fields.domain, "--domain-field"),
+  ):
+    own = [i for i, leaf in enumerate(leaves) if leaf.path == field]
+    inside = [x for x in leaves if x.path.startswith(f"{field}.")]
+    if len(own) > 1 or names.count(field.partition(".")[0]) > 1:
+      raise _Malformed(
+        f"the column {field!r} is there more than once: expected one ({option})"
+      )
+    if inside or any(
+      leaves[i].max_repetition_level
+      or leaves[i].physical_type == "FIXED_LEN_BYTE_ARRAY"
+      for i in own
+    ):
+      raise _Malformed(f"{field} is no column of strings ({option})")
+    if not own and field == fields.text:
+      raise _Malformed(
+        f"there is no column {field!r}; there are {_some(names)} ({option})"
+      )
+    found += own
+  return sorted(set(found))
+
+
+def _check_page(size: int, fields: Fields) -> None:
+  """Raise _Malformed if a page of Parquet needs too much memory."""
+  limit = max(_PAGE_BYTES, 4 * fields.most_bytes)
+  if size > limit:
+    raise _Malformed(
+      f"a page needs {size:,} bytes of memory: expected at most {limit:,}; "
+      "write smaller pages, or raise --max-document-mb"
+    )
+
+
 def _row(
   batch: Any, index: int, fields: Fields, where: str
 ) -> Document | Problem:
   """Read one row of a pyarrow record batch."""
   try:
     record = {
-      name: batch.column(name)[index].as_py() for name in batch.schema.names
+      name: batch.column(i)[index] for i, name in enumerate(batch.schema.names)
     }
+    for field in (fields.text, fields.domain):
+      _check_size(record, field, fields.most_bytes)
+    record = {name: value.as_py() for name, value in record.items()}
     return _document(record, fields, where)
   except UnicodeDecodeError as error:
     return Problem(where, f"broken UTF-8 at byte {error.start}")
   except _Malformed as error:
     return Problem(where, str(error))
+
+
+def _check_size(record: dict[str, Any], field: str, limit: int) -> None:
+  """Raise _Malformed if a string of a row is too long, before it is copied.
+
+  Args:
+    record: pyarrow scalars by name.
+    field: a dotted name.
+    limit: the most bytes.
+  """
+  name, *inner = field.split(".")
+  value = record.get(name)
+  for key in inner:
+    if value is None or not value.is_valid:
+      return
+    value = value[key]
+  # Strings and bytes have a buffer; it is None for null.
+  buffer = value.as_buffer() if hasattr(value, "as_buffer") else None
+  if buffer is not None:
+    _check_length(field, buffer.size, limit)
 
 
 def _short(error: BaseException) -> str:
@@ -278,7 +374,7 @@ def _plain_text(file: TextFile, fields: Fields, raw: HashedFile) -> _Read:
       f"{file.bytes:,} bytes: expected at most {fields.most_bytes:,}",
     )
     return
-  data = b"".join(decompressed(raw, ""))
+  data = b"".join(decompressed(raw, "", fields.most_bytes))
   try:
     if (at := data.find(b"\0")) >= 0:
       raise _Malformed(f"a NUL at byte {at}: expected text")

@@ -19,9 +19,11 @@ from typing import BinaryIO, Self
 import zlib
 
 READ_BYTES = 1 << 20
-# zstd may expand its input ten thousand times in one call, so it gets little.
-_ZSTD_READ_BYTES = 1 << 14
-_ZSTD_WINDOW = 1 << 31  # the largest window, from `zstd --ultra --long=31`
+# A call of zstd returns at most 128 KiB for every 4 bytes of its input: 32 MiB.
+_ZSTD_READ_BYTES = 1 << 10
+# The window, which zstd holds in memory. `zstd` itself needs --long for more.
+_ZSTD_WINDOW = 128 << 20
+_ZSTD_LARGEST_WINDOW = 1 << 31  # of the format, by `zstd --ultra --long=31`
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -101,12 +103,16 @@ class Line:
   reason: str | None = None
 
 
-def decompressed(file: HashedFile, compression: str) -> Iterator[bytes]:
-  """Yield the uncompressed bytes of a file, piece by piece.
+def decompressed(
+  file: HashedFile, compression: str, window: int = _ZSTD_WINDOW
+) -> Iterator[bytes]:
+  """Yield the uncompressed bytes of a file, in pieces of at most 1 MiB.
 
   Args:
     file: a file of which nothing was read yet.
     compression: "", "gz" or "zst".
+    window: how many bytes a zstd stream may keep in memory, if that is more
+      than 128 MiB.
 
   Raises:
     StreamError: after the last good bytes of a damaged stream.
@@ -118,7 +124,7 @@ def decompressed(file: HashedFile, compression: str) -> Iterator[bytes]:
     case "gz":
       yield from _gzip(file)
     case "zst":
-      yield from _zstd(file)
+      yield from _zstd(file, max(window, _ZSTD_WINDOW))
     case _:
       raise ValueError(f'compression={compression!r}: expected "", gz or zst')
 
@@ -182,22 +188,27 @@ def _gzip(file: HashedFile) -> Iterator[bytes]:
     raise StreamError("the file is empty: expected a gzip stream")
 
 
-def _zstd(file: HashedFile) -> Iterator[bytes]:
+def _zstd(file: HashedFile, window: int) -> Iterator[bytes]:
   """Yield the uncompressed bytes of a zstd file of any number of frames."""
   import zstandard
 
-  decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+  window = min(window, _ZSTD_LARGEST_WINDOW)
+  decompressor = zstandard.ZstdDecompressor(max_window_size=window)
   frame, begun = decompressor.decompressobj(), False
   while data := file.read(_ZSTD_READ_BYTES):
     while data:
       try:
         out = frame.decompress(data)
       except (zstandard.ZstdError, MemoryError) as error:
-        raise StreamError(
-          f"damaged zstd stream near byte {file.bytes:,} of the file: {error}"
-        ) from error
-      if out:
-        yield out
+        where = f"near byte {file.bytes:,} of the file"
+        if "requires too much memory" in str(error):
+          raise StreamError(
+            f"the zstd window {where} is above {window >> 20} MiB: raise "
+            "--max-document-mb to its size, or compress without --long"
+          ) from error
+        raise StreamError(f"damaged zstd stream {where}: {error}") from error
+      for begin in range(0, len(out), READ_BYTES):
+        yield out[begin : begin + READ_BYTES]
       begun, data = True, b""
       if frame.eof:
         data, begun = frame.unused_data, False
