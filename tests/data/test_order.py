@@ -40,6 +40,9 @@ def test_permute_mixes() -> None:
 def test_mix_deals_by_weight_and_loses_nothing() -> None:
   counts = order.mix_counts((6.0, 3.0, 1.0))
   assert counts.sum() == 2**16
+  # Shares of 35,288.6, 20,164.9 and 10,082.5: the largest fractions round up.
+  rounded = order.mix_counts((7.0, 4.0, 2.0))
+  assert rounded.tolist() == [35_289, 20_165, 10_082]
   np.testing.assert_allclose(counts / 2**16, [0.6, 0.3, 0.1], atol=2**-16)
   places = np.arange(2**17)
   which, place = order.mix(places, counts, 9)

@@ -182,6 +182,17 @@ def test_held_out_batches_are_padded(paths) -> None:
   assert few[0]["weights"].sum() == 3 * 16
 
 
+def test_a_limit_is_shared_by_the_weights(paths) -> None:
+  """5 rows of a mixture 3 : 1 are 3.75 and 1.25, each rounded up."""
+  options = dict(split="validation", once=True, rows=8, weights=(3.0, 1.0))
+  mixed = make(paths, "prepared", "megatron", **options)
+  few = dataclasses.replace(mixed, limit=5)
+  assert few.num_batches == 1
+  assert few[0]["weights"].any(axis=1).sum() == 4 + 2
+  sets_B, _ = few.locate(np.arange(8))
+  assert sets_B[:6].tolist() == [0] * 4 + [1] * 2
+
+
 def test_a_stream_crosses_document_boundaries(paths) -> None:
   batches = make(paths, "megatron", layout=Layout(16, validation=0.0))
   stream = np.concatenate(TEXTS)
