@@ -1,18 +1,39 @@
-"""Generate tokens: one prefill of the prompt, then one step a token."""
+"""Generate tokens: prefill the prompt, then take one step a token.
+
+Prompts of every length share a few compiled programs. A prompt is read in parts
+whose lengths are powers of two, the longest first: 13 tokens as 8, 4 and 1. The
+loop over new tokens runs `steps` times in a program with room for the next
+power of two.
+"""
 
 from collections.abc import Callable
 import functools
 import math
+from typing import NamedTuple
 
 from flax import nnx
 import jax
 from jax import Array
 import jax.numpy as jnp
+import numpy as np
 
-from rebased_jax.model import LM, check_length
+from rebased_jax.config_checks import is_positive_integer, plain_scalar
+from rebased_jax.integers import check_integers, to_int32
+from rebased_jax.model import LM, LMState, check_length
 
 #: Smaller temperatures would overflow logits / temperature in float32.
 _LEAST_TEMPERATURE = 1e-30
+#: Compiled loops have room for at least so many new tokens.
+_FEWEST_SLOTS = 16
+#: The token that is chosen where no logit is the largest: with a NaN or an Inf.
+_NO_TOKEN = -1
+
+
+class _Choice(NamedTuple):
+  """How a token is chosen; part of a compiled program."""
+
+  sample: bool  # otherwise the likeliest token
+  top_k: int | None
 
 
 def generate(
@@ -26,12 +47,18 @@ def generate(
 ) -> Array:
   """Return `steps` tokens after each prompt, int32 (B, steps).
 
-  It compiles once for each model config, prompt shape, `steps`, `top_k` and
-  choice between greedy and sampled tokens.
+  For each model config and B it compiles a program for each power of two up to
+  T, and one for each power of two of `steps`, each `top_k`, and the choice
+  between greedy and sampled tokens. Programs of the last 32 such cases are
+  kept.
+
+  Inside `jax.jit` and other transformations values are not known. There, a
+  prompt token outside the vocabulary is not refused. A token whose logits are
+  not finite, and the tokens after it, are −1.
 
   Args:
     model: the language model.
-    prompt: integers (B, T), T ≥ 1.
+    prompt: integers (B, T), T ≥ 1, each in [0, V).
     steps: number of tokens, ≥ 1.
     temperature: 0 takes the likeliest token. Above 0, tokens are sampled from
       softmax(logits / temperature).
@@ -39,15 +66,37 @@ def generate(
     key: a PRNG key, which `temperature` > 0 needs. None: no sampling.
 
   Raises:
-    ValueError: an argument does not fit, or the position table has fewer than
-      T + steps − 1 rows.
+    ValueError: an argument does not fit, the position table has fewer than
+      T + steps − 1 rows, or the model's logits are not finite.
   """
+  steps, temperature, top_k = map(plain_scalar, (steps, temperature, top_k))
   _check_arguments(model, prompt, steps, temperature, top_k, key)
+  prompt_BT = to_int32(prompt)
+  if _has_values(prompt_BT):
+    # NumPy cuts it into parts without a compiled program for each length.
+    prompt_BT = jax.device_get(prompt_BT)
+    _check_vocabulary(prompt_BT, model.config.vocab_size)
+  B, T = prompt_BT.shape
   graph, params = nnx.split(model)
-  if key is None:
-    key = jax.random.key(0)  # greedy choice does not use it
-  run = _compiled(graph, steps, top_k, temperature > 0)
-  return run(params, prompt, jnp.float32(temperature), key)
+  reader = _reader(graph, B)
+  state = reader.start(params)
+  logits_BV = None
+  for start, stop in _parts(T):
+    part_BT = jax.device_put(prompt_BT[:, start:stop])
+    logits_BV, state = reader.read(params, part_BT, state)
+  choice = _Choice(temperature > 0, top_k)
+  write = _writer(graph, B, max(_FEWEST_SLOTS, _power_of_two(steps)), choice)
+  tokens_BS = write(
+    params,
+    logits_BV,
+    state,
+    jax.device_put(np.int32(steps)),
+    jax.device_put(np.float32(temperature)),
+    key if choice.sample else None,
+  )
+  tokens_BS = jax.lax.slice_in_dim(tokens_BS, 0, steps, axis=1)
+  _check_tokens(tokens_BS)
+  return tokens_BS
 
 
 def _check_arguments(
@@ -59,10 +108,13 @@ def _check_arguments(
   key: Array | None,
 ) -> None:
   V = model.config.vocab_size
-  if prompt.ndim != 2 or prompt.shape[1] < 1:
-    raise ValueError(f"prompt has shape {prompt.shape}: expected (B, T), T ≥ 1")
-  if not isinstance(steps, int) or steps < 1:
-    raise ValueError(f"steps={steps}: expected an integer ≥ 1")
+  check_integers("prompt", prompt)
+  if prompt.ndim != 2 or 0 in prompt.shape:
+    raise ValueError(
+      f"prompt has shape {prompt.shape}: expected (B, T), B ≥ 1 and T ≥ 1"
+    )
+  if not is_positive_integer(steps):
+    raise ValueError(f"steps={steps!r}: expected an integer ≥ 1")
   if not 0 <= temperature < math.inf:
     raise ValueError(f"temperature={temperature}: expected a number ≥ 0")
   if 0 < temperature < _LEAST_TEMPERATURE:
@@ -73,8 +125,8 @@ def _check_arguments(
     raise ValueError(
       f"temperature={temperature} samples tokens: expected a PRNG key in `key`"
     )
-  if top_k is not None and not 1 <= top_k <= V:
-    raise ValueError(f"top_k={top_k}: expected None or 1 to {V}")
+  if top_k is not None and not (is_positive_integer(top_k) and top_k <= V):
+    raise ValueError(f"top_k={top_k!r}: expected None or 1 to {V}")
   if temperature == 0 and top_k is not None:
     raise ValueError(
       f"top_k={top_k} samples: expected temperature > 0, or top_k=None"
@@ -82,38 +134,118 @@ def _check_arguments(
   check_length(model.config, prompt.shape[1] + steps - 1)
 
 
-@functools.lru_cache(maxsize=32)
-def _compiled(
-  graph: nnx.GraphDef, steps: int, top_k: int | None, sample: bool
-) -> Callable[..., Array]:
-  """Return the compiled loop of a model, for one way to choose tokens."""
+def _check_vocabulary(prompt_BT: np.ndarray, size: int) -> None:
+  """Raise ValueError for a token outside the vocabulary."""
+  wrong = np.argwhere((prompt_BT < 0) | (prompt_BT >= size))
+  if wrong.size:
+    row, place = wrong[0]
+    raise ValueError(
+      f"prompt[{row}, {place}] is the token {prompt_BT[row, place]}: expected "
+      f"one of the vocabulary, 0 to {size - 1}"
+    )
 
-  def choose(logits_BV: Array, temperature: Array, key: Array) -> Array:
-    if not sample:
-      return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    if top_k is not None:
-      least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
-      logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
-    tokens_B = jax.random.categorical(key, logits_BV / temperature)
-    return tokens_B.astype(jnp.int32)
+
+def _check_tokens(tokens_BS: Array) -> None:
+  """Raise ValueError where logits were not finite, if values are known."""
+  if not _has_values(tokens_BS):
+    return
+  wrong = np.argwhere(jax.device_get(tokens_BS) == _NO_TOKEN)
+  if wrong.size:
+    row, step = wrong[0]
+    raise ValueError(
+      f"the logits of new token {step} after prompt {row} are not finite, so "
+      "that no token is the likeliest: look for NaN or Inf in the model's "
+      "parameters, and for values past the range of its compute dtype"
+    )
+
+
+def _has_values(x: Array) -> bool:
+  """Whether this process can read all values of x now."""
+  if isinstance(x, jax.core.Tracer):
+    return False
+  return isinstance(x, np.ndarray) or x.is_fully_addressable
+
+
+def _parts(length: int) -> list[tuple[int, int]]:
+  """Return (start, stop) of parts with lengths of powers of two."""
+  sizes = [1 << bit for bit in reversed(range(length.bit_length()))]
+  stops = [length & -size for size in sizes if length & size]
+  return list(zip([0, *stops], stops, strict=False))
+
+
+def _power_of_two(least: int) -> int:
+  """Return the smallest power of two that is at least `least`."""
+  return 1 << (least - 1).bit_length()
+
+
+class _Reader(NamedTuple):
+  """The compiled programs that read a prompt."""
+
+  start: Callable[[nnx.State], LMState]
+  read: Callable[[nnx.State, Array, LMState], tuple[Array, LMState]]
+
+
+# The number of rows is part of the key, so that dropping the programs of the
+# oldest case bounds the memory of all programs.
+@functools.lru_cache(maxsize=32)
+def _reader(graph: nnx.GraphDef, rows: int) -> _Reader:
+  """Return the programs that read prompts of so many rows."""
 
   @jax.jit
-  def run(
-    params: nnx.State, prompt_BT: Array, temperature: Array, key: Array
+  def start(params: nnx.State) -> LMState:
+    return nnx.merge(graph, params).init_state(rows)
+
+  @jax.jit
+  def read(
+    params: nnx.State, part_BT: Array, state: LMState
+  ) -> tuple[Array, LMState]:
+    return nnx.merge(graph, params).prefill(part_BT, state)
+
+  return _Reader(start, read)
+
+
+@functools.lru_cache(maxsize=32)
+def _writer(
+  graph: nnx.GraphDef, rows: int, slots: int, choice: _Choice
+) -> Callable[..., Array]:
+  """Return the program that adds tokens (B, slots) to so many rows.
+
+  Its arguments are the parameters, the logits (B, V) and the state after the
+  prompt, the number of tokens to fill in, the temperature, and the PRNG key or
+  None. The first tokens are the same for every number of slots.
+  """
+
+  def choose(logits_BV: Array, temperature: Array, key: Array | None) -> Array:
+    is_finite_B = jnp.isfinite(logits_BV.max(axis=-1))
+    if choice.top_k is not None:
+      least_B1 = jax.lax.top_k(logits_BV, choice.top_k)[0][:, -1:]
+      logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+    if choice.sample:
+      tokens_B = jax.random.categorical(key, logits_BV / temperature)
+    else:
+      tokens_B = jnp.argmax(logits_BV, axis=-1)
+    return jnp.where(is_finite_B, tokens_B.astype(jnp.int32), _NO_TOKEN)
+
+  @jax.jit
+  def write(
+    params: nnx.State,
+    logits_BV: Array,
+    state: LMState,
+    steps: Array,
+    temperature: Array,
+    key: Array | None,
   ) -> Array:
-    model = nnx.merge(graph, params)
-    state = model.init_state(prompt_BT.shape[0])
-    logits_BV, state = model.prefill(prompt_BT, state)
-    keys = jax.random.split(key, steps)
-    first_B = choose(logits_BV, temperature, keys[0])
+    keys = None if key is None else jax.random.split(key, slots)
+    key_of = lambda s: None if keys is None else keys[s]
+    first_B = choose(logits_BV, temperature, key_of(0))
+    tokens_SB = jnp.full((slots, rows), _NO_TOKEN, jnp.int32).at[0].set(first_B)
 
-    def body(carry, key):
-      token_B, state = carry
-      logits_BV, state = nnx.merge(graph, params).step(token_B, state)
-      token_B = choose(logits_BV, temperature, key)
-      return (token_B, state), token_B
+    def body(s: Array, carry: tuple[Array, LMState]) -> tuple[Array, LMState]:
+      tokens_SB, state = carry
+      logits_BV, state = nnx.merge(graph, params).step(tokens_SB[s - 1], state)
+      token_B = choose(logits_BV, temperature, key_of(s))
+      return tokens_SB.at[s].set(token_B), state
 
-    _, rest_SB = jax.lax.scan(body, (first_B, state), keys[1:])
-    return jnp.concatenate([first_B[None], rest_SB]).T
+    return jax.lax.fori_loop(1, steps, body, (tokens_SB, state))[0].T
 
-  return run
+  return write

@@ -36,6 +36,7 @@ from rebased_jax.config_checks import (
   check_positive,
   compute_dtype,
 )
+from rebased_jax.integers import check_integers, to_int32
 from rebased_jax.layer_norm import Stream
 from rebased_jax.mixers.base import MixerConfig, Site
 
@@ -209,9 +210,11 @@ class LM(nnx.Module):
 
     It has the compute dtype. The arguments are those of a call.
     """
-    _check_rows("tokens", tokens)
+    tokens = _integer_rows("tokens", tokens)
     if positions_to_predict is not None:
-      _check_rows("positions_to_predict", positions_to_predict)
+      positions_to_predict = _integer_rows(
+        "positions_to_predict", positions_to_predict
+      )
     config = self.config
     position_1T = jnp.arange(tokens.shape[1])[None]
     stream = blocks.run_pairs(
@@ -266,7 +269,7 @@ class LM(nnx.Module):
     Raises:
       ValueError: T is larger than the position table, or a shape does not fit.
     """
-    _check_rows("tokens", tokens)
+    tokens = _integer_rows("tokens", tokens)
     T = tokens.shape[1]
     step_1T = jnp.arange(T, dtype=jnp.int32)[None]
     x_BTD = self._embed(tokens, state.position_B[:, None] + step_1T)
@@ -285,6 +288,10 @@ class LM(nnx.Module):
       tokens: integers (B,).
       state: the state after the tokens before, or `init_state(B)`.
     """
+    check_integers("tokens", tokens)
+    if tokens.ndim != 1 or tokens.shape[0] == 0:
+      raise ValueError(f"tokens has shape {tokens.shape}: expected (B,), B > 0")
+    tokens = to_int32(tokens)
     x_B1D = self._embed(tokens[:, None], state.position_B[:, None])
     x_BD, states = blocks.step_pairs(self.pairs, x_B1D[:, 0], state.pairs)
     return self.head(self.norm(x_BD)), LMState(state.position_B + 1, states)
@@ -310,6 +317,7 @@ class LM(nnx.Module):
     Raises:
       NotImplementedError: the mixer has no such matrix.
     """
+    tokens = _integer_rows("tokens", tokens)
     stream = Stream(self._embed(tokens, jnp.arange(tokens.shape[1])[None]))
     last = self.config.pairs - 1
     for index in range(last):
@@ -360,9 +368,12 @@ def parameter_count(model: nnx.Module) -> int:
   return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-def _check_rows(name: str, x: Array) -> None:
+def _integer_rows(name: str, x: Array) -> Array:
+  """Return integers (B, T) as int32, or raise ValueError for anything else."""
+  check_integers(name, x)
   if x.ndim != 2 or 0 in x.shape:
     raise ValueError(f"{name} has shape {x.shape}: expected (B, T), both > 0")
+  return to_int32(x)
 
 
 def _with_whole_rows(table_VD: Array, axes: ShardAxes | None) -> Array:
@@ -375,7 +386,7 @@ def _with_whole_rows(table_VD: Array, axes: ShardAxes | None) -> Array:
 
 
 def _look_up(table_VD: Array, index_BT: Array) -> Array:
-  """Return rows of a table; an index outside it has NaN."""
+  """Return rows of a table; an index outside it has NaN. Indices are int32."""
   is_inside_BT = (index_BT >= 0) & (index_BT < table_VD.shape[0])
   rows_BTD = jnp.take(table_VD, index_BT, axis=0, mode="clip")
   return jnp.where(is_inside_BT[..., None], rows_BTD, jnp.nan)

@@ -47,6 +47,7 @@ from rebased_jax.config_checks import (
   compute_dtype,
   is_positive_integer,
 )
+from rebased_jax.integers import check_integers, name_type, to_int32
 
 MixerState = Any
 
@@ -171,6 +172,7 @@ class Mixer(nnx.Module):
     self._check_row(x_BTD, segment_ids, axes)
     if query_positions is not None:
       self._check_positions(x_BTD, query_positions)
+      query_positions = to_int32(query_positions)
     y = self._mix(
       x_BTD,
       segment_ids=segment_ids,
@@ -305,20 +307,24 @@ class Mixer(nnx.Module):
         f"{self._name} with segment_ids: {self.no_segment_ids}"
       )
     B, T = x_BTD.shape[:2]
-    self._check_integers("segment_ids", segment_ids)
+    check_integers(f"{self._name}: segment_ids", segment_ids)
     if segment_ids.shape != (B, T):
       raise self._wrong_shape("segment_ids", segment_ids, f"(B, T) = {(B, T)}")
 
   def _check_tokens(self, x: Array, form: str) -> None:
     rank = form.count(",") + 1
+    if not hasattr(x, "dtype"):
+      raise ValueError(
+        f"{self._name}: x is {name_type(x)}: expected an array {form}"
+      )
     if x.ndim != rank or 0 in x.shape or x.shape[-1] != self.width:
       raise self._wrong_shape("x", x, f"{form}, none 0, with D = {self.width}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
       raise ValueError(f"{self._name}: x is {x.dtype}: expected floats")
 
   def _check_positions(self, x_BTD: Array, query_positions: Array) -> None:
+    check_integers(f"{self._name}: query_positions", query_positions)
     B, shape = x_BTD.shape[0], query_positions.shape
-    self._check_integers("query_positions", query_positions)
     if len(shape) != 2 or shape[0] != B or shape[1] == 0:
       raise self._wrong_shape(
         "query_positions", query_positions, f"(B, M), B = {B} and M ≥ 1"
@@ -355,7 +361,7 @@ class Mixer(nnx.Module):
     """Check that a method returned a tuple of y and the state."""
     if isinstance(returned, tuple) and len(returned) == 2:
       return returned
-    found = f"a {type(returned).__name__}"
+    found = name_type(returned)
     if isinstance(returned, tuple):
       found = f"{len(returned)} values"
     raise TypeError(
@@ -392,10 +398,6 @@ class Mixer(nnx.Module):
           f"{_array_type(other.shape, other.dtype)}, as init_state makes it"
         )
 
-  def _check_integers(self, name: str, x: Array) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-      raise ValueError(f"{self._name}: {name} is {x.dtype}: expected integers")
-
   def _wrong_shape(self, name: str, x: Array, expected: str) -> ValueError:
     return ValueError(
       f"{self._name}: {name} has shape {x.shape}: expected {expected}"
@@ -412,6 +414,7 @@ def take_positions(x_BTD: Array, positions_BM: Array | None) -> Array:
   """
   if positions_BM is None:
     return x_BTD
+  positions_BM = to_int32(positions_BM)
   inside_BM = (positions_BM >= 0) & (positions_BM < x_BTD.shape[1])
   x_BMD = jnp.take_along_axis(
     x_BTD, positions_BM[:, :, None], axis=1, mode="clip"

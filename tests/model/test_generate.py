@@ -1,6 +1,7 @@
 """Tests of generated tokens: greedy, sampled, compiled once, and errors."""
 
 import chex
+from compilations import compilations
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,14 @@ def test_a_token_past_the_table_is_named() -> None:
     (dict(top_k=V + 1), "top_k=12: expected None or 1 to 11"),
     (dict(top_k=3), "top_k=3 samples: expected temperature > 0"),
     (dict(steps=2.0), "steps=2.0"),
+    (dict(steps=True), "steps=True"),
+    (dict(top_k=2.0, temperature=1.0), "top_k=2.0"),
+    (dict(prompt=PROMPT_BT.astype(bool)), "prompt is bool: expected integers"),
+    (
+      dict(prompt=PROMPT_BT.astype(float)),
+      "prompt is float32: expected integers",
+    ),
+    (dict(prompt=[[1, 2]]), "prompt is a list: expected an integer array"),
     (dict(temperature=1e-46), "temperature=1e-46"),
   ],
 )
@@ -129,15 +138,121 @@ def test_compiles_once_for_a_shape(monkeypatch) -> None:
   for name in ("prefill", "step"):
     once = chex.assert_max_traces(getattr(LM, name), n=1)
     monkeypatch.setattr(LM, name, once)
-  model, steps = make(), 3  # a length that no earlier test has compiled
-  compiled = generation._compiled
-  before = compiled.cache_info().misses
+  model, steps = make(), 3
+  generation._reader.cache_clear()
+  generation._writer.cache_clear()
   for seed, temperature in ((1, 1.0), (2, 0.5)):
     model.token_embedding[...] = model.token_embedding[...] + 1
     key = jax.random.key(seed)
     generate(model, PROMPT_BT, steps=steps, temperature=temperature, key=key)
   again = make()  # another model of the same config
   generate(again, PROMPT_BT, steps=steps, temperature=1.0, key=key)
-  assert compiled.cache_info().misses == before + 1
-  run = compiled(nnx.split(model)[0], steps, None, True)
-  assert run._cache_size() == 1
+  for cache in (generation._reader, generation._writer):
+    assert cache.cache_info().misses == 1
+  graph = nnx.split(model)[0]
+  choice = generation._Choice(sample=True, top_k=None)
+  assert generation._reader(graph, 2).read._cache_size() == 1
+  assert generation._writer(graph, 2, 16, choice)._cache_size() == 1
+
+
+def test_prompts_of_all_lengths_share_programs() -> None:
+  """Read a prompt of 7 tokens as 4, 2 and 1, and so every shorter one too."""
+  model = make()
+  row_BT = jnp.concatenate([PROMPT_BT, PROMPT_BT[:, ::-1]], axis=1)
+  generation._reader.cache_clear()
+  generate(model, row_BT[:, :7], steps=1)
+  reader = generation._reader(nnx.split(model)[0], 2)
+  assert reader.read._cache_size() == 3
+  whole = jax.jit(lambda tokens_BT: model(tokens_BT))
+  logits_BTV = np.asarray(whole(row_BT))
+  key, temperature = jax.random.key(3), 2.0
+  for T in range(1, 8):
+    with compilations() as count:
+      greedy = generate(model, row_BT[:, :T], steps=1)
+    assert {"read", "write", "start"}.isdisjoint(count), count
+    np.testing.assert_array_equal(
+      greedy[:, 0], logits_BTV[:, T - 1].argmax(axis=-1)
+    )
+    # The samples of a documented formula: the first key of a split.
+    sampled = generate(
+      model, row_BT[:, :T], steps=1, temperature=temperature, key=key
+    )
+    np.testing.assert_array_equal(
+      sampled[:, 0],
+      jax.random.categorical(
+        jax.random.split(key, 1)[0], logits_BTV[:, T - 1] / temperature
+      ),
+    )
+  assert reader.read._cache_size() == 3
+
+
+def test_fewer_tokens_are_the_first_of_more() -> None:
+  """Numbers of tokens up to 16 share a program, samples included."""
+  model, key = make(), jax.random.key(4)
+  for how in (dict(), dict(temperature=1.5, key=key, top_k=6)):
+    most = generate(model, PROMPT_BT[:, :2], steps=7, **how)
+    for steps in (1, 4, 6):
+      with compilations() as count:
+        found = generate(model, PROMPT_BT[:, :2], steps=steps, **how)
+      assert "write" not in count
+      np.testing.assert_array_equal(found, most[:, :steps])
+
+
+def test_the_programs_that_are_kept_are_bounded() -> None:
+  for cache in (generation._reader, generation._writer):
+    assert cache.cache_info().maxsize == 32
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint32", "int64"])
+def test_a_prompt_of_any_integer_dtype(dtype) -> None:
+  prompt_BT = np.asarray(PROMPT_BT).astype(dtype)
+  np.testing.assert_array_equal(
+    generate(make(), prompt_BT, steps=2), generate(make(), PROMPT_BT, steps=2)
+  )
+
+
+@pytest.mark.parametrize("token", [-1, V, 2**32 + 1])
+def test_a_token_out_of_the_vocabulary_is_named(token) -> None:
+  prompt_BT = np.array(PROMPT_BT, np.int64)
+  prompt_BT[1, 2] = token
+  words = rf"prompt\[1, 2\] is the token -?\d+: .* 0 to {V - 1}"
+  with pytest.raises(ValueError, match=words):
+    generate(make(), prompt_BT, steps=2)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("sample", [False, True])
+def test_logits_that_are_not_finite_are_named(value, sample) -> None:
+  model = make()
+  model.token_embedding[...] = model.token_embedding[...].at[3, 0].set(value)
+  how = dict(temperature=1.0, key=jax.random.key(1)) if sample else {}
+  words = "new token 0 after prompt 0 are not finite"
+  with pytest.raises(ValueError, match=words):
+    generate(model, PROMPT_BT, steps=2, **how)
+  # Inside `jax.jit` there is no value to refuse: −1 is no token.
+  run = jax.jit(lambda prompt_BT: generate(model, prompt_BT, steps=2, **how))
+  assert (run(PROMPT_BT)[0] == -1).all()
+
+
+def test_moves_no_data_that_is_not_asked_for() -> None:
+  model, key = make(), jax.random.key(1)
+  wanted = generate(model, PROMPT_BT, steps=3, temperature=1.0, key=key)
+  with jax.transfer_guard("disallow"):
+    for prompt_BT in (PROMPT_BT, np.asarray(PROMPT_BT, np.uint8)):
+      generate(model, prompt_BT, steps=3)
+      found = generate(model, prompt_BT, steps=3, temperature=1.0, key=key)
+  np.testing.assert_array_equal(found, wanted)
+
+
+def test_options_may_be_scalars_of_numpy_and_jax() -> None:
+  model, key = make(), jax.random.key(1)
+  plain = dict(steps=3, temperature=1.5, top_k=4)
+  wanted = generate(model, PROMPT_BT, key=key, **plain)
+  for library in (np, jnp):
+    options = {
+      "steps": library.int32(3),
+      "temperature": library.float32(1.5),
+      "top_k": library.int32(4),
+    }
+    found = generate(model, PROMPT_BT, key=key, **options)
+    np.testing.assert_array_equal(found, wanted)

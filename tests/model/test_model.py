@@ -187,6 +187,65 @@ def test_a_token_out_of_the_vocabulary_is_nan(token) -> None:
   np.testing.assert_array_equal(found_BTV[1], wanted_BTV[1])
 
 
+@pytest.mark.parametrize(
+  "dtype", ["int8", "uint8", "int16", "uint16", "uint32", "int64", "uint64"]
+)
+def test_integers_of_any_dtype(dtype) -> None:
+  """A vocabulary of 256 and rows of 130 tokens, which int8 does not hold."""
+  config = dataclasses.replace(
+    ONE_PAIR, vocab_size=256, positions=130, mlp_width=None
+  )
+  model = nnx.merge(*make(config))
+  rng = np.random.default_rng(6)
+  tokens_BT = rng.integers(128, size=(B, 130), dtype=np.int32)
+  at_BM = np.array([[0, 7, 127], [3, 99, 5]], np.int32)
+  wanted_BMV = model(tokens_BT, positions_to_predict=at_BM)
+  for convert in (np.asarray, jnp.asarray):
+    if convert is jnp.asarray and dtype.endswith("64"):
+      continue  # jax makes them 32 bits wide
+    tokens, at = (convert(x.astype(dtype)) for x in (tokens_BT, at_BM))
+    found_BMV = model(tokens, positions_to_predict=at, segment_ids=tokens * 0)
+    assert np.isfinite(found_BMV).all()
+    assert_close(found_BMV, wanted_BMV)
+
+
+@pytest.mark.parametrize("token", [2**32, 2**31, -(2**32) + 1])
+def test_a_token_of_64_bits_is_not_cut_to_32(token) -> None:
+  tokens_BT = TOKENS_BT.astype(np.int64)
+  tokens_BT[0, 7] = token
+  found_BTV = np.asarray(nnx.merge(*make(CONFIG))(tokens_BT))
+  assert np.isnan(found_BTV[0, 7:]).all()
+  assert np.isfinite(found_BTV[1]).all()
+
+
+@pytest.mark.parametrize(
+  ("tokens", "message"),
+  [
+    (TOKENS_BT > 3, "tokens is bool: expected integers"),
+    (TOKENS_BT * 1.0, "tokens is float64: expected integers"),
+    (TOKENS_BT.tolist(), "tokens is a list: expected an integer array"),
+    (None, "tokens is None: expected an integer array"),
+  ],
+)
+def test_tokens_of_another_kind_are_named(tokens, message) -> None:
+  model = nnx.merge(*make(CONFIG))
+  state = model.init_state(B)
+  chosen = [[1]] if tokens is None else tokens
+  for call in (
+    lambda: model(tokens),
+    lambda: model.features(tokens),
+    lambda: model.prefill(tokens, state),
+    lambda: model.step(tokens, state),
+    lambda: model.attention_matrix(tokens),
+    lambda: model(TOKENS_BT, positions_to_predict=chosen),
+  ):
+    name = r"(tokens|positions_to_predict) is "
+    with pytest.raises(ValueError, match=name):
+      call()
+  with pytest.raises(ValueError, match=message):
+    model(tokens)
+
+
 def test_dropout() -> None:
   params = make(CONFIG)[1]
   call = lambda seed: np.asarray(

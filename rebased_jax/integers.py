@@ -1,0 +1,48 @@
+"""Integer arguments of models and mixers: tokens and positions."""
+
+from jax import Array
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_integers(name: str, x: Array) -> None:
+  """Check that an argument is an array of integers. Booleans are not.
+
+  Args:
+    name: the argument's name, for the message.
+    x: the argument.
+
+  Raises:
+    ValueError: it is not an array, or has another dtype.
+  """
+  if not hasattr(x, "dtype"):
+    raise ValueError(f"{name} is {name_type(x)}: expected an integer array")
+  if not jnp.issubdtype(x.dtype, jnp.integer):
+    raise ValueError(f"{name} is {x.dtype}: expected integers")
+
+
+def to_int32(x: Array) -> Array:
+  """Return integers of any dtype as int32.
+
+  A narrow dtype does not hold the size of a table, so that `x < size` would
+  wrap in it. A value outside int32 becomes the nearest value inside, which no
+  table has a row for.
+
+  Args:
+    x: integers of any shape. NumPy arrays are converted by NumPy: jax would
+      first cut 64 bits to 32.
+  """
+  if x.dtype == jnp.int32:
+    return x
+  if x.dtype.itemsize >= 4:
+    numpy = np if isinstance(x, np.ndarray) else jnp
+    limits = jnp.iinfo(jnp.int32)
+    x = numpy.minimum(x, limits.max)
+    if jnp.issubdtype(x.dtype, jnp.signedinteger):
+      x = numpy.maximum(x, limits.min)
+  return x.astype(jnp.int32)
+
+
+def name_type(x: object) -> str:
+  """Return what an argument is, for messages: "None", or "a list"."""
+  return "None" if x is None else f"a {type(x).__name__}"
