@@ -25,7 +25,7 @@ from jax import Array
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from pallas_kernels import ShardAxes
+from pallas_kernels import ShardAxes, devices
 from rebased_jax.layer_norm import LayerNorm, Stream
 from rebased_jax.linear import output_stddev
 from rebased_jax.mixers.base import (
@@ -351,6 +351,44 @@ def unstack(pairs: Pair, index: int) -> Pair:
   return nnx.merge(graph, _take(parameters, index))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Program:
+  """What a program of stacked pairs depends on, besides its arrays."""
+
+  graph: nnx.GraphDef  # of one pair
+  device: tuple[str, bool]  # the platform, and whether Hopper kernels run
+  axes: ShardAxes | None = None
+  scan: bool = True
+  remat: Remat = "none"
+
+
+def _split_program(pairs: Pair, **options: Any) -> tuple[_Program, Any]:
+  """Return the program of stacked pairs, and their parameters."""
+  graph, parameters = nnx.split(pairs)
+  device = devices.platform(), devices.is_hopper()
+  return _Program(graph, device, **options), parameters
+
+
+def _compile_once(run: Callable[..., Any]) -> Callable[..., Any]:
+  """Compile `run(program, *arrays)` once for equal programs and shapes.
+
+  A scan's body is a new function at each call. Outside `jax.jit` jax would
+  compile it anew each time, and keep every copy.
+  """
+  # Inside `jax.jit` it is the plain call.
+  compiled = jax.jit(run, static_argnums=0, inline=True)
+
+  def call(program: _Program, *arrays: Any) -> Any:
+    try:
+      hash(program)
+    except TypeError:
+      # A mixer that is not ours may keep a list or a dict, which have no hash.
+      return run(program, *arrays)
+    return compiled(program, *arrays)
+
+  return call
+
+
 def run_pairs(
   pairs: Pair,
   x_BTD: Array,
@@ -376,54 +414,86 @@ def run_pairs(
     axes: as in a call of a `Block`.
     query_positions: as in a call of a `Block`, for the last pair.
   """
-  graph, parameters = nnx.split(pairs)
+  program, parameters = _split_program(pairs, axes=axes, scan=scan, remat=remat)
+  return _run_pairs(program, parameters, x_BTD, segment_ids, query_positions)
 
+
+@_compile_once
+def _run_pairs(
+  program: _Program,
+  parameters: Any,
+  x_BTD: Array,
+  segment_ids: Array | None,
+  query_positions: Array | None,
+) -> Stream:
   def run_pair(
     stream: Stream, parameters: Any, query_positions: Array | None = None
   ) -> Stream:
-    return nnx.merge(graph, parameters)(
+    return nnx.merge(program.graph, parameters)(
       stream,
       segment_ids=segment_ids,
-      axes=axes,
+      axes=program.axes,
       query_positions=query_positions,
     )
 
-  if remat != "none":
+  if program.remat != "none":
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     run_pair = jax.checkpoint(
       run_pair,
-      prevent_cse=not scan,  # the body of a scan cannot be merged with others
-      policy=dots if remat == "dots" else None,
+      # The body of a scan cannot be merged with others.
+      prevent_cse=not program.scan,
+      policy=dots if program.remat == "dots" else None,
     )
+  if not program.scan:
+    return _run_one_by_one(
+      program, run_pair, parameters, x_BTD, query_positions
+    )
+
+  # The carry is the sum of the stream's parts: it takes less memory.
+  def body(x: Array, parameters: Any) -> tuple[Array, None]:
+    return run_pair(Stream(x), parameters).whole(), None
+
   if query_positions is None:
-    return _run_whole_rows(run_pair, x_BTD, parameters, scan, remat)
-  before = jax.tree.map(lambda p: p[:-1], parameters)
-  stream = _run_whole_rows(run_pair, x_BTD, before, scan, remat)
-  return run_pair(stream, _take(parameters, -1), query_positions)
-
-
-def _run_whole_rows(
-  run_pair: Callable[[Stream, Any], Stream],
-  x_BTD: Array,
-  parameters: Any,
-  scan: bool,
-  remat: Remat,
-) -> Stream:
-  """Return the residual stream after pairs; there may be none."""
-  count = len(jax.tree.leaves(parameters)[0])
-  if scan and count:
-    # The carry is the sum of the stream's parts: it takes less memory.
-    def body(x: Array, parameters: Any) -> tuple[Array, None]:
-      return run_pair(Stream(x), parameters).whole(), None
-
     return Stream(jax.lax.scan(body, x_BTD, parameters)[0])
-  run_pair = jax.jit(run_pair)  # traced once for all pairs after the first
+  before, last = _split_last(parameters)
+  if before is not None:
+    x_BTD, _ = jax.lax.scan(body, x_BTD, before)
+  return run_pair(Stream(x_BTD), last, query_positions)
+
+
+def _run_one_by_one(
+  program: _Program,
+  run_pair: Callable[..., Stream],
+  parameters: Any,
+  x_BTD: Array,
+  query_positions: Array | None,
+) -> Stream:
+  """Return the residual stream after pairs that are not scanned over."""
+  run_whole = jax.jit(run_pair)  # traced once for all pairs after the first
   stream = Stream(x_BTD)
-  for index in range(count):
-    stream = run_pair(stream, _take(parameters, index))
-    if remat == "full":  # so that the backward keeps the sum alone
+  *before, last = _split(parameters)
+  for pair in before:
+    stream = run_whole(*_in_turn(program, stream, pair))
+    if program.remat == "full":  # so that the backward keeps the sum alone
       stream = Stream(stream.whole())
-  return stream
+  stream, last = _in_turn(program, stream, last)
+  if query_positions is not None:
+    return run_pair(stream, last, query_positions)
+  stream = run_whole(stream, last)
+  return Stream(stream.whole()) if program.remat == "full" else stream
+
+
+def _in_turn(
+  program: _Program, stream: Stream, pair: Any
+) -> tuple[Stream, Any]:
+  """Return both, the parameters of the pair available only with the stream.
+
+  Over a mesh XLA would otherwise gather the parameters of all pairs at the
+  start, and hold them all.
+  """
+  if program.axes is None:
+    return stream, pair
+  return jax.lax.optimization_barrier((stream, pair))
 
 
 def init_states(pairs: Pair, batch: int) -> Any:
@@ -442,23 +512,41 @@ def prefill_pairs(
   axes: ShardAxes | None = None,
 ) -> tuple[Array, Any]:
   """Return the residual stream of T more tokens, and all pairs' states."""
-  graph, parameters = nnx.split(pairs)
+  program, parameters = _split_program(pairs, axes=axes)
+  return _prefill_pairs(program, parameters, x_BTD, states, segment_ids)
 
+
+@_compile_once
+def _prefill_pairs(
+  program: _Program,
+  parameters: Any,
+  x_BTD: Array,
+  states: Any,
+  segment_ids: Array | None,
+) -> tuple[Array, Any]:
   def body(x_BTD: Array, inputs: tuple[Any, Any]) -> tuple[Array, Any]:
     parameters, states = inputs
-    pair = nnx.merge(graph, parameters)
-    return pair.prefill(x_BTD, states, segment_ids=segment_ids, axes=axes)
+    pair = nnx.merge(program.graph, parameters)
+    return pair.prefill(
+      x_BTD, states, segment_ids=segment_ids, axes=program.axes
+    )
 
   return jax.lax.scan(body, x_BTD, (parameters, states))
 
 
 def step_pairs(pairs: Pair, x_BD: Array, states: Any) -> tuple[Array, Any]:
   """Return the residual stream of one more token, and all pairs' states."""
-  graph, parameters = nnx.split(pairs)
+  program, parameters = _split_program(pairs)
+  return _step_pairs(program, parameters, x_BD, states)
 
+
+@_compile_once
+def _step_pairs(
+  program: _Program, parameters: Any, x_BD: Array, states: Any
+) -> tuple[Array, Any]:
   def body(x_BD: Array, inputs: tuple[Any, Any]) -> tuple[Array, Any]:
     parameters, states = inputs
-    return nnx.merge(graph, parameters).step(x_BD, states)
+    return nnx.merge(program.graph, parameters).step(x_BD, states)
 
   return jax.lax.scan(body, x_BD, (parameters, states))
 
@@ -475,3 +563,26 @@ def state_size(pairs: Pair, length: int) -> int:
 def _take(parameters: Any, index: int) -> Any:
   """Return the parameters of one of the stacked pairs."""
   return jax.tree.map(lambda p: p[index], parameters)
+
+
+def _split(parameters: Any) -> list[Any]:
+  """Return the parameters of each of the stacked pairs.
+
+  The gradient of a split is one concatenation. That of an index is a whole
+  stack of zeros for each pair, and their sum.
+  """
+  leaves, tree = jax.tree.flatten(parameters)
+  columns = [
+    [part[0] for part in jax.lax.split(p, (1,) * len(p))] for p in leaves
+  ]
+  return [tree.unflatten(column) for column in zip(*columns, strict=True)]
+
+
+def _split_last(parameters: Any) -> tuple[Any | None, Any]:
+  """Return the stack without its last pair, None if empty, and the last."""
+  leaves, tree = jax.tree.flatten(parameters)
+  if len(leaves[0]) == 1:
+    return None, _take(parameters, 0)
+  columns = [jax.lax.split(p, (len(p) - 1, 1)) for p in leaves]
+  before = tree.unflatten([before for before, _ in columns])
+  return before, tree.unflatten([last[0] for _, last in columns])
