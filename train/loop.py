@@ -305,6 +305,7 @@ class Loop:
   def _save(self, state: Any, step: int, finished: str | None) -> None:
     self._watch.beat(f"save of step {step}")
     before = time.perf_counter()
+    self._writer.flush()
     self._checkpoints.save(
       step, compiled_steps.to_dicts(state), self._meta(finished)
     )

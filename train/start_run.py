@@ -203,7 +203,7 @@ def train(
         folder.update(config)
         folder.write("sharding.txt", mesh_report.as_text(*placed))
       display = Display(console, start=start, steps=config.steps, active=first)
-      writer = MetricsWriter(config, folder, active=first)
+      writer = MetricsWriter(config, folder, active=first, start=start)
       begin = time.perf_counter()
       with _failing(), writer, display:
         for note in (f"run folder: {folder.path}", *placed[0], *notes):
@@ -216,8 +216,9 @@ def train(
           state, step, reason = loop.run(state, start, display, stop)
         watch.beat("last save")
         checkpoints.wait()
+        code = 128 + loop.signal if reason == "signal" else 0
+        writer.exit_code = code
       seconds = time.perf_counter() - begin
-      code = 128 + loop.signal if reason == "signal" else 0
       return Outcome(step, reason, code, loop.held_out, seconds, state)
 
 

@@ -1,13 +1,17 @@
 """Records for wandb, profiles, MFU and memory; skipped steps; hung data."""
 
 from pathlib import Path
+import signal
+import struct
 import sys
 import threading
 import types
 
+from etils import epath
 import jax
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 from text_cases import folder as folder, make_config, make_options
 from train_cases import (
   Spoiled,
@@ -26,8 +30,10 @@ from train.config import MQARStreamData, ProfileConfig
 from train.data.prefetch import DataTimeout, within
 from train.devices import batch_sharding, peaks
 from train.nonfinite_steps import TrainingFailed
-from train.records import device_usage
+from train.records import device_usage, tensorboard
+from train.records.profile import Profile
 from train.records.run_folder import RunFolder
+from train.stop_signals import StopSignals
 
 
 class _FakeWandb(types.ModuleType):
@@ -36,6 +42,7 @@ class _FakeWandb(types.ModuleType):
   def __init__(self):
     super().__init__("wandb")
     self.inits, self.records, self.finished = [], [], 0
+    self.exit_codes = []
 
   def init(self, **options):
     self.inits.append(options)
@@ -44,8 +51,9 @@ class _FakeWandb(types.ModuleType):
   def log(self, values, step):
     self.records.append((step, values))
 
-  def finish(self):
+  def finish(self, exit_code=0):
     self.finished += 1
+    self.exit_codes.append(exit_code)
 
 
 def test_wandb_gets_every_record(tmp_path: Path, monkeypatch) -> None:
@@ -63,6 +71,86 @@ def test_wandb_gets_every_record(tmp_path: Path, monkeypatch) -> None:
     kind = record.pop("kind")
     assert step == record.pop("step")
     assert values == {f"{kind}/{name}": x for name, x in record.items()}
+
+
+def test_wandb_learns_how_a_run_ended(tmp_path: Path, monkeypatch) -> None:
+  fake = _FakeWandb()
+  monkeypatch.setitem(sys.modules, "wandb", fake)
+  config = tiny(wandb="recall", steps=4)
+  with monkeypatch.context() as patch:
+    _spoil(patch, 3)
+    with pytest.raises(TrainingFailed):
+      run(config, tmp_path / "run")
+  with monkeypatch.context() as patch:
+    patch.setattr(StopSignals, "signal_number", signal.SIGTERM)
+    run(config, tmp_path / "run")
+  run(config, tmp_path / "run")
+  assert fake.exit_codes == [1, 143, 0]
+
+
+def _shown_by_tensorboard(folder: Path) -> list[tuple[str, int, float]]:
+  """Return (tag, step, value) as TensorBoard shows them, in any order.
+
+  A start of a session hides what earlier files have of its step and later ones.
+  """
+  shown = []
+  files = (folder / "tensorboard").iterdir()
+  for path in sorted(files, key=lambda x: x.stat().st_mtime_ns):
+    data, begin = path.read_bytes(), 0
+    while begin < len(data):  # length, checksum of it, event, its checksum
+      (size,) = struct.unpack_from("<Q", data, begin)
+      event = event_pb2.Event.FromString(data[begin + 12 : begin + 12 + size])
+      begin += 16 + size
+      if event.HasField("session_log"):
+        shown = [x for x in shown if x[1] < event.step]
+      for value in event.summary.value:
+        shown.append((value.tag, event.step, value.simple_value))
+  return shown
+
+
+def test_tensorboard_shows_each_step_once_after_a_kill(
+  tmp_path: Path, monkeypatch
+) -> None:
+  """Also the records that were buffered when the run was killed."""
+  config, folder = tiny(tensorboard=True, save_every=3), tmp_path / "run"
+  before, flushed = Profile.before, set[int]()
+
+  class Killed(BaseException):
+    pass
+
+  def die(self, step, state):
+    if step == 5:
+      flushed.update(step for _, step, _ in _shown_by_tensorboard(folder))
+      raise Killed
+    before(self, step, state)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Profile, "before", die)
+    with pytest.raises(Killed):
+      run(config, folder)
+  assert flushed >= {1, 2, 3}  # what the checkpoint knows of
+  _, out = run(config, folder)
+  assert "resuming at step 3" in out
+  wanted = {
+    (f"{x['kind']}/{name}", x["step"]): value
+    for x in RunFolder(folder).read_metrics()
+    for name, value in x.items()
+    if name not in ("kind", "step")
+  }
+  shown = _shown_by_tensorboard(folder)
+  assert sorted(x[:2] for x in shown) == sorted(wanted)
+  for tag, step, value in shown:
+    np.testing.assert_allclose(value, wanted[tag, step], rtol=1e-6)
+
+
+def test_every_number_goes_to_tensorboard(tmp_path: Path) -> None:
+  board = tensorboard.Board(epath.Path(tmp_path / "tensorboard"), 0)
+  numbers = dict(inf=np.inf, nan=np.nan, large=1e300, whole=2**40)
+  board.write(3, numbers)
+  board.close()
+  found = _shown_by_tensorboard(tmp_path)
+  assert [x[:2] for x in found] == [(name, 3) for name in numbers]
+  assert [x[2] for x in found[2:]] == [np.inf, 2.0**40]
 
 
 def test_wandb_that_is_not_installed(call, monkeypatch) -> None:
@@ -139,19 +227,19 @@ def test_device_usage_is_recorded_where_it_is_known(monkeypatch) -> None:
 
 def test_affine_statistics_by_layer() -> None:
   rng = np.random.default_rng(0)
-  gamma_NE, beta_NE = rng.normal(size=(2, 3, 8))
-  side = dict(query_affine=dict(gamma=gamma_NE, beta=beta_NE))
-  block = dict(mixer=side)
+  blocks = {name: rng.normal(size=(2, 3, 8)) for name in ("first", "second")}
+  pairs = {
+    name: dict(mixer=dict(query_affine=dict(gamma=gamma_NE, beta=beta_NE)))
+    for name, (gamma_NE, beta_NE) in blocks.items()
+  }
   found = metrics.by_layer(
-    metrics.affine_statistics(
-      metrics.Update(dict(pairs=dict(first=block, second=block)), None, None)
-    )
+    metrics.affine_statistics(metrics.Update(dict(pairs=pairs), None, None))
     | dict(loss=np.float32(2))
   )
   assert found.pop("loss") == 2 and len(found) == 2 * 3 * 4
   for layer in range(6):
-    pair = layer // 2
-    for name, x_NE in (("gamma", gamma_NE), ("beta", beta_NE)):
+    pair, block = layer // 2, ("first", "second")[layer % 2]
+    for name, x_NE in zip(("gamma", "beta"), blocks[block], strict=True):
       for kind, wanted in (
         ("mean", x_NE[pair].mean()),
         ("std", x_NE[pair].std()),

@@ -1,16 +1,18 @@
 """Write metrics as JSON lines, and to TensorBoard and wandb on request."""
 
 from collections.abc import Mapping
+import contextlib
 import json
 import time
 from types import TracebackType
 from typing import Any, Self
 
-import tensorboardX
-
 from train.config import RunConfig
 from train.records.run_folder import RunFolder
+from train.records.tensorboard import Board
 from train.records.wandb import WandbRun
+
+_FLUSH_EVERY = 10.0  # seconds, for those who watch TensorBoard
 
 
 class MetricsWriter:
@@ -20,17 +22,25 @@ class MetricsWriter:
     config: the run, which says where else the records go.
     folder: the run's folder.
     active: whether this process writes. One process of a run does.
+    start: the step that the run starts from. Records of later steps, which a
+      killed run left at TensorBoard, are hidden there.
+
+  Attributes:
+    exit_code: that of the process, for wandb: 0 for a finished run, 128 + its
+      number after a signal. An error in the context counts as 1.
   """
 
-  def __init__(self, config: RunConfig, folder: RunFolder, *, active: bool):
+  def __init__(
+    self, config: RunConfig, folder: RunFolder, *, active: bool, start: int = 0
+  ):
+    self.exit_code = 0
+    self._flushed = time.monotonic()
     self._file = folder.metrics_file.open("a") if active else None
     self._board = self._wandb = None
     if active and config.wandb is not None:
       self._wandb = WandbRun(config, folder)
     if active and config.tensorboard:
-      self._board = tensorboardX.SummaryWriter(
-        str(folder.path / "tensorboard"), flush_secs=10
-      )
+      self._board = Board(folder.path / "tensorboard", start)
 
   def write(self, kind: str, step: int, **values: Any) -> None:
     """Write one record.
@@ -46,10 +56,18 @@ class MetricsWriter:
     self._file.write(json.dumps(record) + "\n")
     self._file.flush()
     if self._board is not None:
-      for name, value in values.items():
-        self._board.add_scalar(f"{kind}/{name}", value, step)
+      named = {f"{kind}/{name}": value for name, value in values.items()}
+      self._board.write(step, named)
+      if time.monotonic() - self._flushed > _FLUSH_EVERY:
+        self.flush()
     if self._wandb is not None:
       self._wandb.write(kind, step, values)
+
+  def flush(self) -> None:
+    """Write what is buffered; call it before a save, so that it is not lost."""
+    if self._board is not None:
+      self._board.flush()
+      self._flushed = time.monotonic()
 
   def __enter__(self) -> Self:
     return self
@@ -60,9 +78,13 @@ class MetricsWriter:
     error: BaseException | None,
     trace: TracebackType | None,
   ) -> None:
-    for file in (self._file, self._board, self._wandb):
-      if file is not None:
-        file.close()
+    code = self.exit_code if kind is None else 1
+    with contextlib.ExitStack() as open_ones:
+      for file in (self._file, self._board):
+        if file is not None:
+          open_ones.callback(file.close)
+      if self._wandb is not None:
+        open_ones.callback(self._wandb.close, code)
 
 
 class Window:

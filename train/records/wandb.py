@@ -54,6 +54,9 @@ class WandbRun:
     named = {f"{kind}/{name}": value for name, value in values.items()}
     self._run.log(named, step=step)
 
-  def close(self) -> None:
-    """End the run at wandb."""
-    self._run.finish()
+  def close(self, exit_code: int) -> None:
+    """End the run at wandb, which records it as failed unless the code is 0."""
+    if exit_code == 0:
+      self._run.finish()
+    else:
+      self._run.finish(exit_code=exit_code)
