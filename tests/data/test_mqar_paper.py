@@ -6,6 +6,8 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -168,6 +170,28 @@ def test_two_processes_may_fill_the_cache_at_once(tmp_path):
   sums = [worker.communicate(timeout=120)[0].strip() for worker in workers]
   assert sums == 2 * [str(paper_examples(SMALL, 3000, 42).sum())]
   assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_one_process_makes_the_examples(tmp_path, monkeypatch):
+  """Each thread opens the lock itself, as a process does."""
+  made, start = [], threading.Barrier(3)
+
+  def make(*args):
+    made.append(args)
+    time.sleep(0.2)
+    return paper_examples(*args)
+
+  def work():
+    start.wait()
+    load_paper_examples(SMALL, 20, 3, tmp_path)
+
+  monkeypatch.setattr(mqar_paper, "paper_examples", make)
+  threads = [threading.Thread(target=work) for _ in range(3)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert made == [(SMALL, 20, 3)]
 
 
 @pytest.fixture

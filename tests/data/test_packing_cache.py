@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from train.data import one_maker
 from train.data.text import packing_cache
 from train.data.text.open_files import TooManyOpenFiles
 from train.data.text.packing_cache import cached
@@ -106,7 +107,7 @@ def test_a_folder_that_cannot_be_locked_is_used(
   def flock(descriptor: int, operation: int) -> None:
     raise OSError(37, "No locks available")
 
-  monkeypatch.setattr(packing_cache.fcntl, "flock", flock)
+  monkeypatch.setattr(one_maker.fcntl, "flock", flock)
   assert cached({"k": 1}, lambda: {"a": np.arange(3)}, tmp_path)["a"][2] == 2
   assert "cannot be locked: No locks available" in caplog.text
 

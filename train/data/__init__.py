@@ -11,6 +11,8 @@ The modules and packages:
     order          shuffles rows and mixes data sets
     splitmix64     random numbers by hashing
     file_hashes    SHA-256 of files, for fingerprints
+    in_vocabulary  checks that a model knows every token of a batch
+    one_maker      lets one process of a host fill a cache
     text           tokens → rows
     prepare        text → tokens
 """

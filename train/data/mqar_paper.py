@@ -16,6 +16,7 @@ from train.atomic import replacing, sync
 from train.data.batches import Batch, Batches, Fingerprint
 from train.data.checks import require
 from train.data.mqar import MQARConfig, mqar_rows
+from train.data.one_maker import one_maker
 from train.data.splitmix64 import hash64
 
 CACHE_DIR = Path.home() / ".cache" / "rebased_jax" / "mqar"
@@ -211,9 +212,12 @@ def load_paper_examples(
   shape = (3, examples, config.pairs)
   parts = _load(path, shape)
   if parts is None:
-    _log.info("making %d MQAR examples for %s", examples, path)
-    _save(path, paper_examples(config, examples, seed))
-    parts = _load(path, shape)
+    with one_maker(path.parent):
+      parts = _load(path, shape)  # another process may have made it
+      if parts is None:
+        _log.info("making %d MQAR examples for %s", examples, path)
+        _save(path, paper_examples(config, examples, seed))
+        parts = _load(path, shape)
   if parts is None:
     raise OSError(f"{path} is damaged right after it was written")
   return parts

@@ -87,15 +87,19 @@ def raise_limit() -> int:
   """Raise this process's limit of open files, and return it.
 
   The limit becomes 65,536, or what the system allows if that is less. A higher
-  one stays.
+  one stays, and so does one that the system refuses to raise.
   """
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   if soft == resource.RLIM_INFINITY:
     return _MOST
   most = _MOST if hard == resource.RLIM_INFINITY else min(hard, _MOST)
-  if soft < most:
+  if soft >= most:
+    return soft
+  try:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-  return max(soft, most)
+  except (ValueError, OSError):  # macOS has a separate, lower limit
+    return soft
+  return most
 
 
 def unreadable(path: Path, error: OSError) -> DataError:

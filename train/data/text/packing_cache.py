@@ -8,9 +8,7 @@ Making a plan takes memory. So one process of a host makes one, with a lock on
 the cache, while the others wait. Then all map the same files into memory.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-import contextlib
-import fcntl
+from collections.abc import Callable, Mapping
 import hashlib
 import json
 import logging
@@ -22,6 +20,7 @@ import uuid
 import numpy as np
 
 from train.data.file_hashes import file_hash
+from train.data.one_maker import one_maker
 from train.data.text.open_files import (
   TooManyOpenFiles,
   raise_limit,
@@ -60,7 +59,7 @@ def cached(
   folder = Path(cache_dir) / f"plan-{name}"
   arrays = _load(folder, text)
   if arrays is None:
-    with _one_maker(folder.parent):
+    with one_maker(folder.parent):
       arrays = _load(folder, text)  # another process may have made it
       if arrays is None:
         if folder.exists():
@@ -70,29 +69,6 @@ def cached(
   if arrays is None:
     raise OSError(f"{folder} is damaged right after it was written")
   return arrays
-
-
-@contextlib.contextmanager
-def _one_maker(cache_dir: Path) -> Iterator[None]:
-  """Wait until no other process of this host makes a plan.
-
-  The folder itself is locked, so that no file of the lock remains. The system
-  frees the lock of a process that is killed.
-  """
-  cache_dir.mkdir(parents=True, exist_ok=True)
-  descriptor = os.open(cache_dir, os.O_RDONLY)
-  try:
-    try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      _log.info("%s: waiting for the process that makes a plan", cache_dir)
-      fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as error:
-      # Some network file systems lock no folders. The plan is then made twice.
-      _log.warning("%s cannot be locked: %s", cache_dir, error.strerror)
-    yield
-  finally:
-    os.close(descriptor)
 
 
 def _load(folder: Path, text: str) -> Arrays | None:

@@ -403,8 +403,12 @@ class PreparedSource(TokenSource):
     try:
       reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
       if not reader.ok():
-        # The reader does not say why it has no records. The system does.
+        # The reader does not say why it has no records. The system may.
         path.open("rb").close()
+        raise DataError(
+          f"{path}: not an ArrayRecord file, or damaged: no record can be "
+          f"read: expected {self._counts[shard]}"
+        )
       count = reader.num_records()
     except OSError as error:
       raise unreadable(path, error) from error
