@@ -6,7 +6,7 @@ importing jax takes seconds: a misspelt verb is answered at once, and the verbs
 that only read and write tokens never import it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import importlib
@@ -15,6 +15,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+from types import FrameType
 from typing import Any, NoReturn
 
 from train import console
@@ -200,8 +202,12 @@ def _run(verb: Verb, args: list[str]) -> int:
   """
   for name, value in verb.environment.items():
     os.environ.setdefault(name, value)
+  interrupts = (
+    _leaving_at_ctrl_c() if verb.uses_jax else contextlib.nullcontext()
+  )
   try:
-    return importlib.import_module(verb.module).run(args)
+    with interrupts:
+      return importlib.import_module(verb.module).run(args)
   except (ValueError, NotImplementedError) as error:
     _print_error(str(error))
     return 2
@@ -214,9 +220,35 @@ def _run(verb: Verb, args: list[str]) -> int:
     _print_error(str(error))
     return _PEER_LOST
   except KeyboardInterrupt as error:
-    hint = "" if verb.uses_jax else "; repeat the same command to continue"
-    _print_error(f"stopped{hint}")
+    _print_error("stopped; repeat the same command to continue")
     return 128 + (error.args[0] if error.args else signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _leaving_at_ctrl_c() -> Iterator[None]:
+  """End the process at Ctrl-C, with one line. Training has its own handler.
+
+  Python's KeyboardInterrupt would not do: jax has callbacks that drop it, and
+  an import that it interrupts may fail with another error.
+  """
+  in_main = threading.current_thread() is threading.main_thread()
+  before = signal.getsignal(signal.SIGINT)
+  if not in_main or before is not signal.default_int_handler:
+    yield  # somebody else decides, as the shell does for a job with `&`
+    return
+  signal.signal(signal.SIGINT, _leave)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+  with contextlib.suppress(OSError):
+    os.write(2, b"rebased: stopped\n")
+  for child in multiprocessing.active_children():
+    child.terminate()
+  os._exit(128 + number)
 
 
 def _failures(verb: Verb) -> tuple[type[Exception], ...]:

@@ -3,18 +3,18 @@
 from importlib import metadata
 import platform
 
-import jax
 from rich.console import Console
 
 from pallas_kernels import which_implementation
-from train.console import rows
+from train.console import rows, say
+from train.devices import backend
 
 _HELP = """\
 usage: rebased doctor
 
 Show the versions of the packages, the devices that jax finds, and which
 implementation of polynomial attention they run. The exit code is 1 if a package
-is missing."""
+is missing, or jax finds no device."""
 _PACKAGES = (
   "rebased-jax",
   "jax",
@@ -28,7 +28,7 @@ _PACKAGES = (
 
 
 def run(args: list[str]) -> int:
-  """Print the tables, and return 1 if a package is missing.
+  """Print the tables; return 1 if a package is missing or there is no device.
 
   Args:
     args: the arguments after the verb.
@@ -49,7 +49,12 @@ def run(args: list[str]) -> int:
     except metadata.PackageNotFoundError:
       versions[name], missing = "missing", True
   console.print(rows("versions", versions))
-  devices = {str(x.id): f"{x.platform}: {x.device_kind}" for x in jax.devices()}
+  try:
+    found = backend.devices()
+  except backend.NoDeviceError as error:
+    say(console, f"devices: none: {error}")
+    return 1
+  devices = {str(x.id): f"{x.platform}: {x.device_kind}" for x in found}
   console.print(rows("devices", devices))
   chosen, why = which_implementation()
   console.print(

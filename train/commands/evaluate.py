@@ -7,7 +7,7 @@ from rich.console import Console
 from train.commands.arguments import DataPlaces, RunArg, parse_run
 from train.config import RunConfig, TextData
 from train.data.recall import Recall
-from train.devices import processes
+from train.devices import backend, processes
 from train.devices.mesh import MeshConfig
 from train.records import report
 from train.records.run_folder import RunFolder
@@ -59,6 +59,7 @@ def run(args: list[str]) -> int:
   parsed, config = parse_run(EvaluateArgs, "evaluate", args)
   config = with_recall(config, parsed.recall, parsed.recall_limit)
   processes.start(parsed.distributed, parsed.join_timeout)
+  backend.devices()  # says so if there are none
   with Watchdog(parsed.step_timeout) as watch:
     return report.evaluate_run(
       config,

@@ -6,6 +6,7 @@ import tyro
 
 from train import text_completion
 from train.commands.arguments import RunArg
+from train.devices import backend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ def run(args: list[str]) -> int:
     CheckpointError: there is no such checkpoint, or it is unreadable.
   """
   parsed = tyro.cli(GenerateArgs, prog="rebased generate", args=args)
+  backend.devices()  # says so if there are none
   sampling = text_completion.Sampling(
     parsed.tokens, parsed.temperature, parsed.top_k, parsed.seed
   )

@@ -18,7 +18,7 @@ from train.checkpoint.checkpoints import NoCheckpointError, read_meta
 from train.commands import inspect_data
 from train.config import RunConfig
 from train.console import near, rows
-from train.devices import mesh_report
+from train.devices import backend, mesh_report
 from train.devices.mesh import MeshConfig
 from train.presets import make_presets
 from train.records.run_folder import RunFolder
@@ -51,6 +51,7 @@ def run(args: list[str]) -> int:
   if args[:1] == ["data"] and (len(args) > 1 or not os.path.isdir("data")):
     return inspect_data.run(args[1:])
   parsed = tyro.cli(InspectArgs, prog="rebased inspect", args=args)
+  backend.devices()  # says so if there are none
   what, mesh, console = parsed.what, parsed.mesh, Console()
   presets, models = make_presets(), make_models()
   if what in presets:

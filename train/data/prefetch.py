@@ -5,6 +5,7 @@ their order, however many workers there are.
 """
 
 from collections.abc import Callable, Iterator
+import signal
 import threading
 import types
 from typing import Any, Self, TypeVar
@@ -53,6 +54,21 @@ def _span_in_worker(*args: Any) -> _Span:
   return _Span(*args)
 
 
+def _next(source: Iterator[Batch]) -> Batch:
+  """Return the next batch of grain's iterator, which may start its workers.
+
+  A worker inherits the signals that this thread blocks. Ctrl-C, a lost terminal
+  and SLURM send theirs to the workers as well, but it is the run that they
+  stop: it needs its workers until it has saved.
+  """
+  blocked = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+  try:
+    return next(source)
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class BatchIterator(Iterator[Batch]):
   """Iterate over batches in the order of their steps, reading ahead.
 
@@ -97,7 +113,7 @@ class BatchIterator(Iterator[Batch]):
       raise StopIteration
     source, what = self._source, f"the batch of step {self.step}"
     try:
-      batch = within(self._timeout, what, lambda: next(source))
+      batch = within(self._timeout, what, lambda: _next(source))
     except StopIteration:
       raise
     except DataTimeout:
