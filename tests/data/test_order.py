@@ -57,3 +57,19 @@ def test_mix_deals_by_weight_and_loses_nothing() -> None:
   ):
     np.testing.assert_array_equal(part, full[some])
   assert (order.mix(places, counts, 8)[0] != which).any()
+
+
+def test_each_block_of_a_mixture_has_an_order_of_its_own() -> None:
+  counts = order.mix_counts((6.0, 3.0, 1.0))
+  which, place = order.mix(np.arange(3 * 2**16), counts, 9)
+  sets, places = which.reshape(3, -1), place.reshape(3, -1)
+  within = places - np.arange(3)[:, None] * counts[sets]
+  for a, b in ((0, 1), (0, 2), (1, 2)):
+    # Of random orders 0.46 of the places have the same set: Σ share².
+    assert abs((sets[a] == sets[b]).mean() - 0.46) < 0.02
+    assert (within[a] == within[b]).mean() < 0.001
+  # The order is the same for ever, also across the end of a block.
+  ends = slice(2**16 - 3, 2**16 + 4)
+  assert which[ends].tolist() == [0, 0, 0, 0, 0, 0, 2]
+  wanted = [23493, 5934, 26719, 44409, 69297, 77636, 8047]
+  assert place[ends].tolist() == wanted

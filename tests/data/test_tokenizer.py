@@ -1,7 +1,11 @@
 """Test tokenizers: training, encoding, decoding and files."""
 
+import dataclasses
 import json
 from pathlib import Path
+import signal
+import subprocess
+import sys
 
 import numpy as np
 from prepare_cases import jsonl, run, shard_texts, write_formats
@@ -11,7 +15,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from train import cli
 from train.data.prepare import tokenizer as tokenize
-from train.data.prepare.shard import PrepareError
+from train.data.prepare.shard import PlannedTokenizer, PrepareError
 
 _TEXTS = [f"the cat {i} sat on the mat; déjà vu 日本\n\t{i}" for i in range(99)]
 
@@ -86,6 +90,28 @@ def test_the_tokenizer_is_copied_and_another_is_refused(learnt, tmp_path):
     run([tmp_path / "in"], out, tokenizer=str(other))
 
 
+def test_a_worker_refuses_another_tokenizer_than_the_planned_one(
+  learnt, tmp_path
+):
+  """Also one of the same kind, such as the file after it was changed."""
+  spec = tokenize.load(learnt).spec
+  assert PlannedTokenizer(learnt, "auto", spec).load().spec == spec
+  changed = tmp_path / "tokenizer.json"
+  changed.write_text(tokenize.train_bpe(_TEXTS[:50], 400))
+  others = (
+    tokenize.load(str(changed)).spec,
+    tokenize.load("bytes").spec,
+    dataclasses.replace(spec, sha256="0" * 64),
+    dataclasses.replace(spec, vocab_size=spec.vocab_size + 1),
+    dataclasses.replace(spec, eos=None),
+  )
+  for other in others:
+    with pytest.raises(PrepareError, match="the tokenizer changed while"):
+      PlannedTokenizer(learnt, "auto", other).load()
+  with pytest.raises(PrepareError, match="missing"):
+    PlannedTokenizer(str(tmp_path / "missing.json"), "auto", spec).load()
+
+
 def test_a_text_that_the_tokenizer_refuses_is_named(tmp_path):
   words = {"a": 0, "b": 1, "</s>": 2}
   whole = tokenizers.Tokenizer(models.WordLevel(words, unk_token="none"))
@@ -115,6 +141,40 @@ def test_wrong_tokenizers_are_named(tmp_path):
   assert tokenize.load(str(bad), "a").spec.eos == 0
   with pytest.raises(ValueError, match="vocab_size=100: expected at least 257"):
     tokenize.train_bpe(["a"], 100)
+  with pytest.raises(
+    ValueError, match="vocab_size=10{12}: .* at most 16777216"
+  ):
+    tokenize.train_bpe(["a"], 10**12)
+
+
+def test_ctrl_c_ends_a_training_that_is_merging(tmp_path):
+  """Replace the training by one long call that Python cannot interrupt."""
+  code = (
+    "import hashlib, sys\n"
+    "from train import cli\n"
+    "from train.commands import tokenizer\n"
+    "def merge(*args):\n"
+    "  print('merging', flush=True)\n"
+    "  hashlib.pbkdf2_hmac('sha256', b'a', b'b', 2**31 - 1)\n"
+    "tokenizer.train_tokenizer = merge\n"
+    "cli.main(sys.argv[1:])\n"
+  )
+  words = ["tokenizer", "train", "in", "--out", str(tmp_path / "t.json")]
+  with subprocess.Popen(
+    [sys.executable, "-c", code, *words],
+    cwd=Path(__file__).parents[2],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  ) as process:
+    try:
+      assert any("merging" in line for line in process.stdout)
+      process.send_signal(signal.SIGINT)
+      _, printed = process.communicate(timeout=30)
+    finally:
+      process.kill()
+  assert printed == "rebased: stopped; there is no new tokenizer\n"
+  assert process.returncode == 130
 
 
 def test_the_command_trains_a_tokenizer(tmp_path, capsys):

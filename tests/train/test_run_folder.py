@@ -1,6 +1,7 @@
 """The folder of a run: its lock, and the default name of a new one."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import multiprocessing
@@ -10,7 +11,8 @@ import threading
 import pytest
 from train_cases import tiny
 
-from train import atomic, start_run
+from train import atomic, initial_state, start_run, stored_config
+from train.config import ProfileConfig
 from train.devices.mesh import MeshConfig
 from train.records import run_folder
 from train.records.run_folder import RunFolder, RunFolderError, default_folder
@@ -98,6 +100,50 @@ def test_a_lock_on_a_replaced_file_does_not_count(
     other = RunFolder(tmp_path / "run")
     with pytest.raises(RunFolderError, match="another"), other.locked():
       pass
+
+
+_OTHER = {
+  "model": dict(model=dict(width=32)),
+  "optimizer": dict(optimizer=dict(learning_rate=1.0)),
+  "steps": dict(steps=7),
+  "loss_chunks": dict(loss_chunks=2),
+  "eval_every": dict(eval_every=3),
+  "save_every": dict(save_every=3),
+  "log_every": dict(log_every=3),
+  "keep": dict(keep=4),
+  "stop_accuracy": dict(stop_accuracy=0.5),
+  "init_from": dict(init_from="elsewhere"),
+  "tensorboard": dict(tensorboard=True),
+  "wandb": dict(wandb="project"),
+  "profile": dict(profile=ProfileConfig(1, 2)),
+  "nan": dict(nan="skip"),
+  "data": dict(data=dict(pairs=1)),
+  "batch": dict(batch=16),
+  "accumulate": dict(accumulate=2),
+  "seed": dict(seed=1),
+  "mesh": dict(mesh=MeshConfig(fsdp=2)),
+}
+_ABOUT_DATA = {"data", "batch", "accumulate", "seed"}
+
+
+@pytest.mark.parametrize("name", _OTHER)
+def test_what_may_change_in_a_run(tmp_path: Path, name: str) -> None:
+  """The mesh may, and with `allow_data_change` what is about the data."""
+  assert _OTHER.keys() == {x.name for x in dataclasses.fields(_CONFIG)}
+  folder, changed = RunFolder(tmp_path / "run"), tiny(**_OTHER[name])
+  folder.open(_CONFIG)
+  meta = dict(
+    config=stored_config.to_dict(_CONFIG),
+    data=changed.data.train_batches(changed.batch, changed.seed).fingerprint,
+  )
+  for allow in (False, True):
+    may = name == "mesh" or (allow and name in _ABOUT_DATA)
+    refused = pytest.raises(RunFolderError, match=rf"{name}\b.*: .* → ")
+    with contextlib.nullcontext() if may else refused:
+      folder.open(changed, allow_data_change=allow)
+    with contextlib.nullcontext() if may else refused:
+      found = initial_state.config_changes(meta, changed, folder, allow)
+      assert len(found) == 1 and found[0].startswith(name)
 
 
 def test_a_killed_start_leaves_a_folder_that_can_be_used(tmp_path) -> None:

@@ -1,5 +1,6 @@
 """Records for wandb, profiles, MFU and memory; skipped steps; hung data."""
 
+import os
 from pathlib import Path
 import signal
 import struct
@@ -293,6 +294,48 @@ def test_skipped_steps_change_nothing_and_are_counted(
     with np.load(kept / "batch.npz") as batch:
       assert np.isnan(batch["weights"][0, 0])
     assert f"step {step} is not finite" in (kept / "reason.txt").read_text()
+
+
+def _stop_after(monkeypatch, steps: int) -> None:
+  before = Profile.before
+
+  def signalled(self, step, state):
+    if step == steps - 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    before(self, step, state)
+
+  monkeypatch.setattr(Profile, "before", signalled)
+
+
+def test_a_resumed_run_counts_on(tmp_path: Path, monkeypatch) -> None:
+  folder, config = tmp_path / "run", tiny(nan="skip", eval_every=6)
+  _spoil(monkeypatch, 1, 2, 4)
+  with monkeypatch.context() as patch:
+    _stop_after(patch, 3)
+    assert run(config, folder)[0].step == 3
+  assert read_meta(folder / "checkpoints")[1]["skipped"] == 2
+  run(config, folder)
+  counts = [
+    (x["step"], x["skipped_steps"])
+    for x in RunFolder(folder).read_metrics()
+    if x["kind"] == "train"
+  ]
+  assert counts == [(1, 0), (4, 2), (6, 3)]
+  assert read_meta(folder / "checkpoints")[1]["skipped"] == 3
+  assert len(list(folder.glob("skipped-step-*"))) == 3
+
+
+def test_a_row_of_skipped_steps_goes_on_in_a_resumed_run(
+  tmp_path: Path, monkeypatch
+) -> None:
+  monkeypatch.setattr(nonfinite_steps, "IN_A_ROW", 3)
+  folder, config = tmp_path / "run", tiny(nan="skip", eval_every=6)
+  _spoil(monkeypatch, 1, 2, 3)
+  with monkeypatch.context() as patch:
+    _stop_after(patch, 3)
+    run(config, folder)
+  with pytest.raises(TrainingFailed, match="step 3 .* 3 in a row were not"):
+    run(config, folder)
 
 
 def test_too_many_in_a_row_end_the_run(tmp_path: Path, monkeypatch) -> None:
