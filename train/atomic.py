@@ -51,6 +51,21 @@ def replacing(path: _Path, folder: _Path | None = None) -> Iterator[_Path]:
     temp.replace(path)
 
 
+@contextlib.contextmanager
+def named_errors(path: Any) -> Iterator[None]:
+  """Add the name of a file to an OSError without one, such as a full disk's.
+
+  Args:
+    path: the file that is read or written.
+  """
+  try:
+    yield
+  except OSError as error:
+    if error.errno is not None and error.filename is None:
+      error.filename = str(path)
+    raise
+
+
 def write_bytes(
   path: Any, data: bytes, *, folder: Any = None, durable: bool = False
 ) -> None:
@@ -63,7 +78,7 @@ def write_bytes(
     durable: wait until the content is on the disk, so that it outlives a crash
       of the machine. For local files.
   """
-  with replacing(path, folder) as temp:
+  with replacing(path, folder) as temp, named_errors(path):
     temp.write_bytes(data)
     if durable:
       sync(temp)

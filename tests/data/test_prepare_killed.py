@@ -1,5 +1,6 @@
 """Test that a killed `prepare` continues, and makes identical bytes."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,8 @@ import time
 
 from prepare_cases import jsonl, records, run, tree, write_formats, zst
 import pytest
+
+from train.data.prepare import prepare_dataset, shard
 
 _ROOT = Path(__file__).parents[2]
 _CODE = "import sys; from train import cli; cli.main(sys.argv[1:])"
@@ -157,6 +160,42 @@ def test_a_full_disk_is_an_error_and_leaves_nothing_torn(tmp_path):
   assert list(tree(out)) == ["prepare/plan.json"]
   run([folder], out)  # it continues when there is room
   assert json.loads((out / "dataset.json").read_text())["documents"] == 2000
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, monkeypatch):
+  """Let each small file of a data set meet a full disk in turn."""
+  folder, out = tmp_path / "in", tmp_path / "out"
+  write_formats(folder, 4)
+  written = []
+
+  def full(path, data):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  def record(path, data):
+    with path.open("wb") as file:
+      file.write(data)
+    written.append(path.name.partition(".tmp-")[0])
+
+  monkeypatch.setattr(Path, "write_bytes", record)
+  monkeypatch.setattr(prepare_dataset, "run_jobs", _run_here)
+  run([folder], tmp_path / "whole")
+  assert {"dataset.json", "shard-00003.lengths.npy"} <= set(written)
+  for name in dict.fromkeys(written):
+    stopped = lambda path, data, name=name: (
+      full if path.name.startswith(name) else record
+    )(path, data)
+    monkeypatch.setattr(Path, "write_bytes", stopped)
+    with pytest.raises(OSError, match=f"No space left on device: .*{name}"):
+      run([folder], out)
+  monkeypatch.setattr(Path, "write_bytes", record)
+  run([folder], out)
+  assert tree(out) == tree(tmp_path / "whole")
+
+
+def _run_here(jobs, planned, workers, console):
+  for job in jobs:
+    nothing = lambda _: None
+    shard.write_shard(job, planned.load(), nothing, lambda: False)
 
 
 def _is_running(pid: int) -> bool:

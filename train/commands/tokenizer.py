@@ -1,7 +1,13 @@
 """`rebased tokenizer train INPUT …`: train a BPE tokenizer on text."""
 
+from collections.abc import Callable
+from concurrent.futures import Future
 import dataclasses
-from typing import Annotated
+import os
+import signal
+import sys
+import threading
+from typing import Annotated, Any
 
 from rich.console import Console
 import tyro
@@ -36,6 +42,8 @@ def run(args: list[str]) -> int:
     ValueError: an argument is wrong; nothing was changed.
     PrepareError: the text is malformed, or there is none.
     OSError: a file cannot be read or written.
+
+  SIGINT ends the process.
   """
   if not args or args[0] in ("-h", "--help"):
     print(_USAGE)
@@ -46,8 +54,14 @@ def run(args: list[str]) -> int:
     TokenizerArgs, prog="rebased tokenizer train", args=args[1:]
   )
   console = Console()
-  with console.status("reading, then merging"):
-    spec, sample = train_tokenizer(parsed.config, parsed.inputs)
+  try:
+    with console.status("reading, then merging"):
+      spec, sample = _in_thread(train_tokenizer, parsed.config, parsed.inputs)
+  except KeyboardInterrupt:
+    print("rebased: stopped; there is no new tokenizer", file=sys.stderr)
+    sys.stderr.flush()
+    # A normal exit would wait for the library, which cannot be interrupted.
+    os._exit(128 + signal.SIGINT)
   say(
     console,
     f"{parsed.config.out}: {spec.vocab_size:,} tokens, from "
@@ -55,3 +69,21 @@ def run(args: list[str]) -> int:
     f"{sample.skipped:,} skipped",
   )
   return 0
+
+
+def _in_thread(function: Callable, *args: Any) -> Any:
+  """Call a function in a thread; only so can a signal end the wait for it.
+
+  Python handles signals between two steps of the main thread, and merging is
+  one step that takes minutes.
+  """
+  result: Future = Future()
+
+  def call() -> None:
+    try:
+      result.set_result(function(*args))
+    except BaseException as error:  # noqa: BLE001  # the main thread raises it
+      result.set_exception(error)
+
+  threading.Thread(target=call, daemon=True).start()
+  return result.result()

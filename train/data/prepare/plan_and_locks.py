@@ -18,7 +18,7 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from train.atomic import temporary
+from train.atomic import named_errors, temporary
 from train.data.prepare.input_files import Source
 from train.data.prepare.output_folder import WORK
 from train.data.prepare.read_documents import Fields
@@ -200,7 +200,8 @@ def _write_plan(out: Path, file: Path, plan: dict[str, Any]) -> None:
       )
   file.parent.mkdir(parents=True, exist_ok=True)
   with temporary(file.parent, file.name) as temp:
-    temp.write_text(json.dumps(plan, indent=1) + "\n")
+    with named_errors(file):
+      temp.write_text(json.dumps(plan, indent=1) + "\n")
     # Unlike a rename, a link fails if another process has written the plan.
     with contextlib.suppress(FileExistsError):
       os.link(temp, file)

@@ -72,6 +72,9 @@ class PrepareConfig:
   max_document_mb: int = 64
   #: The number of worker processes; 0 for one on each core.
   workers: int = 0
+  #: Seconds in which no worker reads or finishes anything, after which the
+  #: command fails. None: never.
+  timeout: float | None = 1800.0
   #: The part of the shards to make here, "i/n": every n-th, starting at i.
   shard: str = "0/1"
   #: What runs the workers: "pool" for processes of this machine, "beam" for
@@ -85,6 +88,9 @@ class PrepareConfig:
     check_local("out", self.out)
     check_local("tokenizer", self.tokenizer)
     require(self.workers >= 0, "workers", self.workers, "at least 0")
+    some = self.timeout is None or self.timeout > 0
+    expected = "None or a number of seconds above 0"
+    require(some, "timeout", self.timeout, expected)
     require(
       self.max_document_mb >= 1, "max_document_mb", self.max_document_mb, ">= 1"
     )
@@ -195,7 +201,7 @@ def _run(
     options = [f"--{option.lstrip('-')}" for option in config.beam_options]
     beam.run_jobs(jobs, planned, options)
   else:
-    run_jobs(jobs, planned, config.workers, console)
+    run_jobs(jobs, planned, config.workers, console, config.timeout)
 
 
 def _check_outside(out: Path, inputs: Sequence[str]) -> None:

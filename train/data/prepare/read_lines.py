@@ -18,6 +18,8 @@ import stat
 from typing import BinaryIO, Self
 import zlib
 
+from train.atomic import named_errors
+
 READ_BYTES = 1 << 20
 # A call of zstd returns at most 128 KiB for every 4 bytes of its input: 32 MiB.
 _ZSTD_READ_BYTES = 1 << 10
@@ -60,6 +62,7 @@ class HashedFile:
   """
 
   def __init__(self, path: str, on_bytes: Callable[[int], None]) -> None:
+    self._path = path
     self._file = open_plain(path)
     self._on_bytes = on_bytes
     self._hash = hashlib.sha256()
@@ -67,7 +70,8 @@ class HashedFile:
 
   def read(self, size: int = READ_BYTES) -> bytes:
     """Return the next bytes, at most `size`; b"" at the end."""
-    data = self._file.read(size)
+    with named_errors(self._path):
+      data = self._file.read(size)
     self._hash.update(data)
     self.bytes += len(data)
     self._on_bytes(len(data))

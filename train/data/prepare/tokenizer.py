@@ -29,6 +29,7 @@ END_OF_TEXT = "<|endoftext|>"
 # Names of this token in published tokenizers; "auto" takes the one it finds.
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 _LEAST_VOCABULARY = 257
+_LARGEST_VOCABULARY = 1 << 24  # the library reserves memory for all of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,12 +271,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
     itself.
 
   Raises:
-    ValueError: vocab_size < 257, or the package `tokenizers` is not installed.
+    ValueError: vocab_size is below 257 or above 2²⁴, or the package
+      `tokenizers` is not installed or failed.
   """
-  if vocab_size < _LEAST_VOCABULARY:
+  if not _LEAST_VOCABULARY <= vocab_size <= _LARGEST_VOCABULARY:
     raise ValueError(
       f"vocab_size={vocab_size}: expected at least {_LEAST_VOCABULARY}, for "
-      "256 bytes and the end of text"
+      f"256 bytes and the end of text, and at most {_LARGEST_VOCABULARY}"
     )
   tokenizers = _library()
   alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -284,15 +286,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
     add_prefix_space=False
   )
   tokenizer.decoder = tokenizers.decoders.ByteLevel()
-  tokenizer.train_from_iterator(
-    iter(texts),
-    tokenizers.trainers.BpeTrainer(
-      vocab_size=vocab_size,
-      special_tokens=[END_OF_TEXT],
-      initial_alphabet=sorted(alphabet),
-      show_progress=False,
-    ),
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=[END_OF_TEXT],
+    initial_alphabet=sorted(alphabet),
+    show_progress=False,
   )
+  try:
+    tokenizer.train_from_iterator(iter(texts), trainer)
+  except BaseException as error:
+    if _is_panic(error):
+      raise ValueError(f"the training failed: {error}") from error
+    raise
   return tokenizer.to_str()
 
 
@@ -319,15 +324,17 @@ def _parsed(content: str) -> Any:
 
 
 def _raise_unless_library(error: BaseException) -> None:
-  """Raise an error again unless the library `tokenizers` can be its cause.
-
-  A bug in the library is a PanicException. That class is no Exception, and
-  cannot be imported.
-  """
-  if not isinstance(error, Exception) and (
-    type(error).__name__ != "PanicException"
-  ):
+  """Raise an error again unless the library `tokenizers` can be its cause."""
+  if not isinstance(error, Exception) and not _is_panic(error):
     raise error
+
+
+def _is_panic(error: BaseException) -> bool:
+  """Return whether an error is a bug in the library.
+
+  Its class is no Exception, and cannot be imported.
+  """
+  return type(error).__name__ == "PanicException"
 
 
 @functools.cache

@@ -42,6 +42,10 @@ class _Worker(NamedTuple):
   stop: Any  # shared flag: true tells the workers to give up
 
 
+class _Hang(PrepareError):
+  """The workers make no progress."""
+
+
 _worker: _Worker | None = None  # of this process; set by `_start`
 
 
@@ -50,6 +54,7 @@ def run_jobs(
   planned: PlannedTokenizer,
   workers: int,
   console: Console,
+  timeout: float | None = None,
 ) -> None:
   """Make every shard; the first failure stops the others.
 
@@ -58,14 +63,18 @@ def run_jobs(
     planned: the tokenizer that each process loads.
     workers: the number of processes; 0 for one on each core.
     console: shows the progress.
+    timeout: seconds in which no worker reads or finishes anything, after which
+      all are killed. None: never.
 
   Raises:
-    PrepareError: the text is malformed, or a worker process died.
+    PrepareError: the text is malformed, or a worker process died or hangs.
     OSError: a file cannot be read or written.
   """
   # Spawn, because forking a process that has threads can deadlock.
   context = multiprocessing.get_context("spawn")
-  read, stop = context.Value("q", 0), context.Value("b", 0)
+  # Without a lock where this process writes: a worker that hangs may hold it.
+  read, stop = context.Value("q", 0), context.Value("b", 0, lock=False)
+  others = set(multiprocessing.active_children())
   largest = sorted(jobs, key=lambda job: -job.source.bytes)
   with concurrent.futures.ProcessPoolExecutor(
     min(workers or os.cpu_count() or 1, len(jobs)),
@@ -77,8 +86,11 @@ def run_jobs(
       # Submitting a job may start a worker process.
       with _signals_delayed():
         futures = {pool.submit(_work, job): job for job in largest}
-      _watch(futures, read, console)
-    except BaseException:
+      _watch(futures, read, console, timeout)
+    except BaseException as error:
+      if isinstance(error, _Hang):
+        for worker in set(multiprocessing.active_children()) - others:
+          worker.kill()
       stop.value = 1
       # Wait: a worker that is still starting needs `read` and `stop`.
       pool.shutdown(cancel_futures=True)
@@ -115,7 +127,10 @@ def _signals_delayed() -> Iterator[None]:
 
 
 def _watch(
-  futures: dict[concurrent.futures.Future, Job], read: Any, console: Console
+  futures: dict[concurrent.futures.Future, Job],
+  read: Any,
+  console: Console,
+  timeout: float | None,
 ) -> None:
   """Show the progress until all shards are made, or raise the first failure.
 
@@ -123,9 +138,13 @@ def _watch(
     futures: the running jobs.
     read: shared counter of the bytes that all workers have read.
     console: shows the progress.
+    timeout: seconds without any progress that are waited; None for ever.
+
+  Raises:
+    _Hang: there was no progress in this time.
   """
   total = sum(job.source.bytes for job in futures.values())
-  left = set(futures)
+  left, idle, last = set(futures), 0.0, (0, 0)
   with _display(total, len(futures), console) as show:
     while left:
       done, left = concurrent.futures.wait(
@@ -139,7 +158,16 @@ def _watch(
           raise PrepareError(_died(list(futures.values()))) from error
         assert error is not None
         raise error
-      show(read.value, len(futures) - len(left))
+      now = read.get_obj().value, len(futures) - len(left)
+      show(*now)
+      # Polls are counted, so that time in which this process is stopped is not.
+      idle = idle + _POLL if now == last else 0.0
+      last = now
+      if timeout is not None and idle >= timeout:
+        raise _Hang(
+          f"no worker has read or finished anything for {timeout:g} s "
+          "(--timeout): one hangs; repeat the command to continue"
+        )
 
 
 def _died(jobs: Sequence[Job]) -> str:
