@@ -268,6 +268,8 @@ def test_a_mixture_keeps_its_weights(paths) -> None:
   )
   # 2,560 places: five standard deviations of the share are 0.043.
   assert abs(which.mean() - 0.25) < 0.043
+  other = dataclasses.replace(mixed, seed=mixed.seed + 1)
+  assert (other.locate(np.arange(64))[0] != which[:64]).any()
   for step in (0, 7):
     set_B, row_B = mixed.locate(step * 64 + np.arange(64))
     for k in (0, 1):
