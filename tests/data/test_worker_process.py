@@ -1,5 +1,8 @@
 """Worker processes end with the process that started them."""
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+import multiprocessing
 import os
 from pathlib import Path
 import signal
@@ -7,10 +10,15 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
+from prepare_cases import run
 import pytest
+from rich.console import Console
 
 from train.data import worker_process
+from train.data.prepare import worker_pool
+from train.data.prepare.shard import PrepareError
 
 _ROOT = Path(__file__).parents[2]
 
@@ -89,3 +97,54 @@ def test_the_main_process_needs_no_parent() -> None:
   before = threading.active_count()
   worker_process.end_with_parent()
   assert threading.active_count() == before
+
+
+def test_workers_without_progress_are_a_hang() -> None:
+  """Found even while a stopped worker holds the lock of the counter."""
+  read = multiprocessing.get_context("spawn").Value("q", 0)
+  never = {Future(): SimpleNamespace(source=SimpleNamespace(bytes=10))}
+  with read.get_lock(), pytest.raises(PrepareError) as caught:
+    _in_thread(
+      lambda: worker_pool._watch(never, read, Console(quiet=True), 0.3)
+    )
+  assert "has read or finished anything for 0.3 s (--timeout)" in str(
+    caught.value
+  )
+
+
+def test_progress_is_no_hang() -> None:
+  read = multiprocessing.get_context("spawn").Value("q", 0)
+  future: Future = Future()
+  jobs = {future: SimpleNamespace(source=SimpleNamespace(bytes=10))}
+
+  def work() -> None:
+    for _ in range(8):
+      time.sleep(0.1)
+      read.value += 1
+    future.set_result(None)
+
+  threading.Thread(target=work).start()
+  worker_pool._watch(jobs, read, Console(quiet=True), 0.5)
+
+
+def test_workers_that_hang_are_killed(tmp_path: Path, monkeypatch) -> None:
+  (tmp_path / "in").mkdir()
+  (tmp_path / "in" / "a.txt").write_text("text")
+  stopped = []
+
+  def stop_workers(*_: object) -> None:
+    stopped.extend(multiprocessing.active_children())
+    for worker in stopped:
+      os.kill(worker.pid, signal.SIGSTOP)
+    raise worker_pool._Hang("one hangs")
+
+  monkeypatch.setattr(worker_pool, "_watch", stop_workers)
+  with pytest.raises(PrepareError, match="one hangs"):
+    run([tmp_path / "in"], tmp_path / "out")
+  assert stopped and not any(worker.is_alive() for worker in stopped)
+
+
+def _in_thread(call: Callable[[], None]) -> None:
+  """Call a function in another thread, which does not own this one's locks."""
+  with ThreadPoolExecutor(1) as pool:
+    pool.submit(call).result(20)

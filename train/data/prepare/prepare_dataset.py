@@ -70,6 +70,9 @@ class PrepareConfig:
   row_length: int | None = None
   #: The longest document in MiB. A longer one is malformed.
   max_document_mb: int = 64
+  #: Split files of records with more text than this in MiB, one shard for each
+  #: part. A compressed file is taken to expand to 4 times its size.
+  part_mb: int = 1024
   #: The number of worker processes; 0 for one on each core.
   workers: int = 0
   #: Seconds in which no worker reads or finishes anything, after which the
@@ -87,6 +90,7 @@ class PrepareConfig:
     require(bool(self.out), "out", self.out, "a folder")
     check_local("out", self.out)
     check_local("tokenizer", self.tokenizer)
+    require(self.part_mb >= 1, "part_mb", self.part_mb, "at least 1")
     require(self.workers >= 0, "workers", self.workers, "at least 0")
     some = self.timeout is None or self.timeout > 0
     expected = "None or a number of seconds above 0"
@@ -156,7 +160,9 @@ def prepare(
   """
   out = Path(config.out)
   _check_outside(out, inputs)
-  found = find_sources(inputs, config.corpus, config.text_suffixes)
+  found = find_sources(
+    inputs, config.corpus, config.text_suffixes, config.part_mb << 20
+  )
   for suffix, count in found.left_out:
     say(console, f"left out: {count} files with {suffix}")
   spec = tokenizer_lib.load(config.tokenizer, config.eos).spec
