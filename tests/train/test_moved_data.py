@@ -11,7 +11,9 @@ import pytest
 from text_cases import DOCUMENTS, folder as folder, make_config
 from train_cases import call as call, files, run, tiny, trainer as trainer
 
+from train.commands import evaluate
 from train.data.checks import absolute
+from train.records import report
 from train.records.run_folder import RunFolder, RunFolderError
 
 
@@ -38,16 +40,28 @@ def moved(tmp_path: Path, trained: Path) -> Path:
   return start
 
 
-def test_a_run_keeps_absolute_paths(moved: Path, call) -> None:
+def test_a_run_keeps_absolute_paths(
+  moved: Path, tmp_path: Path, call, monkeypatch
+) -> None:
   data = RunFolder(moved / "run").read_config().data
   assert data.path == (str(moved / "set"),)
   assert data.eval_path == (str(moved / "held-out"),)
   assert data.cache_dir == str(moved / "plans")
   shutil.rmtree(moved / "run" / "checkpoints" / "4")
-  for verb in ("evaluate", "resume"):
-    code, out, err = call(verb, str(moved / "run"))
-    assert code == 0, err
-  assert "resuming at step 2" in out
+  shutil.rmtree(moved / "plans")
+  # evaluate writes where the user says: a stranger's config.json does not.
+  before = files(moved)
+  cache = tmp_path / "cache"
+  there = ("--data.cache-dir", str(cache))
+  code, out, err = call("evaluate", str(moved / "run"), *there)
+  assert code == 0, err
+  assert files(moved) == before and list(cache.iterdir())
+  with monkeypatch.context() as patch:
+    patch.setattr(report, "evaluate_run", lambda config, *_, **__: config.data)
+    assert evaluate.run([str(moved / "run")]).cache_dir is None
+  code, out, err = call("resume", str(moved / "run"))
+  assert code == 0, err
+  assert "resuming at step 2" in out and (moved / "plans").exists()
   assert list(Path().iterdir()) == []  # nothing is written where it is called
 
 
@@ -103,7 +117,7 @@ def test_a_run_without_text_has_no_data_to_move(tmp_path: Path, call) -> None:
   (tmp_path / "run").mkdir()
   RunFolder(tmp_path / "run").open(tiny())
   code, _, err = call("resume", str(tmp_path / "run"), "--data.path", "a")
-  assert code == 2 and "data.path=('a',): expected 0 paths" in err
+  assert code == 2 and "data.path=('a',): expected none with MQAR" in err
 
 
 def test_paths_differ_only_where_a_checkpoint_knows_the_data(

@@ -25,6 +25,9 @@ class DataPlaces:
   #: The data sets to evaluate on, as many as the run has. Empty: where the run
   #: had them.
   eval_path: tuple[str, ...] = ()
+  #: The folder of cached row plans. None: with resume the run's, with evaluate
+  #: ~/.cache/rebased_jax/plans.
+  cache_dir: str | None = None
 
 
 _Args = TypeVar("_Args", bound=Any)
@@ -99,11 +102,14 @@ def parse_run(
 def _moved(data: DataConfig, places: DataPlaces) -> DataConfig:
   """Return the data of a run at the places that a command names."""
   changes = {k: x for k, x in dataclasses.asdict(places).items() if x}
-  for name, paths in changes.items():
-    old = getattr(data, name, ()) if isinstance(data, TextData) else ()
-    if len(paths) != len(old):
+  for name, value in changes.items():
+    if not isinstance(data, TextData):
+      kind = type(data).__name__
+      raise ValueError(f"data.{name}={value!r}: expected none with {kind}")
+    old = getattr(data, name)
+    if name != "cache_dir" and len(value) != len(old):
       raise ValueError(
-        f"data.{name}={paths!r}: expected {len(old)} paths, as the run has"
+        f"data.{name}={value!r}: expected {len(old)} paths, as the run has"
       )
   return dataclasses.replace(data, **changes) if changes else data
 

@@ -57,6 +57,10 @@ def run(args: list[str]) -> int:
     CheckpointError: there is no such checkpoint, or it is unreadable.
   """
   parsed, config = parse_run(EvaluateArgs, "evaluate", args)
+  if isinstance(config.data, TextData):
+    # A run folder may come from a stranger: it does not say where we write.
+    data = dataclasses.replace(config.data, cache_dir=parsed.data.cache_dir)
+    config = dataclasses.replace(config, data=data)
   config = with_recall(config, parsed.recall, parsed.recall_limit)
   processes.start(parsed.distributed, parsed.join_timeout)
   backend.devices()  # says so if there are none
