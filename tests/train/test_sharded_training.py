@@ -205,6 +205,58 @@ def _child(node, name: str):
   return node[int(name)] if name.isdigit() else getattr(node, name)
 
 
+_IN = ("fsdp", "tensor")  # a product that makes heads or channels
+_OUT = ("tensor", "fsdp")  # a product that sums over them
+
+
+@pytest.mark.parametrize(
+  ("path", "axes"),
+  [
+    ("token_embedding", ("tensor", "fsdp")),
+    ("position_embedding", (None, "fsdp")),
+    ("norm/scale", ()),
+    ("pairs/first/norm1/bias", ()),
+    ("pairs/first/mlp/up/kernel", _IN),
+    ("pairs/first/mlp/up/bias", ("tensor",)),
+    ("pairs/first/mlp/down/kernel", _OUT),
+    ("pairs/first/mlp/down/bias", ()),
+    ("pairs/first/mixer/gate/kernel", _IN),
+    ("pairs/first/mixer/gate/bias", ("tensor",)),
+    *((f"pairs/second/mixer/project/{x}/kernel", _IN) for x in "qkv"),
+    ("pairs/second/mixer/project/o/kernel", _OUT),
+    ("pairs/second/mixer/query_affine/gamma", ("tensor",)),
+    ("pairs/second/mixer/key_affine/beta", ("tensor",)),
+    ("pairs/second/mixer/qkv/kernel", _IN),
+    ("pairs/second/mixer/qkv/bias", ("tensor",)),
+    ("pairs/second/mixer/out_proj/kernel", _OUT),
+    ("pairs/second/mixer/out_proj/bias", ()),
+    *((f"pairs/second/mixer/{x}/kernel", _IN) for x in "kvr"),
+    ("pairs/second/mixer/o/kernel", _OUT),
+    ("pairs/second/mixer/decay", ("tensor",)),
+    ("pairs/second/mixer/mix_k", ()),
+    ("pairs/second/mixer/in_proj/kernel", _IN),
+    ("pairs/second/mixer/gate_proj/kernel", _IN),
+    ("pairs/second/mixer/conv/kernel", (None, "tensor")),
+    ("pairs/second/mixer/x_proj/kernel", ("tensor",)),
+    ("pairs/second/mixer/dt_proj/kernel", (None, "tensor")),
+    ("pairs/second/mixer/A_log", ("tensor",)),
+  ],
+)
+def test_where_each_parameter_is_split(path: str, axes: tuple) -> None:
+  """A tensor axis splits what a product makes, and what the next one sums."""
+  sizes = MeshConfig(data=1, fsdp=4, tensor=2).sizes(8)
+  vector = path.rpartition("/")[2] in {"scale", "bias", "gamma", "beta"}
+  vector |= path.endswith(("decay", "mix_k"))
+  shape = (16,) if vector else (16, 8)
+  if path.startswith("pairs"):
+    shape = (3, *shape)
+    axes = (None, *axes) if axes else axes
+  found = parameter_sharding.place(f"params/{path}", shape, sizes)
+  assert found.spec == jax.P(*axes) and not found.dropped
+  moment = parameter_sharding.place(f"opt_state/0/0/nu/{path}", shape, sizes)
+  assert moment.spec == found.spec
+
+
 def test_an_axis_that_does_not_divide_is_dropped_and_named() -> None:
   sizes = MeshConfig(data=1, fsdp=4, tensor=2).sizes(8)
   place = parameter_sharding.place("params/token_embedding", (257, 64), sizes)
