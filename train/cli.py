@@ -286,6 +286,7 @@ def _exit_if_hung(error: Exception) -> None:
   sys.stderr.flush()
   for child in multiprocessing.active_children():
     child.terminate()
+  sys.modules["train.devices.processes"].leave(1)
   os._exit(1)
 
 

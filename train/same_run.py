@@ -66,7 +66,7 @@ def check(config: RunConfig, folder: RunFolder, **options: Any) -> None:
       ),
       init_from_checkpoints=_names(config.init_from),
       versions=processes.versions(),
-      code=_hash_of_code(config),
+      code=hash_of_code(config),
       settings={name: str(jax.config.values[name]) for name in _SETTINGS},
     )
   processes.check_alike(facts)
@@ -86,7 +86,7 @@ def _names(run: str | None) -> list[str] | None:
   return sorted(path.name for path in checkpoints.iterdir())
 
 
-def _hash_of_code(config: RunConfig) -> str:
+def hash_of_code(config: Any) -> str:
   """Return a hash of our source, and of the modules of a config's classes."""
   files = {
     f"{package.name}/{path.relative_to(package)}": path

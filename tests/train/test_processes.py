@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 import errno
+import importlib
 import json
 from pathlib import Path
 import socket
@@ -10,12 +11,15 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
-from train_cases import ROOT, environment, trainer as trainer
+from train_cases import ROOT, environment, tiny, trainer as trainer
 
+from train import same_run
 from train.devices import peers, processes
-from train.devices.peers import EXIT_PEER_LOST, Peers, Place
+from train.devices.peers import EXIT_PEER_LOST, Loss, Peers, Place
+from train.nonfinite_steps import TrainingFailed
 
 _VERSIONS = {"python": "3.11", "jax": "0.10"}
 
@@ -132,7 +136,8 @@ def test_a_death_reaches_every_process(dead: int, ends) -> None:
   expected = f"process {dead} of 3 has ended without a word"
   for index, process in enumerate(found):
     if index != dead:
-      assert expected in process.lost(10)
+      loss = process.lost(10)
+      assert expected in loss.what and loss.code is None
   deadline = time.monotonic() + 10
   named = [x for x in ends if expected in x[0]]
   while len(named) < 2 and time.monotonic() < deadline:
@@ -144,7 +149,7 @@ def test_a_death_reaches_every_process(dead: int, ends) -> None:
 def test_a_failure_is_a_loss_and_an_end_is_none(ends) -> None:
   first, second = _meet(_places(2))
   second.leave(1)
-  assert first.lost(10) == "process 1 of 2 has ended with exit code 1"
+  assert first.lost(10) == Loss("process 1 of 2 has ended with exit code 1", 1)
   first, second = _meet(_places(2))
   second.leave(0)
   _vanish(second)
@@ -154,7 +159,7 @@ def test_a_failure_is_a_loss_and_an_end_is_none(ends) -> None:
 def test_silence_is_a_loss(ends, monkeypatch) -> None:
   monkeypatch.setattr(peers, "SILENCE", 0.2)
   first, _ = _meet(_places(2))
-  assert "has not answered for 0.2 s" in first.lost(10)
+  assert "has not answered for 0.2 s" in first.lost(10).what
 
 
 def test_jax_is_relayed_to_its_service() -> None:
@@ -324,3 +329,60 @@ def test_two_processes_agree_or_refuse(tmp_path: Path, trainer: Path) -> None:
     assert text in first[name], first[name]
   assert "process 1 of 2 has ended without a word" in outputs[0][0]
   assert "Check failure" not in outputs[0][1]
+
+
+def test_a_slurm_job_names_the_place_of_its_processes(monkeypatch) -> None:
+  for name, value in dict(
+    SLURM_JOB_ID="4711",
+    SLURM_STEP_NODELIST="node[3-5]",
+    SLURM_NTASKS="6",
+    SLURM_PROCID="4",
+    SLURM_LOCALID="1",
+  ).items():
+    monkeypatch.setenv(name, value)
+  place, local = processes._find_cluster()
+  assert (place.host, place.count, place.index) == ("node3", 6, 4)
+  assert 1 << 10 < place.port < 1 << 16 and local == [1]
+
+
+_THING = """
+import dataclasses
+@dataclasses.dataclass(frozen=True)
+class Thing:
+  size: int = {size}
+"""
+
+
+def test_the_code_of_a_users_classes_is_compared(
+  tmp_path: Path, monkeypatch
+) -> None:
+  monkeypatch.syspath_prepend(tmp_path)
+  file = tmp_path / "users_thing.py"
+  file.write_text(_THING.format(size=1))
+  thing = importlib.import_module("users_thing").Thing()
+  config = tiny()
+  hashes = [same_run.hash_of_code(x) for x in (config, (config, thing))]
+  file.write_text(_THING.format(size=2))
+  hashes.append(same_run.hash_of_code((config, (thing,))))
+  assert len(set(hashes)) == 3
+  assert hashes[0] == same_run.hash_of_code(config)
+
+
+@pytest.mark.parametrize(
+  ("loss", "error", "raised"),
+  [
+    (None, ValueError("x"), ValueError),
+    (Loss("gone"), ValueError("Gloo"), processes.PeerLost),
+    (Loss("gone"), TrainingFailed("x"), processes.PeerLost),
+    (Loss("failed", 1), RuntimeError("Gloo"), processes.PeerLost),
+    (Loss("failed", 1), TrainingFailed("x"), TrainingFailed),
+    (Loss("refused", 2), ValueError("x"), ValueError),
+  ],
+)
+def test_an_error_keeps_its_name_unless_a_death_caused_it(
+  loss, error, raised, monkeypatch
+) -> None:
+  known = SimpleNamespace(lost=lambda seconds: loss)
+  monkeypatch.setattr(processes, "_peers", known)
+  with pytest.raises(raised), processes.naming_lost_peers():
+    raise error

@@ -54,6 +54,16 @@ class Place:
     return f"{self.host}:{self.port}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """The end of another process, without which this one cannot continue."""
+
+  #: What happened, as "process 2 of 4 has ended without a word".
+  what: str
+  #: The exit code that the process announced. None: it announced nothing.
+  code: int | None = None
+
+
 class Peers:
   """The other processes of this run, watched by a thread.
 
@@ -73,7 +83,7 @@ class Peers:
   def __init__(self, place: Place, versions: dict[str, str], timeout: float):
     self._place, self._timeout = place, timeout
     self._versions = versions
-    self._lost: str | None = None
+    self._lost: Loss | None = None
     self._lost_event = threading.Event()
     self._leaving = False
     self._writers: dict[int, asyncio.StreamWriter] = {}
@@ -94,8 +104,8 @@ class Peers:
       self.close()
       raise
 
-  def lost(self, seconds: float) -> str | None:
-    """Wait whether a process is lost; return what to say of it, or None."""
+  def lost(self, seconds: float) -> Loss | None:
+    """Wait whether a process is lost; return None if none is by then."""
     self._lost_event.wait(seconds)
     return self._lost
 
@@ -321,36 +331,39 @@ class Peers:
       try:
         text = await asyncio.wait_for(reader.readline(), SILENCE)
       except TimeoutError:
-        self._lose(f"{of_all} has not answered for {SILENCE} s")
+        self._lose(Loss(f"{of_all} has not answered for {SILENCE} s"))
         return
       except OSError:
         text = b""
       if not text:
-        self._lose(f"{of_all} has ended without a word (killed, or crashed)")
+        self._lose(
+          Loss(f"{of_all} has ended without a word (killed, or crashed)")
+        )
         return
       message = json.loads(text)
       if "lost" in message:
-        self._lose(message["lost"])
+        self._lose(Loss(**message["lost"]))
         return
       if "end" in message:
         code = message["end"]
         if code:
-          self._lose(f"{of_all} has ended with exit code {code}")
+          self._lose(Loss(f"{of_all} has ended with exit code {code}", code))
         return
 
-  def _lose(self, what: str) -> None:
+  def _lose(self, loss: Loss) -> None:
     """Note a loss, tell the others, and end this process if it does not."""
     if self._leaving or self._lost is not None:
       return
-    self._lost = what
+    self._lost = loss
     if self._place.index == 0:
       for index in self._writers:
-        self._send(index, {"lost": what})
+        self._send(index, {"lost": dataclasses.asdict(loss)})
     self._lost_event.set()
     self._loop.call_later(_GRACE, self._end_process)
 
   def _end_process(self) -> NoReturn:
-    end_process(f"{self._lost}; this process ends too", EXIT_PEER_LOST)
+    assert self._lost is not None
+    end_process(f"{self._lost.what}; this process ends too", EXIT_PEER_LOST)
 
   async def _say_end(self, code: int) -> None:
     self._leaving = True

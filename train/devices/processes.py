@@ -158,10 +158,19 @@ def naming_lost_peers() -> Iterator[None]:
     yield
   except Exception as error:
     # The connection to the process may close a moment after its devices'.
-    lost = None if _peers is None else _peers.lost(seconds=3)
-    if lost is None:
+    loss = None if _peers is None else _peers.lost(seconds=3)
+    if loss is None or (loss.code is not None and _is_own(error, loss.code)):
       raise
-    raise PeerLost(f"{lost}; this process ends too") from error
+    raise PeerLost(f"{loss.what}; this process ends too") from error
+
+
+def _is_own(error: Exception, code: int) -> bool:
+  """Whether an error is no consequence of another process's exit.
+
+  All processes refuse a run together, and all fail where a step is not finite.
+  """
+  module = type(error).__module__.partition(".")[0]
+  return code == 2 or module == __name__.partition(".")[0]
 
 
 def gather(value: Any) -> list[Any]:
