@@ -3,6 +3,7 @@
 import io
 import math
 from pathlib import Path
+import types
 
 import chex
 import jax
@@ -16,6 +17,7 @@ from train_cases import tiny, trainer as trainer
 import train
 from train import metrics
 from train.metrics import DerivedMetric, TargetMetric, UpdateMetric
+from train.records import metrics_writer
 from train.records.run_folder import RunFolder
 
 
@@ -92,6 +94,30 @@ def test_means_are_over_the_targets_of_a_metric() -> None:
   assert expected.keys() <= found.keys() <= listed
   found = {name: found[name] for name in expected}
   chex.assert_trees_all_close(found, jax.tree.map(float, expected), rtol=1e-6)
+
+
+def test_a_window_holds_means_and_rates(monkeypatch) -> None:
+  now = 100.0
+  clock = types.SimpleNamespace(perf_counter=lambda: now)
+  monkeypatch.setattr(metrics_writer, "time", clock)
+  window = metrics_writer.Window()
+  assert window.flush() is None
+  for start in (100.0, 200.0):
+    window.add(dict(loss=2.0, accuracy=0.5), tokens=10, wait=0.5)
+    now = start + 8
+    window.pause(6)  # an evaluation, which took 6 of the 8 seconds
+    window.add(dict(loss=5.0, accuracy=0.0), tokens=30, wait=1.5)
+    now = start + 16
+    assert window.flush() == dict(
+      loss=3.5,
+      accuracy=0.25,
+      tokens_per_second=40 / 10,
+      step_time=10 / 2,
+      data_wait=2 / 10,
+    )
+    assert window.flush() is None
+    now = 200.0
+    window.pause(84)  # an evaluation before the first step of a window
 
 
 def test_a_mean_over_no_target_is_left_out() -> None:
