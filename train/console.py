@@ -94,8 +94,10 @@ def to_stdout(*, quiet: bool = False) -> Console:
 
 
 def say(console: Console, text: str) -> None:
-  """Print a line as it is, without markup, colours or line breaks."""
-  console.print(text, highlight=False, soft_wrap=True, markup=False)
+  """Print a line as it is: no markup, emoji codes, colours or line breaks."""
+  console.print(
+    text, highlight=False, soft_wrap=True, markup=False, emoji=False
+  )
 
 
 def rows(title: str, values: dict[str, object]) -> table.Table:

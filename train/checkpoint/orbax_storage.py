@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 import contextlib
 import gc
 import logging
+import os
 import re
 import sys
 from typing import Any
@@ -50,6 +51,7 @@ class Writer:
     self._directory = directory
     self._keep = keep
     self._pending: tuple[int, v1.AsyncResponse[bool]] | None = None
+    self._names = contextlib.ExitStack()
     self._checkpointer: v1.training.Checkpointer | None = self._open()
 
   def start(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
@@ -102,12 +104,15 @@ class Writer:
     """Release what the writer holds; call `wait` first."""
     if self._checkpointer is not None:
       self._checkpointer.close()
+    self._names.close()
 
   def _open(self) -> v1.training.Checkpointer:
     policy = v1.training.preservation_policies.LatestN(self._keep)
     try:
+      self._directory.mkdir(parents=True, exist_ok=True)
+      self._names.close()
       return v1.training.Checkpointer(
-        self._directory,
+        self._names.enter_context(_plain_name(self._directory)),
         context=_context(),
         preservation_policy=policy,
         cleanup_tmp_directories=True,
@@ -126,6 +131,24 @@ class Writer:
     return CheckpointError(
       f"checkpoint step {step} was not saved: {reason(error)}"
     )
+
+
+@contextlib.contextmanager
+def _plain_name(directory: epath.Path) -> Iterator[epath.Path]:
+  """Yield a name of a local directory that Orbax does not misread.
+
+  Orbax looks for what it has written with a pattern that begins with the whole
+  path, so that it finds nothing in a folder such as `run[1]`, and its storage
+  takes a backslash for a slash. Linux has another name for an open directory.
+  """
+  if "://" in str(directory) or not set(str(directory)) & set("[]\\*?"):
+    yield directory
+    return
+  descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+  try:
+    yield epath.Path(f"/proc/self/fd/{descriptor}")
+  finally:
+    os.close(descriptor)
 
 
 def load(
@@ -148,8 +171,8 @@ def load(
   context.pytree.loading.partial_load = partial
   with _hushed():
     try:
-      with context:
-        return v1.load_checkpointables(path, {name: placed})[name]
+      with context, _plain_name(path) as plain:
+        return v1.load_checkpointables(plain, {name: placed})[name]
     except Exception as error:  # noqa: BLE001  # storage errors share no class
       why = reason(error)
       if _is_not_damage(error):

@@ -9,6 +9,7 @@ from flax import nnx
 import jax
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 import tyro
 
 from rebased_jax import ModelConfig
@@ -17,7 +18,7 @@ from train import compiled_steps, stored_config
 from train.checkpoint.checkpoints import NoCheckpointError, read_meta
 from train.commands import inspect_data
 from train.config import RunConfig
-from train.console import near, rows
+from train.console import near, rows, say
 from train.devices import backend, mesh_report
 from train.devices.mesh import MeshConfig
 from train.presets import make_presets
@@ -139,13 +140,13 @@ def _show_sizes(config: ModelConfig, length: int, console: Console) -> None:
   )
   for path, leaf in leaves:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    table.add_row(name, str(leaf.shape), f"{leaf.size:,}")
+    table.add_row(Text(name), str(leaf.shape), f"{leaf.size:,}")
     total += leaf.size
   table.add_section()
   table.add_row("all", "", f"{total:,}")
   console.print(table)
   state = model.state_size(length)
-  console.print(f"state of a sequence: {state:,} bytes", highlight=False)
+  say(console, f"state of a sequence: {state:,} bytes")
 
 
 def _show_mesh(config: RunConfig, console: Console) -> None:
@@ -157,7 +158,7 @@ def _show_mesh(config: RunConfig, console: Console) -> None:
   lines, table = mesh_report.describe(config, params, sizes)
   console.print(table)
   for line in lines:
-    console.print(line, highlight=False, soft_wrap=True)
+    say(console, line)
 
 
 def _show_progress(folder: RunFolder, console: Console) -> None:
@@ -170,10 +171,10 @@ def _show_progress(folder: RunFolder, console: Console) -> None:
   try:
     step, meta = read_meta(folder.checkpoints, run=folder.run_id())
   except NoCheckpointError:
-    console.print("no checkpoint yet")
+    say(console, "no checkpoint yet")
     return
   finished = meta.get("finished") or "can be resumed"
-  console.print(f"newest checkpoint: step {step}, {finished}", highlight=False)
+  say(console, f"newest checkpoint: step {step}, {finished}")
 
 
 def _show_checkpoint(path: epath.Path, console: Console) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 import tyro
 
-from train.console import rows
+from train.console import rows, say
 from train.data.prepare.tokenizer import load_recorded
 from train.data.text.megatron_source import MegatronSource
 from train.data.text.packing import stream_plan
@@ -80,7 +80,7 @@ def show(path: str, console: Console, *, length: int, verify: bool) -> None:
     console.print(_domains(source.sidecar))
   if verify:
     source.verify()
-    console.print(f"all {len(source.shards)} shards match their checksums")
+    say(console, f"all {len(source.shards)} shards match their checksums")
   _sample(source, length, console)
 
 
@@ -154,7 +154,7 @@ def _sample(source: TokenSource, length: int, console: Console) -> None:
   width = None if source.row_length is None else source.row_length + 1
   length = min(length, width or total)
   if length < 2:
-    console.print("no sample: the data set has fewer than two tokens")
+    say(console, "no sample: the data set has fewer than two tokens")
     return
   plan = stream_plan(length, source.lengths, np.arange(len(source)))
   begin = int(plan.start_n[len(plan.document_n) // 2])
@@ -174,11 +174,10 @@ def _sample(source: TokenSource, length: int, console: Console) -> None:
     if i:
       text.append(_BOUNDARY, style="bold red")
     text.append(decode(part.tolist()))
-  console.print(
+  say(
+    console,
     f"\nsample: {length} tokens, {where}; {_BOUNDARY} is a boundary between "
     f"documents{note}",
-    highlight=False,
-    soft_wrap=True,
   )
   console.print(text, soft_wrap=True)
 

@@ -21,7 +21,7 @@ from rebased_jax import parameter_count
 from train import compiled_steps
 from train.compile import collectives, flops
 from train.config import RunConfig
-from train.console import rows
+from train.console import rows, say
 from train.devices import mesh as mesh_lib, mesh_report, peaks
 
 GIB = 2**30
@@ -130,28 +130,22 @@ def show(config: RunConfig, topology: str, console: Console) -> int:
   devices = describe(topology)
   mesh = mesh_lib.make_mesh(config.mesh, devices)
   kind = devices[0].device_kind
-  console.print(
-    f"{topology}: {len(devices)} × {kind}; compiling", highlight=False
-  )
+  say(console, f"{topology}: {len(devices)} × {kind}; compiling")
   abstract = compiled_steps.abstract_model(config)
   params = nnx.to_pure_dict(nnx.state(abstract, nnx.Param))
   lines, _ = mesh_report.describe(config, params, mesh.shape)
   for line in lines:
-    console.print(line, highlight=False, soft_wrap=True)
+    say(console, line)
   result = report(config, mesh)
   found, limit = result.found, result.limit
   if found is None:
-    console.print(
-      f"does not fit: {result.reason}", highlight=False, soft_wrap=True
-    )
+    say(console, f"does not fit: {result.reason}")
     return 1
   console.print(rows("a device and step", _rows(result, found)))
   verdict = "it fits" if result.fits else "does not fit"
   known = f"of {limit / GIB:.0f} GiB" if limit else f"; {kind}: HBM not known"
-  console.print(
-    f"{verdict if limit else 'compiled'}: {found.memory / GIB:.3f} GiB {known}",
-    highlight=False,
-  )
+  verdict = verdict if limit else "compiled"
+  say(console, f"{verdict}: {found.memory / GIB:.3f} GiB {known}")
   return 0 if result.fits else 1
 
 

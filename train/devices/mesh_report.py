@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from train.config import RunConfig
 from train.devices import parameter_sharding
@@ -48,7 +49,7 @@ def describe(
   for x in places:
     spec = (*x.spec, *(None,) * (len(x.shape) - len(x.spec)))
     split = ", ".join(name or "–" for name in spec) if any(spec) else ""
-    table.add_row(x.path, str(x.shape), split, f"{x.share(sizes):,}")
+    table.add_row(Text(x.path), str(x.shape), split, f"{x.share(sizes):,}")
   return lines, table
 
 

@@ -9,7 +9,7 @@ from rebased_jax import LM, parameter_count
 from train import compiled_steps, evaluate, initial_state, metrics, same_run
 from train.checkpoint.checkpoints import read_meta, restore_params
 from train.config import MQARData, RunConfig
-from train.console import rows
+from train.console import rows, say
 from train.data.in_vocabulary import InVocabulary
 from train.devices import mesh as mesh_lib, processes
 from train.loop import Outcome
@@ -149,6 +149,6 @@ def evaluate_run(
   }
   if jax.process_index() == 0:
     for change in changes:
-      console.print(f"warning: {change}", highlight=False, soft_wrap=True)
+      say(console, f"warning: {change}")
     console.print(rows(str(folder.path), values))
   return 0

@@ -18,6 +18,7 @@ from rich import progress
 from rich.console import Console
 
 from rebased_jax.find_trainer import in_worker
+from train.console import say
 from train.data.prepare.output_folder import WORK
 from train.data.prepare.shard import (
   Job,
@@ -227,12 +228,11 @@ def _display(
       return
     last, rate = now, read / (now - begin)
     seconds = int((total - read) / rate)
-    console.print(
+    say(
+      console,
       f"{read / 1e6:,.1f}/{total / 1e6:,.1f} MB  {rate / 1e6:.2f} MB/s  left "
       f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}  "
       f"{done}/{shards} shards",
-      highlight=False,
-      soft_wrap=True,
     )
 
   yield line
