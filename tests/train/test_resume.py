@@ -253,7 +253,9 @@ def test_another_runs_checkpoint_is_refused(
   assert files(other) == before
 
 
-@pytest.mark.parametrize("left", ["no folder", "an empty folder", "an old run"])
+@pytest.mark.parametrize(
+  "left", ["no folder", "an empty folder", "a killed save", "an old run"]
+)
 def test_a_run_whose_checkpoints_are_gone_is_refused(
   finished: Path, tmp_path: Path, left: str
 ) -> None:
@@ -263,6 +265,8 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(
   lost = "step 6 was saved"
   if left == "an empty folder":
     (folder / "checkpoints").mkdir()
+  elif left == "a killed save":
+    (folder / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir(parents=True)
   elif left == "an old run":
     (folder / "last_save.json").unlink()
     lost = "steps are in metrics.jsonl"

@@ -35,7 +35,7 @@ class MetricsWriter:
   ):
     self.exit_code = 0
     self._flushed = time.monotonic()
-    self._file = folder.metrics_file.open("a") if active else None
+    self._file = folder.append_to_metrics() if active else None
     self._board = self._wandb = None
     if active and config.wandb is not None:
       self._wandb = WandbRun(config, folder)

@@ -1,6 +1,7 @@
 """The folder of a run: config.json, metrics.jsonl, checkpoints/, pictures.
 
-The folder may be a `gs://` path. Each file is written whole, or not at all.
+The folder may be a `gs://` path, with the extra `gcs`. Each file is written
+whole, or not at all.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -13,7 +14,7 @@ import json
 import os
 from pathlib import Path
 import re
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 import uuid
 
 from etils import epath
@@ -154,8 +155,10 @@ class RunFolder:
 
   def _has_checkpoints(self) -> bool:
     """Whether there are steps, readable or not."""
+    # Others are temporary: saves that were killed.
     return self.checkpoints.exists() and any(
-      x.name[:1].isdigit() for x in self.checkpoints.iterdir()
+      re.fullmatch(r"\d+(\.corrupt.*)?", x.name)
+      for x in self.checkpoints.iterdir()
     )
 
   def _check_checkpoints_are_there(self) -> None:
@@ -276,6 +279,12 @@ class RunFolder:
     """Write a text file of the folder, whole or not at all."""
     atomic.write_text(self.path / name, text)
 
+  def append_to_metrics(self) -> "IO[str] | _BucketText":
+    """Return metrics.jsonl to write further lines to, then flush and close."""
+    if self._is_remote:
+      return _BucketText(self.metrics_file)
+    return self.metrics_file.open("a")
+
   def read_metrics(self) -> list[dict[str, Any]]:
     """Return the records of metrics.jsonl, without a half-written last line.
 
@@ -311,6 +320,32 @@ class RunFolder:
       ]
       lines = "".join(json.dumps(record) + "\n" for record in kept)
       self.write("metrics.jsonl", lines)
+
+
+class _BucketText:
+  """Lines that are appended to a file of a bucket.
+
+  A bucket takes whole files alone: gcsfs would replace what was there before.
+  So each flush writes the file again.
+
+  Args:
+    path: the file, which need not exist.
+  """
+
+  def __init__(self, path: epath.Path):
+    self._path = path
+    self._text = path.read_text() if path.exists() else ""
+
+  def write(self, text: str) -> None:
+    """Append text; `flush` writes it."""
+    self._text += text
+
+  def flush(self) -> None:
+    """Write the file."""
+    self._path.write_text(self._text)
+
+  def close(self) -> None:
+    """Do nothing: each flush has written all."""
 
 
 def _checked_path(path: epath.PathLike) -> epath.Path:
