@@ -185,6 +185,34 @@ def test_jax_is_relayed_to_its_service() -> None:
   assert asyncio.run(talk()) == b"to you"
 
 
+@pytest.mark.parametrize(
+  "words", [b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"kind": "peer"}\n', b""]
+)
+def test_a_stranger_at_the_port_changes_nothing(
+  words: bytes, ends, caplog
+) -> None:
+  """Neither while the processes gather, nor when they are together."""
+  places = _places(2)
+
+  def call(deadline: float) -> None:
+    while time.monotonic() < deadline:
+      try:
+        with socket.create_connection(("127.0.0.1", places[0].port)) as link:
+          link.sendall(words)
+          return
+      except OSError:
+        time.sleep(0.01)
+
+  stranger = threading.Thread(target=call, args=(time.monotonic() + 5,))
+  if words != b'{"kind": "peer"}\n':  # that is a process of another run
+    stranger.start()
+    stranger.join(0.05)
+  first, second = _meet(places)
+  call(time.monotonic() + 5)
+  assert first.lost(0.2) is None and second.lost(0) is None
+  assert ends == [] and caplog.text == ""
+
+
 def test_reasons_are_in_words() -> None:
   assert peers._reason(OSError(errno.ECONNREFUSED, "x")) == "Connection refused"
   assert peers._reason(socket.gaierror(8, "x")) == "no such host"

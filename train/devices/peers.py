@@ -155,15 +155,16 @@ class Peers:
       try:
         hello = json.loads(await asyncio.wait_for(reader.readline(), _NOTICE))
         kind = hello["kind"]
-      except (ValueError, TypeError, KeyError, OSError, TimeoutError):
+        index, count = int(hello.get("index", 0)), int(hello.get("count", 0))
+        versions = dict(hello.get("versions", {}))
+      except (ValueError, TypeError, KeyError, AttributeError, OSError):
         writer.close()  # a stranger
         return
-      if kind == "jax":
-        service = await asyncio.open_connection("127.0.0.1", inner)
+      if kind == "peer":
+        await self._greet(Place("", 0, count, index), versions, reader, writer)
+      elif (service := await _reach_service(inner)) is not None:
         self._take(service[1])
         await _join_streams((reader, writer), service)
-      else:
-        await self._greet(hello, reader, writer)
 
     try:
       self._server = await asyncio.start_server(accept, None, place.port)
@@ -208,12 +209,20 @@ class Peers:
 
   async def _greet(
     self,
-    hello: dict[str, Any],
+    other: Place,
+    versions: dict[str, str],
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
   ) -> None:
-    """Take a process in, or refuse all if it does not belong here."""
-    index, count = hello["index"], hello["count"]
+    """Take a process in, or refuse all if it does not belong here.
+
+    Args:
+      other: the number and count that the process says.
+      versions: its versions.
+      reader: what it says.
+      writer: what is said to it.
+    """
+    index, count = other.index, other.count
     problem = None
     if count != self._place.count:
       problem = (
@@ -222,12 +231,12 @@ class Peers:
       )
     elif index in self._writers or index == 0:
       problem = f"two processes are number {index}: expected each number once"
-    elif hello["versions"] != self._versions:
+    elif versions != self._versions:
       problem = "other versions: " + "; ".join(
         f"{name} {mine} on process 0, {theirs} on process {index}"
         for name, mine, theirs in (
-          (x, self._versions.get(x), hello["versions"].get(x))
-          for x in {**self._versions, **hello["versions"]}
+          (x, self._versions.get(x), versions.get(x))
+          for x in {**self._versions, **versions}
         )
         if mine != theirs
       )
@@ -273,7 +282,10 @@ class Peers:
     async def relay(
       near: asyncio.StreamReader, back: asyncio.StreamWriter
     ) -> None:
-      far = await asyncio.open_connection(place.host, place.port)
+      try:
+        far = await asyncio.open_connection(place.host, place.port)
+      except OSError:
+        return  # process 0 has gone, which its own connection tells
       self._take(back)
       self._take(far[1])
       far[1].write(_line({"kind": "jax"}))
@@ -397,6 +409,15 @@ def _reason(error: Exception) -> str:
   return (
     os.strerror(error.errno) if getattr(error, "errno", None) else "refused"
   )
+
+
+async def _reach_service(port: int) -> _Streams | None:
+  """Connect to jax's service, which may still start; None if it does not."""
+  for _ in range(100):
+    with contextlib.suppress(OSError):
+      return await asyncio.open_connection("127.0.0.1", port)
+    await asyncio.sleep(0.1)
+  return None
 
 
 def _free_port() -> int:
