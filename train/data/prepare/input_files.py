@@ -1,9 +1,19 @@
 """Find the files that hold text, and group them into sources.
 
-A source becomes one shard. It is one file of JSON lines or Parquet, or a group
-of plain text files, each of which is one document. The names of files are
-relative to the folder that all inputs share, so that they are the same on every
-machine.
+A source becomes one shard. It is one file of JSON lines or Parquet, a part of a
+large one, or a group of plain text files, each of which is one document. The
+names of files are relative to the folder that all inputs share, so that they
+are the same on every machine.
+
+The parts of a file follow from its size alone, so every machine agrees on them:
+
+    JSON lines              equal shares of the file's bytes; a line belongs to
+                            the part where it begins
+    compressed JSON lines   equal sizes of decompressed text; the last part has
+                            the rest. Each part decompresses the file from its
+                            beginning
+    Parquet                 equal shares of the file's bytes; a row group
+                            belongs to the part where it begins
 """
 
 from collections import Counter
@@ -27,6 +37,7 @@ _BINARY = (
 )
 _SMALLEST_GROUP, _LARGEST_GROUP = 4 << 20, 256 << 20  # bytes
 _GROUPS = 64  # groups of plain text, unless their sizes forbid it
+_EXPANSION = 4  # text for each byte of a compressed file, about
 _CORPORA = ("stdlib",)
 _NOT_STDLIB = (
   *("site-packages", "dist-packages", "__pycache__"),
@@ -50,6 +61,22 @@ class TextFile:
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+  """A part of a large file.
+
+  Attributes:
+    index: the number of the part, from 0.
+    count: the number of parts of the file.
+    bytes: the size of a part in bytes of text. Only the parts of compressed
+      JSON lines have it exactly.
+  """
+
+  index: int
+  count: int
+  bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
   """The text of one shard.
 
@@ -58,16 +85,44 @@ class Source:
       number of the others.
     kind: "jsonl", "parquet", "text" or "python".
     files: one file, or a group of plain text files.
+    part: the part of the file; None for all of it.
   """
 
   name: str
   kind: str
   files: tuple[TextFile, ...]
+  part: Part | None = None
 
   @property
   def bytes(self) -> int:
-    """The size of all files together."""
-    return sum(file.bytes for file in self.files)
+    """The size of all files together, or this part's share of the file."""
+    begin, end = self.share
+    return end - begin
+
+  @property
+  def share(self) -> tuple[int, int]:
+    """The first byte of this part's share of the file, and the one after it.
+
+    The shares are about equal, and make up the file.
+    """
+    size = sum(file.bytes for file in self.files)
+    if self.part is None:
+      return 0, size
+    index, count = self.part.index, self.part.count
+    return size * index // count, size * (index + 1) // count
+
+  @property
+  def text_range(self) -> tuple[int, int | None]:
+    """The place in the decompressed file where this part's lines begin.
+
+    It is the first byte and the one after the last; None for no last one.
+    """
+    if self.part is None:
+      return 0, None
+    if not compression(self.name):
+      return self.share
+    index, count, size = dataclasses.astuple(self.part)
+    return index * size, None if index == count - 1 else (index + 1) * size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +142,7 @@ def find_sources(
   inputs: Sequence[str],
   corpus: str | None = None,
   text_suffixes: Sequence[str] = TEXT_SUFFIXES,
+  part_bytes: int | None = None,
 ) -> Found:
   """Find the sources in files and folders, or in a corpus.
 
@@ -98,6 +154,8 @@ def find_sources(
     corpus: "stdlib", the source code of Python's standard library, instead of
       inputs.
     text_suffixes: the suffixes of plain text files in a folder.
+    part_bytes: split files of records with more text than this, 1 or more. A
+      compressed file is taken to have 4 times its size. None: do not split.
 
   Raises:
     ValueError: an input does not exist or is not text, or there is no text; or
@@ -148,7 +206,7 @@ def find_sources(
       "suffixes of plain text by --text-suffixes"
     )
   return Found(
-    _sources(sorted(paths), Path(os.path.commonpath(roots))),
+    _sources(sorted(paths), Path(os.path.commonpath(roots)), part_bytes),
     tuple(sorted(left_out.items())),
   )
 
@@ -174,6 +232,13 @@ def source_sha256(source: Source, hashes: list[str]) -> str:
     for file, sha256 in zip(source.files, hashes, strict=True)
   ]
   return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def part_of(source: Source) -> dict[str, list[int]]:
+  """Return what JSON says of a source's part; nothing if it has none."""
+  if source.part is None:
+    return {}
+  return {"part": list(dataclasses.astuple(source.part))}
 
 
 def modification_times(source: Source) -> list[int]:
@@ -233,8 +298,10 @@ def _fail(error: OSError) -> None:
   raise error
 
 
-def _sources(paths: Sequence[Path], root: Path) -> tuple[Source, ...]:
-  """Group files into sources; their names are relative to `root`."""
+def _sources(
+  paths: Sequence[Path], root: Path, part_bytes: int | None
+) -> tuple[Source, ...]:
+  """Group and split files into sources; names are relative to `root`."""
   records, texts = [], []
   for path in paths:
     name = path.relative_to(root).as_posix()
@@ -245,8 +312,23 @@ def _sources(paths: Sequence[Path], root: Path) -> tuple[Source, ...]:
     if kind == "text":
       texts.append(file)
     else:
-      records.append(Source(name, kind, (file,)))
+      records += _parts(Source(name, kind, (file,)), part_bytes)
   return (*records, *_groups(texts, "text"))
+
+
+def _parts(source: Source, part_bytes: int | None) -> list[Source]:
+  """Split a source into parts, if it has more text than `part_bytes`."""
+  if part_bytes is None:
+    return [source]
+  compressed = source.kind == "parquet" or compression(source.name)
+  text = source.bytes * (_EXPANSION if compressed else 1)
+  count = -(-text // part_bytes)
+  if count < 2:
+    return [source]
+  return [
+    dataclasses.replace(source, part=Part(index, count, part_bytes))
+    for index in range(count)
+  ]
 
 
 def _groups(files: Sequence[TextFile], kind: str) -> tuple[Source, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 from train.data.file_hashes import file_hash
 from train.data.prepare.input_files import modification_times
 from train.data.prepare.output_folder import WORK
+from train.data.prepare.read_lines import range_hash
 from train.data.prepare.shard import Job, read_record
 
 _SHOWN = 5  # file names that a message lists
@@ -78,8 +79,14 @@ def _changed_files(job: Job, record: dict[str, Any]) -> list[str]:
   """
   if modification_times(job.source) == record["times"]:
     return []
+  source = job.source
   return [
     file.name
-    for file, sha256 in zip(job.source.files, record["hashes"], strict=True)
-    if file_hash(file.path) != sha256
+    for file, sha256 in zip(source.files, record["hashes"], strict=True)
+    if sha256
+    != (
+      file_hash(file.path)
+      if source.part is None
+      else range_hash(file.path, *source.share)
+    )
   ]

@@ -31,11 +31,7 @@ def largest_page(file: BinaryIO, chunk: Any) -> int:
     PageError: a page header is damaged.
     OSError: the file cannot be read.
   """
-  start = chunk.data_page_offset
-  dictionary = chunk.dictionary_page_offset
-  if dictionary is not None and 0 < dictionary < start:
-    start = dictionary
-  place, end = start, start + chunk.total_compressed_size
+  place, end = page_range(chunk)
   seen = largest = 0
   while place < end and seen < chunk.num_values:
     try:
@@ -54,6 +50,19 @@ def largest_page(file: BinaryIO, chunk: Any) -> int:
       seen += values
     place = file.tell() + compressed
   return largest
+
+
+def page_range(chunk: Any) -> tuple[int, int]:
+  """Return the first byte of a column chunk, and the one after its last.
+
+  Args:
+    chunk: a `pyarrow.parquet.ColumnChunkMetaData`.
+  """
+  start = chunk.data_page_offset
+  dictionary = chunk.dictionary_page_offset
+  if dictionary is not None and 0 < dictionary < start:
+    start = dictionary
+  return start, start + chunk.total_compressed_size
 
 
 def _struct(file: BinaryIO, depth: int) -> dict[int, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from train.atomic import named_errors, temporary
-from train.data.prepare.input_files import Source
+from train.data.prepare.input_files import Source, part_of
 from train.data.prepare.output_folder import WORK
 from train.data.prepare.read_documents import Fields
 from train.data.prepare.tokenizer import TokenizerSpec
@@ -58,6 +58,7 @@ def make_plan(
         "name": source.name,
         "kind": source.kind,
         "files": [[file.name, file.bytes] for file in source.files],
+        **part_of(source),
       }
       for source in sources
     ],
@@ -159,6 +160,12 @@ def differences(held: dict[str, Any], plan: dict[str, Any]) -> list[str]:
     for name, size in now.items()
     if name in was and was[name] != size
   ]
+  was, now = _parts(held), _parts(plan)
+  found += [
+    f"input {name} was in {was[name]} parts, is in {parts}"
+    for name, parts in now.items()
+    if was.get(name, parts) != parts
+  ]
   if not found and held != plan:
     found.append("it was made by another version of this program")
   return found
@@ -170,6 +177,15 @@ def _file_sizes(plan: dict[str, Any]) -> dict[str, int]:
     name: size
     for source in plan.get("sources", ())
     for name, size in source["files"]
+  }
+
+
+def _parts(plan: dict[str, Any]) -> dict[str, int]:
+  """Return the number of parts of each input file of a plan, by its name."""
+  return {
+    name: source.get("part", (0, 1))[1]
+    for source in plan.get("sources", ())
+    for name, _ in source["files"]
   }
 
 

@@ -9,15 +9,19 @@ import ast
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import json
+import os
 from typing import Any
 
 from train.data.prepare.input_files import Source, TextFile, compression
-from train.data.prepare.parquet_pages import largest_page
+from train.data.prepare.parquet_pages import largest_page, page_range
 from train.data.prepare.read_lines import (
   READ_BYTES,
   HashedFile,
+  Line,
   decompressed,
   lines,
+  range_hash,
+  without_beginning,
 )
 
 _ROWS = 256  # the most rows of Parquet that are decoded at a time
@@ -109,6 +113,9 @@ def read(
     Changed: a file does not have the size that the source says.
     OSError: a file cannot be read.
   """
+  if source.part is not None:
+    yield from _read_part(source, fields, on_bytes, on_hash)
+    return
   readers = {"jsonl": _jsonl, "text": _plain_text, "python": _python}
   for file in source.files:
     # pyarrow opens a Parquet file itself and reads it out of order. The file
@@ -117,15 +124,37 @@ def read(
     with HashedFile(file.path, _nothing if parquet else on_bytes) as raw:
       if parquet:
         on_hash(raw.sha256())
-        yield from _parquet(file, fields, on_bytes)
+        yield from _parquet(file, fields, on_bytes, source.share)
       else:
         yield from readers[source.kind](file, fields, raw)
         on_hash(raw.sha256())
-      if raw.bytes != file.bytes:
-        raise Changed(
-          f"{file.name}: it has {raw.bytes:,} bytes: expected {file.bytes:,}, "
-          "its size when the run began"
-        )
+      _check_unchanged(file, raw.bytes)
+
+
+def _read_part(
+  source: Source,
+  fields: Fields,
+  on_bytes: Callable[[int], None],
+  on_hash: Callable[[str], None],
+) -> _Read:
+  """Read a part of a file as `read` does; its hash is that of its share."""
+  (file,), (begin, end) = source.files, source.share
+  on_hash(range_hash(file.path, begin, end))
+  if source.kind == "parquet":
+    yield from _parquet(file, fields, on_bytes, source.share)
+  else:
+    yield from _part_of_jsonl(source, fields)
+    on_bytes(end - begin)
+  _check_unchanged(file, os.stat(file.path).st_size)
+
+
+def _check_unchanged(file: TextFile, size: int) -> None:
+  """Raise Changed unless a file still has the size that its source says."""
+  if size != file.bytes:
+    raise Changed(
+      f"{file.name}: it has {size:,} bytes: expected {file.bytes:,}, its size "
+      "when the run began"
+    )
 
 
 def _nothing(_: int) -> None:
@@ -136,19 +165,40 @@ def _jsonl(file: TextFile, fields: Fields, raw: HashedFile) -> _Read:
   """Read the records of a file of JSON lines."""
   found = False
   stream = decompressed(raw, compression(file.name), fields.most_bytes)
-  for line in lines(stream, fields.most_bytes):
-    where = f"{file.name}, line {line.number}"
+  for item in _records(lines(stream, fields.most_bytes), file.name, fields):
+    found = True
+    yield item
+  if not found:
+    yield Problem(file.name, "the file is empty: expected JSON lines")
+
+
+def _part_of_jsonl(source: Source, fields: Fields) -> _Read:
+  """Read the records that begin in a part of a file of JSON lines."""
+  assert source.part is not None
+  (file,), part = source.files, source.part
+  begin, end = source.text_range
+  first = max(begin - 1, 0)
+  packed = compression(file.name)
+  with HashedFile(file.path, _nothing, 0 if packed else first) as raw:
+    stream = decompressed(raw, packed, fields.most_bytes)
+    if packed:
+      stream = without_beginning(stream, first)
+    found = lines(stream, fields.most_bytes, begin, end)
+    name = f"{file.name}, part {part.index + 1} of {part.count}"
+    yield from _records(found, name, fields)
+
+
+def _records(found: Iterator[Line], name: str, fields: Fields) -> _Read:
+  """Read each line as a record; blank lines are left out."""
+  for line in found:
+    where = f"{name}, line {line.number}"
     if line.data is None:
-      found = True
       yield Problem(f"{where} (byte {line.offset})", line.reason or "")
     elif line.data.strip():
-      found = True
       try:
         yield _document(_record(line.data), fields, where)
       except _Malformed as error:
         yield Problem(f"{where} (byte {line.offset})", str(error))
-  if not found:
-    yield Problem(file.name, "the file is empty: expected JSON lines")
 
 
 def _record(data: bytes) -> object:
@@ -223,9 +273,15 @@ def _type(value: object) -> str:
 
 
 def _parquet(
-  file: TextFile, fields: Fields, on_bytes: Callable[[int], None]
+  file: TextFile,
+  fields: Fields,
+  on_bytes: Callable[[int], None],
+  share: tuple[int, int],
 ) -> _Read:
-  """Read the rows of a Parquet file."""
+  """Read the row groups of a Parquet file that begin in a range of its bytes.
+
+  A problem of the whole file belongs to the range that begins at 0.
+  """
   import pyarrow as pa
   from pyarrow import parquet
 
@@ -236,21 +292,28 @@ def _parquet(
     )
     names = table.schema_arrow.names
   except broken as error:
-    yield Problem(file.name, f"not readable as Parquet: {_short(error)}")
-    on_bytes(file.bytes)
+    if share[0] == 0:
+      yield Problem(file.name, f"not readable as Parquet: {_short(error)}")
+    on_bytes(share[1] - share[0])
     return
   with table, open(file.path, "rb") as raw:
     try:
       columns = _columns(table, fields, names)
     except _Malformed as error:
-      yield Problem(file.name, str(error), max(table.metadata.num_rows, 1))
-      on_bytes(file.bytes)
+      if share[0] == 0:
+        yield Problem(file.name, str(error), max(table.metadata.num_rows, 1))
+      on_bytes(share[1] - share[0])
       return
-    if table.metadata.num_rows == 0:
+    if table.metadata.num_rows == 0 and share[0] == 0:
       yield Problem(file.name, "the file is empty: expected rows")
-    first = told = 0
+    first, told = 0, share[0]
     for group in range(table.metadata.num_row_groups):
       rows = table.metadata.row_group(group).num_rows
+      begin, _ = page_range(table.metadata.row_group(group).column(columns[0]))
+      # A wrong place must not leave the group without a part.
+      if not share[0] <= min(max(begin, 0), file.bytes - 1) < share[1]:
+        first += rows
+        continue
       done = 0
       try:
         chunks = [table.metadata.row_group(group).column(x) for x in columns]
@@ -270,10 +333,11 @@ def _parquet(
         where = f"{file.name}, row {first + done} (row group {group})"
         yield Problem(where, _short(error), max(rows - done, 1))
       first += rows
-      share = file.bytes * first // max(table.metadata.num_rows, 1)
-      on_bytes(share - told)
-      told = share
-    on_bytes(file.bytes - told)
+      place = file.bytes * first // max(table.metadata.num_rows, 1)
+      place = min(max(place, told), share[1])
+      on_bytes(place - told)
+      told = place
+    on_bytes(share[1] - told)
 
 
 def _columns(table: Any, fields: Fields, names: list[str]) -> list[int]:

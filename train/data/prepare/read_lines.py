@@ -47,12 +47,24 @@ def open_plain(path: str | Path) -> BinaryIO:
   return open(descriptor, "rb", buffering=0)
 
 
+def range_hash(path: str, begin: int, end: int) -> str:
+  """Return the SHA-256 of the bytes of a file from `begin` up to `end`."""
+  digest = hashlib.sha256()
+  with named_errors(path), open_plain(path) as file:
+    file.seek(begin)
+    while data := file.read(min(READ_BYTES, end - begin)):
+      digest.update(data)
+      begin += len(data)
+  return digest.hexdigest()
+
+
 class HashedFile:
-  """Read a file once from beginning to end, and hash it; a context manager.
+  """Read a file once up to its end, and hash it; a context manager.
 
   Args:
     path: the file.
     on_bytes: called with the number of bytes of each read.
+    begin: the first byte that is read and hashed.
 
   Attributes:
     bytes: the number of bytes read so far.
@@ -61,9 +73,12 @@ class HashedFile:
     OSError: the file cannot be opened, or is a pipe, socket or device.
   """
 
-  def __init__(self, path: str, on_bytes: Callable[[int], None]) -> None:
+  def __init__(
+    self, path: str, on_bytes: Callable[[int], None], begin: int = 0
+  ) -> None:
     self._path = path
     self._file = open_plain(path)
+    self._file.seek(begin)
     self._on_bytes = on_bytes
     self._hash = hashlib.sha256()
     self.bytes = 0
@@ -133,18 +148,32 @@ def decompressed(
       raise ValueError(f'compression={compression!r}: expected "", gz or zst')
 
 
-def lines(stream: Iterator[bytes], limit: int) -> Iterator[Line]:
+def without_beginning(stream: Iterator[bytes], count: int) -> Iterator[bytes]:
+  """Yield a stream without its first `count` bytes."""
+  for data in stream:
+    if count < len(data):
+      yield data[count:]
+    count = max(count - len(data), 0)
+
+
+def lines(
+  stream: Iterator[bytes], limit: int, begin: int = 0, end: int | None = None
+) -> Iterator[Line]:
   """Cut bytes into lines at each line feed; the last line need not end in one.
 
   Args:
-    stream: from `decompressed`.
+    stream: from `decompressed`. With `begin` > 0 it starts at byte begin - 1 of
+      the file, because only that byte tells whether a line begins at `begin`.
     limit: the longest line in bytes. A longer one is yielded as a reason, and
       the lines after it follow.
+    begin: yield only lines that begin at this byte of the file or later.
+    end: yield only lines that begin before this byte; None for all. The reason
+      of a damaged stream is yielded in the place of the line that is cut.
 
   Yields:
-    The lines in their order.
+    The lines in their order, numbered from 1.
   """
-  number, offset, size = 1, 0, 0
+  number, offset, size = (0, begin - 1, 0) if begin else (1, 0, 0)
   held: list[bytes] = []
   try:
     for data in stream:
@@ -152,17 +181,21 @@ def lines(stream: Iterator[bytes], limit: int) -> Iterator[Line]:
       for piece in whole:
         size += len(piece)
         held.append(piece)
-        yield _line(number, offset, size, held, limit)
+        if offset >= begin:
+          yield _line(number, offset, size, held, limit)
         number, offset, size, held = number + 1, offset + size + 1, 0, []
+        if end is not None and offset >= end:
+          return
       size += len(rest)
-      if size > limit:
+      if size > limit or offset < begin:
         held = []
       elif rest:
         held.append(rest)
   except StreamError as error:
-    yield Line(number, offset, None, str(error))
+    if offset >= begin:
+      yield Line(number, offset, None, str(error))
     return
-  if size:
+  if size and offset >= begin:
     yield _line(number, offset, size, held, limit)
 
 

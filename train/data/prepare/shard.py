@@ -38,6 +38,7 @@ from train.data.prepare import read_documents, tokenizer as tokenizer_lib
 from train.data.prepare.input_files import (
   Source,
   modification_times,
+  part_of,
   source_sha256,
 )
 from train.data.prepare.output_folder import WORK, write_array, write_json
@@ -415,6 +416,7 @@ def _record(
       "bytes": job.source.bytes,
       "files": len(job.source.files),
       "sha256": source_sha256(job.source, hashes),
+      **part_of(job.source),
     },
     "documents": len(lengths),
     "tokens": int(lengths.sum()),
