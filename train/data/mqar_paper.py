@@ -14,12 +14,13 @@ import numpy as np
 
 from train.atomic import replacing, sync
 from train.data.batches import Batch, Batches, Fingerprint
+from train.data.cache_folder import cache_folder
 from train.data.checks import require
 from train.data.mqar import MQARConfig, mqar_rows
 from train.data.one_maker import one_maker
 from train.data.splitmix64 import hash64
 
-CACHE_DIR = Path.home() / ".cache" / "rebased_jax" / "mqar"
+CACHE_DIR = cache_folder("mqar")
 TRAIN_SEED, TRAIN_EXAMPLES = 42, 100_000
 TEST_SEED, TEST_EXAMPLES = 52, 3_000
 

@@ -19,6 +19,7 @@ import uuid
 
 import numpy as np
 
+from train.data.cache_folder import cache_folder
 from train.data.file_hashes import file_hash
 from train.data.one_maker import one_maker
 from train.data.text.open_files import (
@@ -27,7 +28,7 @@ from train.data.text.open_files import (
   unreadable,
 )
 
-CACHE_DIR = Path.home() / ".cache" / "rebased_jax" / "plans"
+CACHE_DIR = cache_folder("plans")
 
 _VERSION = 2
 _log = logging.getLogger(__name__)

@@ -1,0 +1,29 @@
+"""Where data that takes time to make is kept between runs."""
+
+import os
+from pathlib import Path
+import tempfile
+
+
+def cache_folder(name: str) -> Path:
+  """Return the folder of one kind of cached data, which need not exist.
+
+  It is `~/.cache/rebased_jax/NAME`. A user without a home that can be written,
+  as in many containers, gets `/tmp/rebased_jax-UID/NAME`.
+
+  Args:
+    name: the kind of data.
+  """
+  try:
+    folder = Path.home() / ".cache" / "rebased_jax" / name
+  except RuntimeError:  # neither HOME nor an entry in the list of users
+    folder = None
+  if folder is not None and _can_be_written(folder):
+    return folder
+  return Path(tempfile.gettempdir(), f"rebased_jax-{os.getuid()}", name)
+
+
+def _can_be_written(folder: Path) -> bool:
+  """Whether this user can write to a folder, or make it."""
+  there = next(x for x in (folder, *folder.parents) if os.path.exists(x))
+  return os.access(there, os.W_OK)
