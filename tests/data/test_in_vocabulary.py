@@ -96,6 +96,22 @@ def test_the_document_and_token_are_named(
   assert InVocabulary(batches, 201)[0]["tokens"].shape == (2, 8)
 
 
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+def test_the_place_of_every_value_of_a_batch(tmp_path, packing) -> None:
+  texts = [np.arange(n) + 50 * n for n in (9, 30, 0, 12, 1, 2, 21)]
+  path = write_megatron(tmp_path / "d", texts)
+  layout = Layout(8, packing, validation=0.0)
+  cache = tmp_path / "plans"
+  batches = LMBatches((str(path),), layout, 5, seed=2, cache_dir=cache)
+  for step in range(4):
+    batch = batches[step]
+    for name in ("tokens", "targets"):
+      for row, column in np.argwhere(batch["weights"]).tolist():
+        words = batches.place(step, row, name, column).split(" ")
+        document, token = int(words[2][:-1]), int(words[4])
+        assert texts[document][token] == batch[name][row, column]
+
+
 @pytest.mark.parametrize("unit", ["document", "sequence"])
 @pytest.mark.parametrize("code", [4, 8])
 def test_megatron_data_is_compared_before_training(
@@ -169,3 +185,23 @@ def test_held_out_rows_without_a_target_are_refused() -> None:
     try_data(dataclasses.replace(config, data=data))
   data = dataclasses.replace(data, real=2)
   try_data(dataclasses.replace(config, data=data))
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_the_first_batches_are_compared_before_a_run(kind, monkeypatch) -> None:
+  """Any data source: its config need not know its tokens."""
+  name = f"{kind}_batches"
+  make = getattr(MQARStreamData, name)
+
+  class Spoiled(InVocabulary):
+    def read_rows(self, step, start, stop):
+      batch = self.inner.read(step, slice(start, stop))
+      batch["tokens"][-1, 3] = 32
+      return batch
+
+  monkeypatch.setattr(
+    MQARStreamData, name, lambda *args: Spoiled(make(*args), 0)
+  )
+  place = r"step 0, row [0-9]+, tokens\[3\]: the token is 32: expected 0 to 31"
+  with pytest.raises(DataError, match=place):
+    try_data(tiny())

@@ -107,6 +107,20 @@ def test_blocks_of_documents_change_no_plan(monkeypatch, block, width) -> None:
   assert stream.start_n.tolist() == ends.tolist()
 
 
+def test_rows_of_more_than_65536_tokens() -> None:
+  lengths = np.array([66_000, 5, 150_000])
+  plan = packing.packed_plan(70_000, lengths, np.arange(3))
+  pieces, row_P = plan.pieces(np.arange(len(plan)))
+  columns = (pieces.document_P, pieces.start_P, pieces.length_P, row_P)
+  assert sorted(zip(*(x.tolist() for x in columns), strict=True)) == [
+    (0, 0, 66_000, 2),
+    (1, 0, 5, 2),
+    (2, 0, 70_000, 0),
+    (2, 69_999, 70_000, 1),
+    (2, 139_998, 10_002, 3),
+  ]
+
+
 @pytest.mark.parametrize("make", [packing.stream_plan, packing.packed_plan])
 def test_making_a_plan_takes_few_bytes_a_document(monkeypatch, make) -> None:
   monkeypatch.setattr(packing, "_BLOCK", 1 << 14)

@@ -22,6 +22,7 @@ from train.data.text.prepared_source import PreparedSource
 from train.data.text.token_source import DataError, Pieces
 
 _TEXTS = documents(30, seed=3)
+_REST = sum(len(x) for x in (*_TEXTS[11:15], _TEXTS[29]))
 _SHARDS = (_TEXTS[:11], _TEXTS[11:11], _TEXTS[11:])  # the second is empty
 
 
@@ -121,6 +122,32 @@ _REFUSED = {
     lambda x: np.save(x / "shard-00000.lengths.npy", -np.ones(11, np.int64)),
     "record 0 has -1 tokens",
   ),
+}
+
+
+_REFUSED |= {
+  "an overflow": (
+    lambda x: np.save(
+      x / "shard-00002.lengths.npy",
+      np.array([2**62] * 4 + [len(y) for y in _TEXTS[15:29]] + [_REST]),
+    ),
+    "tokens: expected [0-9]+, as dataset.json says",
+  ),
+  "longer lengths": (
+    lambda x: (x / "shard-00002.lengths.npy").write_bytes(
+      (x / "shard-00002.lengths.npy").read_bytes() + bytes(8)
+    ),
+    "00002.lengths.npy: cannot be read: 288 bytes: expected 280",
+  ),
+  "objects": (
+    lambda x: np.save(
+      x / "shard-00002.lengths.npy", np.array([{}] * 19), allow_pickle=True
+    ),
+    "00002.lengths.npy: cannot be read: expected a NumPy file",
+  ),
+  "a truth": (lambda x: _edit(x, skipped=True), "skipped=True: expected a cou"),
+  "a fraction": (lambda x: _edit(x, vocab_size=257.0), "257.0: expected a cou"),
+  "eos": (lambda x: _edit(x, eos=257), "eos=257: expected a token below 257"),
 }
 
 
