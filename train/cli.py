@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
   """
   args = list(sys.argv[1:] if argv is None else argv)
   if isinstance(sys.stdout, io.TextIOWrapper):
-    # An ASCII terminal gets an escape in place of a character it lacks.
+    # An ASCII terminal gets an escape instead of a character that it lacks.
     sys.stdout.reconfigure(errors="backslashreplace")
   output: Any = console.Output(sys.stdout, _raise)
   with contextlib.redirect_stdout(output):
@@ -286,8 +286,8 @@ def _exit_if_hung(error: Exception) -> None:
   sys.stderr.flush()
   for child in multiprocessing.active_children():
     child.terminate()
-  sys.modules["train.devices.processes"].leave(1)
-  os._exit(1)
+  sys.modules["train.devices.processes"].leave(error.exit_code)
+  os._exit(error.exit_code)
 
 
 def _print_error(message: str) -> None:

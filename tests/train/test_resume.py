@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 from train_cases import (
   bits,
   command,
@@ -34,6 +35,7 @@ from train.checkpoint.checkpoints import (
 )
 from train.commands import inspect
 from train.devices import mesh as mesh_lib
+from train.records import report
 from train.records.run_folder import RunFolder, RunFolderError
 
 _CONFIG = tiny(model=dict(dropout=0.1))
@@ -247,9 +249,14 @@ def test_another_runs_checkpoint_is_refused(
     lambda: load(other),
     lambda: load(other, 4),
     lambda: inspect.show_folder(str(other / "checkpoints" / "4"), (), None),
+    lambda: report.evaluate_run(_CONFIG, RunFolder(other), None, Console()),
   ):
     with pytest.raises(CheckpointError, match="the run 'finished-.*'other-"):
       use()
+  warm = dataclasses.replace(_CONFIG, init_from=str(other))
+  with pytest.raises(RunFolderError, match="init_from=.*the run 'finished-"):
+    run(warm, tmp_path / "warm")
+  assert not (tmp_path / "warm").exists()
   assert files(other) == before
 
 

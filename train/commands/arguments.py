@@ -18,7 +18,7 @@ RunArg = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 @dataclasses.dataclass(frozen=True)
 class DataPlaces:
-  """Where the data of a run is now, if it was moved."""
+  """The places of a run's data, if it was moved."""
 
   #: The data sets, as many as the run has. Empty: where the run had them.
   path: tuple[str, ...] = ()
