@@ -192,7 +192,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, monkeypatch):
   assert tree(out) == tree(tmp_path / "whole")
 
 
-def _run_here(jobs, planned, workers, console):
+def _run_here(jobs, planned, *_):
   for job in jobs:
     nothing = lambda _: None
     shard.write_shard(job, planned.load(), nothing, lambda: False)

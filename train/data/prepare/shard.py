@@ -250,9 +250,10 @@ def read_record(job: Job) -> dict[str, Any] | None:
   """
   try:
     record = json.loads(job.record_file.read_bytes())
-    own_hash = record.pop(_OWN_HASH, None)
     # Records of earlier versions have no hash of their own.
-    whole = own_hash in (None, _hash(record)) and (
+    hashed = _OWN_HASH in record
+    own_hash = record.pop(_OWN_HASH, None)
+    whole = (not hashed or own_hash == _hash(record)) and (
       isinstance(record["shard"]["sha256"], str)
       and len(record["times"]) == len(job.source.files)
       and len(record["hashes"]) == len(job.source.files)
