@@ -79,9 +79,12 @@ class Watchdog:
     self._closed.set()
 
   def _watch(self, limit: float) -> None:
-    tick = min(1.0, limit / 10)
+    tick, then = min(1.0, limit / 10), time.monotonic()
     while not self._closed.wait(tick):
-      self._idle += tick
+      # A tick that comes far too late is one in which the process was stopped.
+      now = time.monotonic()
+      self._idle += min(now - then, 2 * tick)
+      then = now
       if self._idle >= limit:
         end_process(
           f"no progress for {limit:g} s (--step-timeout) in: {self._phase}; "

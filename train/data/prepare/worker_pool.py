@@ -145,7 +145,7 @@ def _watch(
     _Hang: there was no progress in this time.
   """
   total = sum(job.source.bytes for job in futures.values())
-  left, idle, last = set(futures), 0.0, (0, 0)
+  left, idle, last, then = set(futures), 0.0, (0, 0), time.monotonic()
   with _display(total, len(futures), console) as show:
     while left:
       done, left = concurrent.futures.wait(
@@ -161,9 +161,11 @@ def _watch(
         raise error
       now = read.get_obj().value, len(futures) - len(left)
       show(*now)
-      # Polls are counted, so that time in which this process is stopped is not.
-      idle = idle + _POLL if now == last else 0.0
-      last = now
+      # At most a second a poll: time in which this process is stopped does not
+      # count.
+      passed = min(time.monotonic() - then, 1.0)
+      idle = idle + passed if now == last else 0.0
+      last, then = now, time.monotonic()
       if timeout is not None and idle >= timeout:
         raise _Hang(
           f"no worker has read or finished anything for {timeout:g} s "
