@@ -87,16 +87,18 @@ def test_wrong_data_sets_and_fields_are_named(paths, tmp_path: Path) -> None:
       dataclasses.replace(LAYOUT, **{field: value})
 
 
-@pytest.mark.parametrize("code", [4, 8])
-def test_a_token_beyond_the_vocabulary_is_named(tmp_path, code) -> None:
+@pytest.mark.parametrize("token", [-3, 257, 300])
+def test_a_token_beyond_the_vocabulary_is_named(tmp_path, token) -> None:
   texts = [np.arange(20), np.arange(20)]
-  texts[1][5] = -3 if code == 4 else 300
-  if code == 4:
+  texts[0][3] = 256  # the last token of the vocabulary
+  texts[1][5] = token
+  place = "document 1, token 5"
+  if token < 0:
     path = write_megatron(tmp_path / "d", texts, code=4)
-    place, value = "document 1, token 5", "-3: expected 0 to 2147483647"
+    value = "-3: expected 0 to 2147483647"
   else:
     path = write_prepared(tmp_path / "set", (texts,))
-    place, value = "document 1, token 5", "300: expected 0 to 256"
+    value = f"{token}: expected 0 to 256"
   batches = LMBatches(
     (str(path),),
     Layout(13, validation=0.0),
