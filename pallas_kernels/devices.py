@@ -48,6 +48,14 @@ def platform() -> str:
   return _device()[0]
 
 
+def program_key() -> tuple[str, str, bool]:
+  """Return what programs depend on besides their arguments.
+
+  A program that was traced under one key is not the right one under another.
+  """
+  return *_device(), is_hopper()
+
+
 def device_kind() -> str:
   """Return jax's name of this process's first device."""
   return jax.devices()[0].device_kind

@@ -30,6 +30,7 @@ from pallas_kernels.arguments import (
   integer_array,
   positive_integer,
 )
+from pallas_kernels.compile_once import compile_once
 from pallas_kernels.cross_entropy import xla
 from pallas_kernels.cross_entropy.xla import TokenLosses
 from pallas_kernels.numerics import sum_dtype
@@ -111,7 +112,7 @@ def cross_entropy(
     fixed = jax.tree.map(jax.lax.stop_gradient, tokens)
     return (weights * tokens.nll_BM).sum(), fixed
   arrays = vary_alike(x, embedding, targets, weights)
-  return _in_parts(*arrays, _Plan(parts, axes))
+  return compile_once(_in_parts, (_Plan(parts, axes),), *arrays)
 
 
 def _check_parts(x: Array, parts: int, axes: ShardAxes | None) -> None:
@@ -138,14 +139,14 @@ def has_kernel(logits_V: Array) -> bool:
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _in_parts(x_BMD, embedding_VD, targets_BM, weights_BM, plan: _Plan):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_parts(plan: _Plan, x_BMD, embedding_VD, targets_BM, weights_BM):
   return _over_mesh(_losses, plan, has_grads=False)(
     x_BMD, embedding_VD.astype(x_BMD.dtype), targets_BM, weights_BM
   )
 
 
-def _in_parts_forward(x_BMD, embedding_VD, targets_BM, weights_BM, plan):
+def _in_parts_forward(plan, x_BMD, embedding_VD, targets_BM, weights_BM):
   run = _over_mesh(_losses_and_gradients, plan, has_grads=True)
   result, (dx_BMD, dembedding_VD) = run(
     x_BMD, embedding_VD.astype(x_BMD.dtype), targets_BM, weights_BM

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import devices
 from pallas_kernels.arguments import float_array, integer_array
+from pallas_kernels.compile_once import compile_once, compiled_backward
 from pallas_kernels.gated_conv import xla
 from pallas_kernels.numerics import add_bias
 from pallas_kernels.sharding import (
@@ -76,7 +77,7 @@ def gated_conv(
   if has_kernel(u, taps.shape[0], segment_ids=segment_ids, axes=axes):
     if z_bias is None:
       z_bias = jnp.zeros(u.shape[-1:], jnp.float32)
-    return _by_kernel(u, z, taps, bias, z_bias, axes)
+    return compile_once(_by_kernel, (axes,), u, z, taps, bias, z_bias)
   c, _ = causal_conv(u, taps, bias, segment_ids=segment_ids, axes=axes)
   return c * (z if z_bias is None else add_bias(z, z_bias)) + u
 
@@ -126,7 +127,8 @@ def causal_conv(
   )
   if axes is None or axes.time is None:
     return xla.causal_conv(taps, bias, x, initial_state, segment_ids)
-  return xla.over_time(taps, bias, x, initial_state, segment_ids, axes)
+  arrays = taps, bias, x, initial_state, segment_ids
+  return compile_once(xla.over_time, (axes,), *arrays)
 
 
 def has_kernel(
@@ -155,12 +157,12 @@ def has_kernel(
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _by_kernel(u_BTD, z_BTD, taps_KD, bias_D, z_bias_D, axes):
-  return _forward(u_BTD, z_BTD, taps_KD, bias_D, z_bias_D, axes)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_kernel(axes, u_BTD, z_BTD, taps_KD, bias_D, z_bias_D):
+  return _forward(axes, u_BTD, z_BTD, taps_KD, bias_D, z_bias_D)[0]
 
 
-def _forward(u_BTD, z_BTD, taps_KD, bias_D, z_bias_D, axes):
+def _forward(axes, u_BTD, z_BTD, taps_KD, bias_D, z_bias_D):
   del axes  # XLA splits the rows of the forward
   (B, _, D), K = u_BTD.shape, taps_KD.shape[0]
   none_BKD = jnp.zeros_like(u_BTD, shape=(B, K - 1, D))
@@ -196,7 +198,7 @@ def _backward(axes, kept, dy_BTD):
   )
 
 
-_by_kernel.defvjp(_forward, _backward)
+_by_kernel.defvjp(_forward, compiled_backward(_backward))
 
 
 def _conv_arrays(name, x, taps, bias, segment_ids):

@@ -60,12 +60,12 @@ def causal_conv(
 
 
 def over_time(
+  axes: ShardAxes,
   taps_KD: Array,
   bias_D: Array,
   x_BTD: Array,
   past_BKD: Array,
   segment_ids: Array | None,
-  axes: ShardAxes,
 ) -> tuple[Array, Array]:
   """Return `causal_conv` of rows whose time the mesh splits.
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import devices
 from pallas_kernels.arguments import float_array
+from pallas_kernels.compile_once import compile_once, compiled_backward
 from pallas_kernels.gelu import xla
 from pallas_kernels.sharding import (
   ShardAxes,
@@ -62,7 +63,7 @@ def gelu(
     return xla.gelu(x, bias)
   if bias is None:
     bias = jnp.zeros(x.shape[-1:], jnp.float32)
-  return _by_kernel(x, bias, axes)
+  return compile_once(_by_kernel, (axes,), x, bias)
 
 
 def has_kernel(x: Array, *, axes: ShardAxes | None = None) -> bool:
@@ -80,12 +81,12 @@ def has_kernel(x: Array, *, axes: ShardAxes | None = None) -> bool:
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _by_kernel(x_BTD: Array, b_D: Array, axes: ShardAxes | None) -> Array:
-  return _forward(x_BTD, b_D, axes)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_kernel(axes: ShardAxes | None, x_BTD: Array, b_D: Array) -> Array:
+  return _forward(axes, x_BTD, b_D)[0]
 
 
-def _forward(x_BTD, b_D, axes):
+def _forward(axes, x_BTD, b_D):
   from pallas_kernels.gelu import gpu  # takes long to import
 
   def run(x_BTD, b_D):
@@ -120,4 +121,4 @@ def _backward(axes, kept, dy_BTD):
   return dx_BTD, db_D.astype(b_D.dtype)
 
 
-_by_kernel.defvjp(_forward, _backward)
+_by_kernel.defvjp(_forward, compiled_backward(_backward))

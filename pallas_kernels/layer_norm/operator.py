@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import devices
 from pallas_kernels.arguments import as_array, float_array, number_from_0
+from pallas_kernels.compile_once import compile_once, compiled_backward
 from pallas_kernels.layer_norm import xla
 from pallas_kernels.sharding import (
   ShardAxes,
@@ -67,7 +68,8 @@ def layer_norm(
   dtype = x.dtype if dtype is None else jnp.dtype(dtype)
   if not jnp.issubdtype(dtype, jnp.floating):
     raise ValueError(f"dtype={dtype}: expected a float dtype, or None")
-  return _layer_norm(*vary_alike(x, scale, bias), eps, dtype)
+  arrays = vary_alike(x, scale, bias)
+  return compile_once(_layer_norm, (eps, dtype), *arrays)
 
 
 def add_layer_norm(
@@ -114,9 +116,10 @@ def add_layer_norm(
   check_axes(axes)
   x, y, y_bias, scale, bias = vary_alike(x, y, y_bias, scale, bias)
   if has_kernel(x, y):
-    return _by_kernel(x, y, y_bias, scale, bias, eps, axes)
+    arrays = x, y, y_bias, scale, bias
+    return compile_once(_by_kernel, (eps, axes), *arrays)
   s = xla.residual_sum(x, y, y_bias)
-  return s, _layer_norm(s, scale, bias, eps, y.dtype)
+  return s, compile_once(_layer_norm, (eps, y.dtype), s, scale, bias)
 
 
 def has_kernel(x: Array, y: Array) -> bool:
@@ -131,12 +134,12 @@ def has_kernel(x: Array, y: Array) -> bool:
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _layer_norm(x_D, scale_D, bias_D, eps, dtype):
-  return _forward(x_D, scale_D, bias_D, eps, dtype)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _layer_norm(eps, dtype, x_D, scale_D, bias_D):
+  return _forward(eps, dtype, x_D, scale_D, bias_D)[0]
 
 
-def _forward(x_D, scale_D, bias_D, eps, dtype):
+def _forward(eps, dtype, x_D, scale_D, bias_D):
   y_D, moments = xla.forward(x_D, scale_D, bias_D, eps, dtype)
   return y_D, (x_D, scale_D, bias_D, *moments)
 
@@ -146,15 +149,15 @@ def _backward(eps, dtype, kept, dy_D):
   return xla.backward(*kept, dy_D)
 
 
-_layer_norm.defvjp(_forward, _backward)
+_layer_norm.defvjp(_forward, compiled_backward(_backward))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _by_kernel(x_BTD, y_BTD, y_bias_D, scale_D, bias_D, eps, axes):
-  return _kernel_forward(x_BTD, y_BTD, y_bias_D, scale_D, bias_D, eps, axes)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_kernel(eps, axes, x_BTD, y_BTD, y_bias_D, scale_D, bias_D):
+  return _kernel_forward(eps, axes, x_BTD, y_BTD, y_bias_D, scale_D, bias_D)[0]
 
 
-def _kernel_forward(x_BTD, y_BTD, y_bias_D, scale_D, bias_D, eps, axes):
+def _kernel_forward(eps, axes, x_BTD, y_BTD, y_bias_D, scale_D, bias_D):
   from pallas_kernels.layer_norm import gpu  # takes long to import
 
   def run(x_BTD, y_BTD, y_bias_D, scale_D, bias_D):
@@ -214,7 +217,7 @@ def _kernel_backward(eps, axes, kept, cotangents):
   )
 
 
-_by_kernel.defvjp(_kernel_forward, _kernel_backward)
+_by_kernel.defvjp(_kernel_forward, compiled_backward(_kernel_backward))
 
 
 def _wide(parameter_D: Array) -> Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import devices, documents as documents_lib, numerics
 from pallas_kernels.arguments import flag
+from pallas_kernels.compile_once import compile_once
 from pallas_kernels.polynomial import (
   checks,
   decode,
@@ -184,7 +185,8 @@ def polynomial_attention(
     )
   else:
     static = StaticArguments(_passes(name), kernel, axes, return_state)
-    o, state = operator.attend(static, q, k, v, segment_ids, initial_state)
+    arrays = q, k, v, segment_ids, initial_state
+    o, state = compile_once(operator.attend, (static,), *arrays)
   if not return_state:
     return o
   assert state is not None

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import documents as documents_lib
+from pallas_kernels.compile_once import compiled_backward
 from pallas_kernels.polynomial.spec import Coefficients
 from pallas_kernels.polynomial.state import State
 from pallas_kernels.sharding import Axis, ShardAxes
@@ -243,7 +244,7 @@ def _attend_backward(static: StaticArguments, residuals, cotangents):
   return dq, dk, dv, None, dstate
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+attend.defvjp(_attend_forward, compiled_backward(_attend_backward))
 
 
 # What an argument is, which says how the mesh axes split it.

@@ -11,6 +11,8 @@ so that no array of all tokens' states is ever held. No term is divided and no
 exponent is positive, so that any Δ ≥ 0 is safe.
 """
 
+from typing import Any
+
 import jax
 from jax import Array
 import jax.export
@@ -21,6 +23,7 @@ from pallas_kernels.arguments import (
   integer_array,
   positive_integer,
 )
+from pallas_kernels.compile_once import compile_once, compiled_backward
 from pallas_kernels.documents import document_runs
 from pallas_kernels.sharding import vary_alike
 
@@ -92,11 +95,12 @@ def selective_scan(
     is_open = jax.export.is_symbolic_dim(rows)
     chunk = CHUNK if is_open else min(max(TOKENS // rows, CHUNK), LONGEST)
   chunk = positive_integer("chunk", chunk)
-  return _scan_chunks(x, delta, A, B, C, initial_state, segment_ids, chunk)
+  arrays = x, delta, A, B, C, initial_state, segment_ids
+  return compile_once(_scan_chunks, (chunk,), *arrays)
 
 
 def _scan_chunks(
-  x_BTI, delta_BTI, A_IN, B_BTN, C_BTN, h_BIN, segment_ids_BT, chunk
+  chunk, x_BTI, delta_BTI, A_IN, B_BTN, C_BTN, h_BIN, segment_ids_BT
 ):
   T = x_BTI.shape[1]
   count = -(-T // chunk)
@@ -114,18 +118,71 @@ def _scan_chunks(
     starts_BT = jnp.diff(document_runs(segment_ids_BT), axis=1, prepend=0) != 0
   arrays = (x_BTI, delta_BTI, B_BTN, C_BTN, starts_BT)
 
-  @jax.checkpoint
-  def body(h_BIN, inputs):
-    x_CBI, delta_CBI, B_CBN, C_CBN, starts_CB = inputs
-    decay_CBIN = jnp.exp(delta_CBI[..., None] * A_IN[None, None])
-    drive_CBIN = (delta_CBI * x_CBI)[..., None] * B_CBN[:, :, None]
-    h_CBIN = _states(decay_CBIN, drive_CBIN, h_BIN, starts_CB)
-    return h_CBIN[-1], (h_CBIN * C_CBN[:, :, None]).sum(axis=-1)
-
   A_IN, h_BIN, arrays = vary_alike(A_IN, h_BIN, arrays)
-  h_BIN, y = jax.lax.scan(body, h_BIN, jax.tree.map(chunks, arrays))
+  h_BIN, y = _over_chunks(A_IN, h_BIN, jax.tree.map(chunks, arrays))
   y_TBI = y.reshape(count * size, *y.shape[2:])[:T]
   return jnp.moveaxis(y_TBI, 0, 1), h_BIN
+
+
+@jax.custom_vjp
+def _over_chunks(A_IN: Array, h_BIN: Array, inputs: Any) -> tuple[Array, Array]:
+  """Return h after the last chunk, and y of all chunks.
+
+  Args:
+    A_IN: decays.
+    h_BIN: the state before the first chunk.
+    inputs: x, Δ, B, C and starts of each chunk; starts may be None.
+  """
+
+  def body(h_BIN, chunk):
+    return _one_chunk(A_IN, h_BIN, chunk)
+
+  return jax.lax.scan(body, h_BIN, inputs)
+
+
+def _over_chunks_forward(A_IN, h_BIN, inputs):
+  def body(h_BIN, chunk):
+    after_BIN, y_CBI = _one_chunk(A_IN, h_BIN, chunk)
+    return after_BIN, (y_CBI, h_BIN)
+
+  after_BIN, (y, before) = jax.lax.scan(body, h_BIN, inputs)
+  return (after_BIN, y), (A_IN, before, inputs)
+
+
+def _over_chunks_backward(kept, cotangents):
+  A_IN, before, (*floats, starts) = kept
+  dh_BIN, dy = cotangents
+
+  def body(carry, chunk):
+    dh_BIN, dA_IN = carry
+    h_BIN, floats, starts_CB, dy_CBI = chunk
+    run = lambda A_IN, h_BIN, floats: _one_chunk(
+      A_IN, h_BIN, (*floats, starts_CB)
+    )
+    more_IN, dh_BIN, grads = jax.vjp(run, A_IN, h_BIN, floats)[1](
+      (dh_BIN, dy_CBI)
+    )
+    return (dh_BIN, dA_IN + more_IN), grads
+
+  zero_IN, _ = vary_alike(jnp.zeros_like(A_IN), A_IN)
+  (dh_BIN, dA_IN), grads = jax.lax.scan(
+    body, (dh_BIN, zero_IN), (before, floats, starts, dy), reverse=True
+  )
+  return dA_IN, dh_BIN, (*grads, None)
+
+
+_over_chunks.defvjp(
+  _over_chunks_forward, compiled_backward(_over_chunks_backward)
+)
+
+
+def _one_chunk(A_IN, h_BIN, chunk):
+  """Return h after a chunk, from h before it, and y of the chunk."""
+  x_CBI, delta_CBI, B_CBN, C_CBN, starts_CB = chunk
+  decay_CBIN = jnp.exp(delta_CBI[..., None] * A_IN[None, None])
+  drive_CBIN = (delta_CBI * x_CBI)[..., None] * B_CBN[:, :, None]
+  h_CBIN = _states(decay_CBIN, drive_CBIN, h_BIN, starts_CB)
+  return h_CBIN[-1], (h_CBIN * C_CBN[:, :, None]).sum(axis=-1)
 
 
 def _states(decay_CBIN, drive_CBIN, h_BIN, starts_CB) -> Array:

@@ -32,6 +32,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels.arguments import float_array, integer_array
+from pallas_kernels.compile_once import compile_once, compiled_backward
 from pallas_kernels.documents import document_runs
 from pallas_kernels.sharding import vary_alike
 from pallas_kernels.wkv.state import (
@@ -90,7 +91,8 @@ def wkv(
     segment_ids = integer_array("segment_ids", segment_ids, (B, T))
     changes_BT = jnp.diff(document_runs(segment_ids), axis=1) > 0
     start_BT = jnp.pad(changes_BT, ((0, 0), (1, 0)))
-  return _wkv(*vary_alike(k, v, w, u, initial_state, start_BT))
+  arrays = vary_alike(k, v, w, u, initial_state, start_BT)
+  return compile_once(_wkv, (), *arrays)
 
 
 def wkv_step(
@@ -210,7 +212,7 @@ def _backward(kept, cotangents):
   return dk_BTD, dv_BTD, dw_D, du_D, WKVState(da_BD, db_BD, dm_BD), None
 
 
-_wkv.defvjp(_forward, _backward)
+_wkv.defvjp(_forward, compiled_backward(_backward))
 
 
 def _from_the_left(w_D, u_D, before, inputs):

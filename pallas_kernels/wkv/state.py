@@ -38,8 +38,9 @@ def empty_wkv_state(
     shape: of each array, (B, D) for `wkv` and `wkv_step`.
     dtype: of the sums.
   """
-  zero = jnp.zeros(shape, dtype)
-  return WKVState(zero, zero, jnp.full(shape, EMPTY, dtype))
+  # Two arrays: one that is used twice could not be donated.
+  numerator, denominator = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+  return WKVState(numerator, denominator, jnp.full(shape, EMPTY, dtype))
 
 
 def add_token(
