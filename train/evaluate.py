@@ -27,6 +27,7 @@ def evaluate(
   *,
   timeout: float | None = None,
   interrupted: Callable[[], bool] | None = None,
+  hurried: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
   """Return the means over the targets of all batches.
 
@@ -39,6 +40,7 @@ def evaluate(
     timeout: seconds to wait for a batch. None waits for any time.
     interrupted: called before each batch; True ends the evaluation. None: it
       always runs to its end.
+    hurried: whether to wait for data no longer; see `prefetch.iterate`.
 
   Returns:
     Every TargetMetric, and `tokens`, the number of targets. Metrics about
@@ -65,7 +67,7 @@ def evaluate(
         total[name] += float(value)
 
   with prefetch.iterate(
-    data, start=0, stop=stop, rows=rows, timeout=timeout
+    data, start=0, stop=stop, rows=rows, timeout=timeout, hurried=hurried
   ) as iterator:
     for batch in iterator:
       if interrupted is not None and interrupted():

@@ -30,6 +30,7 @@ from train.compiled_steps import Built
 from train.config import RunConfig
 from train.data import prefetch
 from train.data.in_vocabulary import InVocabulary
+from train.data.prefetch import DataTimeout
 from train.devices import batch_sharding, processes
 from train.nonfinite_steps import NonfiniteSteps, TrainingFailed
 from train.progress import Display
@@ -153,6 +154,7 @@ class Loop:
       rows=batch_sharding.local_rows(config.batch, self._built.mesh),
       workers=config.data.workers,
       timeout=config.data.timeout,
+      hurried=self._hurried,
     )
     batches = batch_sharding.put_ahead(data, self._put)
     step, reason = start, None
@@ -176,12 +178,12 @@ class Loop:
           self._watch.beat(f"step {step}", training=True)
         state, found = self._built.train_step(state, batch, self._built.key)
         vote = self._cast_vote()
-        before, self._pending = (
+        previous, self._pending = (
           self._pending,
           _Pending(step, found, wait, vote),
         )
         step += 1
-        self._read(before, state)
+        self._read(previous, state)
         reason = self._evaluate_and_save_if_due(state, step)
     return state, step, reason
 
@@ -193,6 +195,10 @@ class Loop:
     assert self._stop is not None
     lost = self._display is not None and self._display.output_lost
     return self._stop.signal_number or (signal.SIGPIPE if lost else 0)
+
+  def _hurried(self) -> bool:
+    """Whether a wait for data must end soon. Several processes wait on."""
+    return self._vote is None and self._own_signal() != 0
 
   def _cast_vote(self) -> jax.Array | None:
     """Note this process's signal, or start to tell all processes of it.
@@ -238,7 +244,9 @@ class Loop:
       yield
     except (TrainingFailed, CheckpointError):
       raise
-    except Exception:
+    except Exception as error:
+      if isinstance(error, DataTimeout) and self._own_signal():
+        error.exit_code = 128 + self._own_signal()
       if jax.process_count() == 1:  # the other processes do not know of it
         self._save_after_failure(where(), start)
       raise
@@ -341,6 +349,7 @@ class Loop:
       self._eval_data,
       timeout=self._config.data.timeout,
       interrupted=self._interrupts(),
+      hurried=self._hurried,
     )
     self.held_out = self._with_derived(found)
     self._writer.write("eval", step, **self.held_out)

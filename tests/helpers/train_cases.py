@@ -1,5 +1,6 @@
 """Tiny runs for the tests of the trainer, in this process and in others."""
 
+from collections.abc import Callable
 import contextlib
 import dataclasses
 import io
@@ -228,13 +229,15 @@ class Spoiled(Batches):
 
 @dataclasses.dataclass(frozen=True)
 class Failing(Spoiled):
-  """Batches of which one cannot be read."""
+  """Batches of which one cannot be read, or calls a function that waits."""
 
-  error: type[Exception]
+  error: Callable[[str], Exception | None]
 
   def read_rows(self, step: int, start: int, stop: int) -> dict:
     if step == self.bad_step:
-      raise self.error(f"step {step} is damaged")
+      failure = self.error(f"step {step} is damaged")
+      if failure is not None:
+        raise failure
     return self.source.read(step, slice(start, stop))
 
 

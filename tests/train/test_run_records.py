@@ -28,6 +28,7 @@ from train_cases import (
 from train import metrics, nonfinite_steps
 from train.checkpoint.checkpoints import read_meta
 from train.config import MQARStreamData, ProfileConfig
+from train.data import prefetch
 from train.data.prefetch import DataTimeout, within
 from train.devices import batch_sharding, peaks
 from train.nonfinite_steps import TrainingFailed
@@ -352,6 +353,17 @@ def test_within_returns_raises_or_times_out() -> None:
     within(5.0, "it", iter(()).__next__)
   with pytest.raises(DataTimeout, match=r"it has not come within 0.1 s \(data"):
     within(0.1, "it", threading.Event().wait)
+
+
+def test_a_hurried_wait_is_shorter(monkeypatch) -> None:
+  monkeypatch.setattr(prefetch, "_HURRIED", 0.1)
+  for seconds in (30.0, None):
+    with pytest.raises(DataTimeout, match=r"it .* within 0.1 s after a signal"):
+      within(seconds, "it", threading.Event().wait, lambda: True)
+    assert within(seconds, "it", lambda: 3, lambda: True) == 3
+    slow = threading.Event()
+    threading.Timer(0.5, slow.set).start()
+    assert within(seconds, "it", slow.wait, lambda: False)
 
 
 def test_hung_data_ends_the_run_and_loses_nothing(

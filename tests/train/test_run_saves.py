@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 import signal
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -23,6 +25,8 @@ from train_cases import (
 from train import cli, evaluate, metrics, start_run
 from train.checkpoint.checkpoints import Checkpoints, read_meta
 from train.config import MQARStreamData
+from train.data import prefetch
+from train.data.prefetch import DataTimeout
 from train.data.text.token_source import DataError
 from train.devices import batch_sharding
 from train.nonfinite_steps import TrainingFailed
@@ -264,6 +268,43 @@ def test_an_evaluation_that_fails_saves_the_run(
       run(_STEPS, folder)
   saved, meta = read_meta(folder / "checkpoints")
   assert (saved, meta["evaluation_due"]) == (3, True)
+  run(_STEPS, folder)
+  _assert_same_end(folder, undisturbed)
+
+
+@pytest.mark.parametrize("kind", ["train_batches", "eval_batches"])
+def test_a_signal_ends_a_long_wait_for_data(
+  undisturbed: Path, tmp_path: Path, monkeypatch, kind: str
+) -> None:
+  folder, released = tmp_path / "run", threading.Event()
+  make = getattr(MQARStreamData, kind)
+  within, awaited = prefetch.within, [""]
+
+  def wait(_: str) -> None:
+    # The batch is read ahead: the run waits for it later.
+    while awaited[-1] != f"the batch of step {at}":
+      time.sleep(0.01)
+    _terminate()
+    released.wait()
+
+  def noted(seconds, what, *rest):
+    awaited.append(what)
+    found = within(seconds, what, *rest)
+    awaited.append("")
+    return found
+
+  monkeypatch.setattr(prefetch, "_HURRIED", 0.1)
+  monkeypatch.setattr(prefetch, "within", noted)
+  at, step = {"train_batches": (5, 4), "eval_batches": (1, 3)}[kind]
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      MQARStreamData, kind, lambda *args: Failing(make(*args), at, wait)
+    )
+    with pytest.raises(DataTimeout, match="0.1 s after a signal") as error:
+      run(_STEPS, folder)
+  released.set()
+  assert error.value.exit_code == 143
+  assert read_meta(folder / "checkpoints")[0] == step
   run(_STEPS, folder)
   _assert_same_end(folder, undisturbed)
 

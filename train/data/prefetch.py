@@ -5,8 +5,10 @@ their order, however many workers there are.
 """
 
 from collections.abc import Callable, Iterator
+import math
 import signal
 import threading
+import time
 import types
 from typing import Any, Self, TypeVar
 
@@ -21,8 +23,17 @@ from train.data.worker_process import end_with_parent
 _T = TypeVar("_T")
 
 
+_HURRIED = 5.0  # seconds that a hurried wait may still take
+
+
 class DataTimeout(TimeoutError):
-  """A batch did not come in time; its thread still waits for it."""
+  """A batch did not come in time; its thread still waits for it.
+
+  Attributes:
+    exit_code: that of the process: 1, or 128 + N if signal N ended the wait.
+  """
+
+  exit_code = 1
 
 
 class _Span:
@@ -86,9 +97,10 @@ class BatchIterator(Iterator[Batch]):
     start: int,
     workers: int = 0,
     timeout: float | None = None,
+    hurried: Callable[[], bool] | None = None,
   ) -> None:
     self.step = start
-    self._timeout = timeout
+    self._timeout, self._hurried = timeout, hurried
     self._closed = False
     self._source = None
     if len(span):
@@ -113,7 +125,7 @@ class BatchIterator(Iterator[Batch]):
       raise StopIteration
     source, what = self._source, f"the batch of step {self.step}"
     try:
-      batch = within(self._timeout, what, lambda: _next(source))
+      batch = within(self._timeout, what, lambda: _next(source), self._hurried)
     except StopIteration:
       raise
     except DataTimeout:
@@ -152,6 +164,7 @@ def iterate(
   rows: slice | None = None,
   workers: int = 0,
   timeout: float | None = None,
+  hurried: Callable[[], bool] | None = None,
 ) -> BatchIterator:
   """Iterate over the batches of the global steps start..stop-1.
 
@@ -165,6 +178,8 @@ def iterate(
       `batches` must pickle.
     timeout: seconds that `next` waits for a batch before it raises
       DataTimeout; None to wait without a limit.
+    hurried: whether a signal asks for an end. A wait then ends after 5 s at
+      most. None: never.
 
   Returns:
     An iterator to be closed, also a context manager.
@@ -181,19 +196,26 @@ def iterate(
     require(stop <= limit, "stop", stop, f"at most the {limit} batches")
   bounds = slice(*row_bounds(rows, batches.rows))
   span = _Span(batches, start, stop, bounds)
-  return BatchIterator(span, start, workers, timeout)
+  return BatchIterator(span, start, workers, timeout, hurried)
 
 
-def within(seconds: float | None, what: str, function: Callable[[], _T]) -> _T:
+def within(
+  seconds: float | None,
+  what: str,
+  function: Callable[[], _T],
+  hurried: Callable[[], bool] | None = None,
+) -> _T:
   """Call a function, and wait for it for a limited time.
 
   The function runs in a thread, which Python cannot stop. After a DataTimeout
   the process should save what it has and end by `os._exit`.
 
   Args:
-    seconds: how long to wait; None calls the function in this thread.
+    seconds: how long to wait; None waits for any time.
     what: names what is waited for, for the message.
     function: takes no arguments.
+    hurried: shortens the wait to 5 s from the time that it returns True. It is
+      called a few times a second. None: it is not shortened.
 
   Returns:
     What the function returns. An error that it raises is raised here.
@@ -201,8 +223,8 @@ def within(seconds: float | None, what: str, function: Callable[[], _T]) -> _T:
   Raises:
     DataTimeout: the function has not returned in time.
   """
-  if seconds is None:
-    return function()
+  if seconds is None and hurried is None:
+    return function()  # in this thread
   result: list[tuple[_T | None, BaseException | None]] = []
 
   def run() -> None:
@@ -213,12 +235,17 @@ def within(seconds: float | None, what: str, function: Callable[[], _T]) -> _T:
 
   thread = threading.Thread(target=run, name="read", daemon=True)
   thread.start()
-  thread.join(seconds)
+  limit = f"within {seconds or 0:g} s (data.timeout)"
+  left = math.inf if seconds is None else seconds
+  end, is_hurried = time.monotonic() + left, False
+  while thread.is_alive() and left > 0:
+    thread.join(min(left, 0.2))
+    if not is_hurried and hurried is not None and hurried():
+      end, is_hurried = min(end, time.monotonic() + _HURRIED), True
+      limit = f"within {_HURRIED:g} s after a signal"
+    left = end - time.monotonic()
   if not result:
-    raise DataTimeout(
-      f"{what} has not come within {seconds:g} s (data.timeout): the data "
-      "source hangs"
-    )
+    raise DataTimeout(f"{what} has not come {limit}: the data source hangs")
   value, error = result[0]
   if error is not None:
     raise error
