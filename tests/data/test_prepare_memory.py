@@ -68,11 +68,11 @@ def _repeated(value: str, count: int, path: Path, **options) -> None:
 
 
 def test_small_files_do_not_take_much_memory(tmp_path):
-  (tmp_path / "a.jsonl.zst").write_bytes(_zeros(1024))
+  (tmp_path / "a.jsonl.zst").write_bytes(_zeros(512))
   (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"a" * (200 * _MIB)))
-  _repeated("a" * (8 * _MIB), 256, tmp_path / "c.parquet")
+  _repeated("a" * (4 * _MIB), 256, tmp_path / "c.parquet")
   _repeated(
-    *("a" * (2 * _MIB), 200, tmp_path / "d.parquet"),
+    *("a" * _MIB, 500, tmp_path / "d.parquet"),
     use_dictionary=False,
     column_encoding={"text": "DELTA_BYTE_ARRAY"},
   )
@@ -87,7 +87,7 @@ def test_small_files_do_not_take_much_memory(tmp_path):
   )
   found = [line.split() for line in done.stdout.splitlines()]
   assert [int(x) for x, _ in found] == [1, 1, 0, 0]
-  # The four files hold 1.0, 0.2, 2.0 and 0.4 GiB.
+  # The four files hold 0.5, 0.2, 1.0 and 0.5 GiB.
   assert max(int(x) for _, x in found) < 400, done.stdout
 
 

@@ -250,7 +250,7 @@ def read_record(job: Job) -> dict[str, Any] | None:
   """
   try:
     record = json.loads(job.record_file.read_bytes())
-    # Records of earlier versions have no hash of their own.
+    # Earlier versions wrote no hash of the record.
     hashed = _OWN_HASH in record
     own_hash = record.pop(_OWN_HASH, None)
     whole = (not hashed or own_hash == _hash(record)) and (
