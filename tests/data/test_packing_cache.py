@@ -112,6 +112,18 @@ def test_a_folder_that_cannot_be_locked_is_used(
   assert "cannot be locked: No locks available" in caplog.text
 
 
+def test_only_large_arrays_keep_a_file_open(tmp_path, monkeypatch) -> None:
+  make = lambda: {"a": np.arange(50), "b": np.arange(5000)}
+  for small, count in ((1 << 20, 0), (4096, 1), (0, 2)):
+    monkeypatch.setattr(packing_cache, "_SMALL", small)
+    before = len(os.listdir("/proc/self/fd"))
+    found = cached({"k": 1}, make, tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before + count
+    assert found["b"].tolist() == list(range(5000))
+    assert not any(x.flags.writeable for x in found.values())
+    del found
+
+
 def test_a_plan_is_not_damaged_because_files_are_open(
   tmp_path, monkeypatch
 ) -> None:

@@ -31,6 +31,7 @@ from train.data.text.open_files import (
 CACHE_DIR = cache_folder("plans")
 
 _VERSION = 2
+_SMALL = 1 << 20  # bytes of an array that is read instead of mapped
 _log = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
@@ -49,7 +50,7 @@ def cached(
     cache_dir: the folder of the cache.
 
   Returns:
-    The arrays by name, read-only, memory-mapped from their files.
+    The arrays by name, read-only. Large ones are memory-mapped.
 
   Raises:
     OSError: the folder cannot be written.
@@ -73,10 +74,10 @@ def cached(
 
 
 def _load(folder: Path, text: str) -> Arrays | None:
-  """Return the memory-mapped arrays of a folder; None if it is not sound."""
+  """Return the arrays of a folder; None if it is not sound."""
   if not folder.exists():
     return None
-  raise_limit()  # each array keeps its file open
+  raise_limit()  # each large array keeps its file open
   try:
     record = json.loads((folder / "plan.json").read_text())
     seal = record.pop("seal")
@@ -90,10 +91,7 @@ def _load(folder: Path, text: str) -> Arrays | None:
     )
     if sound:
       return {
-        name: np.asarray(
-          np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        )
-        for name in record["sha256"]
+        name: _load_array(folder / f"{name}.npy") for name in record["sha256"]
       }
   except OSError as error:
     found = unreadable(folder, error)
@@ -102,6 +100,18 @@ def _load(folder: Path, text: str) -> Arrays | None:
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
     pass
   return None
+
+
+def _load_array(path: Path) -> np.ndarray:
+  """Return the array of a file, read-only; a large one is memory-mapped.
+
+  A map keeps its file open, of which a mixture of many data sets has many.
+  """
+  small = path.stat().st_size < _SMALL
+  mode = None if small else "r"
+  array = np.asarray(np.load(path, mmap_mode=mode, allow_pickle=False))
+  array.flags.writeable = False
+  return array
 
 
 def _seal(record: Mapping) -> str:
