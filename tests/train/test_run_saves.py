@@ -1,4 +1,4 @@
-"""What must not keep a run from saving: numbers, data, evaluations, signals."""
+"""Test saves that numbers, data, evaluations or signals could prevent."""
 
 from collections.abc import Callable
 import dataclasses

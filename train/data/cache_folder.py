@@ -1,4 +1,4 @@
-"""Where data that takes time to make is kept between runs."""
+"""Choose the folder of data that takes time to make and is kept between runs."""
 
 import os
 from pathlib import Path
