@@ -198,6 +198,25 @@ def _run_here(jobs, planned, *_):
     shard.write_shard(job, planned.load(), nothing, lambda: False)
 
 
+def test_a_reader_that_goes_away_stops_nothing(tmp_path):
+  """Close the pipe of standard output, as `| head` and a dead `tee` do."""
+  folder, out = tmp_path / "in", tmp_path / "out"
+  write_formats(folder)
+  process = subprocess.Popen(
+    [sys.executable, "-c", _CODE, "prepare", str(folder), "--out", str(out)],
+    cwd=_ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  process.stdout.close()
+  assert process.stderr.read() == ""
+  process.stderr.close()
+  assert process.wait() == 0
+  run([folder], tmp_path / "whole")
+  assert tree(out) == tree(tmp_path / "whole")
+
+
 def _is_running(pid: int) -> bool:
   try:
     status = Path(f"/proc/{pid}/stat").read_text()

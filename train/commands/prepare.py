@@ -5,9 +5,9 @@ import signal
 from types import FrameType
 from typing import Annotated
 
-from rich.console import Console
 import tyro
 
+from train.console import to_stdout
 from train.data.prepare.prepare_dataset import PrepareConfig, prepare
 
 
@@ -40,7 +40,8 @@ def run(args: list[str]) -> int:
   parsed = tyro.cli(PrepareArgs, prog="rebased prepare", args=args)
   before = signal.signal(signal.SIGTERM, _interrupt)
   try:
-    prepare(parsed.config, parsed.inputs, Console())
+    # The data set is finished even if nobody reads the output any more.
+    prepare(parsed.config, parsed.inputs, to_stdout())
   finally:
     signal.signal(signal.SIGTERM, before)
   return 0

@@ -9,10 +9,9 @@ import sys
 import threading
 from typing import Annotated, Any
 
-from rich.console import Console
 import tyro
 
-from train.console import say
+from train.console import say, to_stdout
 from train.data.prepare.train_tokenizer import (
   TokenizerTraining,
   train_tokenizer,
@@ -53,7 +52,7 @@ def run(args: list[str]) -> int:
   parsed = tyro.cli(
     TokenizerArgs, prog="rebased tokenizer train", args=args[1:]
   )
-  console = Console()
+  console = to_stdout()
   try:
     with console.status("reading, then merging"):
       spec, sample = _in_thread(train_tokenizer, parsed.config, parsed.inputs)
