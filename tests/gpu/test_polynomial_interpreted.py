@@ -19,7 +19,7 @@ if not devices.has_mosaic_gpu():
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
-from pallas_kernels.polynomial.gpu import passes as gpu
+from pallas_kernels.polynomial.gpu import launch, passes as gpu
 
 # Limits of ‖a − ref‖ / ‖ref‖: each operand rounds to 2⁻⁹ or 2⁻¹².
 _TOLERANCE = {"bfloat16": 5e-3, "float16": 6e-4}
@@ -59,6 +59,20 @@ def _all(passes, kernel, arrays, runs_BT, state, dstate):
   ],
 )
 def test_values_and_gradients_equal_xla(T, P, coefficients, dtype, boundaries):
+  assert_equals_xla(T, P, coefficients, dtype, boundaries)
+
+
+def test_values_and_gradients_of_two_slices_equal_xla(monkeypatch):
+  """The state passes the slice boundary: forward, backward and at the ends."""
+  monkeypatch.setattr(launch, "SLICE_CHUNKS", 1)
+  monkeypatch.setattr(launch, "WALKS", 2)
+  x, v, *_ = _inputs(130, 16, "bfloat16")
+  plan = launch.make_plan(x, v, None, Kernel(REBASED, 1e-6))
+  assert plan.launches[0].slices == 2
+  assert_equals_xla(130, 16, REBASED, "bfloat16", (0, 0))
+
+
+def assert_equals_xla(T, P, coefficients, dtype, boundaries):
   kernel = Kernel(coefficients.scaled(0.25), 1e-6, by_shared=True)
   arrays = _inputs(T, P, dtype)
   runs_BT = None

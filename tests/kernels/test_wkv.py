@@ -218,3 +218,31 @@ def test_rows_and_channels_over_a_mesh() -> None:
     found = run(*split)
   for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_through_a_prefill_and_steps_are_those_of_a_row() -> None:
+  """The maximum of a state has a derivative too, in a row and in a step."""
+  (k, v, decay, first, *_), _ = inputs(9)
+  weights = np.random.default_rng(1).normal(size=k.shape).astype(np.float32)
+  k = 3 * k  # so that the largest exponent changes hands
+
+  def row(k, v, w, u):
+    return (weights * wkv(k, v, w, u)[0]).sum()
+
+  def prefill_and_steps(k, v, w, u):
+    y, state = wkv(k[:, :4], v[:, :4], w, u)
+    total = (weights[:, :4] * y).sum()
+    for t in range(4, 7):
+      y, state = wkv_step(k[:, t], v[:, t], w, u, state)
+      total += (weights[:, t] * y).sum()
+    y, _ = wkv(k[:, 7:], v[:, 7:], w, u, initial_state=state)
+    return total + (weights[:, 7:] * y).sum()
+
+  every = (0, 1, 2, 3)
+  args = k, v, -np.exp(decay), first
+  found, wanted = (
+    jax.jit(jax.grad(f, every))(*args) for f in (prefill_and_steps, row)
+  )
+  for name, x, y in zip(NAMES, found, wanted, strict=False):
+    # Exponents of about 10 are rounded to 5e-7.
+    _check(f"d {name}", x, y, 5e-6)
