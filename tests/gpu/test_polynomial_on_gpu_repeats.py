@@ -18,7 +18,9 @@ if jax.devices()[0].platform != "gpu":
 
 _EACH = {spec.name: spec for spec in arg_specs.SPECS}
 _REPEATS = 1000
-_POISON = 0.5  # the share of free memory that is filled with NaN
+# Bytes that are filled with NaN: more than a case takes, and little enough that
+# several test processes share a card. Each may use the whole card's memory.
+_POISON = 16 << 30
 
 
 def _both(spec: ArgSpec):
@@ -58,12 +60,14 @@ def test_a_thousand_runs_are_bit_identical(name):
 
 
 def _poison_free_memory() -> None:
-  """Fill half of the free memory with NaN, and free it again."""
+  """Fill 16 GiB with NaN, or half of the free memory; free it again."""
   stats = jax.devices()[0].memory_stats()
-  free = int(_POISON * (stats["bytes_limit"] - stats["bytes_in_use"]))
+  free = stats["bytes_limit"] - stats["bytes_in_use"]
+  filled = min(_POISON, free // 2)
   piece = 1 << 30
   blocks = [
-    jnp.full((piece // 4,), jnp.nan, jnp.float32) for _ in range(free // piece)
+    jnp.full((piece // 4,), jnp.nan, jnp.float32)
+    for _ in range(filled // piece)
   ]
   jax.block_until_ready(blocks)
   for block in blocks:

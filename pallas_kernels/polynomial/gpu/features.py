@@ -47,8 +47,8 @@ from pallas_kernels.polynomial.gpu.tiles import (
 )
 from pallas_kernels.polynomial.gpu.warpgroup import Work
 
-# Blocks at a time, as they fit the registers: where features are written, in
-# the derivative of queries, and in that of keys.
+# How many blocks are in registers at a time: where features are written, in the
+# gradient of queries, and in the gradient of keys.
 BLOCKS_AT_ONCE = 2
 QUERY_GRADIENT_BLOCKS = 2
 KEY_GRADIENT_BLOCKS = 3

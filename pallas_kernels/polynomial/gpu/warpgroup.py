@@ -55,8 +55,9 @@ class Shared(NamedTuple):
       then zeros.
     kv: a copy of KVᵀ (TILE, E) in the operands' dtype.
     kk: a copy of KK (2, TILE, PART), as a high and a low half.
-    x: (C, PART) the keys or queries of one document; None without documents.
-    values: (C, TILE) their values; None without documents.
+    x: (C, PART) the keys or queries of the document that the state belongs to,
+      0 for other tokens; None without documents.
+    values: (C, TILE) the values of `x`, likewise; None without documents.
     copied: barriers, one a stage: the copies of a chunk's inputs have arrived.
     features_written: a barrier: `phi` and `extended` hold this chunk.
     state_read: a barrier: the output warpgroup is done with `kv` and `kk`.
