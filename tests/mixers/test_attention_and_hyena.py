@@ -20,12 +20,25 @@ from rebased_jax import (
   Site,
   parameter_count,
 )
+from rebased_jax.mixers import softmax
 
 _IDS_BT = np.zeros((B, T), np.int32)
 
 
 def _make(config, width=D, **site):
   return config.make(Site(width, **site), rngs=nnx.Rngs(0))
+
+
+def test_rotary_angles_are_those_of_the_paper() -> None:
+  """Plane (i, i + F/2) turns by p · 10000^(−2i/F) at position p."""
+  F, positions_BT = 6, np.array([[0, 1, 5], [700, 3, 2]], np.int32)
+  x_BTHF = np.float32(np.random.default_rng(0).normal(size=(2, 3, 2, F)))
+  found = np.asarray(softmax.rotate(x_BTHF, positions_BT), np.float64)
+  planes = x_BTHF[..., : F // 2] + 1j * x_BTHF[..., F // 2 :]
+  angles = positions_BT[..., None] * 10000.0 ** (-2 * np.arange(3) / F)
+  turned = planes * np.exp(1j * angles)[:, :, None]
+  wanted = np.concatenate([turned.real, turned.imag], axis=-1)
+  np.testing.assert_allclose(found, wanted, atol=1e-4)  # float32 angles of 700
 
 
 @pytest.mark.parametrize("width", [8, 24, 64])
