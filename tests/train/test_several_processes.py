@@ -120,7 +120,7 @@ def test_two_processes_stop_together_and_resume(
   assert "stopped at step" in ends[0][1] and "stopped at" not in ends[1][1]
   step, meta = read_meta(folder / "checkpoints")
   assert 3 <= step <= 4 and meta["finished"] is None
-  assert (f"stopped at step {step}, saved") in ends[0][1]
+  assert f"stopped at step {step} and saved" in ends[0][1]
   devices(1)
   _, out = run(_on(MeshConfig()), folder)
   assert f"resuming at step {step}" in out

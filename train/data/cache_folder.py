@@ -1,4 +1,4 @@
-"""Choose the folder of data that takes time to make and is kept between runs."""
+"""Choose the folder of data that takes time to make and is kept for later."""
 
 import os
 from pathlib import Path
