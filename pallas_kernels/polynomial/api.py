@@ -132,7 +132,9 @@ def polynomial_attention(
     coefficients: the coefficients of sim: `REBASED`, `BASED` or your own.
     scale: the factor of q·k. If None, it is :math:`F^{-1/2}`.
     eps: a number ≥ 0, added to the denominator. With 0, a token whose
-      similarities are all 0 gets NaN.
+      similarities are all 0 gets NaN. It must be small beside Σ sim. The
+      default suits q and k whose entries are near 1, as a norm makes them. For
+      others pass an eps that is as much smaller or larger as their sim.
     segment_ids: integers (B, T). A run of equal ids is a document, and a token
       sees its own document alone. If None, each row is one document.
     initial_state: the recurrent state of the tokens before q. It belongs to the

@@ -288,7 +288,7 @@ def test_a_wrong_dtype_or_rank_is_named(operator, name):
 
 @EACH
 def test_numpy_arrays_are_arrays(operator):
-  """Those of float64 too, which jax makes float32."""
+  """NumPy arrays of float64 too, which jax makes float32."""
   good = OPERATORS[operator]
   wide = {"float32": "float64", "int32": "int64"}
   numpy = jax.tree.map(lambda x: np.ones(x.shape, wide[x.dtype.name]), good)

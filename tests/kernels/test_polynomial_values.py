@@ -181,6 +181,48 @@ def test_scale_and_eps_are_used(coefficients):
   np.testing.assert_allclose(o, want, rtol=0, atol=1e-5)  # o is of order 1
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_eps_is_absolute(implementation):
+  """Smaller queries and keys need an eps that shrinks as their similarities."""
+  q, k, v = make_inputs(1, 70, 1, 4, 3)[:3]
+
+  def run(factor, eps):
+    return pk.polynomial_attention(
+      factor * q, factor * k, v, eps=eps, implementation=implementation
+    )
+
+  whole, c = run(np.float32(1), 1e-6), np.float32(2**-5)
+  # A power of two: every sum is exactly c⁴ times as large.
+  np.testing.assert_array_equal(run(c, float(c) ** 4 * 1e-6), whole)
+  assert not np.allclose(run(c, 1e-6), whole, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(
+  ("implementation", "size"),
+  [("xla", 1e-15), ("xla", 1e15), ("reference", 1e-6), ("reference", 1e8)],
+)
+def test_the_range_of_products(size, implementation):
+  """Values and gradients, where |q| |k| is the least and the most allowed."""
+  x = make_inputs(1, 70, 1, 4, 3)
+  q, k = (np.float32(y * size**0.5 / 4) for y in x[:2])
+  x = x._replace(q_BTHF=q, k_BTHF=k)
+
+  @jax.jit
+  def answer(q, k, v):
+    call = functools.partial(
+      pk.polynomial_attention, eps=0.0, implementation=implementation
+    )
+    o, pull = jax.vjp(call, q, k, v)
+    return o, pull(x.do_BTHP)
+
+  o, grads = answer(*x[:3])
+  want = po.oracle(x, po.REBASED, eps=0.0)
+  for name, found in zip(("o", "dq", "dk", "dv"), (o, *grads), strict=True):
+    error = np.linalg.norm(np.float64(found) - getattr(want, name))
+    norm = max(np.linalg.norm(getattr(want, name)), want.raw.get(name, 0))
+    assert error <= 5e-5 * norm, name  # as in `tolerance`
+
+
 @pytest.mark.parametrize("F", range(1, 10))
 @pytest.mark.parametrize("name", ["rebased", "based"])
 def test_features_and_weights_give_the_similarity(F, name):
