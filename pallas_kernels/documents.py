@@ -10,8 +10,10 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels.arguments import integer_array
+from pallas_kernels.explicit_mesh import on_any_mesh
 
 
+@on_any_mesh("BT", "BT")
 def document_runs(segment_ids_BT: Array) -> Array:
   """Return each token's document number in its row: int32 (B, T), from 0.
 
@@ -25,6 +27,7 @@ def document_runs(segment_ids_BT: Array) -> Array:
   return jnp.cumsum(_changes(ids_BT), axis=1, dtype=jnp.int32)
 
 
+@on_any_mesh("BT", "BT")
 def document_starts(runs_BT: Array) -> Array:
   """Return the position of the first token of each token's document.
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import jax
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels import devices
 
@@ -134,6 +134,20 @@ def check_axes(
   if not isinstance(axes, ShardAxes):
     raise ValueError(f"axes={axes!r}: expected a ShardAxes, or None")
   axes.check(batch, heads, time)
+
+
+def unsplit_axes() -> tuple[str, ...]:
+  """Return the Auto axes of the ambient mesh that several devices are on.
+
+  Nobody has said what they split. A kernel is one operation to XLA, which would
+  run the whole of it on each of these devices.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return tuple(
+    name
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    if kind == AxisType.Auto and mesh.shape[name] > 1
+  )
 
 
 def axes_of(*trees: Any) -> frozenset[str]:

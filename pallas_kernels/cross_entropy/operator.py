@@ -33,8 +33,14 @@ from pallas_kernels.arguments import (
 from pallas_kernels.compile_once import compile_once
 from pallas_kernels.cross_entropy import xla
 from pallas_kernels.cross_entropy.xla import TokenLosses
+from pallas_kernels.explicit_mesh import on_any_mesh
 from pallas_kernels.numerics import sum_dtype
-from pallas_kernels.sharding import ShardAxes, check_axes, vary_alike
+from pallas_kernels.sharding import (
+  ShardAxes,
+  check_axes,
+  unsplit_axes,
+  vary_alike,
+)
 
 # The kernel reads rows in blocks of gpu.BLOCK logits and loads of 16 bytes.
 _FEWEST_LOGITS = 1024
@@ -55,6 +61,7 @@ class _Split(NamedTuple):
   has_whole_rows: bool  # whether no other axis splits anything, such as V
 
 
+@on_any_mesh("BMD", ("", TokenLosses("BM", "BM")))
 def cross_entropy(
   x: Array,
   embedding: Array,
@@ -172,7 +179,7 @@ def _over_mesh(
   """Return the function, run on each device's tokens."""
   axes = plan.axes
   if axes is None:
-    split = _Split((), has_whole_rows=True)
+    split = _Split((), has_whole_rows=not unsplit_axes())
     return functools.partial(function, parts=plan.parts, split=split)
   names = axes.bt_names()
   sizes = jax.sharding.get_abstract_mesh().shape

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels import devices
 from pallas_kernels.arguments import float_array, integer_array
 from pallas_kernels.compile_once import compile_once, compiled_backward
+from pallas_kernels.explicit_mesh import on_any_mesh
 from pallas_kernels.gated_conv import xla
 from pallas_kernels.numerics import add_bias
 from pallas_kernels.sharding import (
@@ -22,12 +23,14 @@ from pallas_kernels.sharding import (
   check_axes,
   map_over_mesh,
   sum_over_tokens,
+  unsplit_axes,
   vary_alike,
 )
 
 _MOST_TAPS = 4  # the channels of so many taps fit in a program's registers
 
 
+@on_any_mesh("BTD", "BTD")
 def gated_conv(
   u: Array,
   z: Array,
@@ -82,6 +85,7 @@ def gated_conv(
   return c * (z if z_bias is None else add_bias(z, z_bias)) + u
 
 
+@on_any_mesh("BTD", ("BTD", "BKD"))
 def causal_conv(
   x: Array,
   taps: Array,
@@ -146,7 +150,9 @@ def has_kernel(
     segment_ids: as in `gated_conv`; the kernel knows no documents.
     axes: as in `gated_conv`; the kernel needs whole rows with all channels.
   """
-  whole_rows = axes is None or axes.are_alone(axes.batch)
+  whole_rows = (
+    not unsplit_axes() if axes is None else axes.are_alone(axes.batch)
+  )
   fits = u.shape[-1] % devices.WARPGROUP == 0 and 1 <= taps <= _MOST_TAPS
   return (
     fits

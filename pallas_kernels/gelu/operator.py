@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels import devices
 from pallas_kernels.arguments import float_array
 from pallas_kernels.compile_once import compile_once, compiled_backward
+from pallas_kernels.explicit_mesh import on_any_mesh
 from pallas_kernels.gelu import xla
 from pallas_kernels.sharding import (
   ShardAxes,
@@ -22,10 +23,12 @@ from pallas_kernels.sharding import (
   flatten_tokens,
   map_over_mesh,
   sum_over_tokens,
+  unsplit_axes,
   vary_alike,
 )
 
 
+@on_any_mesh("…", "…")
 def gelu(
   x: Array, bias: Array | None = None, *, axes: ShardAxes | None = None
 ) -> Array:
@@ -69,6 +72,8 @@ def gelu(
 def has_kernel(x: Array, *, axes: ShardAxes | None = None) -> bool:
   """Whether `gelu` runs its Hopper kernels for such an x."""
   parts = 1
+  if axes is None and unsplit_axes():
+    return False
   if axes is not None:
     if not axes.are_alone(axes.batch, axes.time, axes.heads):
       return False

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from pallas_kernels import devices
 from pallas_kernels.arguments import as_array, float_array, number_from_0
 from pallas_kernels.compile_once import compile_once, compiled_backward
+from pallas_kernels.explicit_mesh import on_any_mesh
 from pallas_kernels.layer_norm import xla
 from pallas_kernels.sharding import (
   ShardAxes,
@@ -26,12 +27,14 @@ from pallas_kernels.sharding import (
   flatten_tokens,
   map_over_mesh,
   sum_over_tokens,
+  unsplit_axes,
   vary_alike,
 )
 
 _WIDEST = 2048  # the longest row that a warpgroup's registers hold
 
 
+@on_any_mesh("…", "…")
 def layer_norm(
   x: Array,
   scale: Array | None = None,
@@ -72,6 +75,7 @@ def layer_norm(
   return compile_once(_layer_norm, (eps, dtype), *arrays)
 
 
+@on_any_mesh("…", ("…", "…"))
 def add_layer_norm(
   x: Array,
   y: Array,
@@ -115,20 +119,21 @@ def add_layer_norm(
   eps = number_from_0("eps", eps)
   check_axes(axes)
   x, y, y_bias, scale, bias = vary_alike(x, y, y_bias, scale, bias)
-  if has_kernel(x, y):
+  if has_kernel(x, y, axes=axes):
     arrays = x, y, y_bias, scale, bias
     return compile_once(_by_kernel, (eps, axes), *arrays)
   s = xla.residual_sum(x, y, y_bias)
   return s, compile_once(_layer_norm, (eps, y.dtype), s, scale, bias)
 
 
-def has_kernel(x: Array, y: Array) -> bool:
+def has_kernel(x: Array, y: Array, *, axes: ShardAxes | None = None) -> bool:
   """Whether `add_layer_norm` runs its Hopper kernels for such arrays."""
   width = x.shape[-1]
   fits = width % devices.WARPGROUP == 0 and width <= _WIDEST
   return (
     fits
     and x.dtype == jnp.float32
+    and (axes is not None or not unsplit_axes())
     and devices.takes_row_kernel(y)
     and devices.can_import_kernels("pallas_kernels.layer_norm.gpu")
   )

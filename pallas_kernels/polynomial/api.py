@@ -1,6 +1,6 @@
 """The public functions: check the arguments and choose an implementation."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 import warnings
 
 from jax import Array
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels import devices, documents as documents_lib, numerics
 from pallas_kernels.arguments import flag
 from pallas_kernels.compile_once import compile_once
+from pallas_kernels.explicit_mesh import on_any_mesh
 from pallas_kernels.polynomial import (
   checks,
   decode,
@@ -29,6 +30,13 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
   "xla",
   "reference",
 )
+
+_STATE = ("BHEP", "BHGG")  # the axes of a State's arrays
+
+
+def _attention_outputs(arguments: dict[str, Any]) -> Any:
+  """Return the axes of the results of `polynomial_attention`."""
+  return ("BTHP", State(*_STATE)) if arguments.get("return_state") else "BTHP"
 
 
 @overload
@@ -82,6 +90,7 @@ def polynomial_attention(
 ) -> Array | tuple[Array, State]: ...
 
 
+@on_any_mesh("BTHF", _attention_outputs)
 def polynomial_attention(
   q: Array,
   k: Array,
@@ -195,6 +204,7 @@ def polynomial_attention(
   return o, state
 
 
+@on_any_mesh("BHF", ("BHP", State(*_STATE)), of="q")
 def polynomial_attention_step(
   state: State,
   q: Array,
@@ -236,6 +246,7 @@ def polynomial_attention_step(
   return decode.step(state, q, k, v, kernel)
 
 
+@on_any_mesh("BMHF", "BMHP")
 def polynomial_attention_at(
   q: Array,
   k: Array,
@@ -286,6 +297,7 @@ def polynomial_attention_at(
   return jnp.where(inside_BM[:, :, None, None], o_BMHP, jnp.nan)
 
 
+@on_any_mesh("BTHF", "BHTS")
 def polynomial_attention_weights(
   q: Array,
   k: Array,
@@ -401,6 +413,7 @@ def _choose(
     return name
   states = states or (axes is not None and axes.time is not None)
   try:
+    checks.is_split(name, axes)
     checks.outside_checked_shard_map(name, q)
     _kernels(name).supports(q, v, kernel, states=states)
   except NotImplementedError as error:

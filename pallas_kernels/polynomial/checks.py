@@ -18,7 +18,7 @@ from pallas_kernels.arguments import (
 from pallas_kernels.polynomial.operator import Kernel
 from pallas_kernels.polynomial.spec import Coefficients
 from pallas_kernels.polynomial.state import State, zero_state
-from pallas_kernels.sharding import axes_of
+from pallas_kernels.sharding import ShardAxes, axes_of, unsplit_axes
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -158,6 +158,22 @@ def query_positions(
   B, _, H, F = k.shape
   q = float_array("q", q, (B, "M", H, F), like=("k", k))
   return q, integer_array("positions", positions, q.shape[:2])
+
+
+def is_split(name: str, axes: ShardAxes | None) -> None:
+  """Check that a kernel does not run whole on every device of a mesh.
+
+  Raises:
+    NotImplementedError: the ambient mesh has several devices, and nothing says
+      what they split.
+  """
+  names = () if axes is not None else unsplit_axes()
+  if names:
+    raise NotImplementedError(
+      f"implementation={name!r} under a mesh whose axes {names} are Auto would "
+      "run the whole batch on each device: pass axes=ShardAxes(...), or make "
+      "the mesh with Explicit axes, which are jax's default"
+    )
 
 
 def outside_checked_shard_map(implementation: str, q: Array) -> None:

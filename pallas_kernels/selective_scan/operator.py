@@ -25,6 +25,7 @@ from pallas_kernels.arguments import (
 )
 from pallas_kernels.compile_once import compile_once, compiled_backward
 from pallas_kernels.documents import document_runs
+from pallas_kernels.explicit_mesh import on_any_mesh
 from pallas_kernels.sharding import vary_alike
 
 # A chunk has C = TOKENS / B tokens, at least CHUNK and at most LONGEST. Longer
@@ -35,6 +36,7 @@ LONGEST = 256
 TOKENS = 1024
 
 
+@on_any_mesh("BTI", ("BTI", "BIN"))
 def selective_scan(
   x: Array,
   delta: Array,

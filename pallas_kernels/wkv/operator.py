@@ -34,6 +34,7 @@ import jax.numpy as jnp
 from pallas_kernels.arguments import float_array, integer_array
 from pallas_kernels.compile_once import compile_once, compiled_backward
 from pallas_kernels.documents import document_runs
+from pallas_kernels.explicit_mesh import on_any_mesh
 from pallas_kernels.sharding import vary_alike
 from pallas_kernels.wkv.state import (
   WKVState,
@@ -42,7 +43,10 @@ from pallas_kernels.wkv.state import (
   output,
 )
 
+_STATE = WKVState("BD", "BD", "BD")  # the axes of a state's arrays
 
+
+@on_any_mesh("BTD", ("BTD", _STATE))
 def wkv(
   k: Array,
   v: Array,
@@ -95,6 +99,7 @@ def wkv(
   return compile_once(_wkv, (), *arrays)
 
 
+@on_any_mesh("BD", ("BD", _STATE))
 def wkv_step(
   k: Array, v: Array, w: Array, u: Array, state: WKVState
 ) -> tuple[Array, WKVState]:
