@@ -1,5 +1,6 @@
 """Check the fields of configs; each error names the class, field and value."""
 
+import dataclasses
 import numbers
 from typing import Any
 
@@ -9,6 +10,20 @@ import numpy as np
 
 #: Dtypes that a model or a mixer can compute in. Parameters are float32.
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def make_scalars_plain(config: object) -> None:
+  """Replace NumPy and jax scalars in a config's fields by Python numbers.
+
+  Options are part of compiled programs' keys and of stored configs. A jax
+  scalar has no hash, and JSON knows neither.
+
+  Args:
+    config: a frozen dataclass that is being made.
+  """
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    object.__setattr__(config, field.name, plain_scalar(value))
 
 
 def check_positive(config: object, *names: str) -> None:
@@ -46,11 +61,7 @@ def is_positive_integer(value: object) -> bool:
 
 
 def plain_scalar(value: Any) -> Any:
-  """Return a NumPy or jax scalar as a Python number; other values as they are.
-
-  Options are part of compiled programs' keys and of stored configs. A jax
-  scalar has no hash, and JSON knows neither.
-  """
+  """Return a NumPy or jax scalar as a Python number, anything else as it is."""
   is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
   if not is_array or isinstance(value, jax.core.Tracer) or value.ndim:
     return value

@@ -35,10 +35,14 @@ from rebased_jax.config_checks import (
   check_one_of,
   check_positive,
   compute_dtype,
+  make_scalars_plain,
 )
 from rebased_jax.integers import check_integers, to_int32
 from rebased_jax.layer_norm import Stream
 from rebased_jax.mixers.base import MixerConfig, Site
+
+# A wrong number would otherwise build pairs for hours.
+_MOST_PAIRS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +79,15 @@ class ModelConfig:
   remat: blocks.Remat = "none"
 
   def __post_init__(self) -> None:
+    make_scalars_plain(self)
     check_positive(
       self, "vocab_size", "width", "pairs", "positions", "mlp_width"
     )
+    if self.pairs > _MOST_PAIRS:
+      raise ValueError(
+        f"ModelConfig.pairs={self.pairs}: expected at most {_MOST_PAIRS}; each "
+        "pair takes time before anything is computed"
+      )
     if not 0 <= self.dropout < 1:
       raise ValueError(
         f"ModelConfig.dropout={self.dropout}: expected a number in [0, 1)"
@@ -230,7 +240,7 @@ class LM(nnx.Module):
       # Chosen positions are not split over the devices that split the row.
       axes = ShardAxes(batch=axes.batch)
     # The stream is x and the last block's output, which are not yet added.
-    _, n_BTD = self.norm.of_sum(stream, axes)
+    _, n_BTD = self.norm.of_sum(stream=stream, axes=axes)
     return n_BTD
 
   def head(self, x_D: Array) -> Array:

@@ -211,6 +211,9 @@ def _run(verb: Verb, args: list[str]) -> int:
   except (ValueError, NotImplementedError) as error:
     _print_error(str(error))
     return 2
+  except MemoryError as error:
+    _print_error(f"out of memory: {error}")
+    return 1
   except _failures(verb) as error:
     if verb.uses_jax:
       _exit_if_hung(error)

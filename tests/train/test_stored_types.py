@@ -52,6 +52,7 @@ _WRONG = {
   "run.optimizer.epoch_steps": (2.0, "epoch_steps=2.0: expected int | None"),
   "run.model": ("LM", "run.model='LM': expected ModelConfig"),
   "run.model.scan_layers": ("no", "scan_layers='no': expected bool"),
+  "run.model.pairs": (2**31, "run.model: .*pairs=2147483648: expected at most"),
   "run.model.width": (16.0, "run.model.width=16.0: expected int"),
   "run.model.dropout": ("0", "run.model.dropout='0': expected float"),
   "run.model.first": (None, "run.model.first=None: expected MixerConfig"),
