@@ -52,10 +52,12 @@ class AttentionConfig(MixerConfig):
   length: int | None = None
   #: "xla" or "cudnn", for calls with whole rows and no documents; states and
   #: documents always use "xla". None: "cudnn" where the GPU, the dtype and the
-  #: width of a head allow it, else "xla".
+  #: width of a head allow it, else "xla". With "cudnn" an Inf or NaN may reach
+  #: earlier tokens of its row.
   implementation: str | None = None
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     check_positive(self, "heads", "length")
     check_one_of(self, "implementation", None, *IMPLEMENTATIONS)
 
@@ -157,7 +159,6 @@ class Attention(Mixer):
       k_BTHF,
       v_BTHF,
       softmax.visible(runs_BT, query_positions),
-      documents=segment_ids is not None,
     )
     return self.out_proj(_merge_heads(o_BMHF))
 
@@ -199,7 +200,6 @@ class Attention(Mixer):
       jnp.concatenate([state.k_BSHF, k_BTHF], axis=1),
       jnp.concatenate([state.v_BSHF, v_BTHF], axis=1),
       jnp.concatenate([past_BTS, softmax.visible(runs_BT)], axis=2),
-      documents=segment_ids is not None,
     )
     y_BTD = self._project_out(o_BTHF, steps_BT, S)
 
@@ -227,7 +227,7 @@ class Attention(Mixer):
     v_BSHF = _put(state.v_BSHF, position_B1, v_B1HF)
     is_held_BS = jnp.arange(S, dtype=jnp.int32)[None] <= position_B1
     o_B1HF = softmax.attend(
-      q_B1HF, k_BSHF, v_BSHF, is_held_BS[:, None], documents=False
+      q_B1HF, k_BSHF, v_BSHF, is_held_BS[:, None], sees_all=True
     )
     y_B1D = self._project_out(o_B1HF, position_B1, S)
     return y_B1D[:, 0], AttentionState(k_BSHF, v_BSHF, state.position_B + 1)

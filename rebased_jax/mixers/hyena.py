@@ -53,6 +53,7 @@ class HyenaConfig(MixerConfig):
   filter_width: int = 64
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     check_positive(self, "length", "taps", "filter_width")
 
   def make(self, site: Site, *, rngs: nnx.Rngs) -> "Hyena":
@@ -138,8 +139,8 @@ class Hyena(Mixer):
   The state holds L − 1 tokens. `step` evaluates all L lags of the filter anew,
   because a state cannot follow changing parameters, and then takes one dot
   product over the past. Tokens after the last lag have NaN; a row longer than
-  the filter raises ValueError. An Inf or NaN spoils its whole row, because the
-  Fourier transforms mix all tokens.
+  the filter raises ValueError. An Inf or NaN reaches no earlier token, although
+  Fourier transforms mix all tokens: it is taken out before them.
   """
 
   config_type = HyenaConfig
@@ -292,13 +293,21 @@ class Hyena(Mixer):
 def convolve(x_BSD: Array, h_LD: Array) -> Array:
   """Return Σ_p h_p ∘ x_{s−p} of every s, (B, S, D), by Fourier transforms.
 
-  The transforms have at least S + L points, so that nothing wraps around.
+  The transforms have at least S + L points, so that nothing wraps around. They
+  mix all tokens. An Inf or NaN is therefore taken out first, and the sums that
+  contain it are NaN.
   """
-  S = x_BSD.shape[1]
-  points = 1 << (S + h_LD.shape[0] - 1).bit_length()
+  S, L = x_BSD.shape[1], h_LD.shape[0]
+  is_finite_BSD = jnp.isfinite(x_BSD)
+  s_1S1 = jnp.arange(S, dtype=jnp.int32)[None, :, None]
+  last_BSD = jax.lax.cummax(jnp.where(is_finite_BSD, -L, s_1S1), axis=1)
+  has_nonfinite_BSD = s_1S1 - last_BSD < L
+  x_BSD = jnp.where(is_finite_BSD, x_BSD, 0)
+  points = 1 << (S + L - 1).bit_length()
   spectrum = jnp.fft.rfft(x_BSD, points, axis=1)
   spectrum = spectrum * jnp.fft.rfft(h_LD, points, axis=0)[None]
-  return jnp.fft.irfft(spectrum, points, axis=1)[:, :S]
+  sums_BSD = jnp.fft.irfft(spectrum, points, axis=1)[:, :S]
+  return jnp.where(has_nonfinite_BSD, jnp.nan, sums_BSD)
 
 
 def convolve_last(x_BLD: Array, h_LD: Array) -> Array:

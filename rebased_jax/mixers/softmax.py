@@ -52,7 +52,7 @@ def attend(
   v_BSHF: Array,
   mask_BTS: Array,
   *,
-  documents: bool,
+  sees_all: bool = False,
 ) -> Array:
   """Return o (B, T, H, F) = Σ_s a_ts v_s, in plain XLA.
 
@@ -61,11 +61,12 @@ def attend(
     k_BSHF: keys.
     v_BSHF: values.
     mask_BTS: whether t sees s.
-    documents: whether rows hold several documents. An Inf or NaN in a token's
-      q, k or v is then kept from every row that does not see the token,
-      gradients included. A weight of 0 alone would not keep it out.
+    sees_all: whether tokens that the mask hides are known to be finite, as in
+      a cache that holds nothing else. Otherwise an Inf or NaN in a token's q, k
+      or v is kept from every row that does not see the token, gradients
+      included. A weight of 0 alone would not keep it out.
   """
-  if not documents:
+  if sees_all:
     return _weighted_values(q_BTHF, k_BSHF, v_BSHF, mask_BTS)
 
   def is_finite(x_BTHF: Array) -> Array:

@@ -103,6 +103,21 @@ def test_is_causal(name) -> None:
 
 
 @each_mixer
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_nonfinite_token_changes_no_earlier_output(name, value) -> None:
+  subject, x_BTD = make(name), tokens()
+  spoilt_BTD = x_BTD.copy()
+  spoilt_BTD[0, HALF] = value
+  for call in (subject, lambda x: subject.prefill(x, subject.zero)[0]):
+    wanted_BTD, found_BTD = call(x_BTD), call(spoilt_BTD)
+    # Fourier transforms spread their roundings over the whole row.
+    exact = dict(rtol=0, atol=0) if not MIXERS[name].noise else CLOSE
+    assert_close(found_BTD[0, :HALF], wanted_BTD[0, :HALF], **exact)
+    np.testing.assert_array_equal(found_BTD[1], wanted_BTD[1])
+    assert not np.isfinite(found_BTD[0, HALF]).all()
+
+
+@each_mixer
 def test_prefill_and_steps_equal_the_whole(name) -> None:
   subject = make(name)
   x_BTD, state = tokens(), subject.zero
