@@ -8,9 +8,11 @@ The second line is that of the paper's MQAR models, the third that of its Mamba
 model. x is the residual stream, (B, T, D) in float32.
 
 A block returns the residual stream as a `Stream`, a sum whose parts are not yet
-added: the layer norm of the next block adds them as it reads them. Two blocks
-make a `Pair`. All pairs of a model have the same shapes, so that a model keeps
-their parameters stacked. The functions at the end run stacked pairs.
+added: the layer norm of the next block adds them as it reads them. Calls of
+modules name the argument `stream`: `nnx.tabulate` cannot print it otherwise.
+
+Two blocks make a `Pair`. All pairs of a model have the same shapes, so that a
+model keeps their parameters stacked. The functions at the end run them.
 """
 
 import abc
@@ -87,7 +89,7 @@ class Block(nnx.Module):
       axes: the mesh axes that split batch, heads and time. None: no mesh.
       query_positions: integers (B, M); the result is then (B, M, D).
     """
-    x_BTD, n_BTD = self.sum_and_norm(stream, axes)
+    x_BTD, n_BTD = self.sum_and_norm(stream=stream, axes=axes)
     y_BTD = self.mixer(
       place(n_BTD, axes),
       segment_ids=segment_ids,
@@ -111,7 +113,7 @@ class Block(nnx.Module):
     axes: ShardAxes | None = None,
   ) -> tuple[Stream, MixerState]:
     """Return the residual stream of T more tokens, and the mixer's state."""
-    x_BTD, n_BTD = self.sum_and_norm(stream, axes)
+    x_BTD, n_BTD = self.sum_and_norm(stream=stream, axes=axes)
     y_BTD, state = self.mixer.prefill(
       n_BTD, state, segment_ids=segment_ids, axes=axes
     )
@@ -162,12 +164,12 @@ class PreNormBlock(Block):
     self, stream: Stream, axes: ShardAxes | None = None
   ) -> tuple[Array, Array]:
     """Return x and LN(x)."""
-    return self.norm1.of_sum(stream, axes)
+    return self.norm1.of_sum(stream=stream, axes=axes)
 
   def _add(
     self, x: Array, y: Array, axes: ShardAxes | None, place: Place
   ) -> Stream:
-    x, n = self.norm2.of_sum(Stream(x, y), axes)
+    x, n = self.norm2.of_sum(stream=Stream(x, y), axes=axes)
     x, n = place(x), place(n)
     if self.mlp is None:
       return Stream(x, n)
@@ -223,9 +225,9 @@ class Pair(nnx.Module):
     The arguments are those of a `Block`. The first block computes whole rows,
     because the second may need all of them.
     """
-    stream = self.first(stream, segment_ids=segment_ids, axes=axes)
+    stream = self.first(stream=stream, segment_ids=segment_ids, axes=axes)
     return self.second(
-      stream,
+      stream=stream,
       segment_ids=segment_ids,
       axes=axes,
       query_positions=query_positions,
@@ -356,7 +358,7 @@ class _Program:
   """What a program of stacked pairs depends on, besides its arrays."""
 
   graph: nnx.GraphDef  # of one pair
-  device: tuple[str, bool]  # the platform, and whether Hopper kernels run
+  call: Callable[..., Any]  # of a pair; `nnx.tabulate` wraps it for a while
   axes: ShardAxes | None = None
   scan: bool = True
   remat: Remat = "none"
@@ -365,28 +367,33 @@ class _Program:
 def _split_program(pairs: Pair, **options: Any) -> tuple[_Program, Any]:
   """Return the program of stacked pairs, and their parameters."""
   graph, parameters = nnx.split(pairs)
-  device = devices.platform(), devices.is_hopper()
-  return _Program(graph, device, **options), parameters
+  return _Program(graph, type(pairs).__call__, **options), parameters
 
 
-def _compile_once(run: Callable[..., Any]) -> Callable[..., Any]:
-  """Compile `run(program, *arrays)` once for equal programs and shapes.
+def _compiled(
+  function: Callable[..., Any], program: _Program, *arrays: Any
+) -> Any:
+  """Return function(program, *arrays), compiled once outside `jax.jit`.
 
   A scan's body is a new function at each call. Outside `jax.jit` jax would
   compile it anew each time, and keep every copy.
   """
-  # Inside `jax.jit` it is the plain call.
-  compiled = jax.jit(run, static_argnums=0, inline=True)
+  try:
+    hash(program)
+  except TypeError:
+    # A mixer that is not ours may keep a list or a dict, which have no hash.
+    return function(program, *arrays)
+  return _call(function, program, devices.program_key(), *arrays)
 
-  def call(program: _Program, *arrays: Any) -> Any:
-    try:
-      hash(program)
-    except TypeError:
-      # A mixer that is not ours may keep a list or a dict, which have no hash.
-      return run(program, *arrays)
-    return compiled(program, *arrays)
 
-  return call
+# Not `compile_once`, which is inlined into a surrounding trace. An eager
+# gradient would then transpose the scan anew at each call.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _call(
+  function: Callable[..., Any], program: _Program, key: Any, *arrays: Any
+) -> Any:
+  del key  # it only tells programs apart
+  return function(program, *arrays)
 
 
 def run_pairs(
@@ -415,10 +422,11 @@ def run_pairs(
     query_positions: as in a call of a `Block`, for the last pair.
   """
   program, parameters = _split_program(pairs, axes=axes, scan=scan, remat=remat)
-  return _run_pairs(program, parameters, x_BTD, segment_ids, query_positions)
+  return _compiled(
+    _run_pairs, program, parameters, x_BTD, segment_ids, query_positions
+  )
 
 
-@_compile_once
 def _run_pairs(
   program: _Program,
   parameters: Any,
@@ -430,7 +438,7 @@ def _run_pairs(
     stream: Stream, parameters: Any, query_positions: Array | None = None
   ) -> Stream:
     return nnx.merge(program.graph, parameters)(
-      stream,
+      stream=stream,
       segment_ids=segment_ids,
       axes=program.axes,
       query_positions=query_positions,
@@ -513,10 +521,11 @@ def prefill_pairs(
 ) -> tuple[Array, Any]:
   """Return the residual stream of T more tokens, and all pairs' states."""
   program, parameters = _split_program(pairs, axes=axes)
-  return _prefill_pairs(program, parameters, x_BTD, states, segment_ids)
+  return _compiled(
+    _prefill_pairs, program, parameters, x_BTD, states, segment_ids
+  )
 
 
-@_compile_once
 def _prefill_pairs(
   program: _Program,
   parameters: Any,
@@ -537,10 +546,9 @@ def _prefill_pairs(
 def step_pairs(pairs: Pair, x_BD: Array, states: Any) -> tuple[Array, Any]:
   """Return the residual stream of one more token, and all pairs' states."""
   program, parameters = _split_program(pairs)
-  return _step_pairs(program, parameters, x_BD, states)
+  return _compiled(_step_pairs, program, parameters, x_BD, states)
 
 
-@_compile_once
 def _step_pairs(
   program: _Program, parameters: Any, x_BD: Array, states: Any
 ) -> tuple[Array, Any]:

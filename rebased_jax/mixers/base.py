@@ -46,6 +46,7 @@ from rebased_jax.config_checks import (
   check_positive,
   compute_dtype,
   is_positive_integer,
+  make_scalars_plain,
 )
 from rebased_jax.integers import check_integers, name_type, to_int32
 
@@ -68,6 +69,7 @@ class Site:
   length: int | None = None
 
   def __post_init__(self) -> None:
+    make_scalars_plain(self)
     check_positive(self, "width", "layers", "length")
     if not 0 <= self.layer < self.layers:
       raise ValueError(
@@ -78,7 +80,13 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class MixerConfig(abc.ABC):
-  """Abstract: all choices of a mixer except its place in a model."""
+  """Abstract: all choices of a mixer except its place in a model.
+
+  A subclass with a `__post_init__` calls that of its base class first.
+  """
+
+  def __post_init__(self) -> None:
+    make_scalars_plain(self)
 
   @abc.abstractmethod
   def make(self, site: Site, *, rngs: nnx.Rngs) -> "Mixer":

@@ -32,6 +32,7 @@ class BaseConvConfig(MixerConfig):
   taps: int = 3
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     check_positive(self, "taps")
 
   def make(self, site: Site, *, rngs: nnx.Rngs) -> "BaseConv":

@@ -52,6 +52,7 @@ class MambaConfig(MixerConfig):
   initialization: Literal["published", "intended"] = "published"
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     check_positive(self, "state", "taps", "expand")
     check_one_of(self, "initialization", "published", "intended")
 

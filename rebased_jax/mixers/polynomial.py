@@ -53,6 +53,7 @@ class PolynomialConfig(MixerConfig):
   implementation: str | None = None
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     check_positive(self, "heads", "features", "value_features")
     if not 0 <= self.eps < math.inf:
       raise ValueError(

@@ -55,6 +55,7 @@ class RWKVConfig(MixerConfig):
   wkv_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     check_one_of(self, "initialization", "published", "intended")
     check_one_of(self, "wkv_dtype", "bfloat16", "float32")
 

@@ -1,16 +1,25 @@
 """Tests of layers scanned or one by one, rematerialisation, and dtypes."""
 
+import collections
 import dataclasses
+import itertools
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from model_cases import make
 import numpy as np
 import pytest
 
 from pallas_kernels import devices
-from rebased_jax import LM, BaseConvConfig, ModelConfig, ReBasedConfig
+from rebased_jax import (
+  LM,
+  BaseConvConfig,
+  ModelConfig,
+  ReBasedConfig,
+  ShardAxes,
+)
 
 B, T, V = 2, 16, 11
 CONFIG = ModelConfig(
@@ -132,6 +141,75 @@ def test_remat_holds_less() -> None:
 
   none, dots, full = (temporaries(remat=x) for x in ("none", "dots", "full"))
   assert full < 0.9 * dots < 0.9 * none
+
+
+def _equations(jaxpr):
+  """Yield the equations of a program, those of its callees too."""
+  for equation in jaxpr.eqns:
+    yield equation
+    for value in jax.tree.leaves(
+      list(equation.params.values()),
+      is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),
+    ):
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns"):
+        yield from _equations(inner)
+
+
+def _gradient_counts(config: ModelConfig, **kwargs) -> collections.Counter:
+  """Return how often each primitive is in the gradient's program."""
+  make = lambda: nnx.split(LM(config, rngs=nnx.Rngs(0)))[1]
+  grad = jax.grad(lambda params: _loss(params, config, **kwargs)[0])
+  jaxpr = jax.make_jaxpr(grad)(jax.eval_shape(make)).jaxpr
+  return collections.Counter(x.primitive.name for x in _equations(jaxpr))
+
+
+@pytest.mark.parametrize("at", [None, POSITIONS_BM])
+def test_the_gradient_of_unrolled_layers_grows_linearly(at) -> None:
+  """Join the pairs' gradients once; a sum of padded stacks costs pairs²."""
+  counts = []
+  for pairs in (2, 3, 4):
+    config = dataclasses.replace(CONFIG, pairs=pairs, scan_layers=False)
+    counts.append(_gradient_counts(config, positions_to_predict=at))
+  leaves = len(jax.tree.leaves(make(CONFIG)[1].pairs))
+  for few, more in itertools.pairwise(counts):
+    # A pad or a sum of a stack would come once more for each parameter.
+    assert more["pad"] - few["pad"] < leaves
+    assert more["scatter-add"] == few["scatter-add"]
+  assert counts[0]["split"] >= leaves
+  # Each pair more costs as much as the one before.
+  total = [sum(count.values()) for count in counts]
+  assert total[2] - total[1] <= total[1] - total[0]
+
+
+def test_pairs_wait_for_the_one_before_on_a_mesh() -> None:
+  """XLA would gather the parameters of all pairs at the start otherwise."""
+  mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+  config = dataclasses.replace(CONFIG, pairs=3, scan_layers=False)
+  alone = _gradient_counts(config)["optimization_barrier"]
+  with jax.set_mesh(mesh):
+    axes = ShardAxes(batch="data")
+    found = _gradient_counts(config, axes=axes)["optimization_barrier"]
+  assert found - alone >= config.pairs
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_remat_of_unrolled_layers_is_not_undone(scan, remat) -> None:
+  """XLA merges what is computed twice, unless jax is told to prevent it."""
+  config = dataclasses.replace(CONFIG, scan_layers=scan, remat=remat)
+  make = lambda: nnx.split(LM(config, rngs=nnx.Rngs(0)))[1]
+  forward = lambda params: _loss(params, config)[0]
+  jaxpr = jax.make_jaxpr(forward)(jax.eval_shape(make)).jaxpr
+  prevents = [
+    equation.params["prevent_cse"]
+    for equation in _equations(jaxpr)
+    if "prevent_cse" in equation.params
+  ]
+  # The first is that of a pair; an operator inside it may have its own. In a
+  # scan the loop itself keeps the two apart.
+  assert prevents[0] is not scan
+  assert scan or set(prevents) == {True}
 
 
 def test_bfloat16_computes_over_float32_parameters() -> None:
