@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+import contextlib
 import multiprocessing
 import os
 from pathlib import Path
@@ -12,7 +13,6 @@ import threading
 import time
 from types import SimpleNamespace
 
-from prepare_cases import run
 import pytest
 from rich.console import Console
 
@@ -127,21 +127,30 @@ def test_progress_is_no_hang() -> None:
   worker_pool._watch(jobs, read, Console(quiet=True), 0.5)
 
 
-def test_workers_that_hang_are_killed(tmp_path: Path, monkeypatch) -> None:
-  (tmp_path / "in").mkdir()
-  (tmp_path / "in" / "a.txt").write_text("text")
+@pytest.mark.parametrize("error", [worker_pool._Hang("a hang"), None])
+def test_workers_that_hang_are_killed(
+  tmp_path: Path, monkeypatch, error: Exception | None
+) -> None:
+  """Also where all work is done, by the workers that did not hang."""
   stopped = []
 
   def stop_workers(*_: object) -> None:
     stopped.extend(multiprocessing.active_children())
     for worker in stopped:
       os.kill(worker.pid, signal.SIGSTOP)
-    raise worker_pool._Hang("one hangs")
+    if error is not None:
+      raise error
 
   monkeypatch.setattr(worker_pool, "_watch", stop_workers)
-  with pytest.raises(PrepareError, match="one hangs"):
-    run([tmp_path / "in"], tmp_path / "out")
-  assert stopped and not any(worker.is_alive() for worker in stopped)
+  monkeypatch.setattr(worker_pool, "_LAST", 0.2)
+  job = SimpleNamespace(source=SimpleNamespace(bytes=1))
+  raises = pytest.raises(PrepareError, match="a hang")
+  with raises if error is not None else contextlib.nullcontext():
+    worker_pool.run_jobs([job], None, 1, Console(quiet=True))
+  assert stopped
+  for worker in stopped:
+    worker.join(10)
+  assert not any(worker.is_alive() for worker in stopped)
 
 
 def _in_thread(call: Callable[[], None]) -> None:

@@ -6,6 +6,7 @@ from concurrent.futures.process import BrokenProcessPool
 import contextlib
 import functools
 import multiprocessing
+from multiprocessing.connection import wait
 import os
 from pathlib import Path
 import signal
@@ -31,6 +32,7 @@ from train.data.prepare.tokenizer import Tokenizer
 from train.data.worker_process import end_with_parent
 
 _POLL = 0.1  # seconds between two checks of the workers
+_LAST = 30.0  # seconds that a worker has to end when it should
 _LINE = 10.0  # seconds between two lines of progress without a terminal
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -89,13 +91,31 @@ def run_jobs(
         futures = {pool.submit(_work, job): job for job in largest}
       _watch(futures, read, console, timeout)
     except BaseException as error:
-      if isinstance(error, _Hang):
-        for worker in set(multiprocessing.active_children()) - others:
-          worker.kill()
       stop.value = 1
-      # Wait: a worker that is still starting needs `read` and `stop`.
-      pool.shutdown(cancel_futures=True)
+      # A worker that is still starting needs `read` and `stop`, so wait for it.
+      seconds = 0 if isinstance(error, _Hang) else _LAST
+      pool.shutdown(wait=False, cancel_futures=True)
+      _end_workers(others, seconds)
       raise
+    pool.shutdown(wait=False)
+    _end_workers(others, _LAST)
+
+
+def _end_workers(others: set[Any], seconds: float) -> None:
+  """Wait for the workers to end, and kill those that do not.
+
+  Args:
+    others: the child processes that are no workers.
+    seconds: how long to wait; a worker that was stopped never ends by itself.
+  """
+  workers = set(multiprocessing.active_children()) - others
+  left = {worker.sentinel: worker for worker in workers}
+  end = time.monotonic() + seconds
+  while left and time.monotonic() < end:
+    for sentinel in wait(list(left), end - time.monotonic()):
+      del left[sentinel]
+  for worker in left.values():
+    worker.kill()
 
 
 @contextlib.contextmanager
