@@ -15,8 +15,11 @@ from flax import nnx
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import numpy as np
 
+from pallas_kernels.explicit_mesh import explicit_axes, layout
+from pallas_kernels.sharding import Axis
 from rebased_jax.config_checks import is_positive_integer, plain_scalar
 from rebased_jax.integers import check_integers, to_int32
 from rebased_jax.model import LM, LMState, check_length
@@ -72,6 +75,8 @@ def generate(
   steps, temperature, top_k = map(plain_scalar, (steps, temperature, top_k))
   _check_arguments(model, prompt, steps, temperature, top_k, key)
   prompt_BT = to_int32(prompt)
+  rows = _rows_sharding(prompt_BT)
+  split = layout(prompt_BT)[0] if explicit_axes() else None
   if _has_values(prompt_BT):
     # NumPy cuts it into parts without a compiled program for each length.
     prompt_BT = jax.device_get(prompt_BT)
@@ -82,10 +87,11 @@ def generate(
   state = reader.start(params)
   logits_BV = None
   for start, stop in _parts(T):
-    part_BT = jax.device_put(prompt_BT[:, start:stop])
+    part_BT = jax.device_put(prompt_BT[:, start:stop], rows)
     logits_BV, state = reader.read(params, part_BT, state)
   choice = _Choice(temperature > 0, top_k)
-  write = _writer(graph, B, max(_FEWEST_SLOTS, _power_of_two(steps)), choice)
+  slots = max(_FEWEST_SLOTS, _power_of_two(steps))
+  write = _writer(graph, B, slots, choice, split)
   tokens_BS = write(
     params,
     logits_BV,
@@ -159,6 +165,13 @@ def _check_tokens(tokens_BS: Array) -> None:
     )
 
 
+def _rows_sharding(prompt_BT: Array) -> jax.sharding.Sharding | None:
+  """Return how the rows of a prompt lie on devices; None if it is unknown."""
+  if isinstance(prompt_BT, np.ndarray | jax.core.Tracer):
+    return None
+  return prompt_BT.sharding
+
+
 def _has_values(x: Array) -> bool:
   """Whether this process can read all values of x now."""
   if isinstance(x, jax.core.Tracer):
@@ -206,9 +219,11 @@ def _reader(graph: nnx.GraphDef, rows: int) -> _Reader:
 
 @functools.lru_cache(maxsize=32)
 def _writer(
-  graph: nnx.GraphDef, rows: int, slots: int, choice: _Choice
+  graph: nnx.GraphDef, rows: int, slots: int, choice: _Choice, split: Axis
 ) -> Callable[..., Array]:
   """Return the program that adds tokens (B, slots) to so many rows.
+
+  Under a mesh with Explicit axes the rows are split over the axes `split`.
 
   Its arguments are the parameters, the logits (B, V) and the state after the
   prompt, the number of tokens to fill in, the temperature, and the PRNG key or
@@ -226,7 +241,6 @@ def _writer(
       tokens_B = jnp.argmax(logits_BV, axis=-1)
     return jnp.where(is_finite_B, tokens_B.astype(jnp.int32), _NO_TOKEN)
 
-  @jax.jit
   def write(
     params: nnx.State,
     logits_BV: Array,
@@ -248,4 +262,6 @@ def _writer(
 
     return jax.lax.fori_loop(1, steps, body, (tokens_SB, state))[0].T
 
-  return write
+  if explicit_axes():
+    write = jax.sharding.auto_axes(write, out_sharding=PartitionSpec(split))
+  return jax.jit(write)

@@ -17,8 +17,9 @@ Logits and the second mixer's queries can be limited to chosen positions, as for
 MQAR, where only the answers are predicted.
 """
 
+from collections.abc import Callable
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from flax import nnx
 import jax
@@ -37,12 +38,15 @@ from rebased_jax.config_checks import (
   compute_dtype,
   make_scalars_plain,
 )
+from rebased_jax.explicit_mesh import layouts, method_on_any_mesh
 from rebased_jax.integers import check_integers, to_int32
 from rebased_jax.layer_norm import Stream
 from rebased_jax.mixers.base import MixerConfig, Site
 
 # A wrong number would otherwise build pairs for hours.
 _MOST_PAIRS = 10_000
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +139,25 @@ class LMState(NamedTuple):
   pairs: Any  # the mixers' states, stacked over the pairs
 
 
+def _position_outputs(arguments: dict[str, Any]) -> str:
+  """Return the axes of what an `LM` gives for each token, or at positions."""
+  return "B" if arguments.get("positions_to_predict") is not None else "BT"
+
+
+def _state_outputs(state: LMState) -> LMState:
+  """Return the axes of a state: rows split as the tokens' rows are."""
+  pairs = jax.tree.map(lambda x: "NB"[: x.ndim], state.pairs)
+  return LMState("B", pairs)  # pyrefly: ignore[bad-argument-type] a tree of str
+
+
+def _on_any_mesh(
+  outputs: Callable[[dict[str, Any]], Any], letters: str = "BT"
+) -> Callable[[_Method], _Method]:
+  """Return the decorator of an `LM`'s methods that take tokens."""
+  heads = lambda model: getattr(model.config.second, "heads", None)
+  return method_on_any_mesh(letters, outputs, heads=heads)
+
+
 class LM(nnx.Module):
   """The language model.
 
@@ -171,6 +194,7 @@ class LM(nnx.Module):
     )
     self.norm = blocks.make_layer_norm(config.width, config.dtype, rngs)
 
+  @_on_any_mesh(_position_outputs)
   def __call__(
     self,
     tokens: Array,
@@ -207,6 +231,7 @@ class LM(nnx.Module):
       )
     )
 
+  @_on_any_mesh(_position_outputs)
   def features(
     self,
     tokens: Array,
@@ -260,6 +285,7 @@ class LM(nnx.Module):
     states = blocks.init_states(self.pairs, batch)
     return LMState(jnp.zeros(batch, jnp.int32), states)
 
+  @_on_any_mesh(lambda given: ("B", _state_outputs(given["state"])))
   def prefill(
     self,
     tokens: Array,
@@ -289,6 +315,7 @@ class LM(nnx.Module):
     logits_BV = self.head(self.norm(x_BTD[:, -1]))
     return logits_BV, LMState(state.position_B + T, states)
 
+  @_on_any_mesh(lambda given: ("B", layouts(given["state"])), letters="B")
   def step(self, tokens: Array, state: LMState) -> tuple[Array, LMState]:
     """Return the logits (B, V) after one more token in each row, and the state.
 
@@ -316,6 +343,7 @@ class LM(nnx.Module):
     """Whether `attention_matrix` returns something."""
     return self.pairs.second.mixer.has_attention_matrix
 
+  @_on_any_mesh(lambda given: "BHT")
   def attention_matrix(self, tokens: Array) -> Array:
     """Return the attention matrix (B, H, T, T) of the last block, to look at.
 

@@ -135,6 +135,7 @@ class Attention(Mixer):
       stddev=output_stddev(layers),
     )
     self.heads = config.heads
+    self.heads_to_split = config.heads
     self.rotary = config.rotary
     self.length = config.length or length
     self.implementation = config.implementation

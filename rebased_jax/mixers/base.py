@@ -34,7 +34,7 @@ import abc
 from collections.abc import Callable
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, final
 
 from flax import nnx
 import jax
@@ -48,9 +48,12 @@ from rebased_jax.config_checks import (
   is_positive_integer,
   make_scalars_plain,
 )
+from rebased_jax.explicit_mesh import layouts, method_on_any_mesh
 from rebased_jax.integers import check_integers, name_type, to_int32
 
 MixerState = Any
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,25 @@ class MixerConfig(abc.ABC):
     """Return the mixer for a place in a model, with fresh parameters."""
 
 
+def _on_any_mesh(
+  letters: str, outputs: Callable[[dict[str, Any]], Any]
+) -> Callable[[_Method], _Method]:
+  """Return the decorator of a mixer's methods that take tokens."""
+  return method_on_any_mesh(
+    letters, outputs, heads=lambda mixer: mixer.heads_to_split
+  )
+
+
+def _mix_outputs(arguments: dict[str, Any]) -> str:
+  """Return the axes of y: chosen positions are not split."""
+  return "B" if arguments.get("query_positions") is not None else "BTD"
+
+
+def _rows(state: MixerState) -> Any:
+  """Return the axes of a state: its rows are split as those of x."""
+  return jax.tree.map(lambda x: "B", state)
+
+
 class Mixer(nnx.Module):
   """Abstract: a causal map of x (B, T, D) to y (B, T, D), with a state.
 
@@ -111,6 +133,8 @@ class Mixer(nnx.Module):
   #: Why the mixer cannot keep documents apart. None: it can.
   no_segment_ids: ClassVar[str | None] = None
 
+  #: How many heads a mesh may split. None: the mixer has none.
+  heads_to_split: int | None = None
   #: D.
   width: int
   #: Dtype of the computation and of y.
@@ -155,6 +179,7 @@ class Mixer(nnx.Module):
       return super().__getattribute__(name)  # raises the usual error
 
   @final
+  @_on_any_mesh("BTD", _mix_outputs)
   def __call__(
     self,
     x_BTD: Array,
@@ -194,6 +219,7 @@ class Mixer(nnx.Module):
     return y
 
   @final
+  @_on_any_mesh("BTD", lambda given: ("BTD", _rows(given["state"])))
   def prefill(
     self,
     x_BTD: Array,
@@ -221,6 +247,7 @@ class Mixer(nnx.Module):
     )
 
   @final
+  @_on_any_mesh("BD", lambda given: ("BD", layouts(given["state"])))
   def step(self, x_BD: Array, state: MixerState) -> tuple[Array, MixerState]:
     """Return y (B, D) of one more token a row, and the state after it.
 

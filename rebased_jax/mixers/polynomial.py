@@ -132,6 +132,7 @@ class PolynomialMixer(Mixer):
     """
     super().__init__(width, config, dtype=dtype)
     self.shape = config.shape(width)
+    self.heads_to_split = self.shape.heads
     self.project = Projections(self.shape, width, dtype=dtype, rngs=rngs)
     self.eps = config.eps
     self.implementation = config.implementation

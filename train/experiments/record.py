@@ -24,7 +24,7 @@ class RecordError(ValueError):
 
 @dataclasses.dataclass
 class History:
-  """What the epochs of a cell gave; NaN where a run was not trained."""
+  """Results of the epochs of a cell; NaN where a run was not trained."""
 
   accuracy_ER: np.ndarray  # held-out; all are float32
   loss_ER: np.ndarray  # held-out

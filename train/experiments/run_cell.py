@@ -33,7 +33,7 @@ _SAVE_SECONDS = 60.0  # between checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """Where a cell stands, after an epoch."""
+  """The progress of a cell after an epoch."""
 
   epoch: Epoch
   #: Runs that are finished: stopped, or trained for all epochs.

@@ -5,11 +5,11 @@ runs differ in numbers only, so one compiled program trains all of them:
 
     epoch: state_R, order_RSB → state_R, metrics_SR      R runs, S steps, B rows
 
-Each run is `step.train_step` under `vmap`, with its own parameters, optimiser
+Each run is `step.train_step` under `vmap`, with separate parameters, optimiser
 state, dropout key and order of the examples. The data set lies on the device,
 and an epoch is one `scan` over its steps. AdamW is linear in the learning rate,
 so the update rule is made for rate 1 and each run multiplies its updates by its
-own rate. Where there are several devices, each trains runs of its own.
+own rate. Where there are several devices, each trains other runs.
 
 A run that reached the stop accuracy no longer changes: its `ok` flag is
 cleared, which stops every later update. Once half of the runs have stopped, the

@@ -1,0 +1,131 @@
+"""Mixers and models under a mesh as jax makes it, whose axes are Explicit."""
+
+import chex
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from mixer_registry import MIXERS, ONE_OF_EACH, WIDTH
+import numpy as np
+import pytest
+
+from rebased_jax import (
+  LM,
+  BaseConvConfig,
+  ModelConfig,
+  ReBasedConfig,
+  Site,
+  generate,
+)
+
+B, T = 4, 12
+
+
+@pytest.fixture
+def mesh():
+  mesh = jax.make_mesh((2, 2), ("data", "tensor"))
+  assert AxisType.Explicit in mesh.axis_types  # jax's default
+  return mesh
+
+
+def _split_last(mesh, module):
+  """Split the last axis of matrices over "tensor"; it holds the heads."""
+
+  def place(x):
+    even = x.ndim > 1 and x.shape[-1] % 2 == 0
+    spec = P(*(None,) * (x.ndim - 1), "tensor") if even else P()
+    return jax.device_put(x, NamedSharding(mesh, spec))
+
+  graph, parameters = nnx.split(module)
+  return nnx.merge(graph, jax.tree.map(place, parameters))
+
+
+def _square(module, x):
+  return (module(x) ** 2).sum()
+
+
+@pytest.mark.parametrize("split", ["rows", "rows and parameters"])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_mixers(mesh, name, split):
+  mixer = MIXERS[name].config.make(Site(WIDTH, length=T), rngs=nnx.Rngs(0))
+  x_BTD = jax.random.normal(jax.random.key(1), (B, T, WIDTH))
+
+  @nnx.jit
+  def run(mixer, x_BTD):
+    y_BTD, grads = nnx.value_and_grad(_square)(mixer, x_BTD)
+    first, state = mixer.prefill(x_BTD[:, :-1], mixer.init_state(B))
+    last, state = mixer.step(x_BTD[:, -1], state)
+    return mixer(x_BTD), y_BTD, grads, first, last, state
+
+  wanted = run(mixer, x_BTD)
+  with jax.set_mesh(mesh):
+    if split == "rows and parameters":
+      mixer = _split_last(mesh, mixer)
+    x_BTD = jax.device_put(x_BTD, NamedSharding(mesh, P("data")))
+    found = run(mixer, x_BTD)
+  y_BTD, _, _, _, last_BD, state = found
+  assert y_BTD.sharding.spec[0] == "data" == last_BD.sharding.spec[0]
+  assert {x.sharding.spec[0] for x in jax.tree.leaves(state)} <= {"data"}
+  # Sums over devices come in another order.
+  chex.assert_trees_all_close(
+    *map(jax.device_get, (found, wanted)), rtol=1e-4, atol=1e-4
+  )
+
+
+@pytest.fixture(scope="module")
+def lm():
+  config = ModelConfig(
+    BaseConvConfig(),
+    ReBasedConfig(heads=2, features=4),
+    vocab_size=16,
+    width=8,
+    pairs=2,
+    positions=80,
+    mlp_width=16,
+    dropout=0.1,
+  )
+  return LM(config, rngs=nnx.Rngs(0))
+
+
+def _loss(model, tokens, key):
+  logits = model(tokens, dropout_key=key)
+  targets = jnp.roll(tokens, -1, axis=1)
+  own = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+  return (jax.nn.logsumexp(logits, axis=-1) - own[..., 0]).mean()
+
+
+def test_a_model_trains(mesh, lm):
+  tokens = jax.random.randint(jax.random.key(2), (B, 70), 0, 16)
+  key = jax.random.key(3)
+  run = nnx.jit(nnx.value_and_grad(_loss))
+  wanted = run(lm, tokens, key)
+  with jax.set_mesh(mesh):
+    model = _split_last(mesh, lm)
+    rows = jax.device_put(tokens, NamedSharding(mesh, P("data")))
+    found = run(model, rows, key)
+    for parameter, grad in zip(
+      jax.tree.leaves(nnx.state(model)), jax.tree.leaves(found[1]), strict=True
+    ):
+      assert grad.sharding == parameter.sharding
+  chex.assert_trees_all_close(
+    *map(jax.device_get, (found, wanted)), rtol=1e-4, atol=1e-6
+  )
+
+
+def test_a_model_outside_jit(mesh, lm):
+  tokens = jax.random.randint(jax.random.key(2), (B, 70), 0, 16)
+  at = jnp.array([[3, 69]] * B)
+  wanted = lm(tokens), lm(tokens, positions_to_predict=at)
+  prompt = tokens[:, :5]
+  continued = generate(lm, prompt, steps=4)
+  with jax.set_mesh(mesh):
+    rows = jax.device_put(tokens, NamedSharding(mesh, P("data")))
+    found = lm(rows), lm(rows, positions_to_predict=at)
+    prompt = jax.device_put(prompt, NamedSharding(mesh, P("data")))
+    tokens_BS = generate(lm, prompt, steps=4)
+  for x in (*found, tokens_BS):
+    assert x.sharding.spec[0] == "data"
+  chex.assert_trees_all_close(
+    *map(jax.device_get, (found, wanted)), rtol=1e-4, atol=1e-5
+  )
+  np.testing.assert_array_equal(tokens_BS, continued)
