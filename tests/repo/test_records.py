@@ -37,3 +37,11 @@ def test_recorded_kills_end_in_the_same_bits() -> None:
   for trial in trials:
     assert trial["same_bits"] and trial["arrays"] > 60
     assert all(trial["fell_in"].values())  # none of the moments is missing
+
+
+def test_recorded_faults_end_with_a_name_and_in_the_same_bits() -> None:
+  record = json.loads((scaling.PATH.parent / "faults.json").read_text())
+  assert len(record["trials"]) >= 13
+  for name, trial in record["trials"].items():
+    assert trial["ok"] and trial["same_bits"], name
+    assert trial["seconds"] < record["limit_s"], name
