@@ -107,7 +107,7 @@ VERBS = {
   ),
   "experiment": Verb(
     "NAME",
-    "run an experiment of the paper; `list` shows all",
+    "run an experiment of the paper;\n`list` shows all",
     "train.commands.experiment",
   ),
   "doctor": Verb(
