@@ -355,7 +355,7 @@ def unstack(pairs: Pair, index: int) -> Pair:
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
-  """What a program of stacked pairs depends on, besides its arrays."""
+  """The static arguments of a program that runs stacked pairs."""
 
   graph: nnx.GraphDef  # of one pair
   call: Callable[..., Any]  # of a pair; `nnx.tabulate` wraps it for a while

@@ -193,7 +193,7 @@ class Attention(Mixer):
     steps_BT = softmax.steps(runs_BT) + jnp.where(is_first_BT, position_B1, 0)
     q_BTHF, k_BTHF, v_BTHF = self._project(x_BTD, steps_BT)
 
-    # Tokens of the first document see the cache, the others do not.
+    # The cache belongs to the first document: other tokens do not see it.
     is_held_BS = jnp.arange(S, dtype=jnp.int32)[None] < position_B1
     past_BTS = is_first_BT[:, :, None] & is_held_BS[:, None]
     o_BTHF = softmax.attend(

@@ -18,7 +18,7 @@ from rebased_jax.mixers.polynomial import PolynomialConfig, PolynomialMixer
 
 @dataclasses.dataclass(frozen=True)
 class BasedConfig(PolynomialConfig):
-  """Choices of Based; the defaults are the ReBased paper's, except eps."""
+  """Choices of Based. All defaults but eps are those of the ReBased paper."""
 
   def make(self, site: Site, *, rngs: nnx.Rngs) -> "Based":
     """Return a Based layer for a place in a model."""

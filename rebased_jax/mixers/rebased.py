@@ -49,6 +49,7 @@ import dataclasses
 from typing import Literal
 
 from flax import nnx
+import jax
 from jax import Array
 import jax.numpy as jnp
 
@@ -99,6 +100,8 @@ class KernelAffine(nnx.Module):
     self.gamma = nnx.Param(ones) if config.use_gamma else None
     self.beta = nnx.Param(0 * ones) if config.use_beta else None
     self.normalize = config.normalize
+    # `layer_norm` has its own derivative, which jax can only reverse.
+    self.any_derivative = config.implementation == "reference"
     self.groups = 1 if config.norm_scope == "joint" else config.heads
 
   def __call__(self, z: Array) -> Array:
@@ -106,7 +109,8 @@ class KernelAffine(nnx.Module):
     features = z.shape[-1:]
     gamma = jnp.full(features, 1.0) if self.gamma is None else self.gamma[...]
     beta = jnp.full(features, 0.0) if self.beta is None else self.beta[...]
-    if self.normalize:  # γ and β are grouped as z is
+    if self.normalize and not self.any_derivative:
+      # γ and β are grouped as z is.
       y = layer_norm(
         self._split_groups(z),
         self._split_groups(gamma),
@@ -115,6 +119,11 @@ class KernelAffine(nnx.Module):
       )
       return y.reshape(z.shape)
     wide = z.astype(sum_dtype(z.dtype))
+    if self.normalize:
+      groups = self._split_groups(wide)
+      groups = groups - groups.mean(axis=-1, keepdims=True)
+      variance = jnp.square(groups).mean(axis=-1, keepdims=True)
+      wide = (groups * jax.lax.rsqrt(variance + NORM_EPS)).reshape(z.shape)
     gamma = broadcast_parameter(gamma, wide)
     beta = broadcast_parameter(beta, wide)
     return (wide * gamma + beta).astype(z.dtype)
@@ -126,6 +135,9 @@ class KernelAffine(nnx.Module):
 
 class ReBased(PolynomialMixer):
   """The mixer of the paper.
+
+  With `implementation="reference"` it has derivatives of any kind and order.
+  Otherwise it has first derivatives in reverse mode.
 
   Parameters: project/{q,k,v,o}/kernel, and {query,key}_affine/{gamma,beta} of
   shape (H·F,).

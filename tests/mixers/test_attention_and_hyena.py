@@ -5,6 +5,7 @@ import dataclasses
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import mixer_equations
 from mixer_subject import B, D, T, make, tokens
 import model_cases
 import numpy as np
@@ -193,3 +194,15 @@ def test_modules_work_alone() -> None:
   ):
     y_BTD = mixer(x_BTD)
     assert y_BTD.shape == (B, T, D) and np.isfinite(y_BTD).all()
+
+
+def test_hyena_of_rows_shorter_than_its_filter() -> None:
+  """The filter's lags beyond the row have no part in it."""
+  config = HyenaConfig(length=T + 9, filter_width=4)
+  mixer = _make(config)
+  params = mixer_equations.parameters(mixer)
+  found_BTD = np.asarray(mixer(tokens()))
+  for x_TD, y_TD in zip(tokens(), found_BTD, strict=True):
+    wanted_TD = mixer_equations.hyena(config, params, np.float64(x_TD))
+    # float32 Fourier transforms of values of size 1.
+    np.testing.assert_allclose(y_TD, wanted_TD, rtol=2e-5, atol=2e-5)

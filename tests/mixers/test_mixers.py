@@ -185,6 +185,29 @@ def test_an_incoming_state_is_the_first_documents(name) -> None:
   assert_close((np.concatenate(ys, axis=1), state), whole)
 
 
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_gradients_pass_through_prefill_and_steps(name) -> None:
+  subject = make(name)
+
+  def loss(params, x_BTD):
+    mixer = subject.of(params)
+    y_BTD, state = mixer.prefill(x_BTD[:, :HALF], subject.zero)
+    parts = [y_BTD]
+    for t in (HALF, HALF + 1):
+      y_BD, state = mixer.step(x_BTD[:, t], state)
+      parts.append(y_BD[:, None])
+    parts.append(mixer.prefill(x_BTD[:, HALF + 2 :], state)[0])
+    return (jnp.concatenate(parts, axis=1) * w_BTD).sum()
+
+  # Larger keys than at the start, so that a running maximum changes.
+  x_BTD, w_BTD = 3 * tokens(), tokens(13)
+  found = jax.jit(jax.grad(loss, argnums=(0, 1)))(subject.params, x_BTD)
+  wanted, _ = subject.gradients(x_BTD, w_BTD)
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    # float32 sums in another order, relative to the whole array.
+    assert np.linalg.norm(x - y) <= 1e-4 * np.linalg.norm(y)
+
+
 @each_mixer
 def test_every_parameter_has_a_gradient(name) -> None:
   (grads, _), _ = make(name).gradients(tokens(), tokens(13))

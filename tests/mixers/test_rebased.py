@@ -144,3 +144,25 @@ def test_more_heads_than_width_is_named(config) -> None:
 def test_an_unknown_implementation_is_named() -> None:
   with pytest.raises(ValueError, match="implementation='fast'"):
     make(implementation="fast")
+
+
+def test_the_reference_has_forward_and_second_derivatives() -> None:
+  config = ReBasedConfig(heads=2, features=4, implementation="reference")
+  mixer = config.make(Site(8), rngs=nnx.Rngs(0))
+  fast = dataclasses.replace(config, implementation=None)
+  same = fast.make(Site(8), rngs=nnx.Rngs(0))
+  rng = np.random.default_rng(0)
+  x, dx, w = rng.normal(size=(3, 1, 6, 8)).astype(np.float32)
+  y, dy = jax.jit(lambda x, dx: jax.jvp(mixer, (x,), (dx,)))(x, dx)
+  wanted, pull = jax.vjp(same, x)
+  # float32 sums in another order; the outputs are about 0.01.
+  np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-6)
+  # Forward and reverse mode agree: w · (J dx) = (Jᵀ w) · dx.
+  np.testing.assert_allclose((w * dy).sum(), (pull(w)[0] * dx).sum(), rtol=1e-3)
+  # Along dx, the gradient of w · y changes as its second derivative says.
+  slope = jax.grad(lambda x: (w * mixer(x)).sum())
+  _, curvature = jax.jit(lambda x, dx: jax.jvp(slope, (x,), (dx,)))(x, dx)
+  h = np.float32(1e-2)
+  change = (slope(x + h * dx) - slope(x - h * dx)) / (2 * h)
+  error = np.linalg.norm(curvature - change)
+  assert error <= 0.02 * np.linalg.norm(change)  # of h² and float32
