@@ -53,7 +53,7 @@ def program_key() -> tuple[str, str, bool]:
 
   A program that was traced under one key is not the right one under another.
   """
-  return *_device(), is_hopper()
+  return platform(), _device()[1], is_hopper()
 
 
 def device_kind() -> str:
