@@ -79,7 +79,7 @@ def test_it_learns_and_stops_early(learned: Path) -> None:
 def test_the_files_of_a_run(learned: Path) -> None:
   assert {x.name for x in learned.iterdir()} == {
     *("config.json", "metrics.jsonl", "checkpoints", "tensorboard"),
-    *("learning.png", "attention.png", "sharding.txt"),
+    *("learning.png", "attention.png", "sharding.txt", "last_save.json"),
   }
   assert RunFolder(learned).read_config() == _CONFIG
   assert len(list((learned / "checkpoints").iterdir())) <= _CONFIG.keep
