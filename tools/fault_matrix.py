@@ -103,7 +103,7 @@ class Ended:
   seconds: float
   #: The last line of each process that did not have the fault.
   lines: list[str]
-  #: Whether the run, resumed where it had to be, ended in the same bits.
+  #: Whether the run, resumed where it had to be, ended bit-identical.
   same_bits: bool
   #: Whether all of it is as it must be.
   ok: bool

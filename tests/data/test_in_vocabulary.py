@@ -56,7 +56,7 @@ def test_a_token_outside_the_vocabulary_is_named(name, value) -> None:
   with pytest.raises(ValueError, match=place):
     batches.read(5, slice(1, 2))  # the process of this row
   assert batches.read(5, slice(2, 3))["tokens"][0, 0] == 8
-  # The thread that reads ahead raises it in place of the batch.
+  # The thread that reads ahead raises it instead of the batch.
   with iterate(batches, start=4, stop=7) as iterator:
     next(iterator)
     with pytest.raises(ValueError, match=place):
