@@ -45,7 +45,8 @@ with epy.lazy_api_imports(globals()):
     RWKVConfig,
     Site,
   )
-  from rebased_jax.model import LM, LMState, ModelConfig, parameter_count
+  from rebased_jax.model import LM, LMState, parameter_count
+  from rebased_jax.model_config import ModelConfig
 
 __all__ = [
   "LM",

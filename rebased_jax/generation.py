@@ -15,14 +15,15 @@ from flax import nnx
 import jax
 from jax import Array
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from pallas_kernels.explicit_mesh import explicit_axes, layout
 from pallas_kernels.sharding import Axis
 from rebased_jax.config_checks import is_positive_integer, plain_scalar
 from rebased_jax.integers import check_integers, to_int32
-from rebased_jax.model import LM, LMState, check_length
+from rebased_jax.model import LM, LMState
+from rebased_jax.model_config import check_length
 
 #: Smaller temperatures would overflow logits / temperature in float32.
 _LEAST_TEMPERATURE = 1e-30
@@ -166,10 +167,11 @@ def _check_tokens(tokens_BS: Array) -> None:
 
 
 def _rows_sharding(prompt_BT: Array) -> jax.sharding.Sharding | None:
-  """Return how the rows of a prompt lie on devices; None if it is unknown."""
+  """Return how a prompt lies on a mesh; None if it is on none."""
   if isinstance(prompt_BT, np.ndarray | jax.core.Tracer):
     return None
-  return prompt_BT.sharding
+  sharding = prompt_BT.sharding
+  return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def _has_values(x: Array) -> bool:

@@ -43,6 +43,22 @@ def to_int32(x: Array) -> Array:
   return x.astype(jnp.int32)
 
 
+def integer_rows(name: str, x: Array) -> Array:
+  """Return integers (B, T) as int32.
+
+  Args:
+    name: of the argument, for the message.
+    x: the argument.
+
+  Raises:
+    ValueError: x is not an array of integers (B, T), both > 0.
+  """
+  check_integers(name, x)
+  if x.ndim != 2 or 0 in x.shape:
+    raise ValueError(f"{name} has shape {x.shape}: expected (B, T), both > 0")
+  return to_int32(x)
+
+
 def name_type(x: object) -> str:
   """Return what an argument is, for messages: "None", or "a list"."""
   return "None" if x is None else f"a {type(x).__name__}"

@@ -11,7 +11,8 @@ so that either kind of module can use what the other has trained.
 from flax import linen, nnx
 
 from rebased_jax.mixers.base import Mixer, MixerConfig, Site
-from rebased_jax.model import LM, ModelConfig
+from rebased_jax.model import LM
+from rebased_jax.model_config import ModelConfig
 
 
 def lm(config: ModelConfig, *, name: str | None = None) -> linen.Module:

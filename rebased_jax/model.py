@@ -18,118 +18,24 @@ MQAR, where only the answers are predicted.
 """
 
 from collections.abc import Callable
-import dataclasses
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from flax import nnx
 import jax
 from jax import Array
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from pallas_kernels import ShardAxes, devices
+from pallas_kernels import ShardAxes
 from pallas_kernels.numerics import sum_dtype
 from rebased_jax import blocks
-from rebased_jax.blocks import Block, MambaBlock, Pair, PreNormBlock
-from rebased_jax.config_checks import (
-  DTYPES,
-  check_one_of,
-  check_positive,
-  compute_dtype,
-  make_scalars_plain,
-)
+from rebased_jax.config_checks import compute_dtype
+from rebased_jax.embedding import look_up
 from rebased_jax.explicit_mesh import layouts, method_on_any_mesh
-from rebased_jax.integers import check_integers, to_int32
+from rebased_jax.integers import check_integers, integer_rows, to_int32
 from rebased_jax.layer_norm import Stream
-from rebased_jax.mixers.base import MixerConfig, Site
-
-# A wrong number would otherwise build pairs for hours.
-_MOST_PAIRS = 10_000
+from rebased_jax.model_config import ModelConfig, check_length
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """Choices of an `LM`."""
-
-  #: Mixer of the first block of each pair.
-  first: MixerConfig
-  #: Mixer of the second block of each pair.
-  second: MixerConfig
-  #: V, the size of the vocabulary.
-  vocab_size: int
-  #: D, the width of the residual stream.
-  width: int
-  #: Pairs of blocks, half the number of layers.
-  pairs: int = 1
-  #: Rows of the learned position table. None: no positions.
-  positions: int | None = None
-  #: Hidden width of the MLPs. None: no MLPs, and x ← x + LN(x) in their place.
-  mlp_width: int | None = None
-  #: Dropout of the embeddings in training.
-  dropout: float = 0.0
-  #: Compute dtype. Parameters are float32. The residual stream is float32 too,
-  #: or float64 if this is float64.
-  dtype: str = "float32"
-  #: "pre-norm", or "mamba": x ← x + mixer(RMSNorm(x)), without an MLP.
-  block: Literal["pre-norm", "mamba"] = "pre-norm"
-  #: Whether one compiled pair is scanned over all pairs. None: yes, except on a
-  #: GPU, where a scan copies all that the backward pass needs, twice.
-  scan_layers: bool | None = None
-  #: What the backward pass computes again instead of keeping it. "none":
-  #: nothing. "dots": all but the outputs of projections. "full": everything
-  #: inside a pair.
-  remat: blocks.Remat = "none"
-
-  def __post_init__(self) -> None:
-    make_scalars_plain(self)
-    check_positive(
-      self, "vocab_size", "width", "pairs", "positions", "mlp_width"
-    )
-    if self.pairs > _MOST_PAIRS:
-      raise ValueError(
-        f"ModelConfig.pairs={self.pairs}: expected at most {_MOST_PAIRS}; each "
-        "pair takes time before anything is computed"
-      )
-    if not 0 <= self.dropout < 1:
-      raise ValueError(
-        f"ModelConfig.dropout={self.dropout}: expected a number in [0, 1)"
-      )
-    check_one_of(self, "dtype", *DTYPES)
-    check_one_of(self, "block", "pre-norm", "mamba")
-    check_one_of(self, "remat", "none", "dots", "full")
-    if self.block == "mamba" and self.mlp_width is not None:
-      raise ValueError(
-        f"ModelConfig.mlp_width={self.mlp_width}: expected None with "
-        "block='mamba', which has no MLP"
-      )
-
-  @property
-  def layers(self) -> int:
-    """Number of blocks."""
-    return 2 * self.pairs
-
-  @property
-  def scans(self) -> bool:
-    """Whether pairs are scanned over, on the device that calls run on."""
-    if self.scan_layers is None:
-      return devices.platform() != "gpu"
-    return self.scan_layers
-
-  def make_block(
-    self, mixer: MixerConfig, layer: int, *, rngs: nnx.Rngs
-  ) -> Block:
-    """Return a block of this model around a mixer, with fresh parameters."""
-    site = Site(self.width, layer, self.layers, self.dtype, self.positions)
-    if self.block == "mamba":
-      return MambaBlock(mixer, site, rngs=rngs)
-    return PreNormBlock(mixer, site, mlp_width=self.mlp_width, rngs=rngs)
-
-  def make_pair(self, index: int, *, rngs: nnx.Rngs) -> Pair:
-    """Return a pair of blocks of this model, with fresh parameters."""
-    first = self.make_block(self.first, 2 * index, rngs=rngs)
-    return Pair(first, self.make_block(self.second, 2 * index + 1, rngs=rngs))
 
 
 class LMState(NamedTuple):
@@ -245,9 +151,9 @@ class LM(nnx.Module):
 
     It has the compute dtype. The arguments are those of a call.
     """
-    tokens = _integer_rows("tokens", tokens)
+    tokens = integer_rows("tokens", tokens)
     if positions_to_predict is not None:
-      positions_to_predict = _integer_rows(
+      positions_to_predict = integer_rows(
         "positions_to_predict", positions_to_predict
       )
     config = self.config
@@ -305,7 +211,7 @@ class LM(nnx.Module):
     Raises:
       ValueError: T is larger than the position table, or a shape does not fit.
     """
-    tokens = _integer_rows("tokens", tokens)
+    tokens = integer_rows("tokens", tokens)
     T = tokens.shape[1]
     step_1T = jnp.arange(T, dtype=jnp.int32)[None]
     x_BTD = self._embed(tokens, state.position_B[:, None] + step_1T)
@@ -355,7 +261,7 @@ class LM(nnx.Module):
     Raises:
       NotImplementedError: the mixer has no such matrix.
     """
-    tokens = _integer_rows("tokens", tokens)
+    tokens = integer_rows("tokens", tokens)
     stream = Stream(self._embed(tokens, jnp.arange(tokens.shape[1])[None]))
     last = self.config.pairs - 1
     for index in range(last):
@@ -373,14 +279,12 @@ class LM(nnx.Module):
     config = self.config
     dtype = jnp.float64 if config.dtype == "float64" else jnp.float32
 
-    def look_up(table_VD: Array, index_BT: Array) -> Array:
-      return _look_up(_with_whole_rows(table_VD, axes), index_BT).astype(dtype)
-
-    x_BTD = look_up(self.token_embedding[...], tokens_BT)
-    x_BTD = blocks.place(x_BTD, axes)
+    x_BTD = look_up(self.token_embedding[...], tokens_BT, axes)
+    x_BTD = blocks.place(x_BTD.astype(dtype), axes)
     if self.position_embedding is not None:
       check_length(config, tokens_BT.shape[1])
-      x_BTD += look_up(self.position_embedding[...], positions_BT)
+      table = self.position_embedding[...]
+      x_BTD += look_up(table, positions_BT, axes).astype(dtype)
     if dropout_key is None or config.dropout == 0:
       return x_BTD
     return nnx.Dropout(config.dropout)(
@@ -388,43 +292,6 @@ class LM(nnx.Module):
     )
 
 
-def check_length(config: ModelConfig, length: int) -> None:
-  """Check that the position table has room for a row of `length` tokens.
-
-  Raises:
-    ValueError: the row is longer than the position table.
-  """
-  if config.positions is not None and length > config.positions:
-    raise ValueError(
-      f"a row of {length} tokens: the position table has {config.positions} "
-      "rows (ModelConfig.positions)"
-    )
-
-
 def parameter_count(model: nnx.Module) -> int:
   """Return the number of parameters; the tied head counts once."""
   return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
-
-
-def _integer_rows(name: str, x: Array) -> Array:
-  """Return integers (B, T) as int32, or raise ValueError for anything else."""
-  check_integers(name, x)
-  if x.ndim != 2 or 0 in x.shape:
-    raise ValueError(f"{name} has shape {x.shape}: expected (B, T), both > 0")
-  return to_int32(x)
-
-
-def _with_whole_rows(table_VD: Array, axes: ShardAxes | None) -> Array:
-  """Return the table with D on one device, as a lookup needs it."""
-  if axes is None:
-    return table_VD
-  return jax.lax.with_sharding_constraint(
-    table_VD, PartitionSpec(PartitionSpec.UNCONSTRAINED, None)
-  )
-
-
-def _look_up(table_VD: Array, index_BT: Array) -> Array:
-  """Return rows of a table; an index outside it has NaN. Indices are int32."""
-  is_inside_BT = (index_BT >= 0) & (index_BT < table_VD.shape[0])
-  rows_BTD = jnp.take(table_VD, index_BT, axis=0, mode="clip")
-  return jnp.where(is_inside_BT[..., None], rows_BTD, jnp.nan)

@@ -14,7 +14,7 @@ from rebased_jax.mixers import (
   RWKVConfig,
 )
 from rebased_jax.mixers.polynomial import PolynomialConfig
-from rebased_jax.model import ModelConfig
+from rebased_jax.model_config import ModelConfig
 
 EPS = 1e-12  # that of the official code
 

@@ -96,7 +96,7 @@ def times(
   if not run.finite:
     raise SystemExit(f"a loss is not finite, not timed: {case.row}")
   rate = devices * case.rows * case.length / statistics.median(seconds)
-  mfu = peaks.mfu(rate, parameters, jax.devices()[0].device_kind, devices)
+  mfu = peaks.mfu(rate, parameters, jax.devices()[0], devices)
   return {
     "step_ms": round(1e3 * statistics.median(seconds), 2),
     "step_ms_of_rounds": [round(1e3 * x, 2) for x in seconds],

@@ -152,7 +152,7 @@ def test_compiles_once_for_a_shape(monkeypatch) -> None:
   graph = nnx.split(model)[0]
   choice = generation._Choice(sample=True, top_k=None)
   assert generation._reader(graph, 2).read._cache_size() == 1
-  assert generation._writer(graph, 2, 16, choice)._cache_size() == 1
+  assert generation._writer(graph, 2, 16, choice, None)._cache_size() == 1
 
 
 def test_prompts_of_all_lengths_share_programs() -> None:

@@ -81,7 +81,10 @@ def test_a_mapped_run_is_the_run_alone(accumulate, devices):
   assert [epoch.number for epoch in epochs] == [0, 1, 2]
   losses_SR = np.concatenate([epoch.metrics_SR["loss"] for epoch in epochs])
   params_R = jax.device_get(sweep.state_R["params"])
-  for index, (rate, seed) in enumerate(cell.runs):
+  # Runs 0 and 3 differ in rate and seed; alone each takes a compilation.
+  checked = range(4) if (accumulate, devices) == (1, 1) else (0, 3)
+  for index in checked:
+    rate, seed = cell.runs[index]
     tuned = dataclasses.replace(run.optimizer, learning_rate=rate)
     params, losses = _alone(
       dataclasses.replace(run, optimizer=tuned, seed=seed)
@@ -161,7 +164,9 @@ def test_another_cell_under_the_same_name_is_refused(tmp_path):
   other = dataclasses.replace(cell, rates=(1e-2,))
   with pytest.raises(records.RecordError, match="is of another cell"):
     run_cell("cell", other, tmp_path)
-  run_cell("cell", cell, tmp_path)
+  record = {"version": records.VERSION, "key": records.key(cell)}
+  records.write(tmp_path / "cell.json", record)
+  assert run_cell("cell", cell, tmp_path) == record
   with pytest.raises(records.RecordError, match="is of another cell"):
     run_cell("cell", other, tmp_path)
 

@@ -1,0 +1,115 @@
+"""The config of the language model, and the blocks that it makes."""
+
+import dataclasses
+from typing import Literal
+
+from flax import nnx
+
+from pallas_kernels import devices
+from rebased_jax.blocks import Block, MambaBlock, Pair, PreNormBlock, Remat
+from rebased_jax.config_checks import (
+  DTYPES,
+  check_one_of,
+  check_positive,
+  make_scalars_plain,
+)
+from rebased_jax.mixers.base import MixerConfig, Site
+
+# A wrong number would otherwise build pairs for hours.
+_MOST_PAIRS = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Choices of an `LM`."""
+
+  #: Mixer of the first block of each pair.
+  first: MixerConfig
+  #: Mixer of the second block of each pair.
+  second: MixerConfig
+  #: V, the size of the vocabulary.
+  vocab_size: int
+  #: D, the width of the residual stream.
+  width: int
+  #: Pairs of blocks, half the number of layers.
+  pairs: int = 1
+  #: Rows of the learned position table. None: no positions.
+  positions: int | None = None
+  #: Hidden width of the MLPs. None: no MLPs, and x ← x + LN(x) in their place.
+  mlp_width: int | None = None
+  #: Dropout of the embeddings in training.
+  dropout: float = 0.0
+  #: Compute dtype. Parameters are float32. The residual stream is float32 too,
+  #: or float64 if this is float64.
+  dtype: str = "float32"
+  #: "pre-norm", or "mamba": x ← x + mixer(RMSNorm(x)), without an MLP.
+  block: Literal["pre-norm", "mamba"] = "pre-norm"
+  #: Whether one compiled pair is scanned over all pairs. None: yes, except on a
+  #: GPU, where a scan copies all that the backward pass needs, twice.
+  scan_layers: bool | None = None
+  #: What the backward pass computes again instead of keeping it. "none":
+  #: nothing. "dots": all but the outputs of projections. "full": everything
+  #: inside a pair.
+  remat: Remat = "none"
+
+  def __post_init__(self) -> None:
+    make_scalars_plain(self)
+    check_positive(
+      self, "vocab_size", "width", "pairs", "positions", "mlp_width"
+    )
+    if self.pairs > _MOST_PAIRS:
+      raise ValueError(
+        f"ModelConfig.pairs={self.pairs}: expected at most {_MOST_PAIRS}; each "
+        "pair takes time before anything is computed"
+      )
+    if not 0 <= self.dropout < 1:
+      raise ValueError(
+        f"ModelConfig.dropout={self.dropout}: expected a number in [0, 1)"
+      )
+    check_one_of(self, "dtype", *DTYPES)
+    check_one_of(self, "block", "pre-norm", "mamba")
+    check_one_of(self, "remat", "none", "dots", "full")
+    if self.block == "mamba" and self.mlp_width is not None:
+      raise ValueError(
+        f"ModelConfig.mlp_width={self.mlp_width}: expected None with "
+        "block='mamba', which has no MLP"
+      )
+
+  @property
+  def layers(self) -> int:
+    """Number of blocks."""
+    return 2 * self.pairs
+
+  @property
+  def scans(self) -> bool:
+    """Whether pairs are scanned over, on the device that calls run on."""
+    if self.scan_layers is None:
+      return devices.platform() != "gpu"
+    return self.scan_layers
+
+  def make_block(
+    self, mixer: MixerConfig, layer: int, *, rngs: nnx.Rngs
+  ) -> Block:
+    """Return a block of this model around a mixer, with fresh parameters."""
+    site = Site(self.width, layer, self.layers, self.dtype, self.positions)
+    if self.block == "mamba":
+      return MambaBlock(mixer, site, rngs=rngs)
+    return PreNormBlock(mixer, site, mlp_width=self.mlp_width, rngs=rngs)
+
+  def make_pair(self, index: int, *, rngs: nnx.Rngs) -> Pair:
+    """Return a pair of blocks of this model, with fresh parameters."""
+    first = self.make_block(self.first, 2 * index, rngs=rngs)
+    return Pair(first, self.make_block(self.second, 2 * index + 1, rngs=rngs))
+
+
+def check_length(config: ModelConfig, length: int) -> None:
+  """Check that the position table has room for a row of `length` tokens.
+
+  Raises:
+    ValueError: the row is longer than the position table.
+  """
+  if config.positions is not None and length > config.positions:
+    raise ValueError(
+      f"a row of {length} tokens: the position table has {config.positions} "
+      "rows (ModelConfig.positions)"
+    )
