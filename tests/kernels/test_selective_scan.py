@@ -172,8 +172,18 @@ def test_few_rows_have_longer_chunks(rows: int, expected: int) -> None:
   )
   # Differentiated, because the derivative is our own and hides the scan.
   traced = jax.make_jaxpr(lambda *args: jax.vjp(scan, *args)[0])(*args)
-  scans = [x for x in traced.eqns if x.primitive.name == "scan"]
-  assert [x.params["length"] for x in scans] == [T // expected]
+  lengths = [x.params["length"] for x in _scans(traced.jaxpr)]
+  assert lengths == [T // expected]
+
+
+def _scans(jaxpr) -> list:
+  """Return the scans of a jaxpr and of the programs that it calls."""
+  found = [x for x in jaxpr.eqns if x.primitive.name == "scan"]
+  called = [x.params.get("jaxpr") for x in jaxpr.eqns if x not in found]
+  for inner in called:
+    if inner is not None:
+      found += _scans(getattr(inner, "jaxpr", inner))
+  return found
 
 
 def test_an_exported_scan_takes_any_number_of_rows() -> None:

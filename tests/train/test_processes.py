@@ -134,16 +134,18 @@ def test_a_death_reaches_every_process(dead: int, ends) -> None:
   found = _meet(_places(3))
   _vanish(found[dead])
   expected = f"process {dead} of 3 has ended without a word"
-  for index, process in enumerate(found):
-    if index != dead:
-      loss = process.lost(10)
-      assert expected in loss.what and loss.code is None
+  losses = [x.lost(10) for i, x in enumerate(found) if i != dead]
+  assert all(x.code is None for x in losses)
+  # On a busy machine the second process may see the first one's end before the
+  # death that caused it.
+  assert any(expected in x.what for x in losses)
+  assert all("of 3 has ended without a word" in x.what for x in losses)
   deadline = time.monotonic() + 10
-  named = [x for x in ends if expected in x[0]]
-  while len(named) < 2 and time.monotonic() < deadline:
+  while len(ends) < 2 and time.monotonic() < deadline:
     time.sleep(0.02)
-    named = [x for x in ends if expected in x[0]]
-  assert [code for _, code in named] == [EXIT_PEER_LOST] * 2
+  assert any(expected in what for what, _ in ends)
+  assert len(ends) >= 2
+  assert {code for _, code in ends} == {EXIT_PEER_LOST}
 
 
 def test_a_failure_is_a_loss_and_an_end_is_none(ends) -> None:
