@@ -26,7 +26,7 @@ def _places(value: Any, path: tuple = ()) -> list[tuple]:
     inner = list(enumerate(value))
   else:
     inner = []
-  return [path] * bool(path) + [
+  return ([path] if path else []) + [
     place for key, x in inner for place in _places(x, (*path, key))
   ]
 
