@@ -32,6 +32,14 @@ class Outputs(NamedTuple):
   structure: Any  # of the result, as `jax.tree.structure` returns it
   layouts: tuple[PartitionSpec, ...]
 
+  @classmethod
+  def of(cls, tree: Any, place: Callable[[Any], PartitionSpec]) -> "Outputs":
+    """Return the layouts that `place` gives the leaves of a tree."""
+    leaves, structure = jax.tree.flatten(
+      tree, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
+    return cls(structure, tuple(map(place, leaves)))
+
 
 def explicit_axes() -> tuple[str, ...]:
   """Return the names of the ambient mesh's Explicit axes."""
@@ -101,8 +109,7 @@ def on_any_mesh(
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-      names = explicit_axes()
-      if not names:
+      if not explicit_axes():
         return function(*args, **kwargs)
       given = signature.bind(*args, **kwargs).arguments
       arrays = {name: x for name, x in given.items() if _has_arrays(x)}
@@ -131,8 +138,7 @@ def on_any_mesh(
         return PartitionSpec(*(split.get(letter) for letter in text))
 
       tree = outputs(given) if callable(outputs) else outputs
-      leaves, structure = jax.tree.flatten(tree)
-      results = Outputs(structure, tuple(map(place, leaves)))
+      results = Outputs.of(tree, place)
       run = under_auto_axes(function, results, tuple(options.items()))
       return run(arrays)
 

@@ -74,14 +74,8 @@ def method_on_any_mesh(
           return text
         return PartitionSpec(*(split.get(letter) for letter in text))
 
-      leaves, structure = jax.tree.flatten(
-        outputs(arguments), is_leaf=lambda x: isinstance(x, PartitionSpec)
-      )
-      run = under_auto_axes(
-        _call_method,
-        Outputs(structure, tuple(map(place, leaves))),
-        tuple(options.items()),
-      )
+      results = Outputs.of(outputs(arguments), place)
+      run = under_auto_axes(_call_method, results, tuple(options.items()))
       return run({"parameters": parameters, "arguments": arguments})
 
     return call

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Literal, Self
 
 from rebased_jax import ModelConfig
+from rebased_jax.config_checks import make_scalars_plain
 from train.data.checks import absolute, require
 from train.data.config import (
   DataConfig as DataConfig,
@@ -18,7 +19,7 @@ from train.data.config import (
   TextData as TextData,
 )
 from train.devices.mesh import MeshConfig as MeshConfig
-from train.field_types import fits, use_plain_scalars
+from train.field_types import fits
 from train.optimizer import OptimizerConfig as OptimizerConfig
 
 
@@ -32,7 +33,7 @@ class ProfileConfig:
   steps: int = 0
 
   def __post_init__(self):
-    use_plain_scalars(self)
+    make_scalars_plain(self)
     for name in ("start", "steps"):
       value = getattr(self, name)
       ok = fits(value, int) and value >= 0
@@ -101,7 +102,7 @@ class RunConfig:
   nan: Literal["abort", "skip"] = "abort"
 
   def __post_init__(self):
-    use_plain_scalars(self)
+    make_scalars_plain(self)
     require(self.nan in ("abort", "skip"), "nan", self.nan, "'abort' or 'skip'")
     integers = ("steps", "batch", "accumulate", "eval_every", "save_every")
     for name in (*integers, "log_every", "keep", "loss_chunks"):

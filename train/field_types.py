@@ -80,31 +80,6 @@ def name(hint: Any) -> str:
   return str(hint).replace("typing.", "")
 
 
-def plain_scalar(value: Any) -> Any:
-  """Return a NumPy or jax scalar as a Python number; other values as they are.
-
-  Args:
-    value: the value of a field.
-  """
-  is_array = hasattr(value, "dtype") and hasattr(value, "item")
-  return value.item() if is_array and value.ndim == 0 else value
-
-
-def use_plain_scalars(config: Any) -> None:
-  """Make the NumPy and jax scalars of a new config Python numbers.
-
-  JSON keeps no others, and `isinstance(np.int64(1), int)` is False.
-
-  Args:
-    config: a frozen dataclass; call this in its `__post_init__`.
-  """
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    plain = plain_scalar(value)
-    if plain is not value:
-      object.__setattr__(config, field.name, plain)
-
-
 def _is_float(value: Any) -> bool:
   """Whether an integer is within float64's range."""
   try:

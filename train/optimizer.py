@@ -9,8 +9,9 @@ from jax import Array
 import jax.numpy as jnp
 import optax
 
+from rebased_jax.config_checks import make_scalars_plain
 from train.data.checks import require
-from train.field_types import fits, use_plain_scalars
+from train.field_types import fits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class OptimizerConfig:
   clip_norm: float | None = None
 
   def __post_init__(self):
-    use_plain_scalars(self)
+    make_scalars_plain(self)
 
     def check(ok: bool, name: str, expected: str) -> None:
       require(ok, f"optimizer.{name}", getattr(self, name), expected)

@@ -11,6 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Self
 
+from rebased_jax.config_checks import make_scalars_plain
 from train.data import mqar, mqar_paper
 from train.data.batches import Batch, Batches
 from train.data.checks import absolute, require
@@ -19,7 +20,7 @@ from train.data.text import bigram_counts, lm_batches
 from train.data.text.packing_cache import CACHE_DIR
 from train.data.text.rows import HeldOut, Layout, Packing, open_source
 from train.data.text.token_source import DataError, TokenSource
-from train.field_types import fits, use_plain_scalars
+from train.field_types import fits
 
 
 class Field(NamedTuple):
@@ -73,7 +74,7 @@ class DataConfig(abc.ABC):
       ValueError: a value is out of range.
     """
     if dataclasses.is_dataclass(self):
-      use_plain_scalars(self)
+      make_scalars_plain(self)
     whole = fits(self.length, int) and self.length >= 1
     require(whole, "data.length", self.length, "a positive integer")
     size = self.vocab_size

@@ -16,9 +16,10 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rebased_jax import ShardAxes
+from rebased_jax.config_checks import make_scalars_plain
 from train.data.checks import require
 from train.devices import backend
-from train.field_types import fits, use_plain_scalars
+from train.field_types import fits
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -41,7 +42,7 @@ class MeshConfig:
   context: int = 1
 
   def __post_init__(self):
-    use_plain_scalars(self)
+    make_scalars_plain(self)
     for name in AXES:
       value = getattr(self, name)
       optional = value is None and name == "data"

@@ -196,15 +196,16 @@ class _Work:
 
   def _largest(self, runs: list[int]) -> Sweep:
     """Return a sweep of as many of the runs as memory holds."""
+    group = Sweep(self.cell, runs, self._devices)
     while True:
-      group = Sweep(self.cell, runs, self._devices)
       try:
         group.compile()
         return group
       except MemoryError:
-        if len(runs) == 1:
+        count = len(group.runs)
+        if count == 1:
           raise
-        runs = runs[: (len(runs) + 1) // 2]
+        group.keep(group.runs[: (count + 1) // 2])
 
 
 def _commit() -> str | None:
