@@ -13,7 +13,7 @@ from pallas_kernels.polynomial.api import (
   polynomial_attention_weights as polynomial_attention_weights,
   which_implementation as which_implementation,
 )
-from pallas_kernels.polynomial.spec import (
+from pallas_kernels.polynomial.coefficients import (
   BASED as BASED,
   REBASED as REBASED,
   Coefficients as Coefficients,

@@ -18,8 +18,8 @@ from pallas_kernels.polynomial import (
   state as state_lib,
   xla,
 )
+from pallas_kernels.polynomial.coefficients import REBASED, Coefficients
 from pallas_kernels.polynomial.operator import Kernel, Passes, StaticArguments
-from pallas_kernels.polynomial.spec import REBASED, Coefficients
 from pallas_kernels.polynomial.state import State
 from pallas_kernels.sharding import ShardAxes, check_axes, vary_alike
 

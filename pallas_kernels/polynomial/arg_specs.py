@@ -6,7 +6,7 @@ import jax
 from jax import ShapeDtypeStruct
 import jax.numpy as jnp
 
-from pallas_kernels.polynomial.spec import BASED, REBASED, Coefficients
+from pallas_kernels.polynomial.coefficients import BASED, REBASED, Coefficients
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,8 @@ from pallas_kernels.arguments import (
   number,
   number_from_0,
 )
+from pallas_kernels.polynomial.coefficients import Coefficients
 from pallas_kernels.polynomial.operator import Kernel
-from pallas_kernels.polynomial.spec import Coefficients
 from pallas_kernels.polynomial.state import State, zero_state
 from pallas_kernels.sharding import ShardAxes, axes_of, unsplit_axes
 

@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec
 
 from pallas_kernels import documents as documents_lib
 from pallas_kernels.compile_once import compiled_backward
-from pallas_kernels.polynomial.spec import Coefficients
+from pallas_kernels.polynomial.coefficients import Coefficients
 from pallas_kernels.polynomial.state import State
 from pallas_kernels.sharding import Axis, ShardAxes
 

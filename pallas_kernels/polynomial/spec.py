@@ -33,10 +33,9 @@ A worked example of ReBased: F = 2, T = 3 tokens, values of width P = 1.
   >>> mask_BTS = jnp.tril(jnp.ones((1, 3, 3), bool))
 
 The products q_t·k_s, for s ≤ t, are 1; then 2 and 2; then 2, 0 and −2. Squared
-and divided by F = 2 they are the similarities. `scaled` folds the scale into
-the coefficients:
+and divided by F = 2 they are the similarities:
 
-  >>> per_product = REBASED.scaled(2**-0.5)  # sim = (q·k)²/2
+  >>> per_product = Coefficients(0, 0, 1 / 2)  # sim = (q·k)²/2
   >>> similarities(q_BTHF, k_BTHF, mask_BTS, per_product)[0, 0]
   Array([[0.5, 0. , 0. ],
          [2. , 2. , 0. ],
@@ -57,51 +56,8 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from pallas_kernels.arguments import number
 from pallas_kernels.numerics import sum_dtype, weighted_sum
-
-
-@dataclasses.dataclass(frozen=True)
-class Coefficients:
-  """The coefficients of sim = c0 + c1·s + c2·s², as static Python numbers.
-
-  NumPy scalars and jax arrays of one number become Python numbers.
-
-  Attributes:
-    c0: coefficient of the constant term.
-    c1: coefficient of s.
-    c2: coefficient of s².
-
-  Raises:
-    ValueError: a coefficient is no finite number, or all three are 0.
-  """
-
-  c0: float
-  c1: float
-  c2: float
-
-  def __post_init__(self) -> None:
-    for name in ("c0", "c1", "c2"):
-      value = number(f"Coefficients.{name}", getattr(self, name))
-      object.__setattr__(self, name, value)  # the dataclass is frozen
-    if self.c0 == self.c1 == self.c2 == 0:
-      raise ValueError(
-        "Coefficients: all three are 0, so every similarity is 0; "
-        "expected at least one other than 0"
-      )
-
-  def scaled(self, scale: float) -> "Coefficients":
-    """Return coefficients that take q·k in the place of s = scale · q·k."""
-    return Coefficients(self.c0, self.c1 * scale, self.c2 * scale * scale)
-
-  @property
-  def affine(self) -> bool:
-    """Whether the polynomial has a constant or a linear term."""
-    return self.c0 != 0 or self.c1 != 0
-
-
-REBASED = Coefficients(0.0, 0.0, 1.0)
-BASED = Coefficients(1.0, 1.0, 0.5)
+from pallas_kernels.polynomial.coefficients import Coefficients
 
 
 def similarity(product: Array, coefficients: Coefficients) -> Array:
@@ -114,11 +70,6 @@ def similarity(product: Array, coefficients: Coefficients) -> Array:
   """
   c0, c1, c2 = dataclasses.astuple(coefficients)
   return c0 + product * (c1 + c2 * product)
-
-
-def similarity_slope(product: Array, coefficients: Coefficients) -> Array:
-  """Compute the derivative of sim with respect to q·k, elementwise."""
-  return coefficients.c1 + 2 * coefficients.c2 * product
 
 
 def similarities(

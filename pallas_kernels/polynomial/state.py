@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.numerics import sum_dtype
-from pallas_kernels.polynomial.spec import REBASED, Coefficients
+from pallas_kernels.polynomial.coefficients import REBASED, Coefficients
 
 
 class State(NamedTuple):

@@ -371,8 +371,9 @@ def _product_cotangent(
   # r multiplies the sum do·v. A rounded g = r·do would be off by more than what
   # is left of g·v + dz where the two nearly cancel.
   dsim_BHCC = r_BHC[..., None] * _inner(do_BHCP, v_BHCP) + dz_BHC[..., None]
-  product_BHCC = _inner(q_BHCF, k_BHCF)
-  da_BHCC = dsim_BHCC * spec.similarity_slope(product_BHCC, kernel.coefficients)
+  c1, c2 = kernel.coefficients.c1, kernel.coefficients.c2
+  slope_BHCC = c1 + 2 * c2 * _inner(q_BHCF, k_BHCF)  # of sim, by q·k
+  da_BHCC = dsim_BHCC * slope_BHCC
   return _visible(da_BHCC, masks).astype(q_BHCF.dtype)
 
 
