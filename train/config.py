@@ -10,6 +10,7 @@ from typing import Literal, Self
 
 from rebased_jax import ModelConfig
 from rebased_jax.config_checks import make_scalars_plain
+from rebased_jax.field_types import fits
 from train.data.checks import absolute, require
 from train.data.config import (
   DataConfig as DataConfig,
@@ -19,7 +20,6 @@ from train.data.config import (
   TextData as TextData,
 )
 from train.devices.mesh import MeshConfig as MeshConfig
-from train.field_types import fits
 from train.optimizer import OptimizerConfig as OptimizerConfig
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from rebased_jax.config_checks import make_scalars_plain
+from rebased_jax.field_types import fits
 from train.data.checks import require
-from train.field_types import fits
 
 
 @dataclasses.dataclass(frozen=True)

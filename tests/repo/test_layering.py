@@ -16,7 +16,10 @@ _ROOT = Path(__file__).parents[2]
 # Each package may import these, the standard library and itself.
 _ALLOWED = {
   "pallas_kernels": {"jax", "numpy"},
-  "rebased_jax": {"jax", "numpy", "flax", "etils", "pallas_kernels"},
+  "rebased_jax": {
+    *("jax", "numpy", "flax", "etils", "safetensors", "typeguard"),
+    "pallas_kernels",
+  },
 }
 _PACKAGES = (*_ALLOWED, "train")
 _USERS = ("benchmarks", "examples", "tools")  # import packages as users do

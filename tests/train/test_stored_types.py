@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from train_cases import call as call, tiny, trainer as trainer
 
-from rebased_jax import BaseConvConfig
-from train import field_types, stored_config
+from rebased_jax import BaseConvConfig, field_types
+from train import stored_config
 from train.records.run_folder import RunFolder, RunFolderError
 from train.stored_config import ConfigError
 

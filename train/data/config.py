@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple, Self
 
 from rebased_jax.config_checks import make_scalars_plain
+from rebased_jax.field_types import fits
 from train.data import mqar, mqar_paper
 from train.data.batches import Batch, Batches
 from train.data.checks import absolute, require
@@ -20,7 +21,6 @@ from train.data.text import bigram_counts, lm_batches
 from train.data.text.packing_cache import CACHE_DIR
 from train.data.text.rows import HeldOut, Layout, Packing, open_source
 from train.data.text.token_source import DataError, TokenSource
-from train.field_types import fits
 
 
 class Field(NamedTuple):

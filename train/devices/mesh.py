@@ -17,9 +17,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rebased_jax import ShardAxes
 from rebased_jax.config_checks import make_scalars_plain
+from rebased_jax.field_types import fits
 from train.data.checks import require
 from train.devices import backend
-from train.field_types import fits
 
 AXES = ("data", "fsdp", "context", "tensor")
 
