@@ -19,20 +19,27 @@ RESULTS = ROOT / "benchmarks" / "results"
 def moment(*sources: str) -> dict[str, str]:
   """Return the date and the commit, marked if there are uncommitted changes.
 
+  The commit is "unknown" in a copy without git's history.
+
   Args:
     *sources: folders whose changes matter, beside benchmarks/ and tools/.
   """
 
   def git(*words: str) -> str:
-    return subprocess.run(
-      ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    try:
+      done = subprocess.run(
+        ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
+      )
+    except FileNotFoundError:  # git is not installed
+      return ""
+    return done.stdout.strip()
 
   scripts = ("benchmarks/*.py", "tools/*.py")
   dirty = git("status", "--porcelain", "--", *sources, *scripts)
+  commit = git("rev-parse", "HEAD") or "unknown"
   return {
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "commit": git("rev-parse", "HEAD") + (" + changes" if dirty else ""),
+    "commit": commit + (" + changes" if dirty else ""),
   }
 
 

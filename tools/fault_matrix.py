@@ -1,6 +1,6 @@
 """Put faults into runs of several processes, and check how they end.
 
-    python tools/fault_matrix.py --work FOLDER [--processes 4] [--write]
+    python tools/fault_matrix.py --work FOLDER [--jobs 4] [--write]
 
 A small MQAR run is trained undisturbed by several processes. Then each trial
 trains it again, and one process, the first or the last, has one fault at one
@@ -10,13 +10,14 @@ limit and with an exit code that the documentation names; the faulty one may be
 killed. The same command then runs again without a fault. It must end in the
 same arrays and losses, or the same shards, as the undisturbed run.
 
-FOLDER keeps the trials that are done, so that the same command continues.
---write saves them to benchmarks/results/faults.json.
+FOLDER/faults.json is written anew after each trial, so that the same command
+continues. Folders of trials that failed stay in FOLDER/trials. --write copies
+the record to benchmarks/results/faults.json.
 """
 
 import argparse
 import atexit
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import ctypes
 import dataclasses
 import hashlib
@@ -61,6 +62,9 @@ JOIN_TIMEOUT = 20
 #: Seconds after the fault within which every other process must have ended.
 LIMIT = 75
 _LONGEST = 240  # seconds after which a trial without a fault counts as hung
+_JOB_LIMIT = 600  # seconds after which a trial and its resume are killed
+# Linux gives ports from 32768 on to connections. So these are free for us.
+_PORTS, _PORTS_EACH = 20000, 100
 #: Exit codes that the documentation names.
 NAMED = (0, 1, 2, 3, 4)
 #: The moments of a run, by what its watchdog is told at them.
@@ -99,6 +103,8 @@ class Ended:
 
   #: Exit codes of the processes in order; −N if signal N ended one.
   codes: list[int]
+  #: Whether the fault was put in: the run came to the trial's moment.
+  reached: bool
   #: Seconds from the fault until the last process but a stopped one had ended.
   seconds: float
   #: The last line of each process that did not have the fault.
@@ -243,18 +249,28 @@ def _wait(
 
 
 class Runs:
-  """Runs of some processes in a work folder."""
+  """Runs of some processes in a folder and at ports of their own."""
 
-  def __init__(self, work: Path, processes: int):
+  def __init__(self, work: Path, processes: int, ports: int):
+    """Take `_PORTS_EACH` ports from `ports` on."""
     self._work, self._count = work, processes
+    self._ports = iter(range(ports, ports + _PORTS_EACH))
+
+  def _free_port(self) -> int:
+    for port in self._ports:
+      with socket.socket() as probe:
+        try:
+          probe.bind(("", port))
+        except OSError:
+          continue
+      return port
+    raise RuntimeError("expected a free port, but all of this trial are taken")
 
   def start(
     self, folder: Path, faulty: int = -1, trial: Trial | None = None
   ) -> tuple[list[int], int]:
     """Start the processes; return their ids and the port."""
-    with socket.socket() as probe:
-      probe.bind(("127.0.0.1", 0))
-      port = probe.getsockname()[1]
+    port = self._free_port()
     (self._work / "fault").unlink(missing_ok=True)
     pids = []
     for i in range(self._count):
@@ -342,6 +358,7 @@ class Runs:
     ]
     _end(pids, codes)
     lines = [x for i, x in enumerate(self.lines()) if i != faulty]
+    reached = mark.exists() or taken is not None
     others = [x for i, x in enumerate(codes) if i != faulty]
     ok = not hung and seconds < LIMIT and all(x in NAMED for x in others)
     if trial.fault in _HARMLESS:
@@ -355,10 +372,11 @@ class Runs:
       same = False
     return Ended(
       [x if x is not None else -signal.SIGKILL for x in codes],
+      reached,
       round(seconds, 1),
       lines,
       same,
-      ok and same,
+      ok and same and reached,
     )
 
   def _start_at_taken_port(
@@ -368,10 +386,10 @@ class Runs:
     if taken is None:
       pids, _ = self.start(folder, faulty, trial)
       return pids, time.monotonic()
+    port = self._free_port()
     with socket.socket() as other:
-      other.bind(("", 0))
+      other.bind(("", port))
       other.listen()
-      port = other.getsockname()[1]
       pids = []
       for i in range(self._count):
         place = f"127.0.0.1:{port},{self._count},{i}"
@@ -409,11 +427,12 @@ def end(folder: Path) -> tuple[Any, Any]:
   return json.loads(record.read_text())["arrays"], losses
 
 
-def prepare_trial(trial: Trial, work: Path, expected: Any) -> Ended:
+def prepare_trial(
+  trial: Trial, texts: Path, work: Path, expected: Any
+) -> Ended:
   """Put a fault into `rebased prepare`, or into one of its workers."""
   out = work / "tokens"
-  shutil.rmtree(out, ignore_errors=True)
-  process = _prepare(work, out)
+  process = _prepare(texts, out)
   child = process.pid
   while process.poll() is None and not (out / "prepare" / "plan.json").exists():
     time.sleep(0.005)
@@ -424,7 +443,8 @@ def prepare_trial(trial: Trial, work: Path, expected: Any) -> Ended:
       break
   time.sleep(1.0)  # a worker imports what it needs first
   at = time.monotonic()
-  if process.poll() is None:
+  reached = process.poll() is None
+  if reached:
     _put_from_outside(trial.fault, child)
   stopped = trial.fault == "SIGSTOP" and trial.place == "first"
   code: int | None = None
@@ -435,29 +455,34 @@ def prepare_trial(trial: Trial, work: Path, expected: Any) -> Ended:
     process.kill()
     process.wait()
   seconds = time.monotonic() - at
-  line = (work / "output-prepare").read_text(errors="replace").splitlines()
+  line = _output_of(out).read_text(errors="replace").splitlines()
   ok = stopped or (code is not None and seconds < LIMIT)
   if trial.place == "last":
     ok = ok and code in NAMED
   left = _wait_for_end(process.pid, child)
-  again = _prepare(work, out).wait()
+  again = _prepare(texts, out).wait()
   same = again == 0 and shards(out) == expected
   return Ended(
     [-signal.SIGKILL if code is None else code],
+    reached,
     round(seconds, 1),
     [*line[-1:], *(["a worker is left"] if left else [])],
     same,
-    bool(ok and same and not left),
+    bool(ok and same and reached and not left),
   )
 
 
-def _prepare(work: Path, out: Path) -> subprocess.Popen:
-  words = ("prepare", str(work / "texts"), "--out", str(out), "--workers", "2")
+def _output_of(out: Path) -> Path:
+  return out.with_name("output-prepare")
+
+
+def _prepare(texts: Path, out: Path) -> subprocess.Popen:
+  words = ("prepare", str(texts), "--out", str(out), "--workers", "2")
   words = (*words, "--timeout", str(STEP_TIMEOUT))
-  with (work / "output-prepare").open("w") as output:
+  with _output_of(out).open("w") as output:
     return subprocess.Popen(
       [sys.executable, "-m", "train", *words],
-      env=os.environ | {"PYTHONPATH": str(environment.ROOT)},
+      env=os.environ | {"PYTHONPATH": environment.python_path()},
       stdout=output,
       stderr=subprocess.STDOUT,
     )
@@ -506,9 +531,8 @@ def shards(out: Path) -> dict[str, str]:
   }
 
 
-def _write_texts(work: Path) -> None:
+def _write_texts(texts: Path) -> None:
   """Write text that takes some seconds to tokenize."""
-  texts = work / "texts"
   texts.mkdir(exist_ok=True)
   rng = random.Random(0)
   for name in range(4):
@@ -519,58 +543,169 @@ def _write_texts(work: Path) -> None:
     (texts / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def _save(path: Path, done: dict[str, Any]) -> None:
-  path.write_text(json.dumps(done, indent=1) + "\n")
+def _at_once(
+  todo: Sequence[Trial],
+  jobs: int,
+  folder: Path,
+  do: Callable[[Trial, Path], Ended],
+  go_on: Callable[[], bool],
+) -> Iterator[tuple[Trial, Ended]]:
+  """Do trials, `jobs` at once, each in a process and a folder of its own.
+
+  Args:
+    todo: the trials.
+    jobs: how many run at the same time.
+    folder: where each trial gets its folder; those of good trials are removed.
+    do: does one trial in the given folder.
+    go_on: whether another trial may be started.
+
+  Yields:
+    each trial that has ended, and how. What still runs is killed where the
+    caller stops.
+  """
+  left = list(todo)
+  running: dict[int, tuple[Trial, Path, float]] = {}
+  try:
+    while running or (left and go_on()):
+      while left and len(running) < jobs and go_on():
+        trial = left.pop(0)
+        own = folder / "-".join(dataclasses.astuple(trial)).replace(" ", "-")
+        running[_fork_job(trial, own, do)] = trial, own, time.monotonic()
+      for pid, (trial, own, since) in list(running.items()):
+        late = time.monotonic() - since > _JOB_LIMIT
+        if late:
+          os.killpg(pid, signal.SIGKILL)
+        if not os.waitpid(pid, 0 if late else os.WNOHANG)[0]:
+          continue
+        del running[pid]
+        file = own / "ended.json"
+        if file.exists():
+          ended = Ended(**json.loads(file.read_text()))
+        else:
+          why = f"the trial itself failed or took {_JOB_LIMIT} s"
+          seconds = round(time.monotonic() - since, 1)
+          ended = Ended([], False, seconds, [why], same_bits=False, ok=False)
+        if ended.ok:
+          shutil.rmtree(own)
+        yield trial, ended
+      time.sleep(0.05)
+  finally:
+    for pid in running:
+      os.killpg(pid, signal.SIGKILL)
+      os.waitpid(pid, 0)
+
+
+def _fork_job(
+  trial: Trial, own: Path, do: Callable[[Trial, Path], Ended]
+) -> int:
+  """Do a trial in a forked process that leads a process group."""
+  shutil.rmtree(own, ignore_errors=True)
+  own.mkdir(parents=True)
+  pid = os.fork()
+  if pid:
+    return pid
+  try:
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ended = do(trial, own)
+    (own / "ended.json").write_text(json.dumps(dataclasses.asdict(ended)))
+  except BaseException:  # noqa: BLE001  # printed; the parent sees no file
+    traceback.print_exc()
+  finally:
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _save(path: Path, record: dict[str, Any]) -> None:
+  new = path.with_suffix(".new")
+  new.write_text(json.dumps(record, indent=1) + "\n")
+  new.replace(path)
+
+
+def _open_record(file: Path, processes: int) -> dict[str, Any]:
+  """Return the record of a work folder, or a new one."""
+  if file.exists():
+    record = json.loads(file.read_text())
+    if record["processes"] != processes:
+      raise SystemExit(
+        f"{file}: has trials of {record['processes']} processes. Expected "
+        f"{processes}. Give another --work or this --processes"
+      )
+    return record
+  # In a child: this process must not start jax's devices, as it forks.
+  described = environment.describe_in_child("train", "rebased_jax")
+  return described | {
+    "cores": len(os.sched_getaffinity(0)),
+    "processes": processes,
+    "limit_s": LIMIT,
+    "trials": {},
+  }
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--work", type=Path, required=True)
   parser.add_argument("--processes", type=int, default=4)
-  parser.add_argument("--seconds", type=float, help="stop after this long")
+  parser.add_argument(
+    "--jobs", type=int, default=1, help="trials at once; each has --processes"
+  )
+  parser.add_argument(
+    "--seconds", type=float, help="start no trial after this long"
+  )
   parser.add_argument("--only", nargs="+", choices=[*FAULTS], default=[*FAULTS])
+  parser.add_argument(
+    "--commit", help="commit to record, where the copy has no git history"
+  )
   parser.add_argument("--write", action="store_true")
   options = parser.parse_args()
+  if options.jobs < 1 or options.processes < 2:
+    parser.error("expected --jobs of at least 1 and --processes of at least 2")
   begin = time.monotonic()
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   work = options.work.resolve()
   work.mkdir(parents=True, exist_ok=True)
+  file = work / "faults.json"
+  record = _open_record(file, options.processes)
+  if options.commit:
+    record["commit"] = options.commit
+  done = record["trials"]
   jax.config.update("jax_compilation_cache_dir", str(work / "compiled"))
-  runs = Runs(work, options.processes)
   if not (work / "undisturbed" / "learning.png").exists():
-    runs.undisturbed(work / "undisturbed")
+    Runs(work, options.processes, _PORTS).undisturbed(work / "undisturbed")
   expected = end(work / "undisturbed")
   if not (work / "expected-tokens" / "dataset.json").exists():
-    _write_texts(work)
-    if _prepare(work, work / "expected-tokens").wait():
-      raise SystemExit((work / "output-prepare").read_text())
+    _write_texts(work / "texts")
+    if _prepare(work / "texts", work / "expected-tokens").wait():
+      raise SystemExit(_output_of(work / "expected-tokens").read_text())
   tokens = shards(work / "expected-tokens")
-  file = work / "trials.json"
-  done = json.loads(file.read_text()) if file.exists() else {}
-  for trial in all_trials():
-    name = " / ".join(dataclasses.astuple(trial))
-    passed = time.monotonic() - begin
-    if name in done or trial.fault not in options.only:
-      continue
-    if options.seconds is not None and passed > options.seconds:
-      break
+  places = all_trials()
+  names = {trial: " / ".join(dataclasses.astuple(trial)) for trial in places}
+
+  def do(trial: Trial, own: Path) -> Ended:
     if trial.moment == "prepare":
-      ended = prepare_trial(trial, work, tokens)
-    else:
-      ended = runs.run(trial, expected)
-    done[name] = dataclasses.asdict(ended)
-    _save(file, done)
-    print(name, ended, flush=True)
+      return prepare_trial(trial, work / "texts", own, tokens)
+    ports = _PORTS + _PORTS_EACH * (places.index(trial) + 1)
+    return Runs(own, options.processes, ports).run(trial, expected)
+
+  def go_on() -> bool:
+    return options.seconds is None or time.monotonic() - begin < options.seconds
+
+  todo = [
+    trial
+    for trial in places
+    if trial.fault in options.only
+    and not done.get(names[trial], {"reached": False})["reached"]
+  ]
+  for trial, ended in _at_once(todo, options.jobs, work / "trials", do, go_on):
+    done[names[trial]] = dataclasses.asdict(ended)
+    _save(file, record)
+    print(
+      f"{time.monotonic() - begin:.0f} s: {names[trial]}", ended, flush=True
+    )
   failed = [name for name, x in done.items() if not x["ok"]]
-  print(f"{len(done)} of {len(all_trials())} trials, failed: {failed}")
+  print(f"{len(done)} of {len(places)} trials, failed: {failed}")
   if options.write:
-    # In a child: this process must not start jax's devices, as it forks.
-    described = environment.describe_in_child("train", "rebased_jax")
-    record = described | {
-      "processes": options.processes,
-      "limit_s": LIMIT,
-      "trials": done,
-    }
-    _save(environment.RESULTS / "faults.json", record)
+    shutil.copyfile(file, environment.RESULTS / "faults.json")
   if failed:
     raise SystemExit(1)
 
