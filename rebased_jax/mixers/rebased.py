@@ -49,11 +49,11 @@ import dataclasses
 from typing import Literal
 
 from flax import nnx
-import jax
 from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import REBASED, layer_norm
+from pallas_kernels.layer_norm import reference_layer_norm
 from pallas_kernels.numerics import broadcast_parameter, sum_dtype
 from rebased_jax.config_checks import check_one_of
 from rebased_jax.mixers.base import Site
@@ -100,7 +100,7 @@ class KernelAffine(nnx.Module):
     self.gamma = nnx.Param(ones) if config.use_gamma else None
     self.beta = nnx.Param(0 * ones) if config.use_beta else None
     self.normalize = config.normalize
-    # `layer_norm` has its own derivative, which jax can only reverse.
+    # The derivative of `layer_norm` is its own, which jax can only reverse.
     self.any_derivative = config.implementation == "reference"
     self.groups = 1 if config.norm_scope == "joint" else config.heads
 
@@ -109,24 +109,13 @@ class KernelAffine(nnx.Module):
     features = z.shape[-1:]
     gamma = jnp.full(features, 1.0) if self.gamma is None else self.gamma[...]
     beta = jnp.full(features, 0.0) if self.beta is None else self.beta[...]
-    if self.normalize and not self.any_derivative:
-      # γ and β are grouped as z is.
-      y = layer_norm(
-        self._split_groups(z),
-        self._split_groups(gamma),
-        self._split_groups(beta),
-        eps=NORM_EPS,
-      )
-      return y.reshape(z.shape)
-    wide = z.astype(sum_dtype(z.dtype))
-    if self.normalize:
-      groups = self._split_groups(wide)
-      groups = groups - groups.mean(axis=-1, keepdims=True)
-      variance = jnp.square(groups).mean(axis=-1, keepdims=True)
-      wide = (groups * jax.lax.rsqrt(variance + NORM_EPS)).reshape(z.shape)
-    gamma = broadcast_parameter(gamma, wide)
-    beta = broadcast_parameter(beta, wide)
-    return (wide * gamma + beta).astype(z.dtype)
+    if not self.normalize:
+      wide = z.astype(sum_dtype(z.dtype))
+      y = wide * broadcast_parameter(gamma, wide)
+      return (y + broadcast_parameter(beta, wide)).astype(z.dtype)
+    norm = reference_layer_norm if self.any_derivative else layer_norm
+    groups = map(self._split_groups, (z, gamma, beta))
+    return norm(*groups, eps=NORM_EPS).reshape(z.shape)
 
   def _split_groups(self, z: Array) -> Array:
     """Return (…, groups, features that are normalised together)."""
