@@ -24,7 +24,7 @@ from etils import epy
 # The modules must not have the names of the functions: no generate.py.
 with epy.lazy_api_imports(globals()):
   from pallas_kernels import ShardAxes
-  from rebased_jax.find_trainer import import_trainer, load
+  from rebased_jax.find_trainer import import_trainer
   from rebased_jax.generation import generate
   from rebased_jax.mixers import (
     RWKV,
@@ -47,6 +47,8 @@ with epy.lazy_api_imports(globals()):
   )
   from rebased_jax.model import LM, LMState, parameter_count
   from rebased_jax.model_config import ModelConfig
+  from rebased_jax.model_files import load, save
+  from rebased_jax.tensor_files import WeightsError
 
 __all__ = [
   "LM",
@@ -70,10 +72,12 @@ __all__ = [
   "ReBasedConfig",
   "ShardAxes",
   "Site",
+  "WeightsError",
   "generate",
   "import_trainer",
   "load",
   "parameter_count",
+  "save",
 ]
 
 try:

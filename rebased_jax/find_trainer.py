@@ -7,8 +7,9 @@ disk, beside this package, and is `train` in `sys.modules` only while it runs:
     with import_trainer() as train:
       train.run(config, "runs/mine")
 
-The command `rebased` and `load` use it too. This module imports nothing heavy,
-because worker processes that only tokenize text import it as well.
+The command `rebased` uses it, and `rebased_jax.load` for runs. This module
+imports nothing heavy, because worker processes that only tokenize text import
+it as well.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,10 +24,7 @@ import pickle
 import sys
 import threading
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-  from rebased_jax.model import LM
+from typing import Any
 
 _NAME = "train"
 _FOLDER = Path(__file__).resolve().parents[1] / _NAME
@@ -46,25 +44,6 @@ class _Inside:
 
 
 _inside = _Inside()
-
-
-def load(run_dir: str, step: int | None = None) -> "LM":
-  """Return the trained model of a run, in any working directory.
-
-  Args:
-    run_dir: the run's folder.
-    step: the checkpoint's step. None takes the newest readable checkpoint.
-
-  Returns:
-    The model, with its parameters on one device.
-
-  Raises:
-    ValueError: `run_dir` is not a run folder, its config cannot be read, or
-      it has no checkpoint of this step.
-    RuntimeError: no checkpoint is readable (`train.CheckpointError`).
-  """
-  with import_trainer() as trainer:
-    return trainer.load(run_dir, step)
 
 
 @contextlib.contextmanager

@@ -4,12 +4,17 @@
     params = lm.init(jax.random.key(0), tokens)["params"]
     logits = lm.apply({"params": params}, tokens)
 
-The parameters are those of the NNX modules, `nnx.to_pure_dict` of their state,
+A trained model is loaded as `lm, params = rebased_jax.linen.load(folder)`. The
+parameters are those of the NNX modules, `nnx.to_pure_dict` of their state,
 so that either kind of module can use what the other has trained.
 """
 
+import os
+from typing import Any
+
 from flax import linen, nnx
 
+from rebased_jax import model_files
 from rebased_jax.mixers.base import Mixer, MixerConfig, Site
 from rebased_jax.model import LM
 from rebased_jax.model_config import ModelConfig
@@ -23,6 +28,22 @@ def lm(config: ModelConfig, *, name: str | None = None) -> linen.Module:
     name: name of the module in its parent. None: Linen chooses one.
   """
   return nnx.bridge.to_linen(LM, config, name=name)
+
+
+def load(
+  folder: str | os.PathLike[str],
+  step: int | None = None,
+  *,
+  sharding: model_files.Shardings | None = None,
+) -> tuple[linen.Module, dict[str, Any]]:
+  """Return the model of a folder as a Linen module, and its parameters.
+
+  `module.apply({"params": params}, tokens)` gives its logits. Arguments and
+  errors are those of `rebased_jax.load`.
+  """
+  model = model_files.load(folder, step, sharding=sharding)
+  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  return lm(model.config), params
 
 
 def mixer(
