@@ -8,11 +8,9 @@ from typing import Any
 
 from train import compiled_steps
 from train.checkpoint.checkpoints import (
-  CheckpointError,
   Checkpoints,
   NoCheckpointError,
   Restored,
-  restore_params,
 )
 from train.compiled_steps import Built
 from train.config import RunConfig
@@ -20,6 +18,7 @@ from train.data import batches as batches_lib
 from train.data.checks import require
 from train.data.config import check_batch
 from train.data.in_vocabulary import check_tokens
+from train.init_weights import source_weights
 from train.records.run_folder import RunFolder, RunFolderError
 from train.stored_config import (
   differences,
@@ -30,32 +29,12 @@ from train.stored_config import (
 )
 
 
-def source_weights(config: RunConfig, built: Built) -> tuple[Any, str]:
-  """Return the parameters of the run `init_from`, and a note about them.
-
-  Raises:
-    RunFolderError: `init_from` is not a run, has no checkpoint, or holds
-      another model's parameters.
-  """
-  assert config.init_from is not None
-  source = RunFolder(config.init_from)
-  source.read_config()
-  target = compiled_steps.to_dicts(built.abstract)["params"]
-  try:
-    step, params = restore_params(
-      source.checkpoints, target, run=source.run_id()
-    )
-  except CheckpointError as error:
-    raise RunFolderError(f"init_from={config.init_from}: {error}") from error
-  return params, f"weights of {source.path}, step {step}; fresh optimiser"
-
-
 def restore_or_create(
   config: RunConfig,
   built: Built,
   checkpoints: Checkpoints,
   folder: RunFolder,
-  weights: tuple[Any, str] | None,
+  weights: tuple[Any, list[str]] | None,
   *,
   allow_data_change: bool = False,
 ) -> tuple[Any, int, dict[str, Any], list[str]]:
@@ -84,8 +63,8 @@ def restore_or_create(
   except NoCheckpointError:
     if config.init_from is None:
       return compiled_steps.fresh_state(config, built), 0, {}, []
-    params, note = weights or source_weights(config, built)
-    return compiled_steps.warm_state(params, built), 0, {}, [note]
+    params, notes = weights or source_weights(config, built)
+    return compiled_steps.warm_state(params, built), 0, {}, notes
   changes = config_changes(found.meta, config, folder, allow_data_change)
   notes = [f"warning: {broken}" for broken in found.broken]
   notes += _newer_steps_that_are_gone(folder, found)

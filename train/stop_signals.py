@@ -23,8 +23,15 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 _URGENT = (signal.SIGTERM, signal.SIGINT)
-# Watched unless the program has its own handler for them, or ignores them.
 _POLITE = (signal.SIGHUP, signal.SIGUSR1)
+
+
+def polite_signals() -> list[signal.Signals]:
+  """Return SIGHUP and SIGUSR1, without those that somebody else handles.
+
+  A program may have its own handler, and `nohup` ignores SIGHUP.
+  """
+  return [x for x in _POLITE if signal.getsignal(x) == signal.SIG_DFL]
 
 
 class StopSignals:
@@ -83,8 +90,7 @@ class StopSignals:
     self._old_fd = signal.set_wakeup_fd(
       self._writer.fileno(), warn_on_full_buffer=False
     )
-    ours = [x for x in _POLITE if signal.getsignal(x) == signal.SIG_DFL]
-    for number in (*_URGENT, *ours):
+    for number in (*_URGENT, *polite_signals()):
       self._handlers[number] = signal.signal(number, self._handle)
     return self
 

@@ -13,14 +13,17 @@ from etils import epath
 import jax
 import numpy as np
 
-from rebased_jax import LM, generate
-from train import trained_model
+from rebased_jax import LM, ModelConfig, generate, model_files
 from train.checkpoint.checkpoints import NoCheckpointError, read_meta
 from train.config import RunConfig, TextData
 from train.data.batches import Fingerprint
 from train.data.checks import require
 from train.data.prepare import tokenizer as tokenizer_lib
-from train.data.prepare.tokenizer import ByteTokenizer, Tokenizer
+from train.data.prepare.tokenizer import (
+  ByteTokenizer,
+  FileTokenizer,
+  Tokenizer,
+)
 from train.data.text.prepared_source import read_sidecar
 from train.records.run_folder import RunFolder, RunFolderError
 
@@ -87,7 +90,7 @@ def complete(
   """Return a prompt and its completion.
 
   Args:
-    run_dir: the folder of a run on text.
+    run_dir: the folder of a run on text, or an exported model.
     prompt: the text to complete.
     sampling: how tokens are chosen.
     source: which checkpoint and tokenizer are used.
@@ -98,9 +101,13 @@ def complete(
     CheckpointError: there is no such checkpoint, or it is unreadable.
   """
   require(bool(prompt), "prompt", prompt, "some text")
-  config, data, meta = _read_run(run_dir, source.step)
-  tokenizer, eos = find_tokenizer(data, meta["data"], source)
-  V, needed = config.model.vocab_size, tokenizer.spec.vocab_size
+  if model_files.is_exported(run_dir):
+    config, tokenizer, eos = _read_export(run_dir, source)
+  else:
+    run, data, meta = _read_run(run_dir, source.step)
+    config = run.model
+    tokenizer, eos = find_tokenizer(data, meta["data"], source)
+  V, needed = config.vocab_size, tokenizer.spec.vocab_size
   expected = f"at least {needed}, the tokens of {tokenizer.spec.name}"
   require(needed <= V, "model.vocab_size", V, expected)
   if sampling.top_k is not None:
@@ -108,7 +115,7 @@ def complete(
     require(k <= V, "top_k", k, f"at most the {V} tokens")
   prompt_T = encode(tokenizer, prompt)
   _check_length(config, len(prompt_T), sampling.tokens)
-  model = trained_model.load(run_dir, source.step)
+  model = model_files.load(run_dir, source.step)
   completion_T = sample(model, prompt_T, sampling)
   if eos is not None:
     ends = np.flatnonzero(completion_T == eos)
@@ -163,15 +170,11 @@ def find_tokenizer(
     ValueError: the data set or its tokenizer is missing or has changed; or the
       format of the data has no tokenizer, and `source` names none.
   """
-  recorded = {
-    value
-    for field, value in fingerprint.items()
-    if field.rpartition(".")[2] == "tokenizer"
-  }
+  recorded = recorded_tokenizers(fingerprint)
   if source.tokenizer is not None:
     tokenizer = tokenizer_lib.load(source.tokenizer, source.eos)
     for sha256 in recorded:
-      tokenizer_lib.check_same(tokenizer, str(sha256), source.tokenizer)
+      tokenizer_lib.check_same(tokenizer, sha256, source.tokenizer)
     return tokenizer, tokenizer.spec.eos
   tokenizer = ByteTokenizer()
   if recorded == {tokenizer.spec.sha256}:
@@ -187,11 +190,23 @@ def find_tokenizer(
     sidecar = read_sidecar(folder)
     tokenizer = tokenizer_lib.load_recorded(folder, sidecar["tokenizer"])
     for sha256 in recorded:
-      tokenizer_lib.check_same(tokenizer, str(sha256), str(folder))
+      tokenizer_lib.check_same(tokenizer, sha256, str(folder))
   except ValueError as error:
     hint = "; --tokenizer names one that lies elsewhere"
     raise ValueError(f"{error}{hint}") from error
   return tokenizer, sidecar.get("eos")
+
+
+def recorded_tokenizers(fingerprint: Fingerprint) -> set[str]:
+  """Return the SHA-256 of the tokenizers that made a run's data.
+
+  It is empty where the format of the data names no tokenizer.
+  """
+  return {
+    str(value)
+    for field, value in fingerprint.items()
+    if field.rpartition(".")[2] == "tokenizer"
+  }
 
 
 def _read_run(
@@ -205,6 +220,7 @@ def _read_run(
       f"{run_dir}: its data is {type(config.data).__name__}: expected a "
       "language model's run, trained on text"
     )
+  folder.check_checkpoints()
   try:
     _, meta = read_meta(folder.checkpoints, step, run=folder.run_id())
     return config, config.data, meta
@@ -212,9 +228,32 @@ def _read_run(
     raise RunFolderError(f"{run_dir}: no checkpoint yet") from error
 
 
-def _check_length(config: RunConfig, prompt: int, tokens: int) -> None:
+def _read_export(
+  folder: epath.PathLike, source: ModelSource
+) -> tuple[ModelConfig, Tokenizer, int | None]:
+  """Return an exported model's config, its tokenizer, and the end of a text."""
+  info = model_files.read_info(folder)
+  if source.tokenizer is not None:
+    tokenizer = tokenizer_lib.load(source.tokenizer, source.eos)
+    if info.tokenizer is not None and info.tokenizer.sha256 is not None:
+      sha256, name = info.tokenizer.sha256, source.tokenizer
+      tokenizer_lib.check_same(tokenizer, sha256, name)
+    return info.config, tokenizer, tokenizer.spec.eos
+  if info.tokenizer is None:
+    raise ValueError(
+      f"{folder} has no tokenizer: expected --tokenizer, 'bytes' or the "
+      "tokenizer.json that made the model's tokens"
+    )
+  if info.tokenizer.type == "bytes":
+    return info.config, ByteTokenizer(), info.tokenizer.eos
+  model_files.read_tokenizer(folder)  # checks that it is the one exported
+  path = epath.Path(folder) / model_files.TOKENIZER
+  return info.config, FileTokenizer(str(path), "none"), info.tokenizer.eos
+
+
+def _check_length(config: ModelConfig, prompt: int, tokens: int) -> None:
   """Raise ValueError if the text is longer than the learned positions."""
-  P = config.model.positions
+  P = config.positions
   # The last new token is predicted, but never read.
   if P is not None and prompt + tokens - 1 > P:
     raise ValueError(

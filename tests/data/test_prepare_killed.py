@@ -225,14 +225,23 @@ def _is_running(pid: int) -> bool:
   return status.rpartition(")")[2].split()[0] != "Z"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize(
+  ("number", "group"),
+  [
+    (signal.SIGTERM, False),
+    (signal.SIGTERM, True),
+    (signal.SIGINT, False),
+    (signal.SIGINT, True),
+    (signal.SIGHUP, True),
+    (signal.SIGUSR1, True),
+  ],
+)
 def test_a_stop_says_so_and_nothing_else(tmp_path, number, group):
   """Stop a run right after its plan, while workers are starting."""
   folder, out = tmp_path / "in", tmp_path / "out"
   folder.mkdir()
   for i in range(4):
-    (folder / f"{i}.jsonl").write_bytes(jsonl(records(120_000)))
+    (folder / f"{i}.jsonl").write_bytes(jsonl(records(20_000)))
   process = _start(folder, out, start_new_session=True)
   while not (out / "prepare" / "plan.json").exists():
     assert process.poll() is None, process.stdout.read()

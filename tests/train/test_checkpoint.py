@@ -1,10 +1,13 @@
 """Checkpoints: bit-identical arrays, metadata, mismatches, wrong calls."""
 
+import errno
 import itertools
 import json
 import logging
+import os
 from pathlib import Path
 import shutil
+import time
 
 from checkpoint_cases import (
   META,
@@ -261,7 +264,22 @@ def test_a_save_is_told_when_it_is_on_the_disk(tmp_path: Path) -> None:
   with Checkpoints(tmp_path, on_saved=note) as checkpoints:
     for step in (1, 2):
       checkpoints.save(step, make_state(step), {})
-  assert saved == [1, 2]
+    end = time.monotonic() + 30
+    while saved != [1, 2]:  # nobody waits for the save
+      assert time.monotonic() < end, saved
+      time.sleep(0.01)
+
+
+def test_a_save_that_cannot_be_told_is_an_error(tmp_path: Path) -> None:
+  def note(step: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  message = "step 1 was saved, but not noted: OSError: .*No space left"
+  with (
+    pytest.raises(CheckpointError, match=message),
+    Checkpoints(tmp_path, on_saved=note) as checkpoints,
+  ):
+    checkpoints.save(1, make_state(1), {})
 
 
 def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:

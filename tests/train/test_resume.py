@@ -33,7 +33,7 @@ from train.checkpoint.checkpoints import (
   Checkpoints,
   read_meta,
 )
-from train.commands import inspect
+from train.commands import evaluate, inspect
 from train.devices import mesh as mesh_lib
 from train.records import report
 from train.records.run_folder import RunFolder, RunFolderError
@@ -279,9 +279,17 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(
     lost = "steps are in metrics.jsonl"
   before = files(folder)
   message = f"checkpoints: no checkpoint is there, although {lost}.*bring"
-  with pytest.raises(RunFolderError, match=message):
-    run(_CONFIG, folder)
-  assert files(folder) == before
+  warm = dataclasses.replace(_CONFIG, init_from=str(folder))
+  for use in (
+    lambda: run(_CONFIG, folder),
+    lambda: run(warm, tmp_path / "warm"),
+    lambda: load(folder),
+    lambda: evaluate.run([str(folder)]),
+    lambda: inspect.run([str(folder)]),
+  ):
+    with pytest.raises(RunFolderError, match=message):
+      use()
+  assert files(folder) == before and not (tmp_path / "warm").exists()
 
 
 def test_a_newest_checkpoint_that_is_gone_is_named(

@@ -90,7 +90,8 @@ class Checkpoints:
     run: the id of the run, which saved steps are marked with. A restore
       refuses steps of other runs. None: steps have no mark, and those of any
       run are read.
-    on_saved: is called with a step when that is on the disk. None: nothing is.
+    on_saved: is called with a step when that is on the disk, by another
+      thread. None: nothing is.
 
   Raises:
     CheckpointError: the directory cannot be made or listed.
@@ -108,9 +109,9 @@ class Checkpoints:
     if keep < 1:
       raise ValueError(f"keep={keep}: expected at least 1")
     self._directory = _absolute(directory)
-    self._run, self._on_saved = run, on_saved
+    self._run = run
     self._current: int | None = None
-    self._writer = storage.Writer(self._directory, keep)
+    self._writer = storage.Writer(self._directory, keep, on_saved)
 
   def save(
     self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]
@@ -151,12 +152,10 @@ class Checkpoints:
       CheckpointError: it failed; the message has the reason.
     """
     try:
-      saved = self._writer.wait()
+      self._writer.wait()
     except CheckpointError:
       self._current = None
       raise
-    if saved is not None and self._on_saved is not None:
-      self._on_saved(saved)
 
   def steps(self) -> list[int]:
     """Return the saved steps, ascending; waits for the running save.

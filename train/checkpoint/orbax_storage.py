@@ -7,13 +7,15 @@ or raises one of two errors: `DamagedError` if the files are at fault, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import concurrent.futures
 import contextlib
 import gc
 import logging
 import os
 import re
 import sys
+import threading
 from typing import Any
 import warnings
 
@@ -42,15 +44,22 @@ class Writer:
   Args:
     directory: where the steps are.
     keep: how many of the newest steps stay.
+    on_saved: is called with a step when that is on the disk, by another thread.
+      None: nothing is.
 
   Raises:
     CheckpointError: the directory cannot be made or listed.
   """
 
-  def __init__(self, directory: epath.Path, keep: int) -> None:
+  def __init__(
+    self,
+    directory: epath.Path,
+    keep: int,
+    on_saved: Callable[[int], None] | None = None,
+  ) -> None:
     self._directory = directory
-    self._keep = keep
-    self._pending: tuple[int, v1.AsyncResponse[bool]] | None = None
+    self._keep, self._on_saved = keep, on_saved
+    self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
     self._names = contextlib.ExitStack()
     self._checkpointer: v1.training.Checkpointer | None = self._open()
 
@@ -76,24 +85,50 @@ class Writer:
       raise self._failed(step, error) from error
     if response is None:
       raise CheckpointError(f"checkpoint step {step} was not saved")
-    self._pending = (step, response)
+    end = concurrent.futures.Future[None]()
 
-  def wait(self) -> int | None:
-    """Wait for the running save; return its step, or None if none runs.
+    def finish() -> None:
+      try:
+        response.result()
+        self._tell(step)
+      except BaseException as error:  # noqa: BLE001  # raised by `wait`
+        end.set_exception(error)
+      else:
+        end.set_result(None)
+
+    # A save is noted when it ends, not when the next one begins: the run may
+    # be killed between the two.
+    threading.Thread(target=finish, name="save", daemon=True).start()
+    self._pending = (step, end)
+
+  def _tell(self, step: int) -> None:
+    if self._on_saved is None:
+      return
+    try:
+      self._on_saved(step)
+    except OSError as error:
+      raise CheckpointError(
+        f"checkpoint step {step} was saved, but not noted: {reason(error)}"
+      ) from error
+
+  def wait(self) -> None:
+    """Wait for the running save, if there is one.
 
     Raises:
       CheckpointError: it failed; the message has the reason.
     """
     if self._pending is None:
-      return None
-    step, response = self._pending
+      return
+    step, end = self._pending
     try:
-      response.result()
+      end.result()
+    except CheckpointError:
+      self._pending = None
+      raise
     except Exception as error:  # noqa: BLE001  # storage errors share no class
       self._pending = None
       raise self._failed(step, error) from error
     self._pending = None
-    return step
 
   def reload(self) -> None:
     """List the directory again, after a step in it was renamed."""

@@ -168,6 +168,7 @@ def _show_progress(folder: RunFolder, console: Console) -> None:
     last = next((x for x in reversed(records) if x["kind"] == kind), None)
     if last is not None:
       console.print(rows(f"last {kind} record", _flat(last)))
+  folder.check_checkpoints()
   try:
     step, meta = read_meta(folder.checkpoints, run=folder.run_id())
   except NoCheckpointError:

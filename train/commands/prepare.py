@@ -9,6 +9,7 @@ import tyro
 
 from train.console import to_stdout
 from train.data.prepare.prepare_dataset import PrepareConfig, prepare
+from train.stop_signals import polite_signals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,18 +36,21 @@ def run(args: list[str]) -> int:
     ValueError: an argument is wrong; nothing was changed.
     PrepareError: the text is malformed.
     OSError: a file cannot be read or written.
-    KeyboardInterrupt: SIGINT or SIGTERM came; finished shards stay.
+    KeyboardInterrupt: SIGINT, SIGTERM, SIGHUP or SIGUSR1 came; finished
+      shards stay.
   """
   parsed = tyro.cli(PrepareArgs, prog="rebased prepare", args=args)
-  before = signal.signal(signal.SIGTERM, _interrupt)
+  numbers = (signal.SIGTERM, *polite_signals())
+  before = {number: signal.signal(number, _interrupt) for number in numbers}
   try:
     # The data set is finished even if nobody reads the output any more.
     prepare(parsed.config, parsed.inputs, to_stdout())
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+      signal.signal(number, handler)
   return 0
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-  """Stop on SIGTERM as on Ctrl-C; the exception carries the signal."""
+  """Stop on a signal as on Ctrl-C; the exception carries the signal."""
   raise KeyboardInterrupt(number)

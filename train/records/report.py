@@ -31,7 +31,7 @@ def finish(
     outcome: how it ended.
     console: where the table goes.
   """
-  params = outcome.state["params"]
+  params = outcome.state.params
   if isinstance(config.data, MQARData):  # small: each process takes all of it
     params = multihost_utils.process_allgather(params, tiled=True)
   if jax.process_index() != 0:
@@ -105,10 +105,12 @@ def evaluate_run(
 
   Raises:
     ValueError: the data has no test split, or tokens that the model lacks.
-    RunFolderError: the data has changed, which is not allowed.
+    RunFolderError: the data has changed, which is not allowed, or the run's
+      checkpoints are gone.
     CheckpointError: there is no such checkpoint.
     PeerLost: another process of the evaluation has ended.
   """
+  folder.check_checkpoints()
   same_run.check(
     config,
     folder,

@@ -103,7 +103,7 @@ class RunFolder:
     """
     if self.config_file.exists():
       self._check_same_run(config, allow_data_change)
-      self._check_checkpoints_are_there()
+      self.check_checkpoints()
       return
     if self.path.exists() and not self.path.is_dir():
       raise RunFolderError(f"{self.path} is a file: expected a folder")
@@ -161,8 +161,12 @@ class RunFolder:
       for x in self.checkpoints.iterdir()
     )
 
-  def _check_checkpoints_are_there(self) -> None:
-    """Raise RunFolderError if checkpoints were saved and are gone."""
+  def check_checkpoints(self) -> None:
+    """Check that there is a checkpoint, unless none was ever saved.
+
+    Raises:
+      RunFolderError: checkpoints were saved and are gone.
+    """
     if self._has_checkpoints():
       return
     there = self.checkpoints.exists()

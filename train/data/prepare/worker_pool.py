@@ -34,7 +34,10 @@ from train.data.worker_process import end_with_parent
 _POLL = 0.1  # seconds between two checks of the workers
 _LAST = 30.0  # seconds that a worker has to end when it should
 _LINE = 10.0  # seconds between two lines of progress without a terminal
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A terminal and SLURM send these to the workers as well, which the main process
+# then stops.
+_OF_THE_GROUP = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_SIGNALS = (*_OF_THE_GROUP, signal.SIGTERM)
 
 
 class _Worker(NamedTuple):
@@ -120,11 +123,11 @@ def _end_workers(others: set[Any], seconds: float) -> None:
 
 @contextlib.contextmanager
 def _signals_delayed() -> Iterator[None]:
-  """Delay SIGINT and SIGTERM until the block ends.
+  """Delay the signals that stop `prepare` until the block ends.
 
-  A child process that starts inside the block inherits a mask that blocks
-  SIGINT. The mask alone does not protect this process, because another thread
-  may take the signal, and an interrupted start prints the child's traceback.
+  A child process that starts inside the block inherits a mask that blocks all
+  but SIGTERM. The mask alone does not protect this process: another thread may
+  take the signal, and an interrupted start prints the child's traceback.
   Handlers therefore note the signals, and they are raised again at the end.
   """
   if threading.current_thread() is not threading.main_thread():
@@ -136,7 +139,7 @@ def _signals_delayed() -> Iterator[None]:
     came.append(number)
 
   handlers = {x: signal.signal(x, note) for x in _SIGNALS}
-  mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_GROUP)
   try:
     yield
   finally:
@@ -263,8 +266,8 @@ def _display(
 def _start(planned: PlannedTokenizer, read: Any, stop: Any) -> None:
   """Set up a worker process; runs once in each."""
   global _worker
-  # Ctrl-C reaches the whole process group; the parent stops its workers.
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  for number in _OF_THE_GROUP:
+    signal.signal(number, signal.SIG_IGN)
   # A worker uses one core, so the tokenizer must not start threads.
   os.environ["TOKENIZERS_PARALLELISM"] = "false"
   end_with_parent()
