@@ -19,7 +19,7 @@ import abc
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from flax import nnx
 import jax
@@ -80,6 +80,7 @@ class Block(nnx.Module):
     segment_ids: Array | None = None,
     axes: ShardAxes | None = None,
     query_positions: Array | None = None,
+    dropout_key: Array | None = None,
   ) -> Stream:
     """Return the residual stream of whole rows, or at chosen positions.
 
@@ -88,6 +89,7 @@ class Block(nnx.Module):
       segment_ids: integers (B, T) of packed documents. None: one a row.
       axes: the mesh axes that split batch, heads and time. None: no mesh.
       query_positions: integers (B, M); the result is then (B, M, D).
+      dropout_key: a PRNG key for the mixer's own dropout. None: no dropout.
     """
     x_BTD, n_BTD = self.sum_and_norm(stream=stream, axes=axes)
     y_BTD = self.mixer(
@@ -95,6 +97,7 @@ class Block(nnx.Module):
       segment_ids=segment_ids,
       axes=axes,
       query_positions=query_positions,
+      dropout_key=dropout_key,
     )
     place_rows = functools.partial(
       place, axes=axes, whole_rows=query_positions is None
@@ -219,19 +222,34 @@ class Pair(nnx.Module):
     segment_ids: Array | None = None,
     axes: ShardAxes | None = None,
     query_positions: Array | None = None,
+    dropout_key: Array | None = None,
   ) -> Stream:
     """Return the residual stream after both blocks.
 
     The arguments are those of a `Block`. The first block computes whole rows,
     because the second may need all of them.
     """
-    stream = self.first(stream=stream, segment_ids=segment_ids, axes=axes)
+    first_key = second_key = None
+    if dropout_key is not None:
+      first_key, second_key = jax.random.split(dropout_key)
+    stream = self.first(
+      stream=stream,
+      segment_ids=segment_ids,
+      axes=axes,
+      dropout_key=first_key,
+    )
     return self.second(
       stream=stream,
       segment_ids=segment_ids,
       axes=axes,
       query_positions=query_positions,
+      dropout_key=second_key,
     )
+
+  @property
+  def has_dropout(self) -> bool:
+    """Whether a mixer of the pair has a dropout."""
+    return self.first.mixer.dropout > 0 or self.second.mixer.dropout > 0
 
   def init_state(self, batch: int) -> tuple[MixerState, MixerState]:
     """Return both mixers' states before a document's first token."""
@@ -396,6 +414,13 @@ def _call(
   return function(program, *arrays)
 
 
+class _PairInputs(NamedTuple):
+  """The arrays that one pair takes, or those of all pairs, stacked."""
+
+  parameters: Any
+  dropout_key: Array | None
+
+
 def run_pairs(
   pairs: Pair,
   x_BTD: Array,
@@ -405,6 +430,7 @@ def run_pairs(
   segment_ids: Array | None = None,
   axes: ShardAxes | None = None,
   query_positions: Array | None = None,
+  dropout_key: Array | None = None,
 ) -> Stream:
   """Return the residual stream after all stacked pairs.
 
@@ -420,10 +446,19 @@ def run_pairs(
     segment_ids: as in a call of a `Block`.
     axes: as in a call of a `Block`.
     query_positions: as in a call of a `Block`, for the last pair.
+    dropout_key: a PRNG key for the mixers' own dropout. None: no dropout.
   """
   program, parameters = _split_program(pairs, axes=axes, scan=scan, remat=remat)
+  if not pairs.has_dropout:
+    dropout_key = None
   return _compiled(
-    _run_pairs, program, parameters, x_BTD, segment_ids, query_positions
+    _run_pairs,
+    program,
+    parameters,
+    x_BTD,
+    segment_ids,
+    query_positions,
+    dropout_key,
   )
 
 
@@ -433,16 +468,25 @@ def _run_pairs(
   x_BTD: Array,
   segment_ids: Array | None,
   query_positions: Array | None,
+  dropout_key: Array | None,
 ) -> Stream:
   def run_pair(
-    stream: Stream, parameters: Any, query_positions: Array | None = None
+    stream: Stream, pair: _PairInputs, query_positions: Array | None = None
   ) -> Stream:
-    return nnx.merge(program.graph, parameters)(
+    return nnx.merge(program.graph, pair.parameters)(
       stream=stream,
       segment_ids=segment_ids,
       axes=program.axes,
       query_positions=query_positions,
+      dropout_key=pair.dropout_key,
     )
+
+  pairs = _PairInputs(parameters, None)
+  if dropout_key is not None:
+    count = len(jax.tree.leaves(parameters)[0])
+    # The embedding's dropout uses the key itself.
+    mixers_key = jax.random.fold_in(dropout_key, 1)
+    pairs = _PairInputs(parameters, jax.random.split(mixers_key, count))
 
   if program.remat != "none":
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -453,17 +497,15 @@ def _run_pairs(
       policy=dots if program.remat == "dots" else None,
     )
   if not program.scan:
-    return _run_one_by_one(
-      program, run_pair, parameters, x_BTD, query_positions
-    )
+    return _run_one_by_one(program, run_pair, pairs, x_BTD, query_positions)
 
   # The carry is the sum of the stream's parts: it takes less memory.
-  def body(x: Array, parameters: Any) -> tuple[Array, None]:
-    return run_pair(Stream(x), parameters).whole(), None
+  def body(x: Array, pair: _PairInputs) -> tuple[Array, None]:
+    return run_pair(Stream(x), pair).whole(), None
 
   if query_positions is None:
-    return Stream(jax.lax.scan(body, x_BTD, parameters)[0])
-  before, last = _split_last(parameters)
+    return Stream(jax.lax.scan(body, x_BTD, pairs)[0])
+  before, last = _split_last(pairs)
   if before is not None:
     x_BTD, _ = jax.lax.scan(body, x_BTD, before)
   return run_pair(Stream(x_BTD), last, query_positions)
@@ -472,14 +514,14 @@ def _run_pairs(
 def _run_one_by_one(
   program: _Program,
   run_pair: Callable[..., Stream],
-  parameters: Any,
+  pairs: _PairInputs,
   x_BTD: Array,
   query_positions: Array | None,
 ) -> Stream:
   """Return the residual stream after pairs that are not scanned over."""
   run_whole = jax.jit(run_pair)  # traced once for all pairs after the first
   stream = Stream(x_BTD)
-  *before, last = _split(parameters)
+  *before, last = _split(pairs)
   for pair in before:
     stream = run_whole(*_in_turn(program, stream, pair))
     if program.remat == "full":  # so that the backward keeps the sum alone

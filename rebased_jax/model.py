@@ -56,6 +56,12 @@ def _state_outputs(state: LMState) -> LMState:
   return LMState("B", pairs)  # pyrefly: ignore[bad-argument-type] a tree of str
 
 
+def _prefill_outputs(arguments: dict[str, Any]) -> tuple[str, LMState]:
+  """Return the axes of what `prefill` returns."""
+  logits = "BT" if arguments.get("all_positions") else "B"
+  return logits, _state_outputs(arguments["state"])
+
+
 def _on_any_mesh(
   outputs: Callable[[dict[str, Any]], Any], letters: str = "BT"
 ) -> Callable[[_Method], _Method]:
@@ -166,6 +172,7 @@ class LM(nnx.Module):
       segment_ids=segment_ids,
       axes=axes,
       query_positions=positions_to_predict,
+      dropout_key=dropout_key,
     )
     if axes is not None and positions_to_predict is not None:
       # Chosen positions are not split over the devices that split the row.
@@ -191,7 +198,7 @@ class LM(nnx.Module):
     states = blocks.init_states(self.pairs, batch)
     return LMState(jnp.zeros(batch, jnp.int32), states)
 
-  @_on_any_mesh(lambda given: ("B", _state_outputs(given["state"])))
+  @_on_any_mesh(_prefill_outputs)
   def prefill(
     self,
     tokens: Array,
@@ -199,27 +206,43 @@ class LM(nnx.Module):
     *,
     segment_ids: Array | None = None,
     axes: ShardAxes | None = None,
+    all_positions: bool = False,
   ) -> tuple[Array, LMState]:
     """Return the logits (B, V) after T more tokens, and the state there.
+
+    A text of any length can so be read in parts, each with the state of the
+    part before.
 
     Args:
       tokens: integers (B, T).
       state: the state after the tokens before, or `init_state(B)`.
       segment_ids: integers (B, T), as in a call.
       axes: the mesh axes. None: no mesh.
+      all_positions: return the logits (B, T, V) after each of the tokens.
 
     Raises:
       ValueError: T is larger than the position table, or a shape does not fit.
     """
-    tokens = integer_rows("tokens", tokens)
-    T = tokens.shape[1]
-    step_1T = jnp.arange(T, dtype=jnp.int32)[None]
-    x_BTD = self._embed(tokens, state.position_B[:, None] + step_1T)
-    x_BTD, states = blocks.prefill_pairs(
-      self.pairs, x_BTD, state.pairs, segment_ids=segment_ids, axes=axes
-    )
-    logits_BV = self.head(self.norm(x_BTD[:, -1]))
-    return logits_BV, LMState(state.position_B + T, states)
+    x_BTD, state = self._prefill(tokens, state, segment_ids, axes)
+    x = x_BTD if all_positions else x_BTD[:, -1]
+    return self.head(self.norm(x)), state
+
+  @_on_any_mesh(lambda given: ("BT", _state_outputs(given["state"])))
+  def prefill_features(
+    self,
+    tokens: Array,
+    state: LMState,
+    *,
+    segment_ids: Array | None = None,
+    axes: ShardAxes | None = None,
+  ) -> tuple[Array, LMState]:
+    """Return LN(x), (B, T, D), of T more tokens, and the state there.
+
+    `head`, or a loss that makes few logits at a time, takes LN(x). The
+    arguments are those of `prefill`.
+    """
+    x_BTD, state = self._prefill(tokens, state, segment_ids, axes)
+    return self.norm(x_BTD), state
 
   @_on_any_mesh(lambda given: ("B", layouts(given["state"])), letters="B")
   def step(self, tokens: Array, state: LMState) -> tuple[Array, LMState]:
@@ -267,6 +290,23 @@ class LM(nnx.Module):
     for index in range(last):
       stream = blocks.unstack(self.pairs, index)(stream)
     return blocks.unstack(self.pairs, last).attention_matrix(stream)
+
+  def _prefill(
+    self,
+    tokens: Array,
+    state: LMState,
+    segment_ids: Array | None,
+    axes: ShardAxes | None,
+  ) -> tuple[Array, LMState]:
+    """Return the residual stream of T more tokens, and the state there."""
+    tokens = integer_rows("tokens", tokens)
+    T = tokens.shape[1]
+    step_1T = jnp.arange(T, dtype=jnp.int32)[None]
+    x_BTD = self._embed(tokens, state.position_B[:, None] + step_1T)
+    x_BTD, states = blocks.prefill_pairs(
+      self.pairs, x_BTD, state.pairs, segment_ids=segment_ids, axes=axes
+    )
+    return x_BTD, LMState(state.position_B + T, states)
 
   def _embed(
     self,

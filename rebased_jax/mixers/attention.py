@@ -36,10 +36,9 @@ IMPLEMENTATIONS = ("xla", "cudnn")
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig(MixerConfig):
-  """Choices of softmax attention; the defaults are the ReBased paper's.
+  """Choices of softmax attention.
 
-  The paper's code also drops 10 % of the attention weights in training. This
-  mixer has no dropout.
+  The defaults are the ReBased paper's, but for `dropout`, which is 0.1 there.
   """
 
   #: H, the number of heads. The paper has one.
@@ -55,11 +54,23 @@ class AttentionConfig(MixerConfig):
   #: width of a head allow it, else "xla". With "cudnn" an Inf or NaN may reach
   #: earlier tokens of its row.
   implementation: str | None = None
+  #: Probability of dropping each attention weight a_ts in a call that gets a
+  #: `dropout_key`. Such a call uses "xla": cuDNN's form has no dropout.
+  dropout: float = 0.0
 
   def __post_init__(self) -> None:
     super().__post_init__()
     check_positive(self, "heads", "length")
     check_one_of(self, "implementation", None, *IMPLEMENTATIONS)
+    if not 0 <= self.dropout < 1:
+      raise ValueError(
+        f"AttentionConfig.dropout={self.dropout!r}: expected a number in [0, 1)"
+      )
+    if self.dropout > 0 and self.implementation == "cudnn":
+      raise ValueError(
+        f"AttentionConfig.dropout={self.dropout!r} with implementation='cudnn',"
+        " which has no dropout: expected implementation=None or 'xla'"
+      )
 
   def make(self, site: Site, *, rngs: nnx.Rngs) -> "Attention":
     """Return softmax attention for a place in a model."""
@@ -139,6 +150,7 @@ class Attention(Mixer):
     self.rotary = config.rotary
     self.length = config.length or length
     self.implementation = config.implementation
+    self.dropout = config.dropout
 
   def _mix(
     self,
@@ -147,11 +159,12 @@ class Attention(Mixer):
     segment_ids: Array | None,
     axes: ShardAxes | None,
     query_positions: Array | None,
+    dropout_key: Array | None = None,
   ) -> Array:
     del axes  # XLA splits batch and heads by itself
     runs_BT = softmax.runs(segment_ids, x_BTD.shape[1])
     q_BTHF, k_BTHF, v_BTHF = self._project(x_BTD, softmax.steps(runs_BT))
-    if self._takes_cudnn(segment_ids):
+    if dropout_key is None and self._takes_cudnn(segment_ids):
       o_BTD = _merge_heads(softmax.attend_by_cudnn(q_BTHF, k_BTHF, v_BTHF))
       return self.out_proj(take_positions(o_BTD, query_positions))
     q_BMD = take_positions(_merge_heads(q_BTHF), query_positions)
@@ -160,6 +173,8 @@ class Attention(Mixer):
       k_BTHF,
       v_BTHF,
       softmax.visible(runs_BT, query_positions),
+      dropout=self.dropout,
+      dropout_key=dropout_key,
     )
     return self.out_proj(_merge_heads(o_BMHF))
 

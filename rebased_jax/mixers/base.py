@@ -133,8 +133,13 @@ class Mixer(nnx.Module):
   #: Why the mixer cannot keep documents apart. None: it can.
   no_segment_ids: ClassVar[str | None] = None
 
+  #: Probability with which the mixer drops some of its values in training. A
+  #: mixer that sets it gets `dropout_key` in its `_mix`, a PRNG key or None.
+  dropout: float = 0.0
   #: How many heads a mesh may split. None: the mixer has none.
   heads_to_split: int | None = None
+  #: Tokens of the longest row that the mixer takes. None: any number.
+  longest_row: int | None = None
   #: D.
   width: int
   #: Dtype of the computation and of y.
@@ -187,6 +192,7 @@ class Mixer(nnx.Module):
     segment_ids: Array | None = None,
     axes: ShardAxes | None = None,
     query_positions: Array | None = None,
+    dropout_key: Array | None = None,
   ) -> Array:
     """Return y (B, T, D) of whole rows, or (B, M, D) at chosen positions.
 
@@ -197,6 +203,8 @@ class Mixer(nnx.Module):
       axes: the mesh axes that split batch, heads and time. None: no mesh.
       query_positions: integers (B, M), each in [0, T). A position outside has
         NaN. None: all positions.
+      dropout_key: a PRNG key, which switches the mixer's own dropout on. None:
+        no dropout.
 
     Raises:
       ValueError: an argument has a wrong shape or dtype.
@@ -206,11 +214,14 @@ class Mixer(nnx.Module):
     if query_positions is not None:
       self._check_positions(x_BTD, query_positions)
       query_positions = to_int32(query_positions)
+    # Most mixers have no dropout, and their `_mix` takes no key.
+    options = {"dropout_key": dropout_key} if self.dropout > 0 else {}
     y = self._mix(
       x_BTD,
       segment_ids=segment_ids,
       axes=axes,
       query_positions=query_positions,
+      **options,
     )
     shape = x_BTD.shape
     if query_positions is not None:

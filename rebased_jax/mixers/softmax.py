@@ -6,6 +6,8 @@ where s runs over the tokens that a mask shows to t. The XLA form holds all
 scores (B, H, T, S) at once. cuDNN's form, for whole rows on a GPU, does not.
 """
 
+import functools
+
 from flax import nnx
 import jax
 from jax import Array
@@ -53,6 +55,8 @@ def attend(
   mask_BTS: Array,
   *,
   sees_all: bool = False,
+  dropout: float = 0.0,
+  dropout_key: Array | None = None,
 ) -> Array:
   """Return o (B, T, H, F) = Σ_s a_ts v_s, in plain XLA.
 
@@ -65,9 +69,14 @@ def attend(
       a cache that holds nothing else. Otherwise an Inf or NaN in a token's q, k
       or v is kept from every row that does not see the token, gradients
       included. A weight of 0 alone would not keep it out.
+    dropout: probability p of dropping each weight a_ts. Kept weights are
+      multiplied by 1 / (1 − p).
+    dropout_key: a PRNG key, which switches dropout on. None: no dropout.
   """
+  drop = dropout_key if dropout > 0 else None
+  weighted = functools.partial(_weighted_values, dropout=dropout, key=drop)
   if sees_all:
-    return _weighted_values(q_BTHF, k_BSHF, v_BSHF, mask_BTS)
+    return weighted(q_BTHF, k_BSHF, v_BSHF, mask_BTS)
 
   def is_finite(x_BTHF: Array) -> Array:
     return jnp.isfinite(x_BTHF).all(axis=(-2, -1))
@@ -75,7 +84,7 @@ def attend(
   own_BT = is_finite(q_BTHF)
   seen_BS = is_finite(k_BSHF) & is_finite(v_BSHF)
   spoilt_BT = ~own_BT | (mask_BTS & ~seen_BS[:, None]).any(axis=-1)
-  o_BTHF = _weighted_values(
+  o_BTHF = weighted(
     jnp.where(own_BT[..., None, None], q_BTHF, 0),
     jnp.where(seen_BS[..., None, None], k_BSHF, 0),
     jnp.where(seen_BS[..., None, None], v_BSHF, 0),
@@ -85,12 +94,20 @@ def attend(
 
 
 def _weighted_values(
-  q_BTHF: Array, k_BSHF: Array, v_BSHF: Array, mask_BTS: Array
+  q_BTHF: Array,
+  k_BSHF: Array,
+  v_BSHF: Array,
+  mask_BTS: Array,
+  *,
+  dropout: float,
+  key: Array | None,
 ) -> Array:
-  a_BHTS = weights(q_BTHF, k_BSHF, mask_BTS).astype(v_BSHF.dtype)
+  a_BHTS = weights(q_BTHF, k_BSHF, mask_BTS)
+  if key is not None:
+    a_BHTS = nnx.Dropout(dropout)(a_BHTS, deterministic=False, rngs=key)
   return jnp.einsum(
     "bhts,bshf->bthf",
-    a_BHTS,
+    a_BHTS.astype(v_BSHF.dtype),
     v_BSHF,
     precision=product_precision(v_BSHF.dtype),
     preferred_element_type=sum_dtype(v_BSHF.dtype),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from rebased_jax import (
+  AttentionConfig,
   BaseConvConfig,
   ModelConfig,
   ReBasedConfig,
@@ -244,6 +245,27 @@ def test_tokens_of_another_kind_are_named(tokens, message) -> None:
       call()
   with pytest.raises(ValueError, match=message):
     model(tokens)
+
+
+def test_dropout_of_a_mixer() -> None:
+  """Scanned pairs drop the weights that pairs run one by one drop."""
+  mixer = AttentionConfig(dropout=0.5)
+  found = []
+  for scan in (True, False):
+    config = dataclasses.replace(
+      CONFIG, second=mixer, dropout=0, pairs=2, mlp_width=None, scan_layers=scan
+    )
+    graph, params = make(config)
+
+    @jax.jit
+    def call(params, graph=graph):
+      model, key = nnx.merge(graph, params), jax.random.key(3)
+      return model(TOKENS_BT, dropout_key=key), model(TOKENS_BT)
+
+    dropped, whole = call(params)
+    assert (dropped != whole).any()
+    found.append(dropped)
+  assert_close(*found)
 
 
 def test_dropout() -> None:

@@ -8,7 +8,7 @@ import jax
 import pytest
 from train_cases import tiny
 
-from rebased_jax import BaseConvConfig, presets
+from rebased_jax import AttentionConfig, BaseConvConfig, presets
 from train import compiled_steps, stored_config
 from train.config import MQARPaperData, OptimizerConfig
 from train.presets import make_presets, text
@@ -126,6 +126,8 @@ def test_mqar_runs_have_the_numbers_of_the_paper(
   assert (model.dropout, model.mlp_width) == (dropout, None)
   wanted = presets.SYSTEMS[system]
   assert (model.first, mixer, model.block) == wanted
+  if "attention" in system:
+    assert mixer == AttentionConfig(dropout=0.1)
   if system in ("based", "rebased"):
     assert (mixer.heads, mixer.features, mixer.eps) == (12, 16, 1e-12)
     assert model.first == BaseConvConfig(taps=3)

@@ -26,6 +26,7 @@ TEST_SEED, TEST_EXAMPLES = 52, 3_000
 
 _VERSION = 1  # of the examples; raise it when they change
 _DIGEST_BYTES = 32  # a SHA-256 at the end of a cache file
+_DTYPES = (np.uint16, np.int32)  # of a cache file; earlier ones have int32
 _log = logging.getLogger(__name__)
 
 
@@ -105,7 +106,7 @@ class MQARPaper(Batches):
 
   @functools.cached_property
   def _parts(self) -> np.ndarray:
-    """The keys, values and gaps of all examples: int32 (3, n, N)."""
+    """The keys, values and gaps of all examples: integers (3, n, N)."""
     return load_paper_examples(
       self.config, self.examples, self.data_seed, self.cache_dir
     )
@@ -117,7 +118,8 @@ class MQARPaper(Batches):
     index_B = np.minimum(place_B, self.examples - 1)
     if self.shuffle:
       index_B = epoch_order(self.seed, epoch, self.examples)[index_B]
-    batch = mqar_rows(self.config, *self._parts[:, index_B])
+    parts = self._parts[:, index_B].astype(np.int32)
+    batch = mqar_rows(self.config, *parts)
     batch["weights"][place_B >= self.examples] = 0
     return batch
 
@@ -201,7 +203,8 @@ def load_paper_examples(
     cache_dir: the folder of the cache.
 
   Returns:
-    int32 (3, n, N), read-only and memory-mapped from the file.
+    Integers (3, n, N), read-only and memory-mapped from the file: uint16, or
+    int32 where the vocabulary has more than 65,536 tokens.
 
   Raises:
     OSError: the folder cannot be written.
@@ -217,7 +220,9 @@ def load_paper_examples(
       parts = _load(path, shape)  # another process may have made it
       if parts is None:
         _log.info("making %d MQAR examples for %s", examples, path)
-        _save(path, paper_examples(config, examples, seed))
+        small = config.vocab_size <= 1 << 16
+        made = paper_examples(config, examples, seed)
+        _save(path, made.astype(np.uint16) if small else made)
         parts = _load(path, shape)
   if parts is None:
     raise OSError(f"{path} is damaged right after it was written")
@@ -233,7 +238,7 @@ def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
     if _checksum(path, body) == digest.tobytes():
       parts = np.load(path, mmap_mode="r", allow_pickle=False)
-      if parts.shape == shape and parts.dtype == np.int32:
+      if parts.shape == shape and parts.dtype in _DTYPES:
         return np.asarray(parts)
   _log.warning("%s is damaged and will be made again", path)
   return None

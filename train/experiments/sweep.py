@@ -216,7 +216,7 @@ class Sweep:
         self.state_R, self._keys_R, order_RSB, weights_SB, self._train_N
       )
       evaluate = jax.jit(self._on_devices(_test)).lower(
-        self.state_R["params"], self._test_N
+        self.state_R.params, self._test_N
       )
     self._compiled = train.compile(), evaluate.compile()
     self.compile_seconds.append(time.perf_counter() - begin)
@@ -248,7 +248,7 @@ class Sweep:
       epoch: the epoch that is next.
     """
     self.state_R = compiled_steps.from_dicts(arrays, self.state_R)
-    self.active_R = np.asarray(jax.device_get(self.state_R["ok"]))
+    self.active_R = np.asarray(jax.device_get(self.state_R.ok))
     self.epoch = epoch
     self._place()
 
@@ -260,9 +260,9 @@ class Sweep:
     self.state_R, metrics_SR = train(
       self.state_R, self._keys_R, order_RSB, weights_SB, self._train_N
     )
-    sums_R = evaluate(self.state_R["params"], self._test_N)
+    sums_R = evaluate(self.state_R.params, self._test_N)
     metrics_SR, sums_R, ok_R = jax.device_get(
-      (metrics_SR, sums_R, self.state_R["ok"])
+      (metrics_SR, sums_R, self.state_R.ok)
     )
     accuracy_R = sums_R["accuracy"] / sums_R["tokens"]
     found = Epoch(
@@ -287,8 +287,8 @@ class Sweep:
       active_R &= ~(found.accuracy_R > self.cell.run.stop_accuracy)
     if not (active_R == self.active_R).all():
       self.active_R = active_R
-      ok_R = jax.device_put(active_R, self.state_R["ok"].sharding)
-      self.state_R = dict(self.state_R, ok=ok_R)
+      ok_R = jax.device_put(active_R, self.state_R.ok.sharding)
+      self.state_R = self.state_R._replace(ok=ok_R)
     left = [run for run, on in zip(self.runs, active_R, strict=True) if on]
     enough = self.cell.epochs - self.epoch >= _EPOCHS_WORTH_COMPILING
     if enough and 0 < 2 * len(left) <= len(self.runs):
@@ -337,8 +337,8 @@ class Sweep:
 
   def _first_state(self, rate: Array, seed: Array) -> step.State:
     state = compiled_steps.new_state(self.cell.run.model, seed, self._tx)
-    *rest, _ = state["opt_state"]
-    return dict(state, opt_state=(*rest, RunRate(rate)))
+    *rest, _ = state.opt_state
+    return state._replace(opt_state=(*rest, RunRate(rate)))
 
 
 def _train_epoch(
@@ -407,5 +407,5 @@ def _examples(batches: mqar_paper.MQARPaper) -> dict[str, Array]:
   parts = mqar_paper.load_paper_examples(
     batches.config, batches.examples, batches.data_seed, batches.cache_dir
   )
-  rows = mqar.mqar_rows(batches.config, *parts)
+  rows = mqar.mqar_rows(batches.config, *parts.astype(np.int32))
   return {name: jnp.asarray(x) for name, x in rows.items()}

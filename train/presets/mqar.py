@@ -7,7 +7,7 @@ mqar-paper-ablation-VARIANT-LENGTH       its ablations
 
 import dataclasses
 
-from rebased_jax import MixerConfig, ReBasedConfig, presets
+from rebased_jax import AttentionConfig, MixerConfig, ReBasedConfig, presets
 from train.config import (
   MQARPaperData,
   MQARStreamData,
@@ -42,13 +42,18 @@ def small(name: str) -> RunConfig:
   """
   system = presets.SYSTEMS[name]
   system = system._replace(
-    first=_few_heads(system.first), second=_few_heads(system.second)
+    first=_made_small(system.first), second=_made_small(system.second)
   )
   return _small(system, learning_rate=_SMALL_RATE)
 
 
-def _few_heads(mixer: MixerConfig) -> MixerConfig:
-  """Return the mixer with 4 heads instead of 12; 1 head stays 1."""
+def _made_small(mixer: MixerConfig) -> MixerConfig:
+  """Return the mixer with 4 heads instead of 12, and without dropout.
+
+  Softmax attention, which has one head, keeps it.
+  """
+  if isinstance(mixer, AttentionConfig):
+    return dataclasses.replace(mixer, dropout=0.0)
   if getattr(mixer, "heads", 1) == 1:
     return mixer
   # The field is there: the base class does not declare it.
