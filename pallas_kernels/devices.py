@@ -1,7 +1,8 @@
 """Versions of jax and kinds of devices; no other module knows them.
 
-It answers three questions: which platform calls run on, whether the Hopper and
-TPU kernels can run there, and whether this jax has what they are written with.
+It answers three questions: which platform calls are expected to run on, whether
+a device is known that the Hopper or TPU kernels can run on, and whether this
+jax has what they are written with.
 """
 
 from collections.abc import Iterator
@@ -9,10 +10,13 @@ import contextlib
 import functools
 import importlib
 import os
+from typing import Any
 import warnings
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.by_platform import Kernels
 
 WARPGROUP = 128  # threads of a Hopper GPU that work on one row of an array
 
@@ -30,30 +34,40 @@ _TPUS = {
 }
 
 
-def _device() -> tuple[str, str]:
-  """Return (platform, kind) of the devices that calls run on.
+# Where the kernels of each implementation lower, by jax's names of platforms.
+KERNEL_PLATFORMS = {"gpu": ("cuda",), "tpu": ("tpu",)}
 
-  They are the ambient mesh's devices, or else this process's. A mesh of devices
-  that are not attached is what a step is compiled for ahead of time.
+
+def _device() -> tuple[str, str]:
+  """Return (platform, kind) of the devices that calls are expected to run on.
+
+  They are the ambient mesh's devices, or else jax's default device. A mesh of
+  devices that are not attached is what a step is compiled for ahead of time.
   """
   abstract = jax.sharding.get_abstract_mesh().abstract_device
   if abstract is not None:
     return abstract.platform or "", abstract.device_kind
-  device = jax.devices()[0]
+  device = jax.config.jax_default_device
+  if device is None or isinstance(device, str):
+    device = jax.devices(*([] if device is None else [device]))[0]
   return device.platform, device.device_kind
 
 
 def platform() -> str:
-  """Return the platform that calls run on: "cpu", "gpu" or "tpu"."""
+  """Return the platform that calls are expected to run on: "cpu", "gpu", "tpu".
+
+  Arrays may lie on another one, and a program may be lowered for another one.
+  So it decides what is fast; `by_platform` decides what must fit the platform.
+  """
   return _device()[0]
 
 
-def program_key() -> tuple[str, str, bool]:
+def program_key() -> tuple[Any, ...]:
   """Return what programs depend on besides their arguments.
 
   A program that was traced under one key is not the right one under another.
   """
-  return platform(), _device()[1], is_hopper()
+  return *_device(), is_hopper(), knows_tpu()
 
 
 def device_kind() -> str:
@@ -61,22 +75,54 @@ def device_kind() -> str:
   return jax.devices()[0].device_kind
 
 
+def _attached(platform: str) -> list[jax.Device]:
+  """Return the process's devices of a platform; it need not be the default."""
+  try:
+    return jax.devices(platform)
+  except RuntimeError:  # jax has no such platform here
+    return []
+
+
+def _tpu_kind() -> str | None:
+  """Return the kind of the TPUs that are known: the mesh's or the process's."""
+  found, kind = _device()
+  if found == "tpu":
+    return kind
+  return next((device.device_kind for device in _attached("tpu")), None)
+
+
+def knows_tpu() -> bool:
+  """Whether a TPU that the TPU kernels are written for is known."""
+  return _tpu_kind() in _TPUS
+
+
 def tpu_generation() -> str:
-  """Return the TPU generation that calls run on: "v5e", "v5p" or "v6e".
+  """Return the TPU generation to choose sizes for: "v5e", "v5p" or "v6e".
+
+  It is that of the mesh's TPU, or else of the process's. Where there is none, a
+  program is only lowered, and "v5e" stands for all.
 
   Raises:
-    NotImplementedError: calls run on another platform or another TPU.
+    NotImplementedError: it is another TPU.
   """
-  found, kind = _device()
-  if found != "tpu":
-    raise NotImplementedError(
-      f"implementation='tpu' needs a TPU; this process runs on {found}"
-    )
+  kind = _tpu_kind()
+  if kind is None:
+    return "v5e"
   if kind not in _TPUS:
     raise NotImplementedError(
       f"implementation='tpu' needs a TPU v5e, v5p or v6e; this is a {kind}"
     )
   return _TPUS[kind]
+
+
+def check_tpu() -> None:
+  """Raise NotImplementedError if calls run on no TPU v5e, v5p or v6e."""
+  found = platform()
+  if found != "tpu":
+    raise NotImplementedError(
+      f"implementation='tpu' needs a TPU; calls run on {found}"
+    )
+  tpu_generation()
 
 
 def tpu_topology(generation: str) -> list[jax.Device]:
@@ -104,31 +150,72 @@ def tpu_topology(generation: str) -> list[jax.Device]:
 
 
 def check_gpu() -> None:
-  """Raise NotImplementedError where the Hopper kernels cannot run."""
-  device = jax.devices()[0]
-  if device.platform != "gpu":
+  """Raise NotImplementedError if calls run on no GPU with Hopper kernels."""
+  found = platform()
+  if found != "gpu":
     raise NotImplementedError(
-      f"implementation='gpu' needs a Hopper GPU; this process runs on "
-      f"{device.platform}"
+      f"implementation='gpu' needs a Hopper GPU; calls run on {found}"
     )
-  capability = str(getattr(device, "compute_capability", "unknown"))
-  if capability != "9.0":
-    raise NotImplementedError(
-      f"implementation='gpu' needs a Hopper GPU (compute capability 9.0); "
-      f"{device.device_kind} has {capability}"
-    )
+  _check_gpus()
+
+
+def check_mosaic_gpu() -> None:
+  """Raise NotImplementedError if this jax cannot lower the Hopper kernels."""
   if not has_mosaic_gpu():
     raise NotImplementedError(
-      f"implementation='gpu' needs jax ≥ 0.11; this is {jax.__version__}"
+      f"implementation='gpu' needs jax ≥ 0.11, which can lower the Hopper "
+      f"kernels; this is jax {jax.__version__}: pass implementation=None or "
+      "'xla', or upgrade jax"
     )
+
+
+def check_named(implementation: str) -> None:
+  """Check that kernels that a caller named can be lowered.
+
+  They can wherever Python traces the call. Where calls are expected to run on
+  the kernels' platform, its devices must fit too.
+
+  Args:
+    implementation: "gpu" or "tpu".
+
+  Raises:
+    NotImplementedError: this jax cannot lower them, or the devices do not fit.
+  """
+  if implementation == "gpu":
+    check_mosaic_gpu()
+  if platform() == implementation:
+    {"gpu": check_gpu, "tpu": check_tpu}[implementation]()
+
+
+def kernels_of(implementation: str) -> Kernels:
+  """Return where the kernels of "gpu" or "tpu" run."""
+  needs = {"gpu": "a Hopper GPU", "tpu": "a TPU"}[implementation]
+  platforms = KERNEL_PLATFORMS[implementation]
+  return Kernels(implementation, platforms, needs)
+
+
+def _check_gpus() -> None:
+  """Raise NotImplementedError if a GPU of the process is no Hopper GPU."""
+  for device in _attached("cuda") or _attached("gpu"):
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    if capability != "9.0":
+      raise NotImplementedError(
+        f"implementation='gpu' needs a Hopper GPU (compute capability 9.0); "
+        f"{device.device_kind} has {capability}"
+      )
+  check_mosaic_gpu()
 
 
 def is_hopper() -> bool:
-  """Whether calls run on a Hopper GPU with a jax that has its kernels."""
-  if platform() != "gpu":
+  """Whether the process has Hopper GPUs, and a jax with their kernels.
+
+  Calls may run elsewhere. Where programs are lowered for a GPU that is not
+  attached, its kind is not known, and nothing may rely on a Hopper GPU.
+  """
+  if not _attached("cuda"):
     return False
   try:
-    check_gpu()
+    _check_gpus()
   except NotImplementedError:
     return False
   return True
@@ -178,9 +265,9 @@ def can_import_kernels(module: str) -> bool:
 
 
 def takes_row_kernel(x: jax.Array) -> bool:
-  """Whether a Hopper kernel over rows can take x where calls run.
+  """Whether a Hopper kernel over rows can take x on this process's GPUs.
 
-  It can on a Hopper GPU, if x has a 16-bit dtype and is not empty. It cannot
+  It can on Hopper GPUs, if x has a 16-bit dtype and is not empty. It cannot
   inside a `jax.shard_map` that checks what varies over the mesh: jax does not
   know over which axes a kernel's results vary. Cast all inputs with
   `sharding.vary_alike` first, so that one of them speaks for all.

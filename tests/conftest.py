@@ -60,9 +60,12 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def interpreted(hopper):
+def interpreted(hopper, monkeypatch: pytest.MonkeyPatch):
   """Run the Hopper kernels in Pallas's interpreter on this machine's CPU."""
   import jax.experimental.pallas.mosaic_gpu as plgpu
 
+  from pallas_kernels import devices
+
+  monkeypatch.setitem(devices.KERNEL_PLATFORMS, "gpu", ("cuda", "cpu"))
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
     yield

@@ -30,6 +30,7 @@ from pallas_kernels.arguments import (
   integer_array,
   positive_integer,
 )
+from pallas_kernels.by_platform import by_platform
 from pallas_kernels.compile_once import compile_once
 from pallas_kernels.cross_entropy import xla
 from pallas_kernels.cross_entropy.xla import TokenLosses
@@ -224,14 +225,18 @@ def _losses_and_gradients(
     x_BCD, targets_BC, weights_BC = inputs
     logits_BCV = xla.logits(x_BCD, embedding_VD, x_BCD.dtype)
     if split.has_whole_rows and has_kernel(logits_BCV):
-      tokens, dlogits_BCV = _by_kernel(logits_BCV, targets_BC, weights_BC)
-    else:
-      logits_BCV = logits_BCV.astype(dtype)
-      tokens, log_sum_BC = xla.token_losses_and_log_sums(logits_BCV, targets_BC)
-      dlogits_BCV = xla.logits_gradient(
-        logits_BCV, log_sum_BC, targets_BC, weights_BC
+      tokens, dlogits_BCV = by_platform(
+        devices.kernels_of("gpu"),
+        _by_kernel,
+        xla.losses_and_gradient,
+        logits_BCV,
+        targets_BC,
+        weights_BC,
       )
-      dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
+    else:
+      tokens, dlogits_BCV = xla.losses_and_gradient(
+        logits_BCV, targets_BC, weights_BC
+      )
     dx_BCD = jnp.einsum("bcv,vd->bcd", dlogits_BCV, embedding_VD)
     dembedding_VD += jnp.einsum(
       "bcv,bcd->vd",

@@ -72,6 +72,16 @@ def losses_from_log_sums(
   return TokenLosses(nll, _is_correct(best, targets))
 
 
+def losses_and_gradient(
+  logits_V: Array, targets: Array, weights: Array
+) -> tuple[TokenLosses, Array]:
+  """Return each token's loss, and ∂(w nll)/∂z (…, V) in z's dtype."""
+  wide_V = logits_V.astype(sum_dtype(logits_V.dtype))
+  tokens, log_sum = token_losses_and_log_sums(wide_V, targets)
+  dlogits_V = logits_gradient(wide_V, log_sum, targets, weights)
+  return tokens, dlogits_V.astype(logits_V.dtype)
+
+
 def _logit_of_target(logits_V: Array, targets: Array) -> Array:
   """Return z_target (…), NaN for a target outside [0, V)."""
   V = logits_V.shape[-1]

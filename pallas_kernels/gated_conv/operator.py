@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import devices
 from pallas_kernels.arguments import float_array, integer_array
+from pallas_kernels.by_platform import by_platform
 from pallas_kernels.compile_once import compile_once, compiled_backward
 from pallas_kernels.explicit_mesh import on_any_mesh
 from pallas_kernels.gated_conv import xla
@@ -170,18 +171,18 @@ def _by_kernel(axes, u_BTD, z_BTD, taps_KD, bias_D, z_bias_D):
 
 def _forward(axes, u_BTD, z_BTD, taps_KD, bias_D, z_bias_D):
   del axes  # XLA splits the rows of the forward
-  (B, _, D), K = u_BTD.shape, taps_KD.shape[0]
-  none_BKD = jnp.zeros_like(u_BTD, shape=(B, K - 1, D))
-  c_BTD, _ = xla.causal_conv(taps_KD, bias_D, u_BTD, none_BKD, None)
-  y_BTD = c_BTD * add_bias(z_BTD, z_bias_D) + u_BTD
-  return y_BTD, (u_BTD, z_BTD, taps_KD, bias_D, z_bias_D)
+  kept = u_BTD, z_BTD, taps_KD, bias_D, z_bias_D
+  return xla.gated_conv(*kept), kept
 
 
 def _backward(axes, kept, dy_BTD):
   from pallas_kernels.gated_conv import gpu  # takes long to import
 
-  def run(u_BTD, z_BTD, dy_BTD, *parameters):
-    du_BTD, dz_BTD, sums = gpu.backward(u_BTD, z_BTD, dy_BTD, *parameters)
+  def run(*arrays):
+    hopper = devices.kernels_of("gpu")
+    du_BTD, dz_BTD, sums = by_platform(
+      hopper, gpu.backward, xla.gated_conv_backward, *arrays
+    )
     return du_BTD, dz_BTD, sum_over_tokens(sums, axes)
 
   u_BTD, z_BTD, *parameters = kept

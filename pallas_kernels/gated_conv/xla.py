@@ -59,6 +59,30 @@ def causal_conv(
   return c_BTD, after_BKD
 
 
+def gated_conv(
+  u_BTD: Array, z_BTD: Array, taps_KD: Array, bias_D: Array, z_bias_D: Array
+) -> Array:
+  """Return c ∘ (z + z_bias) + u (B, T, D), of rows of one document each."""
+  (B, _, D), K = u_BTD.shape, taps_KD.shape[0]
+  none_BKD = jnp.zeros_like(u_BTD, shape=(B, K - 1, D))
+  c_BTD, _ = causal_conv(taps_KD, bias_D, u_BTD, none_BKD, None)
+  return c_BTD * add_bias(z_BTD, z_bias_D) + u_BTD
+
+
+def gated_conv_backward(
+  u_BTD: Array,
+  z_BTD: Array,
+  dy_BTD: Array,
+  taps_KD: Array,
+  bias_D: Array,
+  z_bias_D: Array,
+) -> tuple[Array, Array, Array]:
+  """Return (du, dz, sums); sums (K + 2, D) of taps, bias and z_bias."""
+  arrays = u_BTD, z_BTD, taps_KD, bias_D, z_bias_D
+  du_BTD, dz_BTD, dtaps_KD, *sums_D = jax.vjp(gated_conv, *arrays)[1](dy_BTD)
+  return du_BTD, dz_BTD, jnp.concatenate([dtaps_KD, jnp.stack(sums_D)])
+
+
 def over_time(
   axes: ShardAxes,
   taps_KD: Array,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import devices
 from pallas_kernels.arguments import float_array
+from pallas_kernels.by_platform import by_platform
 from pallas_kernels.compile_once import compile_once, compiled_backward
 from pallas_kernels.explicit_mesh import on_any_mesh
 from pallas_kernels.gelu import xla
@@ -94,8 +95,12 @@ def _by_kernel(axes: ShardAxes | None, x_BTD: Array, b_D: Array) -> Array:
 def _forward(axes, x_BTD, b_D):
   from pallas_kernels.gelu import gpu  # takes long to import
 
-  def run(x_BTD, b_D):
+  def kernel(x_BTD, b_D):
     return gpu.forward(flatten_tokens(x_BTD), b_D).reshape(x_BTD.shape)
+
+  def run(x_BTD, b_D):
+    hopper = devices.kernels_of("gpu")
+    return by_platform(hopper, kernel, xla.gelu, x_BTD, b_D)
 
   run = map_over_mesh(
     run,
@@ -109,11 +114,17 @@ def _forward(axes, x_BTD, b_D):
 def _backward(axes, kept, dy_BTD):
   from pallas_kernels.gelu import gpu
 
-  def run(x_BTD, b_D, dy_BTD):
+  def kernel(x_BTD, b_D, dy_BTD):
     dx_RD, db_D = gpu.backward(
       flatten_tokens(x_BTD), b_D, flatten_tokens(dy_BTD)
     )
-    return dx_RD.reshape(x_BTD.shape), sum_over_tokens(db_D, axes)
+    return dx_RD.reshape(x_BTD.shape), db_D
+
+  def run(x_BTD, b_D, dy_BTD):
+    hopper = devices.kernels_of("gpu")
+    arrays = x_BTD, b_D, dy_BTD
+    dx_BTD, db_D = by_platform(hopper, kernel, xla.backward, *arrays)
+    return dx_BTD, sum_over_tokens(db_D, axes)
 
   x_BTD, b_D = kept
   run = map_over_mesh(

@@ -22,6 +22,11 @@ def gelu(x_D: Array, b_D: Array | None) -> Array:
   return (0.5 * u_D * (1 + _erf(math.sqrt(0.5) * u_D))).astype(x_D.dtype)
 
 
+def backward(x_D: Array, b_D: Array, dy_D: Array) -> tuple[Array, Array]:
+  """Return (dx, db), each in the dtype of its primal."""
+  return jax.vjp(gelu, x_D, b_D)[1](dy_D)
+
+
 # A derivative of our own: jax 0.12's rule of erf fails inside a shard_map that
 # checks what varies over the mesh.
 @jax.custom_jvp

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import devices
 from pallas_kernels.arguments import as_array, float_array, number_from_0
+from pallas_kernels.by_platform import by_platform
 from pallas_kernels.compile_once import compile_once, compiled_backward
 from pallas_kernels.explicit_mesh import on_any_mesh
 from pallas_kernels.layer_norm import xla
@@ -165,7 +166,7 @@ def _by_kernel(eps, axes, x_BTD, y_BTD, y_bias_D, scale_D, bias_D):
 def _kernel_forward(eps, axes, x_BTD, y_BTD, y_bias_D, scale_D, bias_D):
   from pallas_kernels.layer_norm import gpu  # takes long to import
 
-  def run(x_BTD, y_BTD, y_bias_D, scale_D, bias_D):
+  def kernel(x_BTD, y_BTD, y_bias_D, scale_D, bias_D):
     s_RD, n_RD = gpu.forward(
       flatten_tokens(x_BTD),
       flatten_tokens(y_BTD),
@@ -175,6 +176,13 @@ def _kernel_forward(eps, axes, x_BTD, y_BTD, y_bias_D, scale_D, bias_D):
       eps=eps,
     )
     return s_RD.reshape(x_BTD.shape), n_RD.reshape(x_BTD.shape)
+
+  def elsewhere(x_BTD, y_BTD, y_bias_D, scale_D, bias_D):
+    s_BTD = xla.residual_sum(x_BTD, y_BTD, y_bias_D)
+    return s_BTD, _layer_norm(eps, y_BTD.dtype, s_BTD, scale_D, bias_D)
+
+  def run(*arrays):
+    return by_platform(devices.kernels_of("gpu"), kernel, elsewhere, *arrays)
 
   run = map_over_mesh(
     run,
@@ -193,7 +201,7 @@ def _kernel_backward(eps, axes, kept, cotangents):
   s_BTD, y_bias_D, scale_D, bias_D = kept
   has_bias = y_bias_D is not None
 
-  def run(s_BTD, ds_BTD, dn_BTD, scale_D):
+  def kernel(s_BTD, ds_BTD, dn_BTD, scale_D):
     dx_RD, dy_RD, *sums = gpu.backward(
       *map(flatten_tokens, (s_BTD, ds_BTD, dn_BTD)),
       scale_D,
@@ -201,6 +209,20 @@ def _kernel_backward(eps, axes, kept, cotangents):
       has_bias=has_bias,
     )
     dx_BTD, dy_BTD = (x_RD.reshape(s_BTD.shape) for x_RD in (dx_RD, dy_RD))
+    return dx_BTD, dy_BTD, sums
+
+  def elsewhere(s_BTD, ds_BTD, dn_BTD, scale_D):
+    norm = functools.partial(_layer_norm, eps, dn_BTD.dtype)
+    _, pull = jax.vjp(norm, s_BTD, scale_D, jnp.zeros_like(scale_D))
+    dnorm_BTD, *sums = pull(dn_BTD)
+    dx_BTD = ds_BTD + dnorm_BTD
+    if has_bias:
+      sums.append(dx_BTD.sum(axis=tuple(range(dx_BTD.ndim - 1))))
+    return dx_BTD, dx_BTD.astype(dn_BTD.dtype), sums
+
+  def run(*arrays):
+    hopper = devices.kernels_of("gpu")
+    dx_BTD, dy_BTD, sums = by_platform(hopper, kernel, elsewhere, *arrays)
     return dx_BTD, dy_BTD, sum_over_tokens(sums, axes)
 
   sums = ["whole"] * (3 if has_bias else 2)

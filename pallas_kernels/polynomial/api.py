@@ -155,9 +155,9 @@ def polynomial_attention(
       and time. If None, the operator splits nothing and communicates nothing.
     implementation: what computes it.
 
-      * `None` (default): the kernels of the device that runs the call. If there
-        are none, or they cannot do the call, "xla". On a GPU or TPU, a warning
-        then says why.
+      * `None` (default): the kernels of the platform that the program is
+        lowered for, if they can do the call and its device is known. Else
+        "xla"; on a GPU or TPU, a warning then says why.
       * `"gpu"`: Pallas kernels for Hopper GPUs.
       * `"tpu"`: Pallas kernels for TPUs v5e, v5p and v6e.
       * `"xla"`: plain jax in chunks of 64 tokens, on every device.
@@ -172,8 +172,9 @@ def polynomial_attention(
   Raises:
     ValueError: an argument does not fit. The message names it, says what it is
       and what was expected.
-    NotImplementedError: the named implementation cannot do this call. The
-      message says why, before anything is computed.
+    NotImplementedError: the named implementation cannot do this call, or the
+      program is lowered for another platform than its own. The message says
+      why, before anything is computed.
   """
   q, k, v, segment_ids = checks.sequences(q, k, v, segment_ids)
   kernel = checks.kernel(q, coefficients, scale, eps)
@@ -196,6 +197,11 @@ def polynomial_attention(
     )
   else:
     static = StaticArguments(_passes(name), kernel, axes, return_state)
+    if name in devices.KERNEL_PLATFORMS:
+      static = static._replace(
+        kernels=devices.kernels_of(name),
+        elsewhere=xla if implementation is None else None,
+      )
     arrays = q, k, v, segment_ids, initial_state
     o, state = compile_once(operator.attend, (static,), *arrays)
   if not return_state:
@@ -353,27 +359,38 @@ def which_implementation(
   """
   if implementation is None:
     return _of_device()
+  _check_name(implementation, axes)
+  if implementation == "gpu":
+    devices.check_gpu()
+  if implementation == "tpu":
+    devices.check_tpu()
+  return implementation, "it was named"
+
+
+def _check_name(implementation: str, axes: ShardAxes | None) -> None:
+  """Check a named implementation, as far as no device matters.
+
+  Raises:
+    ValueError: there is no implementation of that name.
+    NotImplementedError: it cannot split the arrays by these axes.
+  """
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f"implementation={implementation!r}: expected None or one of "
       f"{IMPLEMENTATIONS}"
     )
-  if implementation == "gpu":
-    devices.check_gpu()
-  if implementation == "tpu":
-    devices.tpu_generation()
   if implementation == "reference" and axes is not None and axes.time:
     raise NotImplementedError(
       f"implementation='reference' does not split time (axes.time="
       f"{axes.time!r}); 'xla' does"
     )
-  return implementation, "it was named"
 
 
 def _of_device() -> tuple[Implementation, str]:
   """Return the default implementation of this device, and the reason."""
   try:
     if devices.platform() == "tpu":
+      devices.check_tpu()
       return "tpu", (
         f"a TPU {devices.tpu_generation()}; calls that its kernels cannot do "
         "run 'xla'"
@@ -382,6 +399,16 @@ def _of_device() -> tuple[Implementation, str]:
   except NotImplementedError as error:
     return "xla", str(error)
   return "gpu", "a Hopper GPU; calls that its kernels cannot do run 'xla'"
+
+
+def _kernels_of_known_device() -> Implementation | None:
+  """Return the implementation whose kernels a known device runs, if any.
+
+  The device need not be the one that calls are expected to run on.
+  """
+  if devices.knows_tpu():
+    return "tpu"
+  return "gpu" if devices.is_hopper() else None
 
 
 def _choose(
@@ -395,6 +422,9 @@ def _choose(
 ) -> Implementation:
   """Choose the implementation of this call, which is then able to do it.
 
+  Kernels are chosen where a known device runs them. Lowering for another
+  platform then takes "xla", if no implementation was named.
+
   Args:
     implementation: the name that the caller gave, or None.
     q: queries.
@@ -406,22 +436,33 @@ def _choose(
   Raises:
     NotImplementedError: the named implementation cannot do the call.
   """
-  name, reason = which_implementation(implementation, axes=axes)
-  if name not in ("gpu", "tpu"):
-    if implementation is None and devices.platform() != "cpu":
-      warnings.warn(f"polynomial_attention runs 'xla': {reason}", stacklevel=3)
-    return name
+  if implementation is None:
+    name = _kernels_of_known_device()
+  else:
+    _check_name(implementation, axes)
+    name = implementation
+  if name not in devices.KERNEL_PLATFORMS:
+    if implementation is None:
+      _warn_of_xla(_of_device()[1])
+    return name or "xla"
   states = states or (axes is not None and axes.time is not None)
   try:
+    devices.check_named(name)
     checks.is_split(name, axes)
     checks.outside_checked_shard_map(name, q)
     _kernels(name).supports(q, v, kernel, states=states)
   except NotImplementedError as error:
     if implementation is not None:
       raise
-    warnings.warn(f"polynomial_attention runs 'xla': {error}", stacklevel=3)
+    _warn_of_xla(error)
     return "xla"
   return name
+
+
+def _warn_of_xla(reason: object) -> None:
+  """Warn that "xla" runs where calls are expected to run on an accelerator."""
+  if devices.platform() != "cpu":
+    warnings.warn(f"polynomial_attention runs 'xla': {reason}", stacklevel=4)
 
 
 def _passes(name: Implementation) -> Passes:

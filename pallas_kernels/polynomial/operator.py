@@ -27,6 +27,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import documents as documents_lib
+from pallas_kernels.by_platform import (
+  Kernels,
+  by_platform,
+  forward_by_platform,
+)
 from pallas_kernels.compile_once import compiled_backward
 from pallas_kernels.polynomial.coefficients import Coefficients
 from pallas_kernels.polynomial.state import State
@@ -181,12 +186,17 @@ class StaticArguments(NamedTuple):
     kernel: its static numbers.
     axes: the mesh axes that split the arrays; None on one device.
     return_state: whether to make the state after the last token.
+    kernels: where `passes` run; None: on every platform.
+    elsewhere: the implementation on other platforms. None: lowering for them
+      raises NotImplementedError.
   """
 
   passes: Passes
   kernel: Kernel
   axes: ShardAxes | None
   return_state: bool
+  kernels: Kernels | None = None
+  elsewhere: Passes | None = None
 
   @property
   def time(self) -> Axis:
@@ -223,25 +233,74 @@ def attend(
 
 
 def _attend_forward(static: StaticArguments, q, k, v, ids_BT, state):
+  arrays = q, k, v, ids_BT, state
+  if static.kernels is None:
+    outputs, before = _forward(static, *arrays)
+  else:
+    other = _elsewhere(static)
+    outputs, before = forward_by_platform(
+      static.kernels,
+      functools.partial(_forward, static),
+      other and (lambda *arrays: _forward(other, *arrays)[0]),
+      *arrays,
+    )
+  return outputs, (*arrays, before)
+
+
+def _attend_backward(static: StaticArguments, residuals, cotangents):
+  if static.kernels is None:
+    grads = _backward(static, residuals, cotangents)
+  else:
+    other = _elsewhere(static)
+    grads = by_platform(
+      static.kernels,
+      functools.partial(_backward, static),
+      other and functools.partial(_backward_afresh, other),
+      residuals,
+      cotangents,
+    )
+  dq, dk, dv, dstate = grads
+  return dq, dk, dv, None, dstate
+
+
+def _elsewhere(static: StaticArguments) -> StaticArguments | None:
+  """Return the static arguments on platforms without kernels."""
+  if static.elsewhere is None:
+    return None
+  return static._replace(passes=static.elsewhere, kernels=None, elsewhere=None)
+
+
+def _forward(static: StaticArguments, *arrays):
+  """Return ((o, the last state), `before`) by `static.passes`."""
   forward = _over_mesh(
     functools.partial(_shard_forward, static),
     static.axes,
     inputs=(*_QKV, "ids", "state"),
     outputs=("tokens", "state", "before"),
   )
-  o, after, before = forward(q, k, v, ids_BT, state)
-  return (o, after), (q, k, v, ids_BT, state, before)
+  o, after, before = forward(*arrays)
+  return (o, after), before
 
 
-def _attend_backward(static: StaticArguments, residuals, cotangents):
+def _backward(static: StaticArguments, residuals, cotangents):
+  """Return the gradients of q, k, v and the state by `static.passes`."""
   backward = _over_mesh(
     functools.partial(_shard_backward, static),
     static.axes,
     inputs=(*_QKV, "ids", "state", "before", "tokens", "state"),
     outputs=(*_QKV, "state"),
   )
-  dq, dk, dv, dstate = backward(*residuals, *cotangents)
-  return dq, dk, dv, None, dstate
+  return backward(*residuals, *cotangents)
+
+
+def _backward_afresh(static: StaticArguments, residuals, cotangents):
+  """Return `_backward`, where the forward kept another implementation's form.
+
+  The forward runs again for its own `before`.
+  """
+  *arrays, _ = residuals
+  _, before = _forward(static, *arrays)
+  return _backward(static, (*arrays, before), cotangents)
 
 
 attend.defvjp(_attend_forward, compiled_backward(_attend_backward))

@@ -173,7 +173,7 @@ def _qkv(dtype="bfloat16"):
 
 
 def test_a_kernel_of_the_operator_is_refused(mesh, monkeypatch) -> None:
-  monkeypatch.setattr(devices, "check_gpu", lambda: None)
+  monkeypatch.setattr(devices, "check_named", lambda _: None)
   call = lambda *x: polynomial_attention(*x, implementation="gpu").sum()
   with pytest.raises(NotImplementedError, match=r"\['data'\].*check_vma=False"):
     jax.eval_shape(_split(call, checks=True), *_qkv())
@@ -189,7 +189,8 @@ def test_by_default_xla_computes_it_and_says_so(mesh, monkeypatch) -> None:
   with warnings.catch_warnings():
     warnings.simplefilter("error")
     wanted = both()
-  monkeypatch.setattr(devices, "check_gpu", lambda: None)
+  monkeypatch.setattr(devices, "is_hopper", lambda: True)
+  monkeypatch.setattr(devices, "check_named", lambda _: None)
   monkeypatch.setattr(devices, "platform", lambda: "gpu")
   with pytest.warns(UserWarning, match="check_vma=False"):
     found = both()
@@ -213,7 +214,7 @@ def test_a_kernel_is_taken_where_nothing_varies(mesh, hopper) -> None:
 
 
 def test_the_operator_is_refused_in_64_bits(monkeypatch) -> None:
-  monkeypatch.setattr(devices, "check_gpu", lambda: None)
+  monkeypatch.setattr(devices, "check_named", lambda _: None)
   call = lambda *x: polynomial_attention(*x, implementation="gpu")
   refused = pytest.raises(NotImplementedError, match="jax_enable_x64")
   with jax.enable_x64(True), refused:

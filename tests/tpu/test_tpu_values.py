@@ -56,7 +56,7 @@ CELLS = [
 @pytest.fixture(autouse=True)
 def a_tpu(monkeypatch, capsys):
   """Make calls take this machine for a TPU, and interpret the kernels."""
-  monkeypatch.setattr(devices, "tpu_generation", lambda: "v5e")
+  monkeypatch.setitem(devices.KERNEL_PLATFORMS, "tpu", ("tpu", "cpu"))
   monkeypatch.setattr(sizes, "sizes_for", lambda *_: SIZES)
   with pltpu.force_tpu_interpret_mode(PARAMS):
     yield

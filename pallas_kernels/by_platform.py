@@ -1,0 +1,195 @@
+"""Choosing kernels where a program is lowered, not where Python traces it.
+
+When Python traces a call, nobody knows where the program will run: its arrays
+may lie on another device than the default one, and `jax.export` lowers one
+program for several platforms. `by_platform` therefore traces both forms of a
+call. Lowering keeps the form of its platform, so the compiled program has no
+branch. `jax.lax.platform_dependent` cannot do it: where one program is lowered
+for several platforms, it lowers every branch for all of them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
+import jax.numpy as jnp
+
+
+class Kernels(NamedTuple):
+  """The platforms that the kernels of an implementation run on.
+
+  Attributes:
+    name: of the implementation, for messages.
+    platforms: those that its kernels lower for, by jax's names of lowering
+      platforms, such as ("cuda",).
+    needs: the device that its kernels need, for messages.
+  """
+
+  name: str
+  platforms: tuple[str, ...]
+  needs: str
+
+
+def by_platform(
+  kernels: Kernels,
+  kernel: Callable[..., Any],
+  elsewhere: Callable[..., Any] | None,
+  *arrays: Any,
+) -> Any:
+  """Return kernel(*arrays) on the kernels' platforms, else elsewhere(*arrays).
+
+  The result has no derivative; call it inside the rules of a `custom_vjp`.
+
+  Args:
+    kernels: where `kernel` runs.
+    kernel: a function of the arrays.
+    elsewhere: a function of the arrays with results of the same structure,
+      shapes and dtypes. None: lowering for another platform raises
+      NotImplementedError.
+    arrays: trees of arrays.
+
+  Raises:
+    TypeError: the results of the two functions differ in form.
+  """
+  flat, structure = jax.tree.flatten(arrays)
+
+  def trace(function):
+    run = lambda *flat: function(*jax.tree.unflatten(structure, flat))
+    return jax.make_jaxpr(run, return_shape=True)(*flat)
+
+  kernel_jaxpr, shapes = trace(kernel)
+  other_jaxpr = None
+  if elsewhere is not None:
+    other_jaxpr, other_shapes = trace(elsewhere)
+    form = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    if form(shapes) != form(other_shapes):
+      raise TypeError(
+        f"the kernels of {kernels.name!r} return {shapes}, XLA's program "
+        f"{other_shapes}: expected equal forms"
+      )
+  results = _by_platform_p.bind(
+    *flat, kernels=kernels, kernel=kernel_jaxpr, elsewhere=other_jaxpr
+  )
+  return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+
+def forward_by_platform(
+  kernels: Kernels,
+  kernel: Callable[..., tuple[Any, Any]],
+  elsewhere: Callable[..., Any] | None,
+  *arrays: Any,
+) -> tuple[Any, Any]:
+  """Return (results, kept), like `by_platform`, where only `kernel` keeps.
+
+  Only the kernels know the form of what they keep for their backward pass. On
+  other platforms it is NaN, and the backward pass must not read it.
+
+  Args:
+    kernels: where `kernel` runs.
+    kernel: returns (results, kept).
+    elsewhere: returns results. None: as in `by_platform`.
+    arrays: trees of arrays.
+  """
+  if elsewhere is None:
+    return by_platform(kernels, kernel, None, *arrays)
+  kept_types = []
+
+  def noted(*arrays):
+    results, kept = kernel(*arrays)
+    kept_types.append(jax.tree.map(jax.typeof, kept))
+    return results, kept
+
+  def filled(*arrays):
+    return elsewhere(*arrays), jax.tree.map(_unreadable, kept_types[0])
+
+  return by_platform(kernels, noted, filled, *arrays)
+
+
+def _unreadable(like: Any) -> Array:
+  """Return NaN, or zeros of an integer dtype, of an array's shape and dtype."""
+  is_float = jnp.issubdtype(like.dtype, jnp.inexact)
+  return jnp.full(like.shape, jnp.nan if is_float else 0, like.dtype)
+
+
+_by_platform_p = core.Primitive("by_platform")
+_by_platform_p.multiple_results = True
+
+
+@_by_platform_p.def_effectful_abstract_eval
+def _abstract(*avals, kernels, kernel, elsewhere):
+  del avals, kernels
+  effects = kernel.effects
+  if elsewhere is not None:
+    effects = effects | elsewhere.effects
+  return list(kernel.out_avals), effects
+
+
+@_by_platform_p.def_impl
+def _run(*arrays, kernels, kernel, elsewhere):
+  """Run without `jax.jit`, as under `jax.disable_jit`."""
+  platform = next(iter(jnp.asarray(arrays[0]).devices())).platform
+  platform = "cuda" if platform == "gpu" else platform
+  chosen = _chosen(platform, kernels, kernel, elsewhere)
+  return core.jaxpr_as_fun(chosen)(*arrays)
+
+
+def _chosen(platform, kernels, kernel, elsewhere):
+  if platform in kernels.platforms:
+    return kernel
+  if elsewhere is None:
+    raise NotImplementedError(
+      f"implementation={kernels.name!r} needs {kernels.needs}; this program is "
+      f"lowered for {platform}: pass implementation=None or 'xla', or lower it "
+      f"for {' or '.join(map(repr, kernels.platforms))}"
+    )
+  return elsewhere
+
+
+def _lowering(platform: str) -> Callable[..., Any]:
+  """Return the rule that lowers the primitive for one platform."""
+
+  def lower(ctx, *arrays, kernels, kernel, elsewhere):
+    chosen = _chosen(platform, kernels, kernel, elsewhere)
+    return mlir.lower_fun(core.jaxpr_as_fun(chosen))(ctx, *arrays)
+
+  return lower
+
+
+for _platform in ("cpu", "cuda", "rocm", "tpu"):
+  mlir.register_lowering(
+    _by_platform_p, _lowering(_platform), platform=_platform
+  )
+mlir.register_lowering(_by_platform_p, _lowering("another platform"))
+
+
+def _batched(arrays, axes, *, kernels, kernel, elsewhere):
+  """Map both forms by `jax.vmap`."""
+
+  def mapped(jaxpr):
+    run = jax.vmap(core.jaxpr_as_fun(jaxpr), in_axes=tuple(axes))
+    return jax.make_jaxpr(run)(*arrays)
+
+  results = _by_platform_p.bind(
+    *arrays,
+    kernels=kernels,
+    kernel=mapped(kernel),
+    elsewhere=None if elsewhere is None else mapped(elsewhere),
+  )
+  return results, (0,) * len(results)
+
+
+batching.primitive_batchers[_by_platform_p] = _batched
+
+
+def _no_tangents(primals, tangents, *, kernels, **_):
+  del primals, tangents
+  raise NotImplementedError(
+    f"forward mode, or a second derivative, through kernels of {kernels.name!r}"
+    ": expected a first derivative in reverse mode"
+  )
+
+
+ad.primitive_jvps[_by_platform_p] = _no_tangents
