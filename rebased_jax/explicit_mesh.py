@@ -75,6 +75,8 @@ def method_on_any_mesh(
         return PartitionSpec(*(split.get(letter) for letter in text))
 
       results = Outputs.of(outputs(arguments), place)
+      flags = {k: v for k, v in arguments.items() if isinstance(v, bool)}
+      options |= {name: arguments.pop(name) for name in flags}
       run = under_auto_axes(_call_method, results, tuple(options.items()))
       return run({"parameters": parameters, "arguments": arguments})
 

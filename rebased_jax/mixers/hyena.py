@@ -19,6 +19,7 @@ linear layers, the filter's too, start from N(0, 0.02²), so that h starts near
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -64,6 +65,7 @@ class HyenaConfig(MixerConfig):
       layers=site.layers,
       length=site.length,
       dtype=site.dtype,
+      precision=site.precision,
       rngs=rngs,
     )
 
@@ -89,6 +91,7 @@ class Filter(nnx.Module):
     length: int,
     hidden: int,
     dtype: jnp.dtype,
+    precision: str | None,
     rngs: nnx.Rngs,
   ):
     """Make the network.
@@ -98,6 +101,7 @@ class Filter(nnx.Module):
       length: L.
       hidden: W, the hidden width.
       dtype: dtype of the computation and of h.
+      precision: of float32 products, as `linear` takes it.
       rngs: draws the initial parameters.
     """
     p_L = np.arange(length)
@@ -106,13 +110,15 @@ class Filter(nnx.Module):
     z_L3 = np.stack([t_L, np.cos(angle_L), -np.sin(angle_L)], axis=1)
     self.z = nnx.Param(jnp.asarray(z_L3, jnp.float32))
     self.frequency = nnx.Param(jnp.ones(hidden, jnp.float32))
-    name = jnp.dtype(dtype).name
+    make = functools.partial(
+      linear, dtype=jnp.dtype(dtype).name, precision=precision, rngs=rngs
+    )
     self.layers = nnx.List(
       [
-        linear(3, hidden, dtype=name, use_bias=True, rngs=rngs),
-        linear(hidden, hidden, dtype=name, use_bias=True, rngs=rngs),
-        linear(hidden, hidden, dtype=name, use_bias=True, rngs=rngs),
-        linear(hidden, width, dtype=name, use_bias=False, rngs=rngs),
+        make(3, hidden, use_bias=True),
+        make(hidden, hidden, use_bias=True),
+        make(hidden, hidden, use_bias=True),
+        make(hidden, width),
       ]
     )
     self.length, self.width, self.dtype = length, width, jnp.dtype(dtype)
@@ -158,6 +164,7 @@ class Hyena(Mixer):
     layers: int = 1,
     length: int | None = None,
     dtype: str = "float32",
+    precision: str | None = None,
     rngs: nnx.Rngs,
   ):
     """Make the projections and the filter.
@@ -169,6 +176,8 @@ class Hyena(Mixer):
         N(0, 0.02² / (2 · layers)).
       length: L, where the config does not say it.
       dtype: name of the compute dtype.
+      precision: of float32 products: "default", "high" or "highest". None:
+        jax's setting.
       rngs: draws the initial parameters.
 
     Raises:
@@ -181,25 +190,25 @@ class Hyena(Mixer):
         "Hyena's filter has a fixed length, and nothing says how long it is: "
         "set HyenaConfig.length or ModelConfig.positions"
       )
-    self.length, self.taps = filter_length, config.taps
-    self.in_proj = linear(
-      width, 3 * width, dtype=dtype, use_bias=True, rngs=rngs
+    self.length = self.longest_row = filter_length
+    self.taps = config.taps
+    make = functools.partial(
+      linear, dtype=dtype, use_bias=True, precision=precision, rngs=rngs
     )
+    self.in_proj = make(width, 3 * width)
     self.conv = ShortConv(3 * width, config.taps, rngs=rngs)
     self.filter = Filter(
-      width, filter_length, config.filter_width, sum_dtype(self.dtype), rngs
+      width,
+      filter_length,
+      config.filter_width,
+      sum_dtype(self.dtype),
+      precision,
+      rngs,
     )
     self.bias = nnx.Param(
       jax.random.normal(rngs.params(), (width,), jnp.float32)
     )
-    self.out_proj = linear(
-      width,
-      width,
-      dtype=dtype,
-      use_bias=True,
-      stddev=output_stddev(layers),
-      rngs=rngs,
-    )
+    self.out_proj = make(width, width, stddev=output_stddev(layers))
 
   def init_state(self, batch: int) -> HyenaState:
     """Return the state before a row's first token: zeros."""
