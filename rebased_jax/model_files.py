@@ -254,6 +254,11 @@ def abstract_lm(
   return graph, jax.tree_util.tree_map_with_path(target, state)
 
 
+def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+  """Return the shape and dtype of each parameter of a model, by name."""
+  return by_name(abstract_lm(config)[1])
+
+
 def by_name(params: Any) -> dict[str, Any]:
   """Return the leaves of nested dicts by their paths, joined by dots."""
   return {
@@ -275,7 +280,7 @@ def _parameters(model: LM) -> dict[str, Any]:
       "whose variables are all parameters; others are not written"
     )
   found = by_name(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-  wanted = by_name(abstract_lm(model.config)[1])
+  wanted = parameter_shapes(model.config)
   for name in [*wanted, *found]:
     if name not in found or name not in wanted:
       problem = "is missing" if name not in found else "is not expected"

@@ -69,6 +69,12 @@ VERBS = {
     "complete a prompt with a run's model",
     "train.commands.generate",
   ),
+  "export": Verb(
+    "RUN --out DIR",
+    "write a run's model for any program",
+    "train.commands.export",
+    environment={"JAX_PLATFORMS": "cpu"},  # nothing is computed
+  ),
   "inspect": Verb(
     "WHAT",
     "show a preset, model, run or checkpoint;\n"

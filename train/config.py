@@ -88,7 +88,8 @@ class RunConfig:
   keep: int = 3
   #: Held-out accuracy above which the run ends early. None: never.
   stop_accuracy: float | None = None
-  #: A run folder: start from its weights, with a fresh optimiser.
+  #: A run folder or an exported model: start from its weights, with a fresh
+  #: optimiser. The model must be the same.
   init_from: str | None = None
   #: Write TensorBoard event files too.
   tensorboard: bool = False

@@ -16,6 +16,7 @@ import jax
 
 import pallas_kernels
 import rebased_jax
+from rebased_jax.model_files import is_exported
 from train import stored_config
 from train.config import RunConfig
 from train.data.batches import Batches
@@ -64,7 +65,7 @@ def check(config: RunConfig, folder: RunFolder, **options: Any) -> None:
       held_out_data=_identity(
         config.data.eval_batches(config.micro_batch, config.seed)
       ),
-      init_from_checkpoints=_names(config.init_from),
+      init_from_files=_names(config.init_from),
       versions=processes.versions(),
       code=hash_of_code(config),
       settings={name: str(jax.config.values[name]) for name in _SETTINGS},
@@ -77,9 +78,14 @@ def _identity(batches: Batches) -> dict[str, Any]:
 
 
 def _names(run: str | None) -> list[str] | None:
-  """Return the names in a run's checkpoint folder; None if there is none."""
+  """Return the names in a run's checkpoint folder; None if there is none.
+
+  Of an exported model, return the names and sizes of its files.
+  """
   if run is None:
     return None
+  if is_exported(run):
+    return sorted(f"{x.name} {x.stat().st_size}" for x in Path(run).iterdir())
   checkpoints = RunFolder(run).checkpoints
   if not checkpoints.exists():
     return None

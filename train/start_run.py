@@ -20,6 +20,7 @@ from rebased_jax import import_trainer
 from train import (
   compiled_steps,
   console as console_lib,
+  init_weights,
   initial_state,
   loop as loop_lib,
   same_run,
@@ -169,7 +170,7 @@ def train(
     built = compiled_steps.build(config, mesh)
     weights = None
     if config.init_from is not None and not folder.config_file.exists():
-      weights = initial_state.source_weights(config, built)
+      weights = init_weights.source_weights(config, built)
     with processes.all_or_none():
       wandb.check(config)
       initial_state.try_data(config)

@@ -101,15 +101,8 @@ def complete(
     CheckpointError: there is no such checkpoint, or it is unreadable.
   """
   require(bool(prompt), "prompt", prompt, "some text")
-  if model_files.is_exported(run_dir):
-    config, tokenizer, eos = _read_export(run_dir, source)
-  else:
-    run, data, meta = _read_run(run_dir, source.step)
-    config = run.model
-    tokenizer, eos = find_tokenizer(data, meta["data"], source)
-  V, needed = config.vocab_size, tokenizer.spec.vocab_size
-  expected = f"at least {needed}, the tokens of {tokenizer.spec.name}"
-  require(needed <= V, "model.vocab_size", V, expected)
+  config, tokenizer, eos = read_text_model(run_dir, source)
+  V = config.vocab_size
   if sampling.top_k is not None:
     k = sampling.top_k
     require(k <= V, "top_k", k, f"at most the {V} tokens")
@@ -121,6 +114,32 @@ def complete(
     ends = np.flatnonzero(completion_T == eos)
     completion_T = completion_T[: ends[0]] if ends.size else completion_T
   return tokenizer.decode(np.concatenate([prompt_T, completion_T]))
+
+
+def read_text_model(
+  run_dir: epath.PathLike, source: ModelSource = ModelSource()
+) -> tuple[ModelConfig, Tokenizer, int | None]:
+  """Return a model's config, its tokenizer, and the token that ends a document.
+
+  Args:
+    run_dir: the folder of a run on text, or an exported model.
+    source: which checkpoint and tokenizer are used.
+
+  Raises:
+    ValueError: the folder is not that of a language model's run on text, its
+      tokenizer is missing or has changed, or the model lacks tokens of it.
+    CheckpointError: there is no such checkpoint, or it is unreadable.
+  """
+  if model_files.is_exported(run_dir):
+    config, tokenizer, eos = _read_export(run_dir, source)
+  else:
+    run, data, meta = read_run(run_dir, source.step)
+    config = run.model
+    tokenizer, eos = find_tokenizer(data, meta["data"], source)
+  V, needed = config.vocab_size, tokenizer.spec.vocab_size
+  expected = f"at least {needed}, the tokens of {tokenizer.spec.name}"
+  require(needed <= V, "model.vocab_size", V, expected)
+  return config, tokenizer, eos
 
 
 def sample(model: LM, prompt_T: np.ndarray, sampling: Sampling) -> np.ndarray:
@@ -209,10 +228,19 @@ def recorded_tokenizers(fingerprint: Fingerprint) -> set[str]:
   }
 
 
-def _read_run(
-  run_dir: epath.PathLike, step: int | None
+def read_run(
+  run_dir: epath.PathLike, step: int | None = None
 ) -> tuple[RunConfig, TextData, dict[str, Any]]:
-  """Return a run's config, its data, and the record of a checkpoint."""
+  """Return a run's config, its data, and the record of a checkpoint.
+
+  Args:
+    run_dir: the run's folder.
+    step: the checkpoint's step. None: the newest.
+
+  Raises:
+    ValueError: the folder is not that of a run on text.
+    CheckpointError: there is no such checkpoint, or it is unreadable.
+  """
   folder = RunFolder(run_dir)
   config = folder.read_config()
   if not isinstance(config.data, TextData):

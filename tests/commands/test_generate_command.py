@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 import shutil
 
+import chex
 from data_cases import EOS, write_megatron
+from flax import nnx
 import jax
 import numpy as np
 from prepare_cases import jsonl, records, run as prepare
@@ -18,6 +20,7 @@ from text_cases import (
 )
 from train_cases import call as call, run, tiny, trainer as trainer
 
+import rebased_jax
 from rebased_jax import generate
 from train import load, text_completion
 from train.data.prepare import tokenizer as tokenize
@@ -190,3 +193,43 @@ def test_a_mixture_must_have_one_tokenizer(
   with pytest.raises(ValueError, match=f"{data}: its tokenizer's SHA-256"):
     run(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def test_an_export_generates_the_text_of_its_run(
+  call, finished: Path, learnt, tmp_path: Path
+) -> None:
+  """With the byte tokenizer, and with a tokenizer from a file."""
+  for run_dir in (finished, learnt[1]):
+    out = tmp_path / run_dir.parent.name
+    code, printed, err = call("export", str(run_dir), "--out", str(out))
+    assert (code, err) == (0, ""), err
+    assert "parameters" in printed and "model.safetensors" in printed
+    words = ("--prompt", "déjà", "--tokens", "4", "--temperature", "0")
+    wanted = call("generate", str(run_dir), *words)
+    assert wanted[0] == 0 and call("generate", str(out), *words) == wanted
+    found, model = rebased_jax.load(out), load(run_dir)
+    chex.assert_trees_all_equal(nnx.state(found), nnx.state(model))
+    assert found.config == model.config
+  assert (out / "tokenizer.json").read_bytes() == (
+    learnt[0] / "tokenizer.json"
+  ).read_bytes()
+  code, _, err = call("export", str(finished), "--out", str(out))
+  assert code == 2 and "is not empty: expected a new folder" in err
+  code, _, err = call("generate", str(out), *words, "--step", "2")
+  assert code == 2 and "has no steps" in err
+  bare = tmp_path / "bare"
+  code, _, err = call(
+    *("export", str(finished), "--out", str(bare), "--step", "2"),
+    *("--tokenizer", "none", "--max-file-mb", "1"),
+  )
+  assert code == 0, err
+  early = nnx.state(rebased_jax.load(bare))
+  chex.assert_trees_all_equal(early, nnx.state(load(finished, 2)))
+  code, _, err = call("generate", str(bare), "--prompt", "a")
+  assert code == 2 and "has no tokenizer: expected --tokenizer" in err
+  words = ("--prompt", "a", "--tokenizer", "bytes", "--tokens", "3")
+  code, text, err = call("generate", str(bare), *words)
+  assert code == 0 and text.startswith("a"), err
+  (out / "tokenizer.json").write_text("{}")
+  code, _, err = call("generate", str(out), "--prompt", "a")
+  assert code == 2 and "is not the tokenizer of config.json" in err

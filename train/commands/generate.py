@@ -13,7 +13,7 @@ from train.devices import backend
 class GenerateArgs:
   """Print a prompt and its completion by a run's language model."""
 
-  #: The run's folder.
+  #: The run's folder, or an exported model.
   run_dir: RunArg
   #: The text to complete. Write --prompt=-x if it begins with a dash.
   prompt: str
@@ -29,7 +29,7 @@ class GenerateArgs:
   #: The step of the checkpoint. None: the newest.
   step: int | None = None
   #: "bytes", a tokenizer.json, or a folder that holds one. None: the copy in
-  #: the data set.
+  #: the data set or the exported model.
   tokenizer: str | None = None
   #: The token of --tokenizer that ends a document.
   eos: str = "auto"

@@ -126,6 +126,7 @@ class FileTokenizer:
   """
 
   def __init__(self, path: str | Path, eos: str = "auto"):
+    self.path = Path(path)
     data = read_tokenizer_file(path)
     try:
       self._tokenizer = _parsed(data.decode())
