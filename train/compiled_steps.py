@@ -90,7 +90,7 @@ def make_steps(config: RunConfig, mesh: Mesh) -> Steps:
     tx,
     config.accumulate,
     mesh_lib.shard_axes(mesh, getattr(config.model.second, "heads", None)),
-    placed["params"],
+    placed.params,
     loss_chunks=config.loss_chunks,
     skip=config.nan == "skip",
     recall=config.data.recall,
@@ -112,7 +112,7 @@ def make_steps(config: RunConfig, mesh: Mesh) -> Steps:
   )
   eval_step = jax.jit(
     _with_program(step.eval_step, program),
-    in_shardings=(placed["params"], eval_batch),
+    in_shardings=(placed.params, eval_batch),
     out_shardings=everywhere,
   )
   return Steps(mesh, program, abstract, train_step, eval_step)

@@ -132,7 +132,7 @@ class Loop:
       data=self._train_data,
       meta=meta,
     )
-    self._usage = DeviceUsage(built.abstract["params"])
+    self._usage = DeviceUsage(built.abstract.params)
     self._profile = Profile(config.profile, folder.path)
 
   def run(
@@ -257,8 +257,8 @@ class Loop:
     if any(x.is_deleted() for x in jax.tree.leaves(state)):
       return  # donated to a step that failed
     try:
-      step = int(state["step"])
-      if step == start or not bool(state["ok"]):
+      step = int(state.step)
+      if step == start or not bool(state.ok):
         return
       self._settle(state)
       self._save(state, step, None)
@@ -345,7 +345,7 @@ class Loop:
     before = time.perf_counter()
     found = evaluate.evaluate(
       self._built,
-      state["params"],
+      state.params,
       self._eval_data,
       timeout=self._config.data.timeout,
       interrupted=self._interrupts(),

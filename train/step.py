@@ -12,8 +12,7 @@ and loop.py calls them and stops when a state is no longer `ok`.
 """
 
 import dataclasses
-import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -23,11 +22,19 @@ import optax
 
 from pallas_kernels import ShardAxes, cross_entropy
 from train import metrics
-from train.data import recall
-from train.data.recall import Recall
+from train.data.recall import Recall, recalled
+from train.micro_batches import sum_over_micro_batches
 
 Batch = dict[str, Array]
-State = dict[str, Any]  # step, ok, params, opt_state
+
+
+class State(NamedTuple):
+  """What a training step hands to the next one."""
+
+  step: Array  # int32, the number of steps so far
+  ok: Array  # bool, whether no step so far had an Inf or NaN
+  params: Any
+  opt_state: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +62,9 @@ class Program:
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> State:
-  """Return the state before step 0.
-
-  Its `step` is int32. Its `ok` is a bool: no step so far had an Inf or NaN.
-  """
-  return dict(
-    step=jnp.zeros((), jnp.int32),
-    ok=jnp.ones((), bool),
-    params=params,
-    opt_state=tx.init(params),
-  )
+  """Return the state before step 0."""
+  zero, true = jnp.zeros((), jnp.int32), jnp.ones((), bool)
+  return State(zero, true, params, tx.init(params))
 
 
 def train_step(
@@ -77,65 +77,64 @@ def train_step(
   changes only the step number.
 
   Args:
-    state: as `init_state` returns it.
+    state: the state before the step.
     batch: tokens (B, T), targets and weights (B, M), positions (B, M) of the
       targets unless every token has one, and segment_ids (B, T) of packed rows.
     key: the run's PRNG key for dropout.
     program: the model, the update rule and the layout.
   """
-  params = state["params"]
-  dropout_key = jax.random.fold_in(key, state["step"])
+  params = state.params
+  dropout_key = jax.random.fold_in(key, state.step)
   loss, grads, sums = _mean_gradient(params, batch, dropout_key, program)
-  updates, opt_state = program.tx.update(grads, state["opt_state"], params)
+  updates, opt_state = program.tx.update(grads, state.opt_state, params)
   found = metrics.target_means(sums) | {"loss": loss}
   found |= metrics.update_metrics(metrics.Update(params, grads, updates))
 
   norms = found["grad_norm"] + found["update_norm"]
   finite = jnp.isfinite(loss) & jnp.isfinite(norms)
-  ok = finite if program.skip else state["ok"] & finite
-  new = dict(
-    step=state["step"] + 1,
+  applies = finite if program.skip else state.ok & finite
+  new = State(
+    step=state.step + 1,
+    ok=applies | program.skip,
     params=optax.apply_updates(params, updates),
     opt_state=opt_state,
   )
-  old = {name: state[name] for name in new}
-  if program.skip:
-    old["step"] = new["step"]
-  kept = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
-  # With `skip`, `ok` stays True and later steps go on.
-  return dict(kept, ok=ok | program.skip), found
+  old = state._replace(ok=new.ok, step=new.step if program.skip else state.step)
+  kept = jax.tree.map(lambda a, b: jnp.where(applies, a, b), new, old)
+  return kept, found
 
 
-def eval_step(params: Any, batch: Batch, program: Program) -> dict[str, Array]:
-  """Return `metrics.target_sums` of a batch, without dropout.
+def _mean_gradient(
+  params: Any, batch: Batch, key: Array, program: Program
+) -> tuple[Array, Any, dict[str, Array]]:
+  """Return the mean loss, its gradient, and the sums over the batch."""
 
-  Args:
-    params: the parameters.
-    batch: as in `train_step`; also `rare` (B, T) if `recall` has a limit.
-    program: the model and its layout.
-  """
-  recalled_BM = None
-  if program.recall is not None:
-    # Text has a target at every token, so M = T.
-    recalled_BM = recall.recalled(batch, program.recall).astype(jnp.float32)
-  return loss_sums(params, batch, program, recalled_BM=recalled_BM)[1]
+  def sum_gradient(batch: Batch, key: Array) -> Any:
+    value_and_grad = jax.value_and_grad(loss_sums, has_aux=True)
+    sums, grads = value_and_grad(params, batch, program, key)
+    if program.placed is not None:
+      # XLA would otherwise gather whole gradients and only then split them.
+      grads = jax.lax.with_sharding_constraint(grads, program.placed)
+    return sums, grads
+
+  (loss, sums), grads = sum_over_micro_batches(
+    sum_gradient, batch, key, program.accumulate
+  )
+  scale = 1 / sums["tokens"]
+  return loss * scale, jax.tree.map(lambda g: g * scale, grads), sums
 
 
 def loss_sums(
-  params: Any,
-  batch: Batch,
-  program: Program,
-  dropout_key: Array | None = None,
-  recalled_BM: Array | None = None,
+  params: Any, batch: Batch, program: Program, dropout_key: Array | None = None
 ) -> tuple[Array, dict[str, Array]]:
   """Return Σ w · nll over the batch, and `metrics.target_sums` of it.
 
   Args:
     params: the parameters.
-    batch: as in `train_step`.
+    batch: as in `train_step`; also `recalled` (B, M), float32, 1 at the targets
+      that recall counts, where they are told apart.
     program: the model and its layout.
     dropout_key: a PRNG key. None: no dropout.
-    recalled_BM: float32, 1 at the targets that recall counts. None: none.
   """
   model, axes = nnx.merge(program.graph, params), program.axes
   positions_BM = batch.get("positions")
@@ -156,49 +155,24 @@ def loss_sums(
     batch["weights"],
     parts=program.loss_chunks,
     axes=axes,
+    precision=model.config.precision,
   )
-  targets = metrics.Targets(tokens.nll_BM, tokens.correct_BM, recalled_BM)
+  targets = metrics.Targets(
+    tokens.nll_BM, tokens.correct_BM, batch.get("recalled")
+  )
   return loss, metrics.target_sums(loss, batch["weights"], targets)
 
 
-def _mean_gradient(
-  params: Any, batch: Batch, dropout_key: Array, program: Program
-) -> tuple[Array, Any, dict[str, Array]]:
-  """Return the mean loss, its gradient, and the sums over all micro-batches."""
-  value_and_grad = jax.value_and_grad(
-    functools.partial(loss_sums, program=program), has_aux=True
-  )
+def eval_step(params: Any, batch: Batch, program: Program) -> dict[str, Array]:
+  """Return `metrics.target_sums` of a batch, without dropout.
 
-  def gradient(batch: Batch, key: Array):
-    result, grads = value_and_grad(params, batch, dropout_key=key)
-    return result, _place(grads, program)
-
-  if program.accumulate == 1:
-    (loss, sums), grads = gradient(batch, dropout_key)
-  else:
-    A = program.accumulate
-    # Row b is in micro-batch b mod A. A device holds neighbouring rows, so that
-    # each micro-batch has some rows of every device.
-    micro = jax.tree.map(
-      lambda x_B: jnp.moveaxis(x_B.reshape(-1, A, *x_B.shape[1:]), 1, 0), batch
-    )
-    inputs = (micro, jax.random.split(dropout_key, A))
-    shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], inputs))
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-    def add(total, x):
-      return jax.tree.map(jnp.add, total, gradient(*x)), None
-
-    ((loss, sums), grads), _ = jax.lax.scan(add, zero, inputs)
-  scale = 1 / sums["tokens"]
-  return loss * scale, jax.tree.map(lambda g: g * scale, grads), sums
-
-
-def _place(grads: Any, program: Program) -> Any:
-  """Put the gradient where its parameters are, before anything uses it.
-
-  XLA would otherwise gather whole gradients and only then split them.
+  Args:
+    params: the parameters.
+    batch: as in `train_step`; also `rare` (B, T) if `recall` has a limit.
+    program: the model and its layout.
   """
-  if program.placed is None:
-    return grads
-  return jax.lax.with_sharding_constraint(grads, program.placed)
+  if program.recall is not None:
+    # Text has a target at every token, so M = T.
+    recalled_BM = recalled(batch, program.recall).astype(jnp.float32)
+    batch = batch | {"recalled": recalled_BM}
+  return loss_sums(params, batch, program)[1]

@@ -80,7 +80,7 @@ def lower(case: Case, chunk: int) -> None:
 
   state = jax.eval_shape(init)
   case.row["parameters"] = sum(
-    math.prod(x.shape) for x in jax.tree.leaves(state["params"])
+    math.prod(x.shape) for x in jax.tree.leaves(state.params)
   )
   shape = (case.rows, case.length)
   batch = {
@@ -102,7 +102,7 @@ def measure(case: Case, checks: dict[str, Any], args) -> None:
     SystemExit: the gradient is wrong, or a loss is not finite.
   """
   state = case.programs["init"]()
-  found = gradient_check.error(checks, state["params"], case.model.vocab_size)
+  found = gradient_check.error(checks, state.params, case.model.vocab_size)
   case.row["gradient_error"] = round(found, 4)
   if not found <= TOLERANCE:
     raise SystemExit(

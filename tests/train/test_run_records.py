@@ -270,17 +270,15 @@ def test_skipped_steps_change_nothing_and_are_counted(
     _spoil(patch, 1, 4)
     outcome, out = run(tiny(nan="skip"), folder)
   assert outcome.step == 6 and out.count("is not finite") == 2
-  assert int(outcome.state["step"]) == 6
+  assert int(outcome.state.step) == 6
   (count,) = {
     int(x)
-    for path, x in jax.tree_util.tree_leaves_with_path(
-      outcome.state["opt_state"]
-    )
+    for path, x in jax.tree_util.tree_leaves_with_path(outcome.state.opt_state)
     if jax.tree_util.keystr(path).endswith("count")
   }
   assert count == 4  # updates
   assert all(
-    np.isfinite(x).all() for x in jax.tree.leaves(outcome.state["params"])
+    np.isfinite(x).all() for x in jax.tree.leaves(outcome.state.params)
   )
   records = [
     x for x in RunFolder(folder).read_metrics() if x["kind"] == "train"

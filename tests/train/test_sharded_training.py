@@ -116,7 +116,7 @@ def _moment(state):
   found = [
     x
     for x in jax.tree.leaves(
-      state["opt_state"], is_leaf=lambda x: hasattr(x, "mu")
+      state.opt_state, is_leaf=lambda x: hasattr(x, "mu")
     )
     if hasattr(x, "mu")
   ]

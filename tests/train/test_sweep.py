@@ -67,7 +67,7 @@ def _alone(run: RunConfig):
       batch = jax.tree.map(jnp.asarray, data.read_rows(number, 0, run.batch))
       state, metrics = built.train_step(state, batch, built.key)
       losses.append(metrics["loss"])
-  return jax.device_get((state["params"], np.stack(losses)))
+  return jax.device_get((state.params, np.stack(losses)))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_mapped_run_is_the_run_alone(accumulate, devices):
   epochs = list(sweep.epochs())
   assert [epoch.number for epoch in epochs] == [0, 1, 2]
   losses_SR = np.concatenate([epoch.metrics_SR["loss"] for epoch in epochs])
-  params_R = jax.device_get(sweep.state_R["params"])
+  params_R = jax.device_get(sweep.state_R.params)
   # Runs 0 and 3 differ in rate and seed; alone each takes a compilation.
   checked = range(4) if (accumulate, devices) == (1, 1) else (0, 3)
   for index in checked:
@@ -105,10 +105,10 @@ def test_a_run_that_stopped_no_longer_moves():
   stopped_R = first.accuracy_R > 1e-9
   assert stopped_R.any()
   sweep.active_R = np.array([False, True])  # run 0 stopped, run 1 did not
-  sweep.state_R = dict(sweep.state_R, ok=jnp.asarray(sweep.active_R))
-  before = jax.device_get(sweep.state_R["params"])
+  sweep.state_R = sweep.state_R._replace(ok=jnp.asarray(sweep.active_R))
+  before = jax.device_get(sweep.state_R.params)
   second = next(epochs)
-  after = jax.device_get(sweep.state_R["params"])
+  after = jax.device_get(sweep.state_R.params)
   chex.assert_trees_all_equal(
     jax.tree.map(lambda x_R: x_R[0], before),
     jax.tree.map(lambda x_R: x_R[0], after),
@@ -126,7 +126,7 @@ def test_a_cell_is_one_compilation():
 
 def test_runs_are_shared_among_devices():
   sweep = Sweep(Cell(_run(), rates=(1e-3,), seeds=(0, 1, 2, 3)))
-  sharding = sweep.state_R["ok"].sharding
+  sharding = sweep.state_R.ok.sharding
   assert len(sharding.device_set) == 4  # of eight
   assert sharding.shard_shape((4,)) == (1,)
 

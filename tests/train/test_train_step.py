@@ -42,7 +42,7 @@ _REGENERATE = (
 class Parts(NamedTuple):
   """A program without a mesh, its state, and compiled functions of it."""
 
-  state: dict
+  state: step.State
   run: Callable  # (state, batch, key)
   evaluate: Callable  # (params, batch)
   logits: Callable  # (params, tokens)
@@ -125,7 +125,7 @@ def _formula(logits_BTV, batch) -> tuple[float, float, float]:
 def test_loss_is_the_formula(parts: Parts) -> None:
   state, batch = parts.state, _batch()
   with jax.numpy_dtype_promotion("strict"):
-    logits_BTV = np.asarray(parts.logits(state["params"], batch["tokens"]))
+    logits_BTV = np.asarray(parts.logits(state.params, batch["tokens"]))
   # Half of the targets are made right, so that accuracy is not 0.
   picked_BMV = np.take_along_axis(
     logits_BTV, batch["positions"][..., None], axis=1
@@ -134,7 +134,7 @@ def test_loss_is_the_formula(parts: Parts) -> None:
   loss, tokens, accuracy = _formula(logits_BTV, batch)
   assert 0.3 < accuracy < 0.7 and tokens == 13
   with jax.numpy_dtype_promotion("strict"):
-    sums = parts.evaluate(state["params"], batch)
+    sums = parts.evaluate(state.params, batch)
   assert float(sums["tokens"]) == tokens
   np.testing.assert_allclose(sums["loss"] / tokens, loss, rtol=1e-6)
   np.testing.assert_allclose(sums["accuracy"] / tokens, accuracy, rtol=1e-6)
@@ -162,7 +162,7 @@ def test_micro_batches_are_weighted_by_their_tokens(parts: Parts) -> None:
   _close(found, expected_found, 1e-6)
   # Adam's first step is g / (|g| + 1e-8): where g is near 0 its rounding shows.
   _close(new, expected, 3e-6)
-  moved = jax.tree.map(lambda a, b: a - b, new["params"], state["params"])
+  moved = jax.tree.map(lambda a, b: a - b, new.params, state.params)
   assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(moved)) > 1e-3
 
 
@@ -174,22 +174,22 @@ def test_a_step_that_is_not_finite_changes_nothing(
   if where == "loss":  # Σ w nll overflows; Σ w and the gradient do not
     batch["weights"] *= np.float32(9e36)
   elif where == "gradient":  # logits of 1e25; their gradient's square overflows
-    params = dict(state["params"])
+    params = dict(state.params)
     scale = params["norm"]["scale"] * 1e25
     params["norm"] = dict(params["norm"], scale=scale)
-    state = dict(state, params=params)
+    state = state._replace(params=params)
   elif where == "update":  # Adam's average gradient is of another scale
-    moments = jax.tree.map(lambda x: jnp.full_like(x, 1e34), state["params"])
-    opt_state = optax.tree.set(state["opt_state"], mu=moments)
-    state = dict(state, opt_state=opt_state)
+    moments = jax.tree.map(lambda x: jnp.full_like(x, 1e34), state.params)
+    opt_state = optax.tree.set(state.opt_state, mu=moments)
+    state = state._replace(opt_state=opt_state)
   else:
     batch["weights"][1, 1] = np.nan
   bad, found = parts.run(state, batch, _KEY)
   assert bool(jnp.isfinite(found["loss"])) == (where in ("gradient", "update"))
   assert bool(jnp.isfinite(found["grad_norm"])) == (where in ("loss", "update"))
-  assert not bool(bad["ok"])
-  assert bits(dict(bad, ok=state["ok"])) == bits(state)
-  bad = dict(parts.state, ok=bad["ok"])
+  assert not bool(bad.ok)
+  assert bits(bad._replace(ok=state.ok)) == bits(state)
+  bad = parts.state._replace(ok=bad.ok)
   after, found = parts.run(bad, _batch(), _KEY)
   assert jnp.isfinite(found["loss"]) and jnp.isfinite(found["grad_norm"])
   assert bits(after) == bits(bad)
@@ -197,7 +197,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
 
 @pytest.mark.quick
 def test_golden_metrics(eight: Run) -> None:
-  assert int(eight.states[-1]["step"]) == 5 and bool(eight.states[-1]["ok"])
+  assert int(eight.states[-1].step) == 5 and bool(eight.states[-1].ok)
   names = ("loss", "grad_norm", "param_norm")
   found = [tuple(float(x[name]) for name in names) for x in eight.metrics]
   np.testing.assert_allclose(
@@ -206,7 +206,7 @@ def test_golden_metrics(eight: Run) -> None:
 
 
 def test_every_parameter_moves(eight: Run) -> None:
-  before, after = (bits(eight.states[at]["params"]) for at in (0, -1))
+  before, after = (bits(eight.states[at].params) for at in (0, -1))
   assert {path for path in before if before[path] == after[path]} == set()
   affine = {x for x in before if x.endswith(("gamma", "beta"))}
   assert affine == {
@@ -218,10 +218,10 @@ def test_every_parameter_moves(eight: Run) -> None:
 
 def test_every_step_draws_another_dropout_mask(eight: Run) -> None:
   batch = _FULL.data.train_batches(_FULL.batch, 0).read(0)
-  sums, graph = _parts(_FULL).sums, eight.states[0]
+  sums, first = _parts(_FULL).sums, eight.states[0]
 
   def loss(at: int, seed: int) -> float:
-    state = dict(graph, step=np.int32(at))
+    state = first._replace(step=np.int32(at))
     with jax.set_mesh(eight.mesh):
       placed = batch_sharding.put_batch(batch, eight.mesh)
       _, found = eight.built.train_step(state, placed, jax.random.key(seed))
@@ -230,7 +230,7 @@ def test_every_step_draws_another_dropout_mask(eight: Run) -> None:
   def expected(at: int, seed: int) -> float:
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), at), 2)
     parts = [
-      sums(graph["params"], {k: x[a::2] for k, x in batch.items()}, keys[a])
+      sums(first.params, {k: x[a::2] for k, x in batch.items()}, keys[a])
       for a in range(2)
     ]
     return float(sum(x[0] for x in parts) / sum(x[1]["tokens"] for x in parts))
