@@ -1,13 +1,16 @@
 """The paper's experiments: their cells, tables, plots and command."""
 
+import dataclasses
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from train import cli
 from train.experiments import paper, record as records, results
+from train.experiments.run_cell import run_cell
 
 _EXPERIMENTS = paper.make_experiments()
 
@@ -80,7 +83,7 @@ def test_expected_best_is_the_mean_over_all_draws():
 def _record(cell, name, accuracy):
   """A record of two epochs, as `record.make` returns it."""
   history = records.History.empty(cell)
-  for field in vars(history).values():
+  for field in jax.tree.leaves(history.arrays()):
     field[:2] = 1.0
   history.accuracy_ER[:2] = [[0.1] * len(cell.runs), accuracy]
   return records.make(cell, history, name=name, commit=None, seconds=1.0)
@@ -99,10 +102,43 @@ def test_a_table_has_ours_beside_the_papers(tmp_path):
     for line in page.read_text().splitlines()
   }
   # The rate with the best mean over seeds, 0.7, deviates by 0.1 · √2.
-  assert "| ≈ 0.97 | 0.7000 ± 0.1414 | 2 | 0.001 | 2 of 64 |" in rows[name]
+  ours = "0.7000 ± 0.1414 | 2 | 0.0005, **0.001**, 0.003, 0.01 | 2 of 64 |"
+  assert f"| ≈ 0.97 | {ours}" in rows[name]
   assert "not run" in rows["based-L256-d64"]
   assert "1 of 34 cells" in page.read_text()
   assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_record_of_fewer_runs_is_shown_as_what_it_is(tmp_path, capsys):
+  experiment = _EXPERIMENTS["table-1"]
+  name = "ablation-based-L256-d32"
+  whole = experiment.cells[name]
+  cell = dataclasses.replace(whole, rates=(3e-3,), seeds=(42, 43))
+  record = _record(cell, name, [0.8, 0.6])
+  records.write(tmp_path / "cells" / f"{name}.json", record)
+  page, _ = results.write(experiment, tmp_path)
+  assert "0.7000 ± 0.1414 | 2 | **0.003** | 2 of 64" in page.read_text()
+  with pytest.raises(records.RecordError, match="rates or seeds differ"):
+    run_cell(name, whole, tmp_path / "cells")
+  args = "table-1", "--only", name, "--out", str(tmp_path)
+  code, out, _ = _command(capsys, *args)
+  assert code == 0 and "left as it is" in out
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"rates": ()}, r"Cell.rates=\(\): expected at least one"),
+    ({"rates": (0.1, 0.1)}, "expected different values"),
+    ({"rates": (0.0,)}, r"Cell.rates has 0.0: expected positive"),
+    ({"rates": (float("nan"),)}, "expected positive"),
+    ({"seeds": (-1,)}, r"Cell.seeds has -1: expected 0"),
+  ],
+)
+def test_a_wrong_grid_is_refused(change, message):
+  cell = _EXPERIMENTS["table-1"].cells["ablation-based-L256-d32"]
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(cell, **change)
 
 
 def test_a_record_of_another_cell_is_refused(tmp_path):

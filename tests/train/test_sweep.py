@@ -81,6 +81,12 @@ def test_a_mapped_run_is_the_run_alone(accumulate, devices):
   assert [epoch.number for epoch in epochs] == [0, 1, 2]
   losses_SR = np.concatenate([epoch.metrics_SR["loss"] for epoch in epochs])
   params_R = jax.device_get(sweep.state_R.params)
+  affine = params_R["pairs"]["second"]["mixer"]["key_affine"]
+  gamma_RF = affine["gamma"][...][:, 0]
+  moments_R2 = np.stack([gamma_RF.mean(axis=1), gamma_RF.std(axis=1)], axis=1)
+  found_R2 = epochs[-1].affine_R2["layer1.key_affine.gamma"]
+  np.testing.assert_allclose(found_R2, moments_R2, rtol=1e-4)
+  assert len(epochs[-1].affine_R2) == 4
   # Runs 0 and 3 differ in rate and seed; alone each takes a compilation.
   checked = range(4) if (accumulate, devices) == (1, 1) else (0, 3)
   for index in checked:
@@ -152,6 +158,8 @@ def test_a_cell_that_is_stopped_and_resumed_has_the_same_record(tmp_path):
   )
   assert epochs == [1, 2]
   assert _numbers(resumed) == _numbers(whole)
+  moments = resumed["runs"][0]["affine"]["layer1.query_affine.beta"]
+  assert len(moments["mean"]) == len(moments["std"]) == 3
   assert [path.name for path in (tmp_path / "parts").iterdir()] == ["cell.json"]
   again = run_cell("cell", cell, tmp_path / "parts", report=epochs.append)
   assert again == resumed and epochs == [1, 2]

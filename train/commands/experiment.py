@@ -34,6 +34,10 @@ class RunArgs:
   out: str = "experiments"
   #: Run only cells whose names match one of these patterns, as "rebased-L128*".
   only: tuple[str, ...] = ()
+  #: Learning rates of every cell, instead of those of the experiment.
+  rates: tuple[float, ...] = ()
+  #: Seeds of every cell, instead of those of the experiment.
+  seeds: tuple[int, ...] = ()
   #: Stop after this time, at the end of an epoch. None: no limit.
   minutes: float | None = None
   #: Run a few cells at a small size, which show nothing of the paper.
@@ -93,8 +97,12 @@ def _run(args: RunArgs, console: Console) -> int:
   if args.quick:
     experiment = _small(experiment)
     lines.say(console, "--quick: small cells; not of the paper's size")
-  chosen = _choose(experiment, args.only)
+  chosen = {
+    name: _with_grid(cell, args)
+    for name, cell in _choose(experiment, args.only).items()
+  }
   folder = Path(args.out)
+  recorded = results.read_cells(experiment, folder / "cells")
   end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
   with StopSignals() as signals:
 
@@ -105,6 +113,13 @@ def _run(args: RunArgs, console: Console) -> int:
     for name, cell in chosen.items():
       if stop():
         break
+      if name in recorded and recorded[name]["key"] != records.key(cell):
+        lines.say(
+          console,
+          f"{name}: left as it is: its record in {folder / 'cells'} has other "
+          "learning rates or seeds",
+        )
+        continue
       found = run_cell(
         name,
         cell,
@@ -124,6 +139,13 @@ def _run(args: RunArgs, console: Console) -> int:
       console, f"{left} cells have no record; the same command continues"
     )
   return code
+
+
+def _with_grid(cell: Cell, args: RunArgs) -> Cell:
+  """Return the cell with the rates and seeds of the command."""
+  return dataclasses.replace(
+    cell, rates=args.rates or cell.rates, seeds=args.seeds or cell.seeds
+  )
 
 
 def _choose(experiment: Experiment, only: tuple[str, ...]) -> dict[str, Cell]:
@@ -160,11 +182,12 @@ def _small(experiment: Experiment) -> Experiment:
 def _report(console: Console, name: str, progress: Progress) -> None:
   epoch = progress.epoch
   best, worst = epoch.accuracy_R.max(), epoch.accuracy_R.min()
+  step_ms = 1e3 * epoch.seconds / epoch.metrics_SR["loss"].size
   lines.say(
     console,
     f"{name}: epoch {epoch.number + 1}, accuracy {worst:.3f} to {best:.3f}, "
     f"{progress.finished} of {progress.total} runs finished, "
-    f"{epoch.seconds:.1f} s",
+    f"{epoch.seconds:.1f} s, {step_ms:.3g} ms a run-step",
   )
 
 

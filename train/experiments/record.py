@@ -9,11 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flax import nnx
 import jax
 import numpy as np
 
-from train import atomic, stored_config
-from train.experiments.sweep import Cell, Epoch
+from train import atomic, compiled_steps, stored_config
+from train.experiments.sweep import Cell, Epoch, affine_moments
 
 VERSION = 2  # 1 listed a run's epochs after its stop too
 
@@ -32,13 +33,19 @@ class History:
   finite_ER: np.ndarray  # 1: no step so far had an Inf or NaN; else 0
   seconds_ER: np.ndarray  # of the whole epoch, in each run's entry
   runs_ER: np.ndarray  # how many runs the epoch's program had
+  affine_ER2: dict[str, np.ndarray]  # mean and deviation, by `affine_moments`
 
   @classmethod
   def empty(cls, cell: Cell) -> "History":
     """Return the history before the first epoch."""
     shape = cell.epochs, len(cell.runs)
-    fields = dataclasses.fields(cls)
-    return cls(*(np.full(shape, np.nan, np.float32) for _ in fields))
+    *fields, _ = dataclasses.fields(cls)
+    params = nnx.state(compiled_steps.abstract_lm(cell.run.model))
+    names = jax.eval_shape(affine_moments, params)
+    return cls(
+      *(np.full(shape, np.nan, np.float32) for _ in fields),
+      {name: np.full((*shape, 2), np.nan, np.float32) for name in names},
+    )
 
   def add(self, epoch: Epoch) -> None:
     """Enter an epoch."""
@@ -50,10 +57,21 @@ class History:
     self.finite_ER[epoch.number, runs] = epoch.finite_R[on_R]
     self.seconds_ER[epoch.number, runs] = epoch.seconds
     self.runs_ER[epoch.number, runs] = len(epoch.runs)
+    for name, moments_R2 in epoch.affine_R2.items():
+      self.affine_ER2[name][epoch.number, runs] = moments_R2[on_R]
 
-  def arrays(self) -> dict[str, np.ndarray]:
+  def arrays(self) -> dict[str, Any]:
     """Return the arrays by name."""
     return dict(vars(self))
+
+  @classmethod
+  def from_arrays(cls, arrays: dict[str, Any]) -> "History":
+    """Return the history that has these `arrays`, which it may change.
+
+    Args:
+      arrays: as `arrays` returns them, with array-likes.
+    """
+    return cls(**jax.tree.map(np.array, arrays))
 
 
 def key(cell: Cell) -> str:
@@ -142,7 +160,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def read_of(path: Path, cell: Cell) -> dict[str, Any]:
-  """Return the record in a file, which must be of the given cell.
+  """Return the record in a file, which must be of the given architecture.
+
+  Its learning rates and seeds may differ from the cell's.
 
   Args:
     path: the file.
@@ -152,10 +172,11 @@ def read_of(path: Path, cell: Cell) -> dict[str, Any]:
     RecordError: the file holds no record, or that of another cell.
   """
   record = read(path)
-  if record["key"] != key(cell):
+  found = cell_of(record)
+  if (found.run, found.precision) != (cell.run, cell.precision):
     raise RecordError(
-      f"{path} is of another cell (its config, rates or seeds differ): use "
-      "another folder, or delete the file"
+      f"{path} is of another cell (its config differs): use another folder, or "
+      "delete the file"
     )
   return record
 
@@ -225,6 +246,13 @@ def _run_record(
   trained_E = np.isfinite(history.runs_ER[:, index])
   # A run that left the finite has no accuracy; argmax takes the first NaN.
   accuracy_E = np.nan_to_num(history.accuracy_ER[trained_E, index], nan=0.0)
+  affine = {
+    name: {
+      "mean": _numbers(moments_ER2[trained_E, index, 0]),
+      "std": _numbers(moments_ER2[trained_E, index, 1]),
+    }
+    for name, moments_ER2 in history.affine_ER2.items()
+  }
   return {
     "learning_rate": rate,
     "seed": seed,
@@ -235,6 +263,8 @@ def _run_record(
     "accuracy": _numbers(accuracy_E),
     "loss": _numbers(history.loss_ER[trained_E, index]),
     "train_loss": _numbers(history.train_loss_ER[trained_E, index]),
+    # Records of models without γ and β have no such entry.
+    **({"affine": affine} if affine else {}),
   }
 
 

@@ -73,7 +73,7 @@ def table(experiment: Experiment, found: Mapping[str, Any]) -> str:
     "the 3,000 held-out rows at the best epoch, at the learning rate with the "
     "best mean over seeds, ± the standard deviation over seeds.",
     "",
-    "| cell | paper | ours | seeds | rate | epochs | device |",
+    "| cell | paper | ours | seeds | best of the rates | epochs | device |",
     "|---|---|---|---|---|---|---|",
   ]
   for name in experiment.cells:
@@ -181,9 +181,18 @@ def _ours(record: dict[str, Any] | None) -> str:
   best = records.best_rate(record)
   spread = f" ± {best['std']:.4f}" if best["seeds"] > 1 else ""
   done, planned = record["epochs_done"], record["epochs_planned"]
+  rates = _rates(record, best["learning_rate"])
   return (
-    f"{best['mean']:.4f}{spread} | {best['seeds']} | "
-    f"{best['learning_rate']:g} | {done} of {planned} | {record['device']}"
+    f"{best['mean']:.4f}{spread} | {best['seeds']} | {rates} | "
+    f"{done} of {planned} | {record['device']}"
+  )
+
+
+def _rates(record: dict[str, Any], best: float) -> str:
+  """Return the learning rates that were tried, the best in bold."""
+  tried = sorted(records.accuracy_by_rate(record))
+  return ", ".join(
+    f"**{rate:g}**" if rate == best else f"{rate:g}" for rate in tried
   )
 
 

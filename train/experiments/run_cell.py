@@ -74,7 +74,13 @@ def run_cell(
   """
   path = folder / f"{name}.json"
   if path.exists():
-    return records.read_of(path, cell)
+    record = records.read(path)
+    if record["key"] != records.key(cell):
+      raise RecordError(
+        f"{path} is of another cell (its config, rates or seeds differ): use "
+        "another folder, or delete the file"
+      )
+    return record
   partial = folder / f"{name}.partial"
   work = _Work(cell, partial, devices)
   for group in work.groups():
@@ -188,8 +194,7 @@ class _Work:
     with Checkpoints(self._partial, keep=1) as checkpoints:
       found = checkpoints.restore(target)
     group.load(found.state["sweep"], meta["epoch"])
-    history = found.state["history"]
-    self.history = History(**{n: np.array(x) for n, x in history.items()})
+    self.history = History.from_arrays(found.state["history"])
     self._done = list(meta["done"])
     self._before, self._count = meta["seconds"], found.step
     return group

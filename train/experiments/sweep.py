@@ -64,6 +64,15 @@ class Cell:
     for name in ("rates", "seeds"):
       if not getattr(self, name):
         raise ValueError(f"Cell.{name}=(): expected at least one")
+      values = getattr(self, name)
+      if len(set(values)) < len(values):
+        raise ValueError(f"Cell.{name}={values}: expected different values")
+    for rate in self.rates:
+      if not 0 < rate < float("inf"):
+        raise ValueError(f"Cell.rates has {rate}: expected positive numbers")
+    for seed in self.seeds:
+      if not 0 <= seed < 2**31:
+        raise ValueError(f"Cell.seeds has {seed}: expected 0 to 2**31 - 1")
 
   @property
   def runs(self) -> list[tuple[float, int]]:
@@ -124,6 +133,7 @@ class Epoch(NamedTuple):
   loss_R: np.ndarray  # held-out
   train_loss_R: np.ndarray  # mean over the steps
   metrics_SR: dict[str, np.ndarray]  # every metric of every step
+  affine_R2: dict[str, np.ndarray]  # as `affine_moments`, after the epoch
   seconds: float  # of training and evaluation together
 
 
@@ -260,9 +270,9 @@ class Sweep:
     self.state_R, metrics_SR = train(
       self.state_R, self._keys_R, order_RSB, weights_SB, self._train_N
     )
-    sums_R = evaluate(self.state_R.params, self._test_N)
-    metrics_SR, sums_R, ok_R = jax.device_get(
-      (metrics_SR, sums_R, self.state_R.ok)
+    sums_R, affine_R2 = evaluate(self.state_R.params, self._test_N)
+    metrics_SR, sums_R, affine_R2, ok_R = jax.device_get(
+      (metrics_SR, sums_R, affine_R2, self.state_R.ok)
     )
     accuracy_R = sums_R["accuracy"] / sums_R["tokens"]
     found = Epoch(
@@ -274,6 +284,7 @@ class Sweep:
       loss_R=sums_R["loss"] / sums_R["tokens"],
       train_loss_R=metrics_SR["loss"].mean(axis=0),
       metrics_SR=metrics_SR,
+      affine_R2=affine_R2,
       seconds=time.perf_counter() - begin,
     )
     self.epoch += 1
@@ -366,21 +377,49 @@ def _train_epoch(
   return jax.lax.scan(body, state_R, steps)
 
 
+def affine_moments(params: Any) -> dict[str, Array]:
+  """Return mean and standard deviation of each γ and β of ReBased's norms.
+
+  Figure 10 of the paper shows them during training.
+
+  Args:
+    params: of an `LM`.
+
+  Returns:
+    (2,) by name: "layer1.query_affine.gamma" is γ of the queries in the second
+    layer. Models without γ and β have none.
+  """
+  found = {}
+  for path, x_PF in jax.tree.leaves_with_path(params):
+    words = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    if words[0] != "pairs" or words[-1] not in ("gamma", "beta"):
+      continue
+    place = ("first", "second").index(words[1])
+    for pair, x_F in enumerate(x_PF):
+      name = ".".join((f"layer{2 * pair + place}", *words[-2:]))
+      found[name] = jnp.stack([x_F.mean(), x_F.std()])
+  return found
+
+
 def _test(
   params_R: Any, test_N: dict[str, Array], *, program: step.Program
-) -> dict[str, Array]:
-  """Return `metrics.target_sums` of the test set, one number a run."""
+) -> tuple[dict[str, Array], dict[str, Array]]:
+  """Return `metrics.target_sums` of the test set, and `affine_moments`.
 
-  def sums(params):
+  Each has one entry a run.
+  """
+
+  def results(params):
     parts = jax.tree.map(
       lambda x: x.reshape(-1, _EVAL_ROWS, *x.shape[1:]), test_N
     )
     found = jax.lax.map(
       lambda batch: step.eval_step(params, batch, program), parts
     )
-    return jax.tree.map(lambda x: x.sum(axis=0), found)
+    sums = jax.tree.map(lambda x: x.sum(axis=0), found)
+    return sums, affine_moments(params)
 
-  return jax.vmap(sums)(params_R)
+  return jax.vmap(results)(params_R)
 
 
 def _check_memory(program: Any, device: jax.Device, runs: int) -> None:
