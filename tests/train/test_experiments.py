@@ -109,6 +109,21 @@ def test_a_table_has_ours_beside_the_papers(tmp_path):
   assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_config_with_a_new_field_keeps_its_records(tmp_path):
+  """A field that a config gets later has its default in earlier records."""
+  experiment = _EXPERIMENTS["figure-1"]
+  name = "conv-attention-L128-d64"
+  cell = experiment.cells[name]
+  record = _record(cell, name, [0.5] * 8)
+  del record["run"]["model"]["scan_layers"]
+  records.write(tmp_path / f"{name}.json", record)
+  with pytest.raises(records.RecordError, match="expected '.*' for the config"):
+    results.read_cells(experiment, tmp_path)
+  record["key"] = records._key(record["run"], cell)
+  records.write(tmp_path / f"{name}.json", record)
+  assert results.read_cells(experiment, tmp_path) == {name: record}
+
+
 def test_a_record_of_fewer_runs_is_shown_as_what_it_is(tmp_path, capsys):
   experiment = _EXPERIMENTS["table-1"]
   name = "ablation-based-L256-d32"

@@ -172,7 +172,10 @@ def test_another_cell_under_the_same_name_is_refused(tmp_path):
   other = dataclasses.replace(cell, rates=(1e-2,))
   with pytest.raises(records.RecordError, match="is of another cell"):
     run_cell("cell", other, tmp_path)
-  record = {"version": records.VERSION, "key": records.key(cell)}
+  history = records.History.empty(cell)
+  for field in jax.tree.leaves(history.arrays()):
+    field[:1] = 1.0
+  record = records.make(cell, history, name="cell", commit=None, seconds=1.0)
   records.write(tmp_path / "cell.json", record)
   assert run_cell("cell", cell, tmp_path) == record
   with pytest.raises(records.RecordError, match="is of another cell"):

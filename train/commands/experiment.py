@@ -113,7 +113,7 @@ def _run(args: RunArgs, console: Console) -> int:
     for name, cell in chosen.items():
       if stop():
         break
-      if name in recorded and recorded[name]["key"] != records.key(cell):
+      if name in recorded and records.cell_of(recorded[name]) != cell:
         lines.say(
           console,
           f"{name}: left as it is: its record in {folder / 'cells'} has other "

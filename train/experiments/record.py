@@ -76,14 +76,7 @@ class History:
 
 def key(cell: Cell) -> str:
   """Return a hash of all that decides a cell's results, but the code."""
-  parts = {
-    "run": stored_config.to_dict(cell.run),
-    "rates": cell.rates,
-    "seeds": cell.seeds,
-    "precision": cell.precision,
-  }
-  text = json.dumps(parts, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:16]
+  return _key(stored_config.to_dict(cell.run), cell)
 
 
 def make(
@@ -198,10 +191,13 @@ def cell_of(record: dict[str, Any]) -> Cell:
     seeds=tuple(dict.fromkeys(run["seed"] for run in runs)),
     precision=record["precision"],
   )
-  if key(cell) != record["key"]:
+  # The stored text counts. A field that the config has since got would change
+  # the key of the same cell.
+  expected = _key(record["run"], cell)
+  if record["key"] != expected:
     raise RecordError(
-      f"{record['name']}: key={record['key']!r}: expected {key(cell)!r} for "
-      "the config of the record"
+      f"{record['name']}: key={record['key']!r}: expected {expected!r} for the "
+      "config of the record"
     )
   return cell
 
@@ -238,6 +234,18 @@ def accuracy_by_rate(record: dict[str, Any]) -> dict[float, list[float]]:
   for run in record["runs"]:
     rates.setdefault(run["learning_rate"], []).append(run["best_accuracy"])
   return rates
+
+
+def _key(run: dict[str, Any], cell: Cell) -> str:
+  """Return the key of a cell from its config as JSON data."""
+  parts = {
+    "run": run,
+    "rates": cell.rates,
+    "seeds": cell.seeds,
+    "precision": cell.precision,
+  }
+  text = json.dumps(parts, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _run_record(

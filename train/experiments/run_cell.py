@@ -75,7 +75,7 @@ def run_cell(
   path = folder / f"{name}.json"
   if path.exists():
     record = records.read(path)
-    if record["key"] != records.key(cell):
+    if records.cell_of(record) != cell:
       raise RecordError(
         f"{path} is of another cell (its config, rates or seeds differ): use "
         "another folder, or delete the file"
