@@ -25,6 +25,33 @@ def product_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:
   return jax.lax.Precision.DEFAULT if low else jax.lax.Precision.HIGHEST
 
 
+#: What a caller may ask of float32 products, in jax's words.
+PRECISIONS = ("default", "high", "highest")
+
+
+def asked_precision(
+  precision: str | None, dtype: jax.typing.DTypeLike
+) -> jax.lax.Precision | None:
+  """Return the precision that a caller asked for, for operands of this dtype.
+
+  Args:
+    precision: one of `PRECISIONS`. None: jax's setting,
+      `jax_default_matmul_precision`, or else the device's default.
+    dtype: of the operands. 16-bit operands are never rounded, so nothing is
+      asked for them.
+
+  Raises:
+    ValueError: `precision` is another value.
+  """
+  if precision is not None and precision not in PRECISIONS:
+    raise ValueError(
+      f"precision={precision!r}: expected None or one of {PRECISIONS}"
+    )
+  if precision is None or jnp.dtype(dtype).itemsize < 4:
+    return None
+  return jax.lax.Precision[precision.upper()]
+
+
 def add_bias(x_D: Array, b_D: Array) -> Array:
   """Return x + b (…, D) in x's dtype; the gradient of b is summed in float32.
 

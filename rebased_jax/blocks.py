@@ -323,6 +323,7 @@ def _make_mlp(site: Site, mlp_width: int | None, rngs: nnx.Rngs) -> MLP | None:
     dtype=site.dtype,
     stddev=output_stddev(site.layers),
     rngs=rngs,
+    precision=site.precision,
   )
 
 

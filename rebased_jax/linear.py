@@ -24,7 +24,11 @@ class Linear(nnx.Linear):
 
   def product(self, x_D: Array) -> Array:
     """Return x W, without the bias."""
-    return x_D.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+    return jnp.matmul(
+      x_D.astype(self.dtype),
+      self.kernel[...].astype(self.dtype),
+      precision=self.precision,
+    )
 
 
 def linear(
@@ -35,6 +39,7 @@ def linear(
   rngs: nnx.Rngs,
   use_bias: bool = False,
   stddev: float = 0.02,
+  precision: str | None = None,
 ) -> Linear:
   """Make a linear layer as the paper's code initialises it.
 
@@ -45,6 +50,8 @@ def linear(
     rngs: draws the initial kernel.
     use_bias: whether there is a bias; it starts at 0.
     stddev: standard deviation of the initial kernel, a normal distribution.
+    precision: of the products of a float32 layer: "default", "high" or
+      "highest". None: jax's setting.
   """
   return Linear(
     features_in,
@@ -53,6 +60,7 @@ def linear(
     kernel_init=nnx.initializers.normal(stddev),
     dtype=compute_dtype(dtype),
     param_dtype=jnp.float32,
+    precision=numerics.asked_precision(precision, dtype),
     rngs=rngs,
   )
 

@@ -51,6 +51,7 @@ def mixer(
   width: int,
   *,
   dtype: str = "float32",
+  precision: str | None = None,
   name: str | None = None,
 ) -> linen.Module:
   """Return a mixer as a Linen module, to use inside your own modules.
@@ -59,9 +60,11 @@ def mixer(
     config: the mixer's config.
     width: D, the width of its input and output.
     dtype: name of the compute dtype. Parameters are float32.
+    precision: of float32 products: "default", "high" or "highest". None: jax's
+      setting.
     name: name of the module in its parent. None: Linen chooses one.
   """
-  site = Site(width, dtype=dtype)
+  site = Site(width, dtype=dtype, precision=precision)
   return nnx.bridge.to_linen(_make, config, site, name=name)
 
 

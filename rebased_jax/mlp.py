@@ -1,5 +1,7 @@
 """The MLP of a block: W₂ gelu(W₁ x + b₁) + b₂."""
 
+import functools
+
 from flax import nnx
 from jax import Array
 
@@ -15,7 +17,14 @@ class MLP(nnx.Module):
   """
 
   def __init__(
-    self, width: int, hidden: int, *, dtype: str, stddev: float, rngs: nnx.Rngs
+    self,
+    width: int,
+    hidden: int,
+    *,
+    dtype: str,
+    stddev: float,
+    rngs: nnx.Rngs,
+    precision: str | None = None,
   ):
     """Draw W₁ from N(0, 0.02²) and W₂ from N(0, stddev²).
 
@@ -25,13 +34,13 @@ class MLP(nnx.Module):
       dtype: of the computation; parameters are float32.
       stddev: standard deviation of W₂'s initial entries.
       rngs: a source of keys.
+      precision: of float32 products, as `linear` takes it.
     """
-    self.up = linear(
-      width, hidden, dtype=dtype, rngs=rngs, use_bias=True, stddev=0.02
+    make = functools.partial(
+      linear, dtype=dtype, rngs=rngs, use_bias=True, precision=precision
     )
-    self.down = linear(
-      hidden, width, dtype=dtype, rngs=rngs, use_bias=True, stddev=stddev
-    )
+    self.up = make(width, hidden, stddev=0.02)
+    self.down = make(hidden, width, stddev=stddev)
 
   def __call__(self, x: Array) -> Array:
     """Return the MLP of x (…, D)."""

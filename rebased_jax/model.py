@@ -26,7 +26,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes
-from pallas_kernels.numerics import sum_dtype
+from pallas_kernels.numerics import asked_precision, sum_dtype
 from rebased_jax import blocks
 from rebased_jax.config_checks import compute_dtype
 from rebased_jax.embedding import look_up
@@ -190,6 +190,7 @@ class LM(nnx.Module):
       "...d,vd->...v",
       x_D,
       self.token_embedding[...].astype(x_D.dtype),
+      precision=asked_precision(self.config.precision, x_D.dtype),
       preferred_element_type=sum_dtype(x_D.dtype),
     )
 

@@ -6,6 +6,7 @@ from typing import Literal
 from flax import nnx
 
 from pallas_kernels import devices
+from pallas_kernels.numerics import PRECISIONS
 from rebased_jax.blocks import Block, MambaBlock, Pair, PreNormBlock, Remat
 from rebased_jax.config_checks import (
   DTYPES,
@@ -42,6 +43,13 @@ class ModelConfig:
   #: Compute dtype. Parameters are float32. The residual stream is float32 too,
   #: or float64 if this is float64.
   dtype: str = "float32"
+  #: Precision of float32 products, forward and backward: "default", "high" or
+  #: "highest", as `jax.lax.Precision` has them. None: jax's setting,
+  #: `jax_default_matmul_precision`, or else the device's default, which is TF32
+  #: on a GPU and bfloat16 on a TPU. The operator's own float32 products and
+  #: attention's scores have the highest precision always. Other dtypes have no
+  #: choice.
+  precision: Literal["default", "high", "highest"] | None = None
   #: "pre-norm", or "mamba": x ← x + mixer(RMSNorm(x)), without an MLP.
   block: Literal["pre-norm", "mamba"] = "pre-norm"
   #: Whether one compiled pair is scanned over all pairs. None: yes, except on a
@@ -67,6 +75,7 @@ class ModelConfig:
         f"ModelConfig.dropout={self.dropout}: expected a number in [0, 1)"
       )
     check_one_of(self, "dtype", *DTYPES)
+    check_one_of(self, "precision", None, *PRECISIONS)
     check_one_of(self, "block", "pre-norm", "mamba")
     check_one_of(self, "remat", "none", "dots", "full")
     if self.block == "mamba" and self.mlp_width is not None:
@@ -91,7 +100,14 @@ class ModelConfig:
     self, mixer: MixerConfig, layer: int, *, rngs: nnx.Rngs
   ) -> Block:
     """Return a block of this model around a mixer, with fresh parameters."""
-    site = Site(self.width, layer, self.layers, self.dtype, self.positions)
+    site = Site(
+      self.width,
+      layer,
+      self.layers,
+      self.dtype,
+      self.positions,
+      self.precision,
+    )
     if self.block == "mamba":
       return MambaBlock(mixer, site, rngs=rngs)
     return PreNormBlock(mixer, site, mlp_width=self.mlp_width, rngs=rngs)

@@ -35,7 +35,7 @@ from pallas_kernels.compile_once import compile_once
 from pallas_kernels.cross_entropy import xla
 from pallas_kernels.cross_entropy.xla import TokenLosses
 from pallas_kernels.explicit_mesh import on_any_mesh
-from pallas_kernels.numerics import sum_dtype
+from pallas_kernels.numerics import asked_precision, sum_dtype
 from pallas_kernels.sharding import (
   ShardAxes,
   check_axes,
@@ -53,6 +53,7 @@ class _Plan(NamedTuple):
 
   parts: int
   axes: ShardAxes | None
+  precision: jax.lax.Precision | None  # of the products
 
 
 class _Split(NamedTuple):
@@ -71,6 +72,7 @@ def cross_entropy(
   *,
   parts: int = 1,
   axes: ShardAxes | None = None,
+  precision: str | None = None,
 ) -> tuple[Array, TokenLosses]:
   """Compute Σ w · nll of a tied head, nll = −log softmax(x Eᵀ)[target].
 
@@ -90,6 +92,8 @@ def cross_entropy(
       device. Several parts have reverse-mode first derivatives only.
     axes: the axes of the ambient mesh that split batch and tokens; they matter
       for several parts. None: the arrays are whole, or XLA splits them.
+    precision: of the products of a float32 x: "default", "high" or "highest".
+      None: jax's setting, `jax_default_matmul_precision`.
 
   Returns:
     (loss, tokens): the sum, a scalar, and a `TokenLosses` of each token, all
@@ -110,17 +114,19 @@ def cross_entropy(
   weights = float_array("weights", weights, x.shape[:2])
   parts = positive_integer("parts", parts)
   check_axes(axes)
+  asked = asked_precision(precision, x.dtype)
   if parts > 1:
     _check_parts(x, parts, axes)
   # A token that is left out may have any target, and 0 · NaN would be NaN.
   is_outside = xla.is_outside(targets, embedding.shape[0])
   targets = jnp.where(is_outside & (weights == 0), 0, targets)
   if parts == 1:
-    tokens = xla.token_losses(xla.logits(x, embedding), targets)
+    logits = xla.logits(x, embedding, precision=asked)
+    tokens = xla.token_losses(logits, targets)
     fixed = jax.tree.map(jax.lax.stop_gradient, tokens)
     return (weights * tokens.nll_BM).sum(), fixed
   arrays = vary_alike(x, embedding, targets, weights)
-  return compile_once(_in_parts, (_Plan(parts, axes),), *arrays)
+  return compile_once(_in_parts, (_Plan(parts, axes, asked),), *arrays)
 
 
 def _check_parts(x: Array, parts: int, axes: ShardAxes | None) -> None:
@@ -181,7 +187,7 @@ def _over_mesh(
   axes = plan.axes
   if axes is None:
     split = _Split((), has_whole_rows=not unsplit_axes())
-    return functools.partial(function, parts=plan.parts, split=split)
+    return functools.partial(function, plan=plan, split=split)
   names = axes.bt_names()
   sizes = jax.sharding.get_abstract_mesh().shape
   alone = axes.are_alone(axes.batch, axes.time)
@@ -189,7 +195,7 @@ def _over_mesh(
   rows, whole = axes.bt(), jax.P()
   result = whole, TokenLosses(rows, rows)
   return jax.shard_map(
-    functools.partial(function, parts=plan.parts, split=split),
+    functools.partial(function, plan=plan, split=split),
     in_specs=(rows, whole, rows, rows),
     out_specs=(result, (rows, whole)) if has_grads else result,
     # Other axes may split V; they are left to XLA.
@@ -198,16 +204,16 @@ def _over_mesh(
   )
 
 
-def _losses(x_BMD, embedding_VD, targets_BM, weights_BM, *, parts, split):
+def _losses(x_BMD, embedding_VD, targets_BM, weights_BM, *, plan, split):
   """Return (Σ w nll, tokens), the sum over all devices."""
 
   def part(total, inputs):
     x_BCD, targets_BC, weights_BC = inputs
-    logits_BCV = xla.logits(x_BCD, embedding_VD)
+    logits_BCV = xla.logits(x_BCD, embedding_VD, precision=plan.precision)
     tokens, _ = xla.token_losses_and_log_sums(logits_BCV, targets_BC)
     return total + (weights_BC * tokens.nll_BM).sum(), tokens
 
-  inputs = _split_tokens((x_BMD, targets_BM, weights_BM), parts)
+  inputs = _split_tokens((x_BMD, targets_BM, weights_BM), plan.parts)
   zero = jnp.zeros((), sum_dtype(x_BMD.dtype))
   zero, _ = vary_alike(zero, inputs)
   total, tokens = jax.lax.scan(part, zero, inputs)
@@ -215,7 +221,7 @@ def _losses(x_BMD, embedding_VD, targets_BM, weights_BM, *, parts, split):
 
 
 def _losses_and_gradients(
-  x_BMD, embedding_VD, targets_BM, weights_BM, *, parts, split
+  x_BMD, embedding_VD, targets_BM, weights_BM, *, plan, split
 ):
   """Return `_losses`, and (dx, dE) of the sum; dE in the sums' dtype."""
   dtype = sum_dtype(x_BMD.dtype)
@@ -223,7 +229,9 @@ def _losses_and_gradients(
   def part(carry, inputs):
     total, dembedding_VD = carry
     x_BCD, targets_BC, weights_BC = inputs
-    logits_BCV = xla.logits(x_BCD, embedding_VD, x_BCD.dtype)
+    logits_BCV = xla.logits(
+      x_BCD, embedding_VD, x_BCD.dtype, precision=plan.precision
+    )
     if split.has_whole_rows and has_kernel(logits_BCV):
       tokens, dlogits_BCV = by_platform(
         devices.kernels_of("gpu"),
@@ -237,17 +245,20 @@ def _losses_and_gradients(
       tokens, dlogits_BCV = xla.losses_and_gradient(
         logits_BCV, targets_BC, weights_BC
       )
-    dx_BCD = jnp.einsum("bcv,vd->bcd", dlogits_BCV, embedding_VD)
+    dx_BCD = jnp.einsum(
+      "bcv,vd->bcd", dlogits_BCV, embedding_VD, precision=plan.precision
+    )
     dembedding_VD += jnp.einsum(
       "bcv,bcd->vd",
       dlogits_BCV,
       x_BCD,
+      precision=plan.precision,
       preferred_element_type=dembedding_VD.dtype,
     )
     total += (weights_BC * tokens.nll_BM).sum()
     return (total, dembedding_VD), (tokens, dx_BCD)
 
-  inputs = _split_tokens((x_BMD, targets_BM, weights_BM), parts)
+  inputs = _split_tokens((x_BMD, targets_BM, weights_BM), plan.parts)
   zeros = jnp.zeros((), dtype), jnp.zeros(embedding_VD.shape, dtype)
   zeros, _ = vary_alike(zeros, inputs)
   sums, of_tokens = jax.lax.scan(part, zeros, inputs)

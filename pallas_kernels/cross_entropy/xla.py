@@ -23,6 +23,8 @@ def logits(
   x_D: Array,
   embedding_VD: Array,
   dtype: jax.typing.DTypeLike | None = None,
+  *,
+  precision: jax.lax.Precision | None = None,
 ) -> Array:
   """Return x Eᵀ (…, V), computed in x's dtype and summed in float32.
 
@@ -31,11 +33,13 @@ def logits(
     embedding_VD: E, of any float dtype.
     dtype: of the result. None: that of the sums, float32, or float64 for
       float64 inputs.
+    precision: of the product. None: jax's setting.
   """
   return jnp.einsum(
     "...d,vd->...v",
     x_D,
     embedding_VD.astype(x_D.dtype),
+    precision=precision,
     preferred_element_type=sum_dtype(x_D.dtype) if dtype is None else dtype,
   )
 

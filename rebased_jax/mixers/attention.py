@@ -13,6 +13,7 @@ memory, and is the baseline that linear attention is measured against.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 from flax import nnx
@@ -80,6 +81,7 @@ class AttentionConfig(MixerConfig):
       layers=site.layers,
       length=site.length,
       dtype=site.dtype,
+      precision=site.precision,
       rngs=rngs,
     )
 
@@ -115,6 +117,7 @@ class Attention(Mixer):
     layers: int = 1,
     length: int | None = None,
     dtype: str = "float32",
+    precision: str | None = None,
     rngs: nnx.Rngs,
   ):
     """Make the projections.
@@ -127,6 +130,8 @@ class Attention(Mixer):
       length: tokens that the cache of a state holds, where the config does not
         say it. None: `init_state` raises ValueError.
       dtype: name of the compute dtype.
+      precision: of float32 products: "default", "high" or "highest". None:
+        jax's setting.
       rngs: draws the initial parameters.
 
     Raises:
@@ -134,16 +139,12 @@ class Attention(Mixer):
     """
     super().__init__(width, config, dtype=dtype)
     _check_heads(config, width)
-    self.qkv = linear(
-      width, 3 * width, dtype=dtype, rngs=rngs, use_bias=config.use_bias
+    make = functools.partial(
+      linear, dtype=dtype, precision=precision, rngs=rngs
     )
-    self.out_proj = linear(
-      width,
-      width,
-      dtype=dtype,
-      rngs=rngs,
-      use_bias=True,
-      stddev=output_stddev(layers),
+    self.qkv = make(width, 3 * width, use_bias=config.use_bias)
+    self.out_proj = make(
+      width, width, use_bias=True, stddev=output_stddev(layers)
     )
     self.heads = config.heads
     self.heads_to_split = config.heads

@@ -34,7 +34,7 @@ import abc
 from collections.abc import Callable
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from flax import nnx
 import jax
@@ -42,7 +42,9 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes
+from pallas_kernels.numerics import PRECISIONS
 from rebased_jax.config_checks import (
+  check_one_of,
   check_positive,
   compute_dtype,
   is_positive_integer,
@@ -52,8 +54,6 @@ from rebased_jax.explicit_mesh import layouts, method_on_any_mesh
 from rebased_jax.integers import check_integers, name_type, to_int32
 
 MixerState = Any
-
-_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,9 @@ class Site:
   dtype: str = "float32"
   #: Tokens of the longest row that the model takes. None: no limit.
   length: int | None = None
+  #: Precision of float32 products: "default", "high" or "highest". None: jax's
+  #: setting.
+  precision: str | None = None
 
   def __post_init__(self) -> None:
     make_scalars_plain(self)
@@ -79,6 +82,7 @@ class Site:
         f"Site.layer={self.layer!r}: expected 0 to {self.layers - 1}"
       )
     compute_dtype(self.dtype)
+    check_one_of(self, "precision", None, *PRECISIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +98,6 @@ class MixerConfig(abc.ABC):
   @abc.abstractmethod
   def make(self, site: Site, *, rngs: nnx.Rngs) -> "Mixer":
     """Return the mixer for a place in a model, with fresh parameters."""
-
-
-def _on_any_mesh(
-  letters: str, outputs: Callable[[dict[str, Any]], Any]
-) -> Callable[[_Method], _Method]:
-  """Return the decorator of a mixer's methods that take tokens."""
-  return method_on_any_mesh(
-    letters, outputs, heads=lambda mixer: mixer.heads_to_split
-  )
 
 
 def _mix_outputs(arguments: dict[str, Any]) -> str:
@@ -184,7 +179,7 @@ class Mixer(nnx.Module):
       return super().__getattribute__(name)  # raises the usual error
 
   @final
-  @_on_any_mesh("BTD", _mix_outputs)
+  @method_on_any_mesh("BTD", _mix_outputs)
   def __call__(
     self,
     x_BTD: Array,
@@ -230,7 +225,7 @@ class Mixer(nnx.Module):
     return y
 
   @final
-  @_on_any_mesh("BTD", lambda given: ("BTD", _rows(given["state"])))
+  @method_on_any_mesh("BTD", lambda given: ("BTD", _rows(given["state"])))
   def prefill(
     self,
     x_BTD: Array,
@@ -258,7 +253,7 @@ class Mixer(nnx.Module):
     )
 
   @final
-  @_on_any_mesh("BD", lambda given: ("BD", layouts(given["state"])))
+  @method_on_any_mesh("BD", lambda given: ("BD", layouts(given["state"])))
   def step(self, x_BD: Array, state: MixerState) -> tuple[Array, MixerState]:
     """Return y (B, D) of one more token a row, and the state after it.
 

@@ -22,7 +22,9 @@ class BasedConfig(PolynomialConfig):
 
   def make(self, site: Site, *, rngs: nnx.Rngs) -> "Based":
     """Return a Based layer for a place in a model."""
-    return Based(site.width, self, dtype=site.dtype, rngs=rngs)
+    return Based(
+      site.width, self, dtype=site.dtype, precision=site.precision, rngs=rngs
+    )
 
 
 class Based(PolynomialMixer):

@@ -37,7 +37,9 @@ class BaseConvConfig(MixerConfig):
 
   def make(self, site: Site, *, rngs: nnx.Rngs) -> "BaseConv":
     """Return a short convolution for a place in a model."""
-    return BaseConv(site.width, self, dtype=site.dtype, rngs=rngs)
+    return BaseConv(
+      site.width, self, dtype=site.dtype, precision=site.precision, rngs=rngs
+    )
 
 
 class BaseConv(Mixer):
@@ -58,11 +60,19 @@ class BaseConv(Mixer):
     config: BaseConvConfig,
     *,
     dtype: str = "float32",
+    precision: str | None = None,
     rngs: nnx.Rngs,
   ):
     super().__init__(width, config, dtype=dtype)
     self.kernel, self.bias = initial_taps(width, config.taps, rngs)
-    self.gate = linear(width, width, dtype=dtype, use_bias=True, rngs=rngs)
+    self.gate = linear(
+      width,
+      width,
+      dtype=dtype,
+      use_bias=True,
+      rngs=rngs,
+      precision=precision,
+    )
 
   def init_state(self, batch: int) -> Array:
     """Return K − 1 tokens of 0, (B, K − 1, D)."""

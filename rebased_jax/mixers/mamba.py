@@ -16,6 +16,7 @@ a state forgets within two tokens.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -25,7 +26,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes, selective_scan
-from pallas_kernels.numerics import sum_dtype
+from pallas_kernels.numerics import asked_precision, sum_dtype
 from rebased_jax.config_checks import check_one_of, check_positive
 from rebased_jax.linear import Linear, linear, output_stddev
 from rebased_jax.mixers.base import Mixer, MixerConfig, Site, take_positions
@@ -59,7 +60,12 @@ class MambaConfig(MixerConfig):
   def make(self, site: Site, *, rngs: nnx.Rngs) -> "Mamba":
     """Return Mamba's mixer for a place in a model."""
     return Mamba(
-      site.width, self, layers=site.layers, dtype=site.dtype, rngs=rngs
+      site.width,
+      self,
+      layers=site.layers,
+      dtype=site.dtype,
+      precision=site.precision,
+      rngs=rngs,
     )
 
 
@@ -90,6 +96,7 @@ class Mamba(Mixer):
     *,
     layers: int = 1,
     dtype: str = "float32",
+    precision: str | None = None,
     rngs: nnx.Rngs,
   ):
     """Make the parameters.
@@ -99,6 +106,8 @@ class Mamba(Mixer):
       config: the mixer's config.
       layers: number of layers of the model, for the initial W_o.
       dtype: name of the compute dtype.
+      precision: of float32 products: "default", "high" or "highest". None:
+        jax's setting.
       rngs: draws the initial parameters.
 
     Raises:
@@ -106,20 +115,21 @@ class Mamba(Mixer):
     """
     super().__init__(width, config, dtype=dtype)
     I, N, R = config.expand * width, config.state, math.ceil(width / 16)
-    self.in_proj = linear(width, I, dtype=dtype, rngs=rngs)
-    self.gate_proj = linear(width, I, dtype=dtype, rngs=rngs)
+    make = functools.partial(
+      linear, dtype=dtype, precision=precision, rngs=rngs
+    )
+    self.in_proj = make(width, I)
+    self.gate_proj = make(width, I)
     self.conv = ShortConv(I, config.taps, rngs=rngs)
-    self.x_proj = linear(I, R + 2 * N, dtype=dtype, rngs=rngs)
+    self.x_proj = make(I, R + 2 * N)
     self.scan_dtype = sum_dtype(self.dtype)
     self.dt_proj = _make_dt_proj(
-      R, I, config.initialization, self.scan_dtype, rngs
+      R, I, config.initialization, self.scan_dtype, precision, rngs
     )
     states_N = jnp.arange(1, N + 1, dtype=jnp.float32)
     self.A_log = nnx.Param(jnp.tile(jnp.log(states_N), (I, 1)))
     self.D = nnx.Param(jnp.ones(I, jnp.float32))
-    self.out_proj = linear(
-      I, width, dtype=dtype, rngs=rngs, stddev=output_stddev(layers)
-    )
+    self.out_proj = make(I, width, stddev=output_stddev(layers))
 
   def init_state(self, batch: int) -> MambaState:
     """Return the state before a document's first token: zeros."""
@@ -191,11 +201,19 @@ def _make_dt_proj(
   channels: int,
   initialization: str,
   dtype: jnp.dtype,
+  precision: str | None,
   rngs: nnx.Rngs,
 ) -> Linear:
   """Return W_Δ (R, I) and b_Δ (I,) as a linear layer."""
   if initialization == "published":
-    return linear(rank, channels, dtype=dtype.name, use_bias=True, rngs=rngs)
+    return linear(
+      rank,
+      channels,
+      dtype=dtype.name,
+      use_bias=True,
+      precision=precision,
+      rngs=rngs,
+    )
   bound = rank**-0.5
 
   def uniform(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
@@ -215,5 +233,6 @@ def _make_dt_proj(
     bias_init=inverse_softplus,
     dtype=dtype,
     param_dtype=jnp.float32,
+    precision=asked_precision(precision, dtype),
     rngs=rngs,
   )

@@ -10,6 +10,7 @@ and no gate or norm follows the operator, as in the paper's code.
 
 import abc
 import dataclasses
+import functools
 import math
 from typing import ClassVar, NamedTuple
 
@@ -91,13 +92,22 @@ class Projections(nnx.Module):
   """
 
   def __init__(
-    self, shape: HeadShape, width: int, *, dtype: str, rngs: nnx.Rngs
+    self,
+    shape: HeadShape,
+    width: int,
+    *,
+    dtype: str,
+    precision: str | None,
+    rngs: nnx.Rngs,
   ):
     H, F, P = shape
-    self.q = linear(width, H * F, dtype=dtype, rngs=rngs)
-    self.k = linear(width, H * F, dtype=dtype, rngs=rngs)
-    self.v = linear(width, H * P, dtype=dtype, rngs=rngs)
-    self.o = linear(H * P, width, dtype=dtype, rngs=rngs)
+    make = functools.partial(
+      linear, dtype=dtype, precision=precision, rngs=rngs
+    )
+    self.q = make(width, H * F)
+    self.k = make(width, H * F)
+    self.v = make(width, H * P)
+    self.o = make(H * P, width)
 
 
 class PolynomialMixer(Mixer):
@@ -117,6 +127,7 @@ class PolynomialMixer(Mixer):
     config: PolynomialConfig,
     *,
     dtype: str = "float32",
+    precision: str | None = None,
     rngs: nnx.Rngs,
   ):
     """Make the projections, with kernels from N(0, 0.02²).
@@ -125,6 +136,8 @@ class PolynomialMixer(Mixer):
       width: D.
       config: the mixer's config.
       dtype: name of the compute dtype.
+      precision: of the projections' float32 products: "default", "high" or
+        "highest". None: jax's setting. The operator's always have the highest.
       rngs: draws the initial parameters.
 
     Raises:
@@ -133,7 +146,9 @@ class PolynomialMixer(Mixer):
     super().__init__(width, config, dtype=dtype)
     self.shape = config.shape(width)
     self.heads_to_split = self.shape.heads
-    self.project = Projections(self.shape, width, dtype=dtype, rngs=rngs)
+    self.project = Projections(
+      self.shape, width, dtype=dtype, precision=precision, rngs=rngs
+    )
     self.eps = config.eps
     self.implementation = config.implementation
 

@@ -85,7 +85,9 @@ class ReBasedConfig(PolynomialConfig):
 
   def make(self, site: Site, *, rngs: nnx.Rngs) -> "ReBased":
     """Return a ReBased layer of the width and dtype that `site` names."""
-    return ReBased(site.width, self, dtype=site.dtype, rngs=rngs)
+    return ReBased(
+      site.width, self, dtype=site.dtype, precision=site.precision, rngs=rngs
+    )
 
 
 class KernelAffine(nnx.Module):
@@ -141,9 +143,10 @@ class ReBased(PolynomialMixer):
     config: ReBasedConfig,
     *,
     dtype: str = "float32",
+    precision: str | None = None,
     rngs: nnx.Rngs,
   ):
-    super().__init__(width, config, dtype=dtype, rngs=rngs)
+    super().__init__(width, config, dtype=dtype, precision=precision, rngs=rngs)
     self.query_affine = KernelAffine(config)
     self.key_affine = KernelAffine(config)
 

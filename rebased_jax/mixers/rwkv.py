@@ -32,7 +32,7 @@ from pallas_kernels import (
   wkv,
   wkv_step,
 )
-from pallas_kernels.numerics import sum_dtype
+from pallas_kernels.numerics import asked_precision, sum_dtype
 from rebased_jax.config_checks import check_one_of
 from rebased_jax.linear import Linear
 from rebased_jax.mixers.base import Mixer, MixerConfig, Site, take_positions
@@ -67,6 +67,7 @@ class RWKVConfig(MixerConfig):
       layer=site.layer,
       layers=site.layers,
       dtype=site.dtype,
+      precision=site.precision,
       rngs=rngs,
     )
 
@@ -100,6 +101,7 @@ class RWKV(Mixer):
     layer: int = 0,
     layers: int = 1,
     dtype: str = "float32",
+    precision: str | None = None,
     rngs: nnx.Rngs,
   ):
     """Make the parameters.
@@ -110,6 +112,8 @@ class RWKV(Mixer):
       layer: index of the layer, from 0, for the initial values.
       layers: number of layers of the model, for the initial values.
       dtype: name of the compute dtype.
+      precision: of float32 products: "default", "high" or "highest". None:
+        jax's setting.
       rngs: draws the initial projections.
 
     Raises:
@@ -131,6 +135,7 @@ class RWKV(Mixer):
         kernel_init=kernel_init,
         dtype=jnp.dtype(dtype),
         param_dtype=jnp.float32,
+        precision=asked_precision(precision, dtype),
         rngs=rngs,
       )
 

@@ -38,7 +38,7 @@ def project_to_thirds(linear: nnx.Linear, x_BTD: Array) -> list[Array]:
   for kernel_DD in thirds(linear.kernel):
     # Without the barrier XLA would join the three products again.
     x, kernel_DD = jax.lax.optimization_barrier((x_BTD, kernel_DD))
-    products.append(x @ kernel_DD)
+    products.append(jnp.matmul(x, kernel_DD, precision=linear.precision))
   if linear.bias is None:
     return products
   biases = jnp.split(linear.bias[...], 3)

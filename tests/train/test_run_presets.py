@@ -124,6 +124,7 @@ def test_mqar_runs_have_the_numbers_of_the_paper(
   assert (model.width, model.layers, model.positions) == (64, 2, length)
   dropout = 0.0 if system == "mamba" else 0.1
   assert (model.dropout, model.mlp_width) == (dropout, None)
+  assert (model.dtype, model.precision) == ("float32", "highest")
   wanted = presets.SYSTEMS[system]
   assert (model.first, mixer, model.block) == wanted
   if "attention" in system:
@@ -144,6 +145,7 @@ def test_ablations() -> None:
   for variant in _VARIANTS:
     for length in (256, 2048):
       config = _PRESETS[f"mqar-paper-ablation-{variant}-{length}"]
+      assert config.model.precision == "highest"
       assert (config.model.width, config.data.pairs) == (48, 32)
       assert config.data.length == length
       mixer = config.model.second

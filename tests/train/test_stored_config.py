@@ -226,6 +226,18 @@ def test_a_module_that_fails_is_named(tmp_path: Path, monkeypatch) -> None:
     stored_config.from_json(json.dumps(data))
 
 
+def test_a_config_stored_before_precision_has_none() -> None:
+  config = tiny()
+  data = json.loads(stored_config.to_json(config))
+  assert data["run"]["model"].pop("precision") is None
+  assert stored_config.from_json(json.dumps(data)) == config
+  changed = tiny(model=dict(precision="highest"))
+  again = stored_config.from_json(stored_config.to_json(changed))
+  assert again.model.precision == "highest"
+  (difference,) = stored_config.differences(config, again)
+  assert difference == "model.precision: None → 'highest'"
+
+
 def test_older_configs_are_refused_with_advice() -> None:
   data = json.loads(stored_config.to_json(tiny()))
   data["version"] = 1

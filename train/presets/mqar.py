@@ -109,6 +109,12 @@ def paper(
   )
 
 
+def _in_float32(run: RunConfig) -> RunConfig:
+  """Return a run with products in float32 on every device, as the paper's."""
+  model = dataclasses.replace(run.model, precision="highest")
+  return dataclasses.replace(run, model=model)
+
+
 def make_presets() -> dict[str, RunConfig]:
   """Return every MQAR preset by name."""
   runs = {"mqar": mqar()}
@@ -121,10 +127,11 @@ def make_presets() -> dict[str, RunConfig]:
     system = presets.SYSTEMS[name]
     for length, pairs in PAPER_LENGTHS.items():
       run = paper(system, length=length, pairs=pairs)
-      runs[f"mqar-paper-{name}-{length}"] = run
+      runs[f"mqar-paper-{name}-{length}"] = _in_float32(run)
   for variant, mixer in presets.VARIANTS.items():
     system = presets.hybrid(mixer)
     for length in ABLATION_LENGTHS:
       run = paper(system, length=length, pairs=ABLATION_PAIRS, width=48)
-      runs[f"mqar-paper-ablation-{variant}-{length}"] = run
+      name = f"mqar-paper-ablation-{variant}-{length}"
+      runs[name] = _in_float32(run)
   return runs
