@@ -24,6 +24,7 @@ from etils import epy
 # The modules must not have the names of the functions: no generate.py.
 with epy.lazy_api_imports(globals()):
   from pallas_kernels import ShardAxes
+  from rebased_jax.decoding import LMState
   from rebased_jax.find_trainer import import_trainer
   from rebased_jax.generation import generate
   from rebased_jax.mixers import (
@@ -45,7 +46,7 @@ with epy.lazy_api_imports(globals()):
     RWKVConfig,
     Site,
   )
-  from rebased_jax.model import LM, LMState, parameter_count
+  from rebased_jax.model import LM, parameter_count
   from rebased_jax.model_config import ModelConfig
   from rebased_jax.model_files import load, save
   from rebased_jax.tensor_files import WeightsError

@@ -602,6 +602,16 @@ def _step_pairs(
   return jax.lax.scan(body, x_BD, (parameters, states))
 
 
+def attention_matrix(pairs: Pair, x_BTD: Array) -> Array:
+  """Return the attention matrix (B, H, T, T) of the last of all pairs."""
+  count = len(jax.tree.leaves(nnx.state(pairs))[0])
+  *before, last = (unstack(pairs, index) for index in range(count))
+  stream = Stream(x_BTD)
+  for pair in before:
+    stream = pair(stream)
+  return last.attention_matrix(stream)
+
+
 def state_size(pairs: Pair, length: int) -> int:
   """Return the bytes of all pairs' states for a row of `length` tokens."""
   graph, parameters = nnx.split(pairs)

@@ -28,9 +28,10 @@ import numpy as np
 
 from pallas_kernels import ShardAxes, cross_entropy
 from rebased_jax.config_checks import is_positive_integer
+from rebased_jax.decoding import LMState
 from rebased_jax.mixers.attention import Attention
 from rebased_jax.mixers.base import Mixer
-from rebased_jax.model import LM, LMState
+from rebased_jax.model import LM
 
 #: The fewest tokens of a batch: shorter texts share one program.
 _SHORTEST = 16

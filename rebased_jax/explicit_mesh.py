@@ -29,23 +29,20 @@ _R = TypeVar("_R")
 
 
 def method_on_any_mesh(
-  letters: str,
-  outputs: Callable[[dict[str, Any]], Any],
-  *,
-  heads: Callable[[Any], int | None],
+  letters: str, outputs: Callable[[dict[str, Any]], Any]
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
   """Return a decorator that lets a module's method run under Explicit axes.
 
   An argument `axes` that is None is read off types: batch and time are split as
   those of the leading array, heads over the mesh axis that splits parameters
-  but not the leading array, if there is one and it divides them.
+  but not the leading array, if there is one and it divides them. The module's
+  `heads_to_split` is the number of its heads, or None.
 
   Args:
     letters: of the axes of the first argument after self, as "BTD".
     outputs: takes the arguments by name, and returns a tree of the result's
       structure: each array's letters, or a PartitionSpec. A letter is split as
       it is in the leading array; others are whole.
-    heads: returns the number of heads of the module; None: it has none.
   """
 
   def decorate(method: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -65,7 +62,7 @@ def method_on_any_mesh(
       if "axes" in signature.parameters:
         axes = arguments.pop("axes", None)
         if axes is None:
-          axes = _axes(heads(module[1]), parameters, layout(x))
+          axes = _axes(module[1].heads_to_split, parameters, layout(x))
         options["axes"] = axes
       split = dict(zip(letters, layout(x), strict=True))
 

@@ -21,8 +21,9 @@ import numpy as np
 from pallas_kernels.explicit_mesh import explicit_axes, layout
 from pallas_kernels.sharding import Axis
 from rebased_jax.config_checks import is_positive_integer, plain_scalar
+from rebased_jax.decoding import LMState
 from rebased_jax.integers import check_integers, to_int32
-from rebased_jax.model import LM, LMState
+from rebased_jax.model import LM
 from rebased_jax.model_config import check_length
 
 #: Smaller temperatures would overflow logits / temperature in float32.

@@ -277,10 +277,9 @@ def test_dropout() -> None:
   assert (call(1) != call(2)).any()
   assert (call(1) != np.asarray(logits(params, TOKENS_BT))).any()
   model = nnx.merge(*make(CONFIG))
-  position_1T = np.arange(T, dtype=np.int32)[None]
-  x_BTD = np.asarray(model._embed(TOKENS_BT, position_1T))
+  x_BTD = np.asarray(model._embed(TOKENS_BT))
   keys = jax.random.split(jax.random.key(6), 4096)
-  embed = lambda key: model._embed(TOKENS_BT, position_1T, key)
+  embed = lambda key: model._embed(TOKENS_BT, dropout_key=key)
   y_NBTD = np.asarray(jax.jit(jax.vmap(embed))(keys))
   # A mean of n drops of p = ¼ has a deviation of |x| √(p / (1 − p) / n).
   sigma_BTD = np.abs(x_BTD) * np.sqrt(1 / 3 / len(keys))
