@@ -100,14 +100,14 @@ def test_other_data_at_the_new_place_is_refused(moved: Path, call) -> None:
   other = [np.where(x == ord("d"), ord("b"), x) for x in DOCUMENTS]
   write_prepared(moved / "other", (other,))
   before = files(path)
-  for option, named in (
-    ("--data.path", "the data has changed: "),
-    ("--data.eval-path", "held out: the data has changed: "),
+  for verb, option, named in (
+    ("resume", "--data.path", "the data has changed: "),
+    ("resume", "--data.eval-path", "held out: the data has changed: "),
+    ("evaluate", "--data.eval-path", "held out: the data has changed: "),
   ):
-    for verb in ("evaluate", "resume"):
-      code, _, err = call(verb, str(path), option, str(moved / "other"))
-      assert code == 2 and f"{path}: {named}" in err
-      assert "--allow-data-change" in err
+    code, _, err = call(verb, str(path), option, str(moved / "other"))
+    assert code == 2 and f"{path}: {named}" in err
+    assert "--allow-data-change" in err
   code, _, err = call("resume", str(path), "--data.path", "a", "b")
   assert code == 2 and "expected 1 paths, as the run has" in err
   assert files(path) == before

@@ -1,11 +1,20 @@
-"""`rebased evaluate RUN`: print the held-out loss and accuracy of a run."""
+"""`rebased evaluate RUN`: print the held-out loss and accuracy of a run.
 
+With `--text`, or with other data than the run's, it prints the losses of whole
+documents instead; see `evaluate_documents`.
+"""
+
+from collections.abc import Iterable
 import dataclasses
 
 from rich.console import Console
+import tyro
 
+from train import text_completion
+from train.commands import evaluate_documents
 from train.commands.arguments import DataPlaces, RunArg, parse_run
 from train.config import RunConfig, TextData
+from train.data.checks import require
 from train.data.recall import Recall
 from train.devices import backend, processes
 from train.devices.mesh import MeshConfig
@@ -16,9 +25,13 @@ from train.watchdog import STEP_TIMEOUT, Watchdog
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateArgs:
-  """Print the held-out loss and accuracy of a run."""
+  """Print the held-out loss and accuracy of a run.
 
-  #: The run's folder.
+  With --text, or a --data.path that is not the run's data, print the losses of
+  whole documents, of any length.
+  """
+
+  #: The run's folder. With --text or other data also an exported model.
   run_dir: RunArg
   #: The step of the checkpoint. None: the newest.
   step: int | None = None
@@ -30,9 +43,24 @@ class EvaluateArgs:
   #: A bigram that occurs more often than this in the training text is not
   #: associative recall. `rebased count` makes the counts.
   recall_limit: int | None = None
-  #: Evaluate although the data has changed.
+  #: Files or folders of text to evaluate on: plain text, JSON lines, Parquet.
+  text: tuple[str, ...] = ()
+  #: "bytes", a tokenizer.json, or a folder that holds one, for --text. None:
+  #: the copy in the data set or the exported model.
+  tokenizer: str | None = None
+  #: The token of --tokenizer that ends a document.
+  eos: str = "auto"
+  #: Documents of a batch, for --text and other data.
+  rows: int = 8
+  #: The most tokens of a document that run at a time, for --text and other
+  #: data. Longer documents are read in pieces.
+  piece: int = 1024
+  #: A file for the losses by document, source and position, as JSON lines, for
+  #: --text and other data.
+  out: str | None = None
+  #: Evaluate the held-out rows although the data has changed.
   allow_data_change: bool = False
-  #: Where the data is now, if it was moved.
+  #: Where the data is now, if it was moved; or other data to evaluate on.
   data: DataPlaces = DataPlaces()
   #: The mesh of devices, if it is not to be the run's.
   mesh: MeshConfig = MeshConfig()
@@ -56,7 +84,17 @@ def run(args: list[str]) -> int:
     ValueError: an argument is wrong, or the run's data is not what it was.
     CheckpointError: there is no such checkpoint, or it is unreadable.
   """
+  asked = tyro.cli(EvaluateArgs, prog="rebased evaluate", args=args)
+  paths = asked.data.path
+  if asked.text or (
+    paths
+    and not asked.allow_data_change
+    and evaluate_documents.is_other_data(paths, asked.run_dir, asked.step)
+  ):
+    return _evaluate_documents(asked)
   parsed, config = parse_run(EvaluateArgs, "evaluate", args)
+  of_documents = ("tokenizer", "eos", "rows", "piece", "out")
+  _check_unused(parsed, of_documents, "held-out rows")
   if isinstance(config.data, TextData):
     # A run folder may come from a stranger: it does not say where we write.
     data = dataclasses.replace(config.data, cache_dir=parsed.data.cache_dir)
@@ -74,6 +112,39 @@ def run(args: list[str]) -> int:
       allow_data_change=parsed.allow_data_change,
       watch=watch,
     )
+
+
+def _evaluate_documents(asked: EvaluateArgs) -> int:
+  """Evaluate whole documents, and return the exit code."""
+  used = (
+    *("run_dir", "step", "text", "tokenizer", "eos", "rows", "piece", "out"),
+    *("step_timeout", *(() if asked.text else ("data",))),
+  )
+  names = (x.name for x in dataclasses.fields(asked) if x.name not in used)
+  _check_unused(asked, names, "documents")
+  held_out = asked.data.eval_path
+  require(not held_out, "data.eval_path", held_out, "none: --data.path has all")
+  request = evaluate_documents.Request(
+    asked.run_dir,
+    text_completion.ModelSource(asked.step, asked.tokenizer, asked.eos),
+    asked.text,
+    asked.data.path,
+    asked.rows,
+    asked.piece,
+    asked.out,
+  )
+  backend.devices()  # says so if there are none
+  with Watchdog(asked.step_timeout) as watch:
+    return evaluate_documents.run(request, watch)
+
+
+def _check_unused(asked: EvaluateArgs, names: Iterable[str], what: str) -> None:
+  """Raise ValueError if an option is given that has no meaning here."""
+  default = EvaluateArgs(asked.run_dir)
+  for name in names:
+    value, expected = getattr(asked, name), repr(getattr(default, name))
+    expected += f", because it has no meaning for {what}"
+    require(value == getattr(default, name), name, value, expected)
 
 
 def with_recall(
