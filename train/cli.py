@@ -75,6 +75,12 @@ VERBS = {
     "train.commands.export",
     environment={"JAX_PLATFORMS": "cpu"},  # nothing is computed
   ),
+  "import": Verb(
+    "FILE --out DIR",
+    "turn a PyTorch checkpoint into a model",
+    "train.commands.import_model",
+    environment={"JAX_PLATFORMS": "cpu"},
+  ),
   "inspect": Verb(
     "WHAT",
     "show a preset, model, run or checkpoint;\n"

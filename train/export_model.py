@@ -16,7 +16,8 @@ from train.checkpoint.checkpoints import read_meta
 from train.config import TextData
 from train.data.batches import Fingerprint
 from train.data.checks import require
-from train.data.prepare.tokenizer import FileTokenizer
+from train.data.prepare import tokenizer as tokenizer_lib
+from train.data.prepare.tokenizer import FileTokenizer, Tokenizer
 from train.records.run_folder import RunFolder
 from train.text_completion import (
   ModelSource,
@@ -81,6 +82,13 @@ def _find_tokenizer(
   if source.tokenizer == NO_TOKENIZER or unknown:
     return None, None
   tokenizer, eos = find_tokenizer(data, fingerprint, source)
-  if isinstance(tokenizer, FileTokenizer):
-    return tokenizer.path, eos
-  return "bytes", eos
+  return name_tokenizer(tokenizer), eos
+
+
+def name_tokenizer(tokenizer: Tokenizer) -> str | Path:
+  """Return a tokenizer's file, or "bytes", as `rebased_jax.save` takes it."""
+  return (
+    tokenizer.path
+    if isinstance(tokenizer, FileTokenizer)
+    else tokenizer_lib.BYTES
+  )
