@@ -6,11 +6,14 @@ compiled at each such call, and jax keeps every program.
 
 from collections.abc import Callable, Hashable
 import functools
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 
 from pallas_kernels import devices
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def compile_once(
@@ -41,6 +44,33 @@ def compiled_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
     return compile_once(backward, tuple(static), kept, cotangents)
 
   return rule
+
+
+def keep_programs(most: int) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+  """Return a decorator that keeps the last results of a function.
+
+  The function makes compiled programs. Dropping the oldest result frees its
+  programs, so that their memory is bounded.
+
+  Args:
+    most: how many results are kept. None is kept for arguments without a hash,
+      such as the structure of a user's module that has a list.
+  """
+
+  def decorate(make: Callable[_P, _R]) -> Callable[_P, _R]:
+    kept = functools.lru_cache(maxsize=most)(make)
+
+    @functools.wraps(make)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+      try:
+        hash((args, tuple(kwargs.items())))
+      except TypeError:
+        return make(*args, **kwargs)
+      return kept(*args, **kwargs)
+
+    return call
+
+  return decorate
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)

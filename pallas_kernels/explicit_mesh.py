@@ -18,12 +18,13 @@ import jax
 from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 
+from pallas_kernels.compile_once import keep_programs
 from pallas_kernels.sharding import Axis, ShardAxes
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-Options = tuple[tuple[str, Any], ...]  # hashable arguments, by name
+Options = tuple[tuple[str, Any], ...]  # arguments by name
 
 
 class Outputs(NamedTuple):
@@ -61,14 +62,15 @@ def layout(x: Array) -> tuple[Axis, ...]:
   return spec + (None,) * (x.ndim - len(spec))
 
 
-@functools.cache
+@keep_programs(most=256)
 def under_auto_axes(
   function: Callable[..., _R], outputs: Outputs, options: Options = ()
 ) -> Callable[..., _R]:
   """Return a function that computes with the Explicit axes as Auto ones.
 
   It is compiled, because the operations between the kernels would otherwise run
-  one by one. The result is kept, so that a second call compiles nothing.
+  one by one. The result is kept, so that a second call compiles nothing. For
+  options without a hash it is not kept.
 
   Args:
     function: a function of arrays by name. It must not close over arrays.

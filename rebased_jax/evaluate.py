@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import ShardAxes, cross_entropy
+from pallas_kernels.compile_once import keep_programs
 from rebased_jax.config_checks import is_positive_integer
 from rebased_jax.decoding import LMState
 from rebased_jax.mixers.attention import Attention
@@ -308,7 +309,7 @@ class _Programs(NamedTuple):
 
 
 # Dropping the programs of the oldest model bounds the memory of all programs.
-@functools.lru_cache(maxsize=32)
+@keep_programs(most=32)
 def _programs(
   graph: nnx.GraphDef, axes: ShardAxes | None, room: int
 ) -> _Programs:

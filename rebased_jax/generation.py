@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
+from pallas_kernels.compile_once import keep_programs
 from pallas_kernels.explicit_mesh import explicit_axes, layout
 from pallas_kernels.sharding import Axis
 from rebased_jax.config_checks import is_positive_integer, plain_scalar
@@ -203,7 +204,7 @@ class _Reader(NamedTuple):
 
 # The number of rows is part of the key, so that dropping the programs of the
 # oldest case bounds the memory of all programs.
-@functools.lru_cache(maxsize=32)
+@keep_programs(most=32)
 def _reader(graph: nnx.GraphDef, rows: int) -> _Reader:
   """Return the programs that read prompts of so many rows."""
 
@@ -220,7 +221,7 @@ def _reader(graph: nnx.GraphDef, rows: int) -> _Reader:
   return _Reader(start, read)
 
 
-@functools.lru_cache(maxsize=32)
+@keep_programs(most=32)
 def _writer(
   graph: nnx.GraphDef, rows: int, slots: int, choice: _Choice, split: Axis
 ) -> Callable[..., Array]:

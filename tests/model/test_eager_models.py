@@ -11,7 +11,13 @@ import model_cases
 import numpy as np
 import pytest
 
-from rebased_jax import LM, BaseConvConfig, ModelConfig, ReBasedConfig
+from rebased_jax import (
+  LM,
+  BaseConvConfig,
+  ModelConfig,
+  ReBasedConfig,
+  generate,
+)
 
 V = 11
 CONFIG = ModelConfig(
@@ -66,3 +72,4 @@ def test_a_mixer_with_a_list_still_runs() -> None:
   wanted_BTV = model(TOKENS_BT)
   model.pairs.first.mixer.notes = {"of": "a user"}
   np.testing.assert_allclose(model(TOKENS_BT), wanted_BTV, rtol=1e-6)
+  assert generate(model, TOKENS_BT, steps=1).shape == (len(TOKENS_BT), 1)

@@ -129,3 +129,15 @@ def test_a_model_outside_jit(mesh, lm):
     *map(jax.device_get, (found, wanted)), rtol=1e-4, atol=1e-5
   )
   np.testing.assert_array_equal(tokens_BS, continued)
+
+
+def test_a_mixer_with_a_list(mesh):
+  """Programs are kept under a module's structure, and a list has no hash."""
+  mixer = BaseConvConfig().make(Site(8), rngs=nnx.Rngs(0))
+  x_BTD = jnp.ones((B, T, 8))
+  wanted_BTD = mixer(x_BTD)
+  mixer.notes = {"of": "a user"}
+  with jax.set_mesh(mesh):
+    y_BTD = mixer(jax.device_put(x_BTD, NamedSharding(mesh, P("data"))))
+  assert y_BTD.sharding.spec[0] == "data"
+  np.testing.assert_allclose(y_BTD, wanted_BTD, rtol=1e-5)
