@@ -10,6 +10,7 @@ for several platforms, it lowers every branch for all of them.
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
+import warnings
 
 import jax
 from jax import Array
@@ -38,6 +39,7 @@ def by_platform(
   kernel: Callable[..., Any],
   elsewhere: Callable[..., Any] | None,
   *arrays: Any,
+  is_split: bool = False,
 ) -> Any:
   """Return kernel(*arrays) on the kernels' platforms, else elsewhere(*arrays).
 
@@ -50,6 +52,9 @@ def by_platform(
       shapes and dtypes. None: lowering for another platform raises
       NotImplementedError.
     arrays: trees of arrays.
+    is_split: whether `kernel` itself splits its work over the devices of a
+      mesh. If not, it runs where a program or a `jax.shard_map` has one device:
+      XLA would run the whole kernel on each of several devices.
 
   Raises:
     TypeError: the results of the two functions differ in form.
@@ -71,7 +76,11 @@ def by_platform(
         f"{other_shapes}: expected equal forms"
       )
   results = _by_platform_p.bind(
-    *flat, kernels=kernels, kernel=kernel_jaxpr, elsewhere=other_jaxpr
+    *flat,
+    kernels=kernels,
+    kernel=kernel_jaxpr,
+    elsewhere=other_jaxpr,
+    is_split=is_split,
   )
   return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
@@ -81,6 +90,7 @@ def forward_by_platform(
   kernel: Callable[..., tuple[Any, Any]],
   elsewhere: Callable[..., Any] | None,
   *arrays: Any,
+  is_split: bool = False,
 ) -> tuple[Any, Any]:
   """Return (results, kept), like `by_platform`, where only `kernel` keeps.
 
@@ -92,9 +102,10 @@ def forward_by_platform(
     kernel: returns (results, kept).
     elsewhere: returns results. None: as in `by_platform`.
     arrays: trees of arrays.
+    is_split: as in `by_platform`.
   """
   if elsewhere is None:
-    return by_platform(kernels, kernel, None, *arrays)
+    return by_platform(kernels, kernel, None, *arrays, is_split=is_split)
   kept_types = []
 
   def noted(*arrays):
@@ -105,7 +116,7 @@ def forward_by_platform(
   def filled(*arrays):
     return elsewhere(*arrays), jax.tree.map(_unreadable, kept_types[0])
 
-  return by_platform(kernels, noted, filled, *arrays)
+  return by_platform(kernels, noted, filled, *arrays, is_split=is_split)
 
 
 def _unreadable(like: Any) -> Array:
@@ -119,8 +130,8 @@ _by_platform_p.multiple_results = True
 
 
 @_by_platform_p.def_effectful_abstract_eval
-def _abstract(*avals, kernels, kernel, elsewhere):
-  del avals, kernels
+def _abstract(*avals, kernels, kernel, elsewhere, is_split):
+  del avals, kernels, is_split
   effects = kernel.effects
   if elsewhere is not None:
     effects = effects | elsewhere.effects
@@ -128,8 +139,9 @@ def _abstract(*avals, kernels, kernel, elsewhere):
 
 
 @_by_platform_p.def_impl
-def _run(*arrays, kernels, kernel, elsewhere):
+def _run(*arrays, kernels, kernel, elsewhere, is_split):
   """Run without `jax.jit`, as under `jax.disable_jit`."""
+  del is_split
   platform = next(iter(jnp.asarray(arrays[0]).devices())).platform
   platform = "cuda" if platform == "gpu" else platform
   chosen = _chosen(platform, kernels, kernel, elsewhere)
@@ -151,8 +163,19 @@ def _chosen(platform, kernels, kernel, elsewhere):
 def _lowering(platform: str) -> Callable[..., Any]:
   """Return the rule that lowers the primitive for one platform."""
 
-  def lower(ctx, *arrays, kernels, kernel, elsewhere):
+  def lower(ctx, *arrays, kernels, kernel, elsewhere, is_split):
     chosen = _chosen(platform, kernels, kernel, elsewhere)
+    count = 1 if is_split or chosen is not kernel else _devices(ctx)
+    if count > 1:
+      reason = (
+        f"the kernels of {kernels.name!r} in a program for {count} devices "
+        "would run whole on each: compute under jax.set_mesh(mesh), or pass "
+        "axes=ShardAxes(...)"
+      )
+      if elsewhere is None:
+        raise NotImplementedError(reason)
+      warnings.warn(f"XLA's program runs: {reason}", stacklevel=2)
+      chosen = elsewhere
     return mlir.lower_fun(core.jaxpr_as_fun(chosen))(ctx, *arrays)
 
   return lower
@@ -165,7 +188,15 @@ for _platform in ("cpu", "cuda", "rocm", "tpu"):
 mlir.register_lowering(_by_platform_p, _lowering("another platform"))
 
 
-def _batched(arrays, axes, *, kernels, kernel, elsewhere):
+def _devices(ctx) -> int:
+  """Return how many devices would each run the whole of an operation."""
+  context = ctx.module_context.axis_context
+  # Elsewhere, as inside a `jax.shard_map`, an operation is on one device.
+  is_whole = isinstance(context, mlir.ShardingContext)
+  return context.num_devices if is_whole else 1
+
+
+def _batched(arrays, axes, *, kernels, kernel, elsewhere, is_split):
   """Map both forms by `jax.vmap`."""
 
   def mapped(jaxpr):
@@ -177,6 +208,7 @@ def _batched(arrays, axes, *, kernels, kernel, elsewhere):
     kernels=kernels,
     kernel=mapped(kernel),
     elsewhere=None if elsewhere is None else mapped(elsewhere),
+    is_split=is_split,
   )
   return results, (0,) * len(results)
 

@@ -21,7 +21,12 @@ from pallas_kernels.polynomial import (
 from pallas_kernels.polynomial.coefficients import REBASED, Coefficients
 from pallas_kernels.polynomial.operator import Kernel, Passes, StaticArguments
 from pallas_kernels.polynomial.state import State
-from pallas_kernels.sharding import ShardAxes, check_axes, vary_alike
+from pallas_kernels.sharding import (
+  ShardAxes,
+  check_axes,
+  unsplit_axes,
+  vary_alike,
+)
 
 Implementation = Literal["gpu", "tpu", "xla", "reference"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
@@ -152,7 +157,8 @@ def polynomial_attention(
     return_state: whether to return the state after the last token. It belongs
       to the document of that token.
     axes: the axes of the ambient mesh (`jax.set_mesh`) that split batch, heads
-      and time. If None, the operator splits nothing and communicates nothing.
+      and time. If None, they are read off q's type where it has a layout. Else
+      XLA splits the work over batch and heads.
     implementation: what computes it.
 
       * `None` (default): the kernels of the platform that the program is
@@ -200,6 +206,7 @@ def polynomial_attention(
     if name in devices.KERNEL_PLATFORMS:
       static = static._replace(
         kernels=devices.kernels_of(name),
+        by_xla=axes is None and bool(unsplit_axes()),
         elsewhere=xla if implementation is None else None,
       )
     arrays = q, k, v, segment_ids, initial_state

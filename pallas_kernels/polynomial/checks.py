@@ -7,6 +7,7 @@ value, and what was expected.
 
 import jax
 from jax import Array
+from jax.sharding import AxisType
 
 from pallas_kernels.arguments import (
   as_array,
@@ -163,12 +164,17 @@ def query_positions(
 def is_split(name: str, axes: ShardAxes | None) -> None:
   """Check that a kernel does not run whole on every device of a mesh.
 
+  On GPUs XLA splits it, if all axes of the mesh are Auto.
+
   Raises:
     NotImplementedError: the ambient mesh has several devices, and nothing says
       what they split.
   """
   names = () if axes is not None else unsplit_axes()
-  if names:
+  is_partly_manual = (
+    AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+  )
+  if names and (name == "tpu" or is_partly_manual):
     raise NotImplementedError(
       f"implementation={name!r} under a mesh whose axes {names} are Auto would "
       "run the whole batch on each device: pass axes=ShardAxes(...), or make "

@@ -33,6 +33,7 @@ from pallas_kernels.by_platform import (
   forward_by_platform,
 )
 from pallas_kernels.compile_once import compiled_backward
+from pallas_kernels.partitioning import over_rows_and_heads
 from pallas_kernels.polynomial.coefficients import Coefficients
 from pallas_kernels.polynomial.state import State
 from pallas_kernels.sharding import Axis, ShardAxes
@@ -189,6 +190,7 @@ class StaticArguments(NamedTuple):
     kernels: where `passes` run; None: on every platform.
     elsewhere: the implementation on other platforms. None: lowering for them
       raises NotImplementedError.
+    by_xla: whether XLA splits rows and heads over a mesh, as it likes.
   """
 
   passes: Passes
@@ -197,11 +199,17 @@ class StaticArguments(NamedTuple):
   return_state: bool
   kernels: Kernels | None = None
   elsewhere: Passes | None = None
+  by_xla: bool = False
 
   @property
   def time(self) -> Axis:
     """The mesh axes that split time, or None."""
     return None if self.axes is None else self.axes.time
+
+  @property
+  def is_split(self) -> bool:
+    """Whether the devices of a mesh share the work."""
+    return self.axes is not None or self.by_xla
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -243,6 +251,7 @@ def _attend_forward(static: StaticArguments, q, k, v, ids_BT, state):
       functools.partial(_forward, static),
       other and (lambda *arrays: _forward(other, *arrays)[0]),
       *arrays,
+      is_split=static.is_split,
     )
   return outputs, (*arrays, before)
 
@@ -258,6 +267,7 @@ def _attend_backward(static: StaticArguments, residuals, cotangents):
       other and functools.partial(_backward_afresh, other),
       residuals,
       cotangents,
+      is_split=static.is_split,
     )
   dq, dk, dv, dstate = grads
   return dq, dk, dv, None, dstate
@@ -267,11 +277,21 @@ def _elsewhere(static: StaticArguments) -> StaticArguments | None:
   """Return the static arguments on platforms without kernels."""
   if static.elsewhere is None:
     return None
-  return static._replace(passes=static.elsewhere, kernels=None, elsewhere=None)
+  return static._replace(
+    passes=static.elsewhere, kernels=None, elsewhere=None, by_xla=False
+  )
 
 
 def _forward(static: StaticArguments, *arrays):
-  """Return ((o, the last state), `before`) by `static.passes`."""
+  """Return ((o, the last state), `before`) by `static.passes`.
+
+  `before` is None where XLA splits the arrays: its form follows from the part
+  of one device, which only XLA knows.
+  """
+  if static.by_xla:
+    part = static._replace(by_xla=False)
+    run = over_rows_and_heads(lambda *x: _forward(part, *x)[0], _patterns)
+    return run(*arrays), None
   forward = _over_mesh(
     functools.partial(_shard_forward, static),
     static.axes,
@@ -284,6 +304,10 @@ def _forward(static: StaticArguments, *arrays):
 
 def _backward(static: StaticArguments, residuals, cotangents):
   """Return the gradients of q, k, v and the state by `static.passes`."""
+  if static.by_xla:
+    part = static._replace(by_xla=False)
+    run = functools.partial(_backward_afresh, part)
+    return over_rows_and_heads(run, _patterns)(residuals, cotangents)
   backward = _over_mesh(
     functools.partial(_shard_backward, static),
     static.axes,
@@ -294,13 +318,24 @@ def _backward(static: StaticArguments, residuals, cotangents):
 
 
 def _backward_afresh(static: StaticArguments, residuals, cotangents):
-  """Return `_backward`, where the forward kept another implementation's form.
+  """Return `_backward`, where the forward kept no `before` of these passes.
 
-  The forward runs again for its own `before`.
+  The forward runs again for it.
   """
   *arrays, _ = residuals
   _, before = _forward(static, *arrays)
   return _backward(static, (*arrays, before), cotangents)
+
+
+def _patterns(tree: Any) -> list[str]:
+  """Return each array's axes, as `over_rows_and_heads` takes them."""
+  patterns = []
+  for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, State)):
+    if isinstance(x, State):
+      patterns += ["BH.."] * len(x)
+    else:
+      patterns.append("B." if x.ndim == 2 else "B.H.")  # ids, or tokens
+  return patterns
 
 
 attend.defvjp(_attend_forward, compiled_backward(_attend_backward))

@@ -248,7 +248,5 @@ def test_no_kernel_runs_whole_on_each_device(hopper, monkeypatch):
       assert has_kernel(pk.ShardAxes(batch="data"))
       assert not has_kernel(None)
     with pytest.raises(NotImplementedError, match=r"\('data',\) are Auto"):
-      pk.polynomial_attention(*qkv, implementation="gpu")
-    with pytest.warns(UserWarning, match=r"runs 'xla'.*\('data',\) are Auto"):
-      pk.polynomial_attention(*qkv)
+      pk.polynomial_attention(*qkv, implementation="tpu")
   assert all(has_kernel(None) for has_kernel in taken.values())
