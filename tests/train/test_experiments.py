@@ -3,13 +3,24 @@
 import dataclasses
 import itertools
 import json
+from pathlib import Path
+import re
 
 import jax
 import numpy as np
 import pytest
 
+from rebased_jax import presets
 from train import cli
-from train.experiments import paper, record as records, results
+from train.experiments import (
+  claims,
+  drawings,
+  page,
+  paper,
+  record as records,
+  results,
+)
+from train.experiments.claims import Claim
 from train.experiments.run_cell import run_cell
 
 _EXPERIMENTS = paper.make_experiments()
@@ -102,7 +113,7 @@ def test_a_table_has_ours_beside_the_papers(tmp_path):
     for line in page.read_text().splitlines()
   }
   # The rate with the best mean over seeds, 0.7, deviates by 0.1 · √2.
-  ours = "0.7000 ± 0.1414 | 2 | 0.0005, **0.001**, 0.003, 0.01 | 2 of 64 |"
+  ours = "0.7000 ± 0.1414 | 2 | 0.0005, **0.001**, 0.003, 0.01 | 2 of 64, "
   assert f"| ≈ 0.97 | {ours}" in rows[name]
   assert "not run" in rows["based-L256-d64"]
   assert "1 of 34 cells" in page.read_text()
@@ -132,7 +143,7 @@ def test_a_record_of_fewer_runs_is_shown_as_what_it_is(tmp_path, capsys):
   record = _record(cell, name, [0.8, 0.6])
   records.write(tmp_path / "cells" / f"{name}.json", record)
   page, _ = results.write(experiment, tmp_path)
-  assert "0.7000 ± 0.1414 | 2 | **0.003** | 2 of 64" in page.read_text()
+  assert "0.7000 ± 0.1414 | 2 | **0.003** | 2 of 64, " in page.read_text()
   with pytest.raises(records.RecordError, match="rates or seeds differ"):
     run_cell(name, whole, tmp_path / "cells")
   args = "table-1", "--only", name, "--out", str(tmp_path)
@@ -154,6 +165,60 @@ def test_a_wrong_grid_is_refused(change, message):
   cell = _EXPERIMENTS["table-1"].cells["ablation-based-L256-d32"]
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(cell, **change)
+
+
+def test_the_page_is_what_the_records_say():
+  """`rebased experiment page` has been run after the last change."""
+  root = Path(__file__).parents[2]
+  written = (root / "docs" / "results.md").read_text()
+  assert page.text(root / "benchmarks/results/experiments") == written
+  for picture in re.findall(r"\]\((figures/.*?)\)", written):
+    assert (root / "docs" / picture).exists(), picture
+
+
+def test_the_page_shows_gammas_and_expected_bests(tmp_path):
+  name = "ablation-rebased-L256-d32"
+  cell = _EXPERIMENTS["table-1"].cells[name]  # 3 rates × 5 seeds
+  accuracy = [0.2] * 5 + [0.8] * 5 + [0.5] * 5
+  records.write(tmp_path / f"cells/{name}.json", _record(cell, name, accuracy))
+  (tmp_path / "parameters.json").write_text(
+    json.dumps(dict.fromkeys(presets.make_models(), 7))
+  )
+  text = page.text(tmp_path)
+  assert f"| {name} | 0.003 | 2 | 1.000 ± 1.000 |" in text
+  # The mean of 0.2, 0.5 and 0.8 is that of one draw.
+  assert f"| {name} | 5 | 0.500 | " in text
+  assert f"- {name}: ours 0.800, the paper's 0.86 ± 0.08." in text
+  assert "2 of 64, 15 of 15 runs cut short" in text
+  pictures = drawings.write(tmp_path, tmp_path / "figures")
+  names = {"table-1", "figure-2", "figure-4", "figure-10"}
+  assert {path.stem for path in pictures} == names
+  assert all(path.stat().st_size > 10_000 for path in pictures)
+
+
+def test_verdicts_of_claims():
+  name = lambda system: f"ablation-{system}-L256-d48"
+  cells = _EXPERIMENTS["table-1"].cells
+  high = _record(cells[name("rebased")], "a", [0.9, 0.8, 0.7] * 3)
+  low = _record(cells[name("x2")], "b", [0.3, 0.2, 0.1] * 3)
+  found = {"high": high, "low": low}
+  check = lambda above, below: claims.check(Claim("", above, below), found)
+  better, worse, missing, number = (
+    check("high", "low"),
+    check("low", "high"),
+    check("high", "other"),
+    check(0.5, "low"),
+  )
+  assert better.verdict == number.verdict == "reproduced"
+  assert worse.verdict == "not reproduced" and missing.verdict == "not run"
+  # Welch: 0.6 / √(0.1² / 3 + 0.1² / 3) = 7.35 with four degrees of freedom.
+  assert better.p == pytest.approx(0.00182, abs=1e-5)
+  assert number.p is None and missing.p is None
+  assert claims.verdict([better, number]) == "reproduced"
+  assert claims.verdict([better, missing]) == "reproduced so far"
+  assert claims.verdict([better, worse, missing]) == "partly"
+  assert claims.verdict([worse]) == "not reproduced"
+  assert claims.verdict([missing]) == claims.verdict([]) == "not run"
 
 
 def test_a_record_of_another_cell_is_refused(tmp_path):

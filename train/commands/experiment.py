@@ -12,7 +12,7 @@ from rich.table import Table
 import tyro
 
 from train import console as lines
-from train.experiments import paper, record as records, results
+from train.experiments import page, paper, record as records, results
 from train.experiments.paper import Experiment
 from train.experiments.run_cell import Progress, run_cell
 from train.experiments.sweep import Cell, Sweep
@@ -64,6 +64,16 @@ class VerifyArgs:
   tolerance: float = 0.02
 
 
+@dataclasses.dataclass(frozen=True)
+class PageArgs:
+  """Write the page of results, with its pictures, from the records."""
+
+  #: The folder of records.
+  out: str = "experiments"
+  #: The folder of `results.md` and `figures/`.
+  docs: str = "docs"
+
+
 def run(args: list[str]) -> int:
   """Run the verb and return the exit code.
 
@@ -79,6 +89,10 @@ def run(args: list[str]) -> int:
     return _list(
       tyro.cli(ListArgs, prog="rebased experiment list", args=args[1:]), console
     )
+  if word == "page":
+    return _page(
+      tyro.cli(PageArgs, prog="rebased experiment page", args=args[1:]), console
+    )
   if word == "verify":
     return _verify(
       tyro.cli(VerifyArgs, prog="rebased experiment verify", args=args[1:]),
@@ -91,7 +105,7 @@ def run(args: list[str]) -> int:
 def _run(args: RunArgs, console: Console) -> int:
   experiments = paper.make_experiments()
   if args.name not in experiments:
-    known = (*experiments, "list", "verify")
+    known = (*experiments, "list", "page", "verify")
     raise ValueError(lines.unknown("experiment", args.name, known))
   experiment = experiments[args.name]
   if args.quick:
@@ -217,6 +231,18 @@ def _list(args: ListArgs, console: Console) -> int:
       theirs = "" if published is None else str(published)
       table.add_row(f"  {name}", theirs, *_ours(found.get(name)))
   console.print(table)
+  return 0
+
+
+def _page(args: PageArgs, console: Console) -> int:
+  folder = Path(args.out)
+  if not (folder / "cells").is_dir():
+    raise ValueError(
+      f"--out {args.out}: expected a folder with `cells/`; run an experiment "
+      "first"
+    )
+  for path in page.write(folder, Path(args.docs)):
+    lines.say(console, f"wrote {path}")
   return 0
 
 

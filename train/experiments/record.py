@@ -202,6 +202,22 @@ def cell_of(record: dict[str, Any]) -> Cell:
   return cell
 
 
+def is_cut(record: dict[str, Any], run: dict[str, Any]) -> bool:
+  """Whether a run ended before its last epoch, and not by itself.
+
+  A run ends early above the stop accuracy, or where a number is not finite.
+  Otherwise somebody ended its cell.
+
+  Args:
+    record: of the cell.
+    run: one of its runs.
+  """
+  limit = record["run"]["stop_accuracy"]
+  stopped = limit is not None and run["best_accuracy"] > limit
+  whole = run["epochs"] == record["epochs_planned"]
+  return run["finite"] and not stopped and not whole
+
+
 def best_rate(record: dict[str, Any]) -> dict[str, float]:
   """Return the result that the paper's Figure 1 shows of a cell.
 

@@ -73,14 +73,30 @@ def table(experiment: Experiment, found: Mapping[str, Any]) -> str:
     "the 3,000 held-out rows at the best epoch, at the learning rate with the "
     "best mean over seeds, ± the standard deviation over seeds.",
     "",
-    "| cell | paper | ours | seeds | best of the rates | epochs | device |",
+    *rows(experiment, found),
+  ]
+  return "\n".join(lines) + "\n"
+
+
+def rows(
+  experiment: Experiment, found: Mapping[str, Any], *, only_run: bool = False
+) -> list[str]:
+  """Return the lines of a table of ours beside the paper's, cell by cell.
+
+  Args:
+    experiment: the experiment.
+    found: its records, by the name of the cell.
+    only_run: leave out cells without a record.
+  """
+  lines = [
+    "| cell | paper | ours | seeds | rates | epochs | seconds, device |",
     "|---|---|---|---|---|---|---|",
   ]
-  for name in experiment.cells:
+  for name in found if only_run else experiment.cells:
     published = experiment.published.get(name)
     theirs = "" if published is None else str(published)
     lines.append(f"| {name} | {theirs} | {_ours(found.get(name))} |")
-  return "\n".join(lines) + "\n"
+  return lines
 
 
 def draw(experiment: Experiment, found: Mapping[str, Any], path: Path) -> None:
@@ -182,9 +198,11 @@ def _ours(record: dict[str, Any] | None) -> str:
   spread = f" ± {best['std']:.4f}" if best["seeds"] > 1 else ""
   done, planned = record["epochs_done"], record["epochs_planned"]
   rates = _rates(record, best["learning_rate"])
+  cut = sum(records.is_cut(record, run) for run in record["runs"])
+  ended = f", {cut} of {len(record['runs'])} runs cut short" if cut else ""
   return (
     f"{best['mean']:.4f}{spread} | {best['seeds']} | {rates} | "
-    f"{done} of {planned} | {record['device']}"
+    f"{done} of {planned}{ended} | {record['seconds']:.0f}, {record['device']}"
   )
 
 

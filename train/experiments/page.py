@@ -1,0 +1,353 @@
+"""The page of results: the paper's figures and tables beside ours.
+
+It is made from the records of cells alone, so that anyone can make it again
+after running more of them.
+"""
+
+from collections.abc import Mapping
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rebased_jax import parameter_count, presets
+from train import atomic, compiled_steps
+from train.experiments import (
+  claims,
+  drawings,
+  paper,
+  record as records,
+  results,
+)
+from train.experiments.paper import Experiment
+
+_Records = Mapping[str, Any]
+
+_HEAD = """# The paper, reproduced
+
+Each section has a figure or a table of the paper
+([arXiv 2402.10644](https://arxiv.org/abs/2402.10644)): what the paper states
+there, what we expected before our runs, the command, and the paper's numbers
+beside ours. `rebased experiment page` makes this page from the records of
+cells, and a test compares the two. Where a number is missing, nothing was run.
+
+- A *cell* is one architecture on one data set at a grid of learning rates and
+  seeds. Its record is in `benchmarks/results/experiments/cells`.
+- An accuracy is of the 3,000 held-out rows at the best epoch, as in the paper.
+  It is the mean over seeds at the learning rate with the highest mean, ± the
+  standard deviation over seeds (n − 1).
+- *Epochs* are those of the cell's longest run. A run stops above 0.99, as the
+  paper's do, so that differences above 0.99 mean little. A run *cut short*
+  ended earlier although it was not above 0.99.
+- The paper has four learning rates and five seeds everywhere. Where a cell of
+  ours has fewer, the table says so: the rates tried, the best in bold, and the
+  number of seeds.
+- p is of Welch's test over seeds. With two or three seeds it says little.
+- Numbers with ≈ are read off the paper's plots.
+
+This runs a cell again, and compares its first epochs:
+
+    cd benchmarks/results/experiments
+    rebased experiment verify cells/rebased-L128-d64.json
+"""
+
+_TABLE_2 = """## Table 2: language modelling on the Pile
+
+The paper: perplexity 16.62 for attention, 16.69 for Based, 16.45 for ReBased;
+on tokens that can be recalled 3.57, 3.72, 3.67.
+
+**Not run.** The data set is not part of this repository, and the three runs
+take some 170 GPU hours. The presets `pile-127m-attention`, `pile-157m-based`
+and `pile-157m-rebased` are the paper's models and schedule, and
+`rebased evaluate` reports both slices of perplexity.
+"""
+
+_FIGURE_2 = """## Figure 2: similarity functions
+
+The paper: the exponential function of softmax, Based's polynomial, and the
+parabola of ReBased, whose minimum is 0. Based's is 0.5 at its minimum, so that
+no token can be ignored. These are formulas, not measurements.
+
+![Figure 2](figures/figure-2.png)
+"""
+
+_FIGURE_6 = """## Figure 6: architectures
+
+    tokens: embedding + positions, dropout
+      |
+      |  x + BaseConv(LN(x)),  then  x + LN(x)     first layer of a pair
+      |  x + mixer(LN(x)),     then  x + LN(x)     second layer of a pair
+      |
+    LN, then logits by the transposed embedding
+
+    ReBased: q, k are normalised, times γ, plus β; similarity (q·k)² / F
+    Based:   similarity 1 + s + s²/2, where s = q·k / √F
+    both:    sums over the past, divided by the sum of the similarities
+
+MQAR models have one pair. Language models have an MLP instead of the second
+norm. [](mixers.md) has the equations.
+"""
+
+
+class _Section(NamedTuple):
+  """A section of the page."""
+
+  text: str
+  verdict: str
+
+
+def text(folder: Path) -> str:
+  """Return the page in Markdown.
+
+  Args:
+    folder: holds `cells/` and `parameters.json`.
+
+  Raises:
+    RecordError: a record cannot be read, or is of another cell.
+  """
+  experiments = paper.make_experiments()
+  found = {
+    name: results.read_cells(experiment, folder / "cells")
+    for name, experiment in experiments.items()
+  }
+
+  def experiment(title: str, name: str) -> _Section:
+    return _experiment(title, experiments[name], found[name])
+
+  every = {name: x for cells in found.values() for name, x in cells.items()}
+  sections = {
+    "Figure 1": experiment("Figure 1: accuracy on MQAR", "figure-1"),
+    "Table 1, Figure 3": experiment(
+      "Table 1 and Figure 3: the kernel, changed", "table-1"
+    ),
+    "Figure 4": _figure_4(found["table-1"]),
+    "Figure 7": experiment(
+      "Figure 7: alone and after a short convolution", "figure-7"
+    ),
+    "Figure 10": _figure_10(every),
+    "Tables 4 and 9": _parameters(folder / "parameters.json"),
+  }
+  lines = [_HEAD, "| figure or table | verdict |", "|---|---|"]
+  lines += [f"| {name} | {x.verdict} |" for name, x in sections.items()]
+  lines += ["", *(section.text for section in sections.values())]
+  lines += [_TABLE_2, _FIGURE_2, _FIGURE_6, _losses(experiments, found)]
+  return "\n".join(lines)
+
+
+def write(folder: Path, docs: Path) -> list[Path]:
+  """Write the page and its pictures.
+
+  Args:
+    folder: of the records, as in `text`.
+    docs: gets `results.md`, and pictures in `figures/`.
+
+  Returns:
+    The files.
+  """
+  counts = parameter_counts()
+  atomic.write_json(folder / "parameters.json", counts)
+  page = docs / "results.md"
+  atomic.write_text(page, text(folder))
+  return [page, *drawings.write(folder, docs / "figures")]
+
+
+def parameter_counts() -> dict[str, int]:
+  """Return the parameters of the models of Tables 4 and 9, by name."""
+  return {
+    name: parameter_count(compiled_steps.abstract_lm(config))
+    for name, config in presets.make_models().items()
+  }
+
+
+def _parameters(path: Path) -> _Section:
+  """Return the section of Tables 4 and 9."""
+  counts = json.loads(path.read_text())
+  lines = [
+    "## Tables 4 and 9: parameters",
+    "",
+    "**Reproduced.** Each of the 31 counts is the paper's, to the parameter. "
+    "`tests/model/test_presets.py` compares them. Table 4 mixes lengths: its "
+    "models have position tables of different sizes, and ours have the same.",
+    "",
+    "| MQAR model | " + " | ".join(f"width {x}" for x in presets.WIDTHS) + " |",
+    "|---|" + "---|" * len(presets.WIDTHS),
+  ]
+  for system in presets.TABLE_4:
+    row = [f"{counts[f'table-4-{system}-{x}']:,}" for x in presets.WIDTHS]
+    lines.append(f"| {system} | {' | '.join(row)} |")
+  large = {
+    name.removeprefix("table-9-"): count
+    for name, count in counts.items()
+    if name.startswith("table-9-")
+  }
+  lines += ["", "| language model | parameters |", "|---|---|"]
+  lines += [f"| {name} | {count:,} |" for name, count in large.items()]
+  return _Section("\n".join([*lines, ""]), "reproduced")
+
+
+def _experiment(
+  title: str,
+  experiment: Experiment,
+  cells: _Records,
+) -> _Section:
+  """Return the section of an experiment with cells."""
+  name = experiment.name
+  findings = [claims.check(claim, cells) for claim in experiment.claims]
+  checked = [finding for finding in findings if finding.verdict != "not run"]
+  verdict = claims.verdict(findings)
+  lines = [
+    f"## {title}",
+    "",
+    f"The paper: {experiment.statement}",
+    "",
+    f"Expected: {experiment.hypothesis}",
+    "",
+    f"**{verdict.capitalize()}.** {len(cells)} of {len(experiment.cells)} "
+    f"cells were run, and {len(checked)} of {len(findings)} claims checked.",
+    "",
+    f"    rebased experiment {name} --out benchmarks/results/experiments",
+    "",
+  ]
+  if cells:
+    lines += [f"![{title}](figures/{name}.png)", ""]
+    lines += [*results.rows(experiment, cells, only_run=True), ""]
+  if checked:
+    lines += [
+      "| claim of the paper | ours | p | verdict |",
+      "|---|---|---|---|",
+    ]
+    lines += [*map(_finding_row, checked), ""]
+  return _Section("\n".join(lines), verdict)
+
+
+def _finding_row(finding: claims.Finding) -> str:
+  ours = ""
+  if finding.above is not None and finding.below is not None:
+    ours = f"{finding.above:.4g} > {finding.below:.4g}"
+    if finding.verdict == "not reproduced":
+      ours = f"{finding.above:.4g} ≤ {finding.below:.4g}"
+  p = "" if finding.p is None else f"{finding.p:.2g}"
+  return f"| {finding.claim.text} | {ours} | {p} | {finding.verdict} |"
+
+
+def _figure_4(found: _Records) -> _Section:
+  """Return the section of Figure 4, from the cells of Table 1."""
+  several = {
+    name: record
+    for name, record in found.items()
+    if len(records.accuracy_by_rate(record)) > 1
+  }
+  verdict = "shown below" if several else "not run"
+  lines = [
+    "## Figure 4: the best of n tried learning rates",
+    "",
+    "The paper: with few tried learning rates ReBased's expected accuracy is "
+    "above that of the other kernels. The number is the V-statistic of Dodge "
+    "et al. 2019, of draws with replacement.",
+    "",
+  ]
+  if not several:
+    lines += ["**Not run.** No cell of Table 1 has more than one rate.", ""]
+    return _Section("\n".join(lines), verdict)
+  most = max(len(records.accuracy_by_rate(x)) for x in several.values())
+  counts = range(1, most + 1)
+  lines += [
+    "| cell | seeds | " + " | ".join(f"n = {n}" for n in counts) + " |",
+    "|---|---|" + "---|" * most,
+  ]
+  for name, record in several.items():
+    rates = records.accuracy_by_rate(record)
+    expected = results.expected_best([np.mean(x) for x in rates.values()])
+    cells = [f"{value:.3f}" for value in expected]
+    cells += [""] * (most - len(cells))
+    seeds = records.best_rate(record)["seeds"]
+    lines.append(f"| {name} | {seeds} | {' | '.join(cells)} |")
+  lines += ["", "![Figure 4](figures/figure-4.png)", ""]
+  return _Section("\n".join(lines), verdict)
+
+
+def _figure_10(found: _Records) -> _Section:
+  """Return the section of Figure 10, from every cell that has γ and β."""
+  shown = {name: x for name, x in found.items() if drawings.has_affine(x)}
+  verdict = "shown below" if shown else "not run"
+  lines = [
+    "## Figure 10: γ and β during training",
+    "",
+    "The paper: the mean of γ falls to about 0.13 at every length, and β goes "
+    "to 0. Weight decay alone, at the learning rate 3e-3 over 64 epochs, takes "
+    "a parameter to 0.148 of its first value.",
+    "",
+    "Ours are taken after each epoch, at the best learning rate and the first "
+    "seed: mean ± standard deviation over the 192 numbers. The paper shows "
+    "every step.",
+    "",
+  ]
+  if not shown:
+    lines += ["**Not run.** No record of a model with γ and β has them.", ""]
+    return _Section("\n".join(lines), verdict)
+  lines += [
+    "| cell | rate | epochs | γ of q | γ of k | β of q | β of k |",
+    "|---|---|---|---|---|---|---|",
+  ]
+  for name, record in shown.items():
+    run = drawings.shown_run(record)
+    last = [
+      drawings.moments(run, side, letter)
+      for letter in ("gamma", "beta")
+      for side in ("query", "key")
+    ]
+    cells = [
+      "" if x is None else f"{x[0][-1]:.3f} ± {x[1][-1]:.3f}" for x in last
+    ]
+    lines.append(
+      f"| {name} | {run['learning_rate']:g} | {run['epochs']} | "
+      f"{' | '.join(cells)} |"
+    )
+  lines += ["", "![Figure 10](figures/figure-10.png)", ""]
+  return _Section("\n".join(lines), verdict)
+
+
+def _losses(
+  experiments: Mapping[str, Experiment], found: Mapping[str, _Records]
+) -> str:
+  """Return the section "Where we lose"."""
+  lines = [
+    "## Where we lose",
+    "",
+    "Cells of ours that are more than 0.01 below the paper's, and runs that "
+    "stayed below 0.9 in a cell whose best rate is above 0.98:",
+    "",
+  ]
+  items = []
+  seen = set()
+  for name, experiment in experiments.items():
+    for cell, record in found[name].items():
+      if cell in seen:
+        continue
+      seen.add(cell)
+      best = records.best_rate(record)
+      published = experiment.published.get(cell)
+      if published is not None and best["mean"] < published.mean - 0.01:
+        items.append(
+          f"- {cell}: ours {best['mean']:.3f}, the paper's {published}."
+        )
+      low = [run for run in record["runs"] if run["best_accuracy"] < 0.9]
+      if low and best["mean"] > 0.98:
+        runs = ", ".join(
+          f"{run['best_accuracy']:.3f} at rate {run['learning_rate']:g} "
+          f"(seed {run['seed']}, {'cut after ' * records.is_cut(record, run)}"
+          f"{run['epochs']} epochs)"
+          for run in low
+        )
+        items.append(f"- {cell}: {runs}.")
+  lines += items or ["- none so far."]
+  planned = {cell for x in experiments.values() for cell in x.cells}
+  missing = len(planned - seen)
+  lines += [
+    "",
+    f"{missing} planned cells were not run. `rebased experiment list` names "
+    "them.",
+    "",
+  ]
+  return "\n".join(lines)
