@@ -7,7 +7,7 @@ import jax_settings
 
 # Before jax starts its backend.
 os.environ["XLA_FLAGS"] = jax_settings.xla_flags()
-os.environ.update(jax_settings.cache_variables())
+os.environ.update(jax_settings.jax_variables())
 os.environ.setdefault("MPLBACKEND", "agg")
 # Several test processes share a GPU. By default each would take 75 % of its
 # memory at the start.
@@ -38,6 +38,22 @@ def pytest_xdist_make_scheduler(config, log):
   return None
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+  """Spare the imported modules from all later collections of garbage."""
+  gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+  """Free what a file of tests has traced and compiled.
+
+  jax would keep all of it, which comes to several GB in a process.
+  """
+  yield
+  jax.clear_caches()
+  gc.collect()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_on_the_cpu_only() -> None:
   """Keep no compiled programs of an accelerator between runs.
@@ -47,6 +63,20 @@ def cache_on_the_cpu_only() -> None:
   """
   if jax.default_backend() != "cpu":
     jax.config.update("jax_enable_compilation_cache", False)
+
+
+@pytest.fixture(autouse=True)
+def nan_in_free_memory(request: pytest.FixtureRequest) -> None:
+  """Fill memory of the GPU with NaN before each test of kernels on it.
+
+  Buffers of results, and what kernels use on the way, then start as NaN.
+  """
+  on_gpu = request.node.get_closest_marker("gpu") is not None
+  if on_gpu and jax.default_backend() == "gpu":
+    from device_memory import fill_free_memory_with_nan
+
+    # More than most tests take, and little beside what six processes share.
+    fill_free_memory_with_nan(2 << 30)
 
 
 @pytest.fixture

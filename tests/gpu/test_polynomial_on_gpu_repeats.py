@@ -2,6 +2,7 @@
 
 import functools
 
+from device_memory import fill_free_memory_with_nan
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
@@ -59,21 +60,6 @@ def test_a_thousand_runs_are_bit_identical(name):
   assert int(count) == 0
 
 
-def _poison_free_memory() -> None:
-  """Fill 16 GiB with NaN, or half of the free memory; free it again."""
-  stats = jax.devices()[0].memory_stats()
-  free = stats["bytes_limit"] - stats["bytes_in_use"]
-  filled = min(_POISON, free // 2)
-  piece = 1 << 30
-  blocks = [
-    jnp.full((piece // 4,), jnp.nan, jnp.float32)
-    for _ in range(filled // piece)
-  ]
-  jax.block_until_ready(blocks)
-  for block in blocks:
-    block.delete()
-
-
 @pytest.mark.parametrize(
   "spec",
   [
@@ -99,7 +85,7 @@ def test_uninitialised_memory_is_not_read(spec):
   poisoned = poisoned.lower(arrays, list(clean)).compile()
   for _ in range(3):
     buffers = [jnp.full(x.shape, jnp.nan, x.dtype) for x in clean]
-    _poison_free_memory()
+    fill_free_memory_with_nan(_POISON)
     found = poisoned(arrays, buffers)
     assert all(x.is_deleted() for x in buffers)
     assert all(bool(jnp.isfinite(x).all()) for x in found)
