@@ -1,7 +1,8 @@
 """Held-out metrics: one pass over finitely many batches of one fixed shape."""
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import itertools
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax
 from train import metrics
 from train.compiled_steps import Built
 from train.data import prefetch
-from train.data.batches import Batches
+from train.data.batches import Batch, Batches
 from train.devices import batch_sharding
 
 #: Batches that are dispatched before the sums of an earlier one are read.
@@ -28,6 +29,7 @@ def evaluate(
   timeout: float | None = None,
   interrupted: Callable[[], bool] | None = None,
   hurried: Callable[[], bool] | None = None,
+  go_on: Callable[[Iterator[Batch]], Iterator[Batch]] | None = None,
 ) -> dict[str, float]:
   """Return the means over the targets of all batches.
 
@@ -41,6 +43,8 @@ def evaluate(
     interrupted: called before each batch; True ends the evaluation. None: it
       always runs to its end.
     hurried: whether to wait for data no longer; see `prefetch.iterate`.
+    go_on: replaces batches that cannot be read; see `train.failing_together`.
+      None: their error is raised.
 
   Returns:
     Every TargetMetric, and `tokens`, the number of targets. Metrics about
@@ -69,7 +73,8 @@ def evaluate(
   with prefetch.iterate(
     data, start=0, stop=stop, rows=rows, timeout=timeout, hurried=hurried
   ) as iterator:
-    for batch in iterator:
+    batches = iterator if go_on is None else go_on(iterator)
+    for batch in itertools.islice(batches, stop):
       if interrupted is not None and interrupted():
         raise Interrupted
       placed = batch_sharding.put_batch(batch, built.mesh, data.rows)

@@ -29,9 +29,15 @@ from train.checkpoint.checkpoints import CheckpointError, Checkpoints
 from train.compiled_steps import Built
 from train.config import RunConfig
 from train.data import prefetch
+from train.data.batches import Batch
 from train.data.in_vocabulary import InVocabulary
 from train.data.prefetch import DataTimeout
 from train.devices import batch_sharding, processes
+from train.failing_together import (
+  FailingTogether,
+  before_stand_ins,
+  make_stand_in,
+)
 from train.nonfinite_steps import NonfiniteSteps, TrainingFailed
 from train.progress import Display
 from train.records.device_usage import DeviceUsage
@@ -124,8 +130,10 @@ class Loop:
     self._display: Display | None = None
     self._stop: StopSignals | None = None
     self._pending: _Pending | None = None
-    several = jax.process_count() > 1
+    several = processes.are_several()
     self._vote = processes.Vote(built.mesh) if several else None
+    self._failing = FailingTogether() if several else None
+    self._failed_at: int | None = None  # the first step with a stand-in
     self._nonfinite = NonfiniteSteps(
       skip=config.nan == "skip",
       folder=folder,
@@ -157,6 +165,10 @@ class Loop:
       hurried=self._hurried,
     )
     batches = batch_sharding.put_ahead(data, self._put)
+    if self._failing is not None:
+      fields = config.data.fields(config.batch)
+      stand_in = make_stand_in(fields, config.batch, self._built.mesh)
+      batches = self._failing.go_on(batches, self._put(stand_in))
     step, reason = start, None
     with (
       self._saved_if_it_fails(lambda: state, start),
@@ -185,6 +197,8 @@ class Loop:
         step += 1
         self._read(previous, state)
         reason = self._evaluate_and_save_if_due(state, step)
+      if self._failing is not None and self._failing.error is not None:
+        raise self._failing.error  # all is saved, but not all is recorded
     return state, step, reason
 
   def _put(self, batch: Any) -> Any:
@@ -197,27 +211,36 @@ class Loop:
     return self._stop.signal_number or (signal.SIGPIPE if lost else 0)
 
   def _hurried(self) -> bool:
-    """Whether a wait for data must end soon. Several processes wait on."""
-    return self._vote is None and self._own_signal() != 0
+    """Whether a wait for data must end soon."""
+    return self._own_signal() != 0
 
   def _cast_vote(self) -> jax.Array | None:
     """Note this process's signal, or start to tell all processes of it.
 
-    The others learn of it when they read the metrics of this step, so that all
-    processes stop after the same one.
+    The others learn of it, or of this process's failure, when they read the
+    metrics of this step, so that all processes stop after the same one.
     """
-    if self._vote is None:
+    if self._vote is None or self._failing is None:
       self.signal = self._own_signal()
       return None
-    return self._vote.cast(self._own_signal())
+    return self._vote.cast(self._failing.vote(self._own_signal()))
 
-  def _interrupts(self) -> Callable[[], bool]:
+  def _heed(self, vote: jax.Array) -> None:
+    """Read a vote of all processes; raise if one of them has failed."""
+    assert self._failing is not None
+    self.signal = self._failing.heed(int(vote))
+
+  def _interrupts(
+    self, votes: collections.deque[jax.Array]
+  ) -> Callable[[], bool]:
     """Return a function that says whether a signal ends an evaluation.
 
     Every process calls it once a batch. A vote of several processes is read
     some batches later, so that no device waits for it.
+
+    Args:
+      votes: gets the votes that are not read yet.
     """
-    votes = collections.deque[jax.Array]()
 
     def interrupted() -> bool:
       self._watch.beat("evaluation")
@@ -225,7 +248,7 @@ class Loop:
       if vote is not None:
         votes.append(vote)
         if len(votes) > evaluate.AHEAD:
-          self.signal = int(votes.popleft())
+          self._heed(votes.popleft())
       return self.signal != 0
 
     return interrupted
@@ -247,7 +270,8 @@ class Loop:
     except Exception as error:
       if isinstance(error, DataTimeout) and self._own_signal():
         error.exit_code = 128 + self._own_signal()
-      if jax.process_count() == 1:  # the other processes do not know of it
+      # Several processes can only save if all of them know of the failure.
+      if self._failing is None or self._failing.told:
         self._save_after_failure(where(), start)
       raise
 
@@ -257,6 +281,10 @@ class Loop:
     if any(x.is_deleted() for x in jax.tree.leaves(state)):
       return  # donated to a step that failed
     try:
+      if self._failed_at is not None:
+        state = before_stand_ins(state, self._failed_at)
+        # Of steps with stand-ins, which a resumed run does again.
+        self._pending, self._evaluation_due = None, False
       step = int(state.step)
       if step == start or not bool(state.ok):
         return
@@ -313,7 +341,8 @@ class Loop:
   def _save(self, state: Any, step: int, finished: str | None) -> None:
     self._watch.beat(f"save of step {step}")
     before = time.perf_counter()
-    self._writer.flush()
+    with self._recording():
+      self._writer.flush()
     self._checkpoints.save(
       step, compiled_steps.to_dicts(state), self._meta(finished)
     )
@@ -343,20 +372,51 @@ class Loop:
     if self.signal:
       raise evaluate.Interrupted
     before = time.perf_counter()
+    votes = collections.deque[jax.Array]()
     found = evaluate.evaluate(
       self._built,
       state.params,
       self._eval_data,
       timeout=self._config.data.timeout,
-      interrupted=self._interrupts(),
+      interrupted=self._interrupts(votes),
       hurried=self._hurried,
+      go_on=self._go_on_evaluating(),
     )
+    while votes:
+      self._heed(votes.popleft())
     self.held_out = self._with_derived(found)
-    self._writer.write("eval", step, **self.held_out)
+    with self._recording():
+      self._writer.write("eval", step, **self.held_out)
     if self._display is not None:
       self._display.evaluated(step, self.held_out)
     self._window.pause(time.perf_counter() - before)
     return self.held_out
+
+  def _go_on_evaluating(
+    self,
+  ) -> Callable[[Iterator[Batch]], Iterator[Batch]] | None:
+    """Return what lets an evaluation go on without batches; None: nothing."""
+    failing, config = self._failing, self._config
+    if failing is None:
+      return None
+    rows = self._eval_data.rows
+    fields = config.data.eval_fields(config.micro_batch)
+    stand_in = make_stand_in(fields, rows, self._built.mesh)
+    return lambda batches: failing.go_on(batches, stand_in)
+
+  @contextlib.contextmanager
+  def _recording(self) -> Iterator[None]:
+    """Let one of several processes go on until all know that it cannot write.
+
+    Raises:
+      OSError: a record cannot be written, and this is the only process.
+    """
+    try:
+      yield
+    except OSError as error:
+      if self._failing is None:
+        raise
+      self._failing.error = self._failing.error or error
 
   def _settle(self, state: Any) -> None:
     """Read the metrics of the last step; `state` is that after it."""
@@ -377,7 +437,9 @@ class Loop:
     if pending is None:
       return
     if pending.vote is not None:
-      self.signal = int(pending.vote)
+      self._failed_at = pending.step
+      self._heed(pending.vote)
+      self._failed_at = None
     values = metrics.by_layer(jax.device_get(pending.metrics))
     self._watch.beat(f"step {pending.step + 1}", training=True)
     if metrics.are_finite(values):
@@ -404,7 +466,8 @@ class Loop:
     means["goodput"] = self._watch.goodput()
     if self._config.nan == "skip":
       means["skipped_steps"] = self._nonfinite.skipped
-    self._writer.write("train", step, **means)
+    with self._recording():
+      self._writer.write("train", step, **means)
     return means
 
   def _with_derived(self, values: dict[str, float]) -> dict[str, float]:

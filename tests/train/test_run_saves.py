@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import errno
 import math
 import os
 from pathlib import Path
@@ -28,8 +29,9 @@ from train.config import MQARStreamData
 from train.data import prefetch
 from train.data.prefetch import DataTimeout
 from train.data.text.token_source import DataError
-from train.devices import batch_sharding
+from train.devices import batch_sharding, processes
 from train.nonfinite_steps import TrainingFailed
+from train.records.metrics_writer import MetricsWriter
 from train.records.profile import Profile
 from train.records.run_folder import RunFolder, RunFolderError
 
@@ -228,6 +230,61 @@ def _only_step_2(save: Callable) -> Callable:
   return saved
 
 
+@pytest.fixture
+def as_one_of_several(monkeypatch) -> None:
+  """Let this process vote, as one of several processes does."""
+  monkeypatch.setattr(processes, "are_several", lambda: True)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.usefixtures("as_one_of_several")
+def test_data_that_fails_in_one_of_several_processes_saves_the_run(
+  undisturbed: Path, tmp_path: Path, monkeypatch, skip: bool
+) -> None:
+  """Steps without data go on until the vote is read, and change nothing."""
+  folder = tmp_path / "run"
+  config = dataclasses.replace(_STEPS, nan="skip" if skip else "abort")
+  with monkeypatch.context() as patch:
+    _train_batches(patch, lambda data: Failing(data, 5, DataError))
+    with pytest.raises(TrainingFailed, match="step 5 is damaged"):
+      run(config, folder)
+  saved, meta = read_meta(folder / "checkpoints")
+  assert saved == 4 and meta["skipped"] == 0
+  assert not list(folder.glob("*-step-*"))  # nothing was taken for a NaN
+  assert run(config, folder)[0].reason == "finished"
+  records = [
+    {k: v for k, v in x.items() if k != "skipped_steps"}
+    for x in _records(folder)
+  ]
+  assert records == _records(undisturbed)
+  assert saved_bits(folder, config) == saved_bits(undisturbed, _STEPS)
+
+
+@pytest.mark.usefixtures("as_one_of_several")
+def test_a_record_that_fails_in_one_of_several_processes_saves_the_run(
+  undisturbed: Path, tmp_path: Path, monkeypatch
+) -> None:
+  folder = tmp_path / "run"
+  write = MetricsWriter.write
+
+  def fail(self, kind: str, step: int, **values: float) -> None:
+    if step == 4:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write(self, kind, step, **values)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(MetricsWriter, "write", fail)
+    with pytest.raises(OSError, match="No space left"):
+      run(_STEPS, folder)
+  assert read_meta(folder / "checkpoints")[0] == 5  # step 4 was on its way
+  assert run(_STEPS, folder)[0].reason == "finished"
+  evaluations = [x for x in _records(folder) if x["kind"] == "eval"]
+  assert evaluations == [
+    x for x in _records(undisturbed) if x["kind"] == "eval"
+  ]
+  assert saved_bits(folder, _STEPS) == saved_bits(undisturbed, _STEPS)
+
+
 @pytest.mark.parametrize("error", [DataError, OSError, ValueError])
 def test_data_that_fails_saves_the_run(
   undisturbed: Path, tmp_path: Path, monkeypatch, capsys, error: type
@@ -253,10 +310,12 @@ def test_data_that_fails_saves_the_run(
   _assert_same_end(folder, undisturbed)
 
 
+@pytest.mark.parametrize("several", [False, True])
 def test_an_evaluation_that_fails_saves_the_run(
-  undisturbed: Path, tmp_path: Path, monkeypatch
+  undisturbed: Path, tmp_path: Path, monkeypatch, several: bool
 ) -> None:
   folder = tmp_path / "run"
+  monkeypatch.setattr(processes, "are_several", lambda: several)
   make = MQARStreamData.eval_batches
   with monkeypatch.context() as patch:
     patch.setattr(

@@ -84,9 +84,9 @@ def test_resume_on_other_devices(
 
 
 def _together(
-  processes: int, folder: Path, cache: Path, *options: str, stop: bool = False
+  processes: int, folder: Path, cache: Path, *options: str, last: str = ""
 ) -> list[tuple[int, str, str]]:
-  """Run processes of two devices each; the last one may be stopped."""
+  """Run processes of two devices each; the last one runs code before."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -96,7 +96,7 @@ def _together(
       "--distributed",
       f"{address},{processes},{i}",
       cache=cache,
-      before=signal_at(3, "SIGTERM") if stop and i == processes - 1 else "",
+      before=last if i == processes - 1 else "",
       devices=2,
     )
     for i in range(processes)
@@ -115,7 +115,7 @@ def test_two_processes_stop_together_and_resume(
   """Each process holds half of the tokens of every row."""
   folder = tmp_path / "run"
   train = _train(folder, MeshConfig(data=1, context=4))
-  ends = _together(2, folder, trainer, *train, stop=True)
+  ends = _together(2, folder, trainer, *train, last=signal_at(3, "SIGTERM"))
   assert [code for code, _, _ in ends] == [143, 143], ends
   assert "stopped at step" in ends[0][1] and "stopped at" not in ends[1][1]
   step, meta = read_meta(folder / "checkpoints")
@@ -126,6 +126,37 @@ def test_two_processes_stop_together_and_resume(
   assert f"resuming at step {step}" in out
   for kind in ("train", "eval"):
     _near(metrics(folder, kind), metrics(undisturbed, kind))
+
+
+# Raises where the other process does not, as a disk of one host does.
+_NO_BATCH_5 = """
+from train.data.in_vocabulary import InVocabulary
+read = InVocabulary.read_rows
+def read_rows(self, step, start, stop):
+  if step == 5 and self.num_batches is None:
+    raise OSError("the disk of this host is gone")
+  return read(self, step, start, stop)
+InVocabulary.read_rows = read_rows
+"""
+
+
+def test_two_processes_save_together_although_one_has_no_data(
+  tmp_path: Path, trainer: Path, devices
+) -> None:
+  folder = tmp_path / "run"
+  train = _train(folder, MeshConfig())
+  first, second = _together(2, folder, trainer, *train, last=_NO_BATCH_5)
+  assert second[0] == 1 and "the disk of this host is gone" in second[2]
+  assert first[0] == 3, first
+  assert "process 1 of 2 has failed, and its own output says why" in first[2]
+  assert "saved at step 4 after a failure" in first[1]
+  assert read_meta(folder / "checkpoints")[0] == 4
+  devices(1)
+  _, out = run(_on(MeshConfig()), folder)
+  assert "resuming at step 4" in out
+  run(_on(MeshConfig()), tmp_path / "undisturbed")
+  for kind in ("train", "eval"):
+    _near(metrics(folder, kind), metrics(tmp_path / "undisturbed", kind))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ or raises one of two errors: `DamagedError` if the files are at fault, and
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterator, Mapping
 import concurrent.futures
 import contextlib
@@ -92,10 +93,11 @@ class Writer:
         response.result()
         self._tell(step)
       except BaseException as error:  # noqa: BLE001  # raised by `wait`
-        end.set_exception(error)
+        _set_failure(end, error)
       else:
-        end.set_result(None)
+        _set_success(end)
 
+    _running.append(end)
     # A save is noted when it ends, not when the next one begins: the run may
     # be killed between the two.
     threading.Thread(target=finish, name="save", daemon=True).start()
@@ -160,7 +162,8 @@ class Writer:
   def _failed(self, step: int, error: Exception) -> CheckpointError:
     """Drop the checkpointer, which would report this failure ever after."""
     stale, self._checkpointer = self._checkpointer, None
-    if stale is not None:
+    # Closing waits for the other processes, in which nothing may have failed.
+    if stale is not None and jax.process_count() == 1:
       with contextlib.suppress(Exception):  # the failure that is reported here
         stale.close()
     return CheckpointError(
@@ -314,9 +317,36 @@ def _hushed() -> Iterator[None]:
     asyncio_log.removeFilter(drop)
 
 
-def _is_not_orbax(record: logging.LogRecord) -> bool:
-  return "/orbax/checkpoint/" not in record.pathname
+# The saves that run. A failed one stays until the next begins.
+_running = collections.deque[concurrent.futures.Future[None]](maxlen=1)
 
 
-# Every failure is raised to the caller; Orbax logs it with tracebacks as well.
-logging.getLogger("absl").addFilter(_is_not_orbax)
+def _set_failure(
+  end: concurrent.futures.Future[None], error: BaseException
+) -> None:
+  with contextlib.suppress(concurrent.futures.InvalidStateError):
+    end.set_exception(error)
+
+
+def _set_success(end: concurrent.futures.Future[None]) -> None:
+  with contextlib.suppress(concurrent.futures.InvalidStateError):
+    end.set_result(None)
+
+
+def _take_from_log(record: logging.LogRecord) -> bool:
+  """Drop what Orbax logs, but end the running save where it logs a failure.
+
+  Every failure is raised to the caller, so that the log says nothing new. But
+  where one of several processes fails to write, Orbax first waits for the
+  others, which wait for this one.
+  """
+  if "/orbax/checkpoint/" not in record.pathname:
+    return True
+  error = record.exc_info[1] if record.exc_info else None
+  if error is not None and record.levelno >= logging.ERROR:
+    for end in _running:
+      _set_failure(end, error)
+  return False
+
+
+logging.getLogger("absl").addFilter(_take_from_log)

@@ -121,6 +121,11 @@ def versions() -> dict[str, str]:
   }
 
 
+def are_several() -> bool:
+  """Whether the run has more processes than this one."""
+  return jax.process_count() > 1
+
+
 def stop_together() -> None:
   """Note that all processes have come to the same end of a run."""
   global _stopped_together
