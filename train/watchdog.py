@@ -11,6 +11,7 @@ import time
 from types import TracebackType
 from typing import Self
 
+from train.devices import processes
 from train.devices.peers import end_process
 
 #: The exit code of a process that made no progress within the limit.
@@ -86,6 +87,7 @@ class Watchdog:
       self._idle += min(now - then, 2 * tick)
       then = now
       if self._idle >= limit:
+        processes.say_end(EXIT_HUNG)
         end_process(
           f"no progress for {limit:g} s (--step-timeout) in: {self._phase}; "
           "the last checkpoint is whole, and `rebased resume` continues from "

@@ -7,7 +7,9 @@ import logging
 import os
 from pathlib import Path
 import shutil
+import threading
 import time
+from types import SimpleNamespace
 
 from checkpoint_cases import (
   META,
@@ -268,6 +270,32 @@ def test_a_save_is_told_when_it_is_on_the_disk(tmp_path: Path) -> None:
     while saved != [1, 2]:  # nobody waits for the save
       assert time.monotonic() < end, saved
       time.sleep(0.01)
+
+
+def test_a_failure_that_the_storage_only_logs_ends_the_wait(
+  tmp_path: Path, monkeypatch
+) -> None:
+  """With several processes it waits for the others, which wait for it."""
+  over = threading.Event()
+
+  def log_and_wait(*_: object, **__: object) -> SimpleNamespace:
+    error = OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    place = ("absl", logging.ERROR, "/orbax/checkpoint/save.py", 1)
+    record = logging.LogRecord(*place, "failed", (), (OSError, error, None))
+    timer = threading.Timer(0.1, logging.getLogger("absl").handle, (record,))
+    timer.start()
+    return SimpleNamespace(result=over.wait)
+
+  with Checkpoints(tmp_path) as checkpoints:
+    monkeypatch.setattr(
+      checkpoints._writer._checkpointer,
+      "save_checkpointables_async",
+      log_and_wait,
+    )
+    checkpoints.save(1, make_state(1), {})
+    with pytest.raises(CheckpointError, match="step 1 was not .*too large"):
+      checkpoints.wait()
+  over.set()
 
 
 def test_a_save_that_cannot_be_told_is_an_error(tmp_path: Path) -> None:

@@ -152,6 +152,12 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
+def say_end(code: int) -> None:
+  """Tell the other processes that this one is about to end with this code."""
+  if _peers is not None:
+    _peers.leave(code)
+
+
 @contextlib.contextmanager
 def naming_lost_peers() -> Iterator[None]:
   """Turn the errors that follow the death of another process into its name.
