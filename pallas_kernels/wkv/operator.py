@@ -242,8 +242,8 @@ def _from_the_left(w_D, u_D, before, inputs):
     sums, *slopes, dw, du = carry
     k, v, dy = (x.astype(w_D.dtype) for x in inputs[:3])
     mark = inputs[3]
+    # Empty sums take the factors `past` and `keep` of the slopes to 0.
     sums = _reset(sums, mark)
-    slopes = [jnp.where(mark.start, 0, x) for x in slopes]
     y, p, past, own, total = output(sums, k, v, u_11D)
     g = dy / total
     dw = dw + g * past * (slopes[0] - y * slopes[1])
