@@ -46,6 +46,11 @@ def from_json(text: str) -> RunConfig:
       or field that does not fit.
   """
   data = load_json(text)
+  if isinstance(data, dict) and "model" in data and "run" not in data:
+    raise ConfigError(
+      "it is of an exported model: expected that of a run. rebased_jax.load, "
+      "`generate`, `inspect` and --init-from take exported models"
+    )
   version = data.get("version") if isinstance(data, dict) else None
   if type(version) is int and version == 1:
     raise ConfigError(

@@ -40,3 +40,10 @@ def test_import_writes_a_model_that_load_reads(call, tmp_path: Path) -> None:
     model.token_embedding[...],
     arrays["backbone.embeddings.word_embeddings.weight"],
   )
+  code, shown, err = call("inspect", str(out))
+  assert (code, err) == (0, "") and "│ second.eps" in shown, shown
+  assert "tokenizer: {'type': 'bytes', 'eos': None" in shown
+  for verb in ("resume", "export"):
+    words = (verb, str(out), *(("--out", "x") if verb == "export" else ()))
+    code, _, err = call(*words)
+    assert code == 2 and "it is of an exported model: expected" in err, err

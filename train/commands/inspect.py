@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 import tyro
 
-from rebased_jax import ModelConfig
+from rebased_jax import ModelConfig, model_files
 from rebased_jax.presets import make_models
 from train import compiled_steps, stored_config
 from train.checkpoint.checkpoints import NoCheckpointError, read_meta
@@ -29,7 +29,9 @@ from train.records.run_folder import RunFolder
 class InspectArgs:
   """Show a preset, a model, a run, or a checkpoint RUN/checkpoints/STEP.
 
-  Models are those whose parameters the paper counts, such as table-4-mamba-64.
+  A model is one that was exported, or one of the paper's.
+
+  The paper's are those whose parameters it counts, such as table-4-mamba-64.
   `rebased inspect data PATH` shows a data set.
   """
 
@@ -80,15 +82,14 @@ def show_config(config: RunConfig, title: str, console: Console) -> None:
 
 
 def show_model(config: ModelConfig, title: str, console: Console) -> None:
-  """Print the fields of one of the paper's models and its parameters' sizes.
+  """Print the fields of a model and the sizes of its parameters.
 
   Args:
-    config: the model; it has learned positions.
+    config: the model.
     title: the title of the table.
     console: where to print.
   """
   console.print(rows(title, _flat(stored_config.to_dict(config))))
-  assert config.positions is not None, "the paper's models have positions"
   _show_sizes(config, config.positions, console)
 
 
@@ -98,7 +99,7 @@ def show_folder(
   console: Console,
   mesh: MeshConfig | None = None,
 ) -> None:
-  """Print what a run folder holds, or one checkpoint in it.
+  """Print what a run folder, a checkpoint or an exported model holds.
 
   Args:
     what: the folder.
@@ -108,11 +109,18 @@ def show_folder(
       run's.
 
   Raises:
-    ValueError: it is neither a run folder nor a checkpoint.
+    ValueError: it is none of these.
   """
   path = epath.Path(what)
   if path.parent.name == "checkpoints" and path.name.isdigit():
     _show_checkpoint(path, console)
+    return
+  if model_files.is_exported(path):
+    info = model_files.read_info(path)
+    show_model(info.config, str(path), console)
+    tokenizer = info.tokenizer
+    shown = "none" if tokenizer is None else dataclasses.asdict(tokenizer)
+    say(console, f"tokenizer: {shown}")
     return
   folder = RunFolder(path)
   if not folder.config_file.exists():
@@ -127,8 +135,13 @@ def show_folder(
   _show_progress(folder, console)
 
 
-def _show_sizes(config: ModelConfig, length: int, console: Console) -> None:
-  """Print each parameter's size, and the state's size for `length` tokens."""
+def _show_sizes(
+  config: ModelConfig, length: int | None, console: Console
+) -> None:
+  """Print each parameter's size, and the state's size for `length` tokens.
+
+  With None the state is left out.
+  """
   model = compiled_steps.abstract_lm(config)
   table = Table(title="parameters", title_justify="left")
   table.add_column("group")
@@ -145,8 +158,9 @@ def _show_sizes(config: ModelConfig, length: int, console: Console) -> None:
   table.add_section()
   table.add_row("all", "", f"{total:,}")
   console.print(table)
-  state = model.state_size(length)
-  say(console, f"state of a sequence: {state:,} bytes")
+  if length is not None:
+    state = model.state_size(length)
+    say(console, f"state of a sequence: {state:,} bytes")
 
 
 def _show_mesh(config: RunConfig, console: Console) -> None:
