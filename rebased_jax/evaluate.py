@@ -456,7 +456,7 @@ def _batch(
     weights=np.zeros((rows, length), np.float32),
   )
   if texts[0].segments is not None:
-    # A text's padding is a document of its own.
+    # The padding of a text is one more document.
     batch["segment_ids"] = np.full((rows, length), -1, np.int32)
     batch["is_new"] = np.zeros(rows, bool)
   lengths = []

@@ -6,7 +6,7 @@ loop over new tokens runs `steps` times in a program with room for the next
 power of two.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 import functools
 import math
 from typing import NamedTuple
@@ -18,12 +18,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
+from pallas_kernels.arguments import check_integers, plain_scalar
 from pallas_kernels.compile_once import keep_programs
 from pallas_kernels.explicit_mesh import explicit_axes, layout
 from pallas_kernels.sharding import Axis
-from rebased_jax.config_checks import is_positive_integer, plain_scalar
+from rebased_jax.config_checks import is_positive_integer
 from rebased_jax.decoding import LMState
-from rebased_jax.integers import check_integers, to_int32
+from rebased_jax.integers import to_int32
 from rebased_jax.model import LM
 from rebased_jax.model_config import check_length
 
@@ -106,6 +107,67 @@ def generate(
   tokens_BS = jax.lax.slice_in_dim(tokens_BS, 0, steps, axis=1)
   _check_tokens(tokens_BS)
   return tokens_BS
+
+
+def stream(
+  model: LM,
+  prompts: Sequence[Array],
+  *,
+  steps: int,
+  temperature: float = 0.0,
+  top_k: int | None = None,
+  keys: Array | None = None,
+  block: int = 16,
+) -> Iterator[np.ndarray]:
+  """Yield the tokens after prompts of any lengths, some at a time.
+
+  Each prompt is read alone, and all are continued together. The tokens of a
+  prompt depend on its own key alone, whatever the other prompts are. Stop to
+  ask for more when all texts have ended.
+
+  Args:
+    model: the language model.
+    prompts: integers (T,) each, T ≥ 1, each in [0, V).
+    steps: the largest number of tokens after each prompt, ≥ 1.
+    temperature: as in `generate`.
+    top_k: as in `generate`.
+    keys: PRNG keys (B,), which `temperature` > 0 needs. None: no sampling.
+    block: how many tokens are yielded at a time.
+
+  Yields:
+    int32 (B, block), and fewer columns at the end.
+
+  Raises:
+    ValueError: an argument does not fit, the position table is too short, or
+      the model's logits are not finite.
+  """
+  if not is_positive_integer(block):
+    raise ValueError(f"block={block!r}: expected an integer ≥ 1")
+  prompts = [np.asarray(jax.device_get(prompt))[None] for prompt in prompts]
+  for prompt_1T in prompts:
+    _check_arguments(model, prompt_1T, steps, temperature, top_k, keys)
+    _check_vocabulary(prompt_1T, model.config.vocab_size)
+  graph, params = nnx.split(model)
+  reader, read = _reader(graph, 1), []
+  for prompt_1T in prompts:
+    prompt_1T, state, logits_1V = (
+      to_int32(prompt_1T),
+      reader.start(params),
+      None,
+    )
+    for start, stop in _parts(prompt_1T.shape[1]):
+      part_1T = prompt_1T[:, start:stop]
+      logits_1V, state = reader.read(params, part_1T, state)
+    read.append((logits_1V, state))
+  write = _block_writer(graph, block, _Choice(temperature > 0, top_k))
+  logits_BV, state = _join_rows(*read)
+  for first in range(0, steps, block):
+    tokens_BS, logits_BV, state = write(
+      params, logits_BV, state, np.float32(temperature), keys, np.int32(first)
+    )
+    tokens_BS = jax.device_get(tokens_BS)[:, : steps - first]
+    _check_tokens(tokens_BS)
+    yield tokens_BS
 
 
 def _check_arguments(
@@ -202,6 +264,42 @@ class _Reader(NamedTuple):
   read: Callable[[nnx.State, Array, LMState], tuple[Array, LMState]]
 
 
+def _choose(
+  choice: _Choice,
+  logits_BV: Array,
+  temperature: Array,
+  draw: Callable[[Array], Array],
+) -> Array:
+  """Return a token for each row, int32 (B,).
+
+  Args:
+    choice: how tokens are chosen.
+    logits_BV: the logits.
+    temperature: a scalar.
+    draw: samples tokens (B,) from logits (B, V).
+  """
+  is_finite_B = jnp.isfinite(logits_BV.max(axis=-1))
+  if choice.top_k is not None:
+    least_B1 = jax.lax.top_k(logits_BV, choice.top_k)[0][:, -1:]
+    logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+  if choice.sample:
+    tokens_B = draw(logits_BV / temperature)
+  else:
+    tokens_B = jnp.argmax(logits_BV, axis=-1)
+  return jnp.where(is_finite_B, tokens_B.astype(jnp.int32), _NO_TOKEN)
+
+
+@jax.jit
+def _join_rows(*rows: tuple[Array, LMState]) -> tuple[Array, LMState]:
+  """Return logits (B, V) and the state of B rows, from those of each row."""
+  logits, states = zip(*rows, strict=True)
+  pairs = jax.tree.map(
+    lambda *x_N1: jnp.concatenate(x_N1, axis=1), *(x.pairs for x in states)
+  )
+  position_B = jnp.concatenate([x.position_B for x in states])
+  return jnp.concatenate(logits), LMState(position_B, pairs)
+
+
 # The number of rows is part of the key, so that dropping the programs of the
 # oldest case bounds the memory of all programs.
 @keep_programs(most=32)
@@ -235,15 +333,8 @@ def _writer(
   """
 
   def choose(logits_BV: Array, temperature: Array, key: Array | None) -> Array:
-    is_finite_B = jnp.isfinite(logits_BV.max(axis=-1))
-    if choice.top_k is not None:
-      least_B1 = jax.lax.top_k(logits_BV, choice.top_k)[0][:, -1:]
-      logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
-    if choice.sample:
-      tokens_B = jax.random.categorical(key, logits_BV / temperature)
-    else:
-      tokens_B = jnp.argmax(logits_BV, axis=-1)
-    return jnp.where(is_finite_B, tokens_B.astype(jnp.int32), _NO_TOKEN)
+    draw = functools.partial(jax.random.categorical, key)
+    return _choose(choice, logits_BV, temperature, draw)
 
   def write(
     params: nnx.State,
@@ -269,3 +360,45 @@ def _writer(
   if explicit_axes():
     write = jax.sharding.auto_axes(write, out_sharding=PartitionSpec(split))
   return jax.jit(write)
+
+
+@keep_programs(most=32)
+def _block_writer(
+  graph: nnx.GraphDef, block: int, choice: _Choice
+) -> Callable[..., tuple[Array, Array, LMState]]:
+  """Return the program that adds `block` tokens to rows.
+
+  Its arguments are the parameters, the logits (B, V) and the state before the
+  next token, the temperature, the keys (B,) or None, and the number of tokens
+  that were added before. It returns tokens (B, block), logits and state.
+  """
+
+  @functools.partial(jax.jit, donate_argnums=2)
+  def write(
+    params: nnx.State,
+    logits_BV: Array,
+    state: LMState,
+    temperature: Array,
+    keys_B: Array | None,
+    first: Array,
+  ) -> tuple[Array, Array, LMState]:
+    def body(
+      carry: tuple[Array, LMState], s: Array
+    ) -> tuple[tuple[Array, LMState], Array]:
+      logits_BV, state = carry
+
+      def draw(logits_BV: Array) -> Array:
+        key_B = jax.vmap(lambda key: jax.random.fold_in(key, s))(keys_B)
+        return jax.vmap(jax.random.categorical)(key_B, logits_BV)
+
+      token_B = _choose(choice, logits_BV, temperature, draw)
+      # A token that could not be chosen is outside the vocabulary.
+      return nnx.merge(graph, params).step(token_B, state), token_B
+
+    steps = first + jnp.arange(block, dtype=jnp.int32)
+    (logits_BV, state), tokens_SB = jax.lax.scan(
+      body, (logits_BV, state), steps
+    )
+    return tokens_SB.T, logits_BV, state
+
+  return write

@@ -118,12 +118,15 @@ def test_a_token_past_the_table_is_named() -> None:
     (dict(steps=2.0), "steps=2.0"),
     (dict(steps=True), "steps=True"),
     (dict(top_k=2.0, temperature=1.0), "top_k=2.0"),
-    (dict(prompt=PROMPT_BT.astype(bool)), "prompt is bool: expected integers"),
+    (
+      dict(prompt=PROMPT_BT.astype(bool)),
+      "prompt has dtype bool: expected integers",
+    ),
     (
       dict(prompt=PROMPT_BT.astype(float)),
-      "prompt is float32: expected integers",
+      "prompt has dtype float32: expected integers",
     ),
-    (dict(prompt=[[1, 2]]), "prompt is a list: expected an integer array"),
+    (dict(prompt=[[1, 2]]), "prompt is a list: expected an array"),
     (dict(temperature=1e-46), "temperature=1e-46"),
   ],
 )
@@ -256,3 +259,35 @@ def test_options_may_be_scalars_of_numpy_and_jax() -> None:
     }
     found = generate(model, PROMPT_BT, key=key, **options)
     np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_stream_continues_prompts_of_any_lengths() -> None:
+  model = make()
+  prompts = [[3, 1, 4], [5], [9, 2]]
+  blocks = list(generation.stream(model, prompts, steps=5, block=2))
+  assert [x.shape for x in blocks] == [(3, 2), (3, 2), (3, 1)]
+  greedy_BS = np.concatenate(blocks, axis=1)
+  for prompt, found in zip(prompts, greedy_BS, strict=True):
+    alone = generate(model, jnp.array([prompt]), steps=5)
+    np.testing.assert_array_equal(found, alone[0])
+
+
+def test_a_streams_samples_depend_on_their_own_key() -> None:
+  model, keys = make(), jax.random.split(jax.random.key(5), 3)
+  options = dict(steps=4, block=2, temperature=2.0, top_k=7)
+  prompts = [[3, 1, 4], [5], [9, 2]]
+  together = list(generation.stream(model, prompts, keys=keys, **options))
+  together_BS = np.concatenate(together, axis=1)
+  alone = generation.stream(model, prompts[2:], keys=keys[2:], **options)
+  np.testing.assert_array_equal(
+    together_BS[2:], np.concatenate(list(alone), axis=1)
+  )
+  assert len(np.unique(together_BS)) > 2
+  for wrong, options in (
+    ("block=0", dict(steps=1, block=0)),
+    ("position table has 8", dict(steps=7)),
+    (r"prompt\[0, 1\] is the token 11", dict(steps=1, prompts=[[1, 11]])),
+  ):
+    prompts = options.pop("prompts", [[3, 1, 4]])
+    with pytest.raises(ValueError, match=wrong):
+      next(generation.stream(model, prompts, **options))
