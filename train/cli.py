@@ -81,6 +81,11 @@ VERBS = {
     "train.commands.import_model",
     environment={"JAX_PLATFORMS": "cpu"},
   ),
+  "lm-eval": Verb(
+    "MODEL --tasks TASK …",
+    "run lm-evaluation-harness on a model",
+    "train.commands.lm_eval",
+  ),
   "inspect": Verb(
     "WHAT",
     "show a preset, model, run or checkpoint;\n"
