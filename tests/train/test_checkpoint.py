@@ -19,6 +19,7 @@ from checkpoint_cases import (
   make_state,
   names,
 )
+from compilations import compilations
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +52,21 @@ def test_arrays_and_meta_come_back_bit_identical(tmp_path: Path) -> None:
   assert bits(restored.state) == bits(make_state(2))
   assert read_meta(tmp_path) == (2, {**META, "saved": 2})
   assert read_meta(tmp_path, 1) == (1, {**META, "saved": 1})
+
+
+@pytest.mark.parametrize(("rows", "slices"), [(8, 0), (1 << 18, 1)])
+def test_only_large_copies_are_saved_in_slices(
+  tmp_path: Path, rows: int, slices: int
+) -> None:
+  mesh = jax.make_mesh((8,), ("d",))
+  copies = jax.NamedSharding(mesh, jax.P())
+  x = jax.device_put(np.arange(8 * rows, dtype=np.float32), copies)
+  with compilations() as count, Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, {"x": x}, {})
+  assert len([name for name in count if "slice" in name]) == slices, count
+  with Checkpoints(tmp_path) as checkpoints:
+    restored = checkpoints.restore(abstract({"x": x}))
+  assert bits(restored.state) == bits({"x": x})
 
 
 def test_leaves_that_cannot_be_saved_are_refused(tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ _NOT_DAMAGE = (
   "DEADLINE_EXCEEDED",
 )
 
+# Devices that hold copies of an array share the work of saving it: each cuts
+# out and writes a slice. Slices under so many bytes cost more than they save.
+_SLICE_BYTES = 1 << 20
+
 
 class Writer:
   """Save steps into one directory, one at a time, in the background.
@@ -269,6 +273,8 @@ def _context() -> v1.Context:
   registry.add(v1.handlers.JsonHandler, checkpointable_name="record")
   context = v1.Context()
   context.checkpointables.registry = registry
+  saving = context.array.saving
+  saving.min_slice_bytes_for_replica_parallel = _SLICE_BYTES
   return context
 
 
