@@ -18,6 +18,10 @@ def xla_flags() -> str:
     # Eight devices on two busy cores wait for each other longer than 40 s.
     "--xla_cpu_collective_call_terminate_timeout_seconds=300",
     "--xla_backend_optimization_level=0",
+    # These two make a program faster, and compiling it slower: splitting it
+    # for several cores, and the library that fuses products of matrices.
+    "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_cpu_experimental_ynn_fusion_type=",
   ]
   # With this flag jax 0.10 compiles the tests' many small programs in a third
   # of the time. XLA stops at a flag it does not know, and jax 0.12 dropped it.
@@ -33,13 +37,15 @@ def cache_folder() -> Path:
   return Path(home) / "rebased_jax" / "compiled_tests"
 
 
-def cache_variables() -> dict[str, str]:
-  """Return the variables that make jax keep every compiled program.
+def jax_variables() -> dict[str, str]:
+  """Return the variables that make jax compile fast and keep every program.
 
   Child processes inherit them. Variables that are already set win;
   JAX_ENABLE_COMPILATION_CACHE=false switches the cache off.
   """
   variables = {
+    # No test reads the lines of source that each operation came from.
+    "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
     "JAX_COMPILATION_CACHE_DIR": str(cache_folder()),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",

@@ -133,8 +133,9 @@ def environment(cache: Path, devices: int = 1) -> dict[str, str]:
     "JAX_PLATFORMS": "cpu",
     "PYTHONPATH": str(ROOT),
     "COLUMNS": "200",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-    "--xla_cpu_collective_call_terminate_timeout_seconds=300",
+    # The flags of this process, whose bits those of a child have to equal.
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} "
+    f"--xla_force_host_platform_device_count={devices}",
     "JAX_COMPILATION_CACHE_DIR": str(cache),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",

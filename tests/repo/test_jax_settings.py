@@ -27,7 +27,7 @@ def test_a_cache_that_has_outgrown_its_limit_starts_anew(
 def test_variables_that_are_set_win(monkeypatch) -> None:
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
   monkeypatch.setenv("XLA_FLAGS", "--mine")
-  variables = jax_settings.cache_variables()
+  variables = jax_settings.jax_variables()
   assert variables["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
   assert jax_settings.xla_flags().split()[0] == "--mine"
   assert os.environ["XLA_FLAGS"] == "--mine"
