@@ -196,6 +196,21 @@ def test_the_page_shows_gammas_and_expected_bests(tmp_path):
   assert all(path.stat().st_size > 10_000 for path in pictures)
 
 
+def test_the_page_shows_ious_at_the_best_epoch(tmp_path):
+  name = "iou-rebased-L128-d48"
+  cell = _EXPERIMENTS["table-3"].cells[name]  # 2 rates × 3 seeds
+  record = _record(cell, name, [0.2, 0.2, 0.2, 0.9, 0.8, 0.7])
+  for run in record["runs"]:
+    run["iou"]["soft"] = [0.0, run["best_accuracy"] / 10]
+  records.write(tmp_path / f"cells/{name}.json", record)
+  (tmp_path / "parameters.json").write_text(
+    json.dumps(dict.fromkeys(presets.make_models(), 7))
+  )
+  row = f"| {name} | 0.173 | 0.080 ± 0.010 (1.000 ± 0.000) | "
+  assert row in page.text(tmp_path)
+  assert records.cell_of(record) == cell
+
+
 def test_verdicts_of_claims():
   name = lambda system: f"ablation-{system}-L256-d48"
   cells = _EXPERIMENTS["table-1"].cells

@@ -14,6 +14,7 @@ import numpy as np
 from rebased_jax import parameter_count, presets
 from train import atomic, compiled_steps
 from train.experiments import (
+  attention_iou,
   claims,
   drawings,
   paper,
@@ -125,6 +126,7 @@ def text(folder: Path) -> str:
     "Figure 7": experiment(
       "Figure 7: alone and after a short convolution", "figure-7"
     ),
+    "Table 3": _table_3(experiments["table-3"], found["table-3"]),
     "Figure 10": _figure_10(every),
     "Tables 4 and 9": _parameters(folder / "parameters.json"),
   }
@@ -265,6 +267,61 @@ def _figure_4(found: _Records) -> _Section:
     lines.append(f"| {name} | {seeds} | {' | '.join(cells)} |")
   lines += ["", "![Figure 4](figures/figure-4.png)", ""]
   return _Section("\n".join(lines), verdict)
+
+
+def _table_3(experiment: Experiment, cells: _Records) -> _Section:
+  """Return the section of Table 3: IoU of attention and the right tokens."""
+  verdict = "shown below" if cells else "not run"
+  lines = [
+    "## Table 3: attention on the right tokens",
+    "",
+    f"The paper: {experiment.statement}",
+    "",
+    f"Expected: {experiment.hypothesis}",
+    "",
+    "IoU compares the weights of the query rows, over the columns of the "
+    "pairs, with the right columns, over 10,000 examples. *Soft* takes the "
+    "weights themselves, *largest* the largest one of each row. Both are of "
+    "the mean over heads, and of the best head in brackets: the paper does not "
+    "say how it treats heads. Figures 5, 8 and 9 show such matrices. They are "
+    "not drawn.",
+    "",
+    f"**{verdict.capitalize()}.** {len(cells)} of {len(experiment.cells)} "
+    "cells were run.",
+    "",
+    f"    rebased experiment {experiment.name} --out "
+    "benchmarks/results/experiments",
+    "",
+  ]
+  if cells:
+    lines += [
+      "| cell | paper's IoU | soft | largest | paper's accuracy | accuracy | "
+      "seeds | rates | epochs | seconds, device |",
+      "|---|" + "---|" * 9,
+    ]
+  for name, record in cells.items():
+    theirs = paper.TABLE_3[results.place(name).system.removeprefix("iou-")]
+    soft, soft_best, largest, largest_best = (
+      _at_best(record, each) for each in attention_iou.NAMES
+    )
+    lines.append(
+      f"| {name} | {theirs[0]} | {soft} ({soft_best}) | {largest} "
+      f"({largest_best}) | {theirs[1]} | {results.ours(record)} |"
+    )
+  return _Section("\n".join([*lines, ""]), verdict)
+
+
+def _at_best(record: dict[str, Any], name: str) -> str:
+  """Return an IoU at each run's best epoch, as mean ± deviation over seeds."""
+  rate = records.best_rate(record)["learning_rate"]
+  values = [
+    run["iou"][name][run["best_epoch"]]
+    for run in record["runs"]
+    if run["learning_rate"] == rate
+  ]
+  if len(values) == 1:
+    return f"{values[0]:.3f}"
+  return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
 
 
 def _figure_10(found: _Records) -> _Section:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from train import atomic, compiled_steps, stored_config
+from train.experiments import attention_iou
 from train.experiments.sweep import Cell, Epoch, affine_moments
 
 VERSION = 2  # 1 listed a run's epochs after its stop too
@@ -34,17 +35,20 @@ class History:
   seconds_ER: np.ndarray  # of the whole epoch, in each run's entry
   runs_ER: np.ndarray  # how many runs the epoch's program had
   affine_ER2: dict[str, np.ndarray]  # mean and deviation, by `affine_moments`
+  iou_ER: dict[str, np.ndarray]  # of attention, if the cell wants it
 
   @classmethod
   def empty(cls, cell: Cell) -> "History":
     """Return the history before the first epoch."""
     shape = cell.epochs, len(cell.runs)
-    *fields, _ = dataclasses.fields(cls)
+    *fields, _, _ = dataclasses.fields(cls)
     params = nnx.state(compiled_steps.abstract_lm(cell.run.model))
     names = jax.eval_shape(affine_moments, params)
+    ious = attention_iou.NAMES if cell.attention_examples else ()
     return cls(
       *(np.full(shape, np.nan, np.float32) for _ in fields),
       {name: np.full((*shape, 2), np.nan, np.float32) for name in names},
+      {name: np.full(shape, np.nan, np.float32) for name in ious},
     )
 
   def add(self, epoch: Epoch) -> None:
@@ -59,6 +63,8 @@ class History:
     self.runs_ER[epoch.number, runs] = len(epoch.runs)
     for name, moments_R2 in epoch.affine_R2.items():
       self.affine_ER2[name][epoch.number, runs] = moments_R2[on_R]
+    for name, iou_R in epoch.iou_R.items():
+      self.iou_ER[name][epoch.number, runs] = iou_R[on_R]
 
   def arrays(self) -> dict[str, Any]:
     """Return the arrays by name."""
@@ -106,6 +112,7 @@ def make(
     "run": stored_config.to_dict(cell.run),
     "data": dict(cell.batches.fingerprint),
     "precision": cell.precision,
+    "attention_examples": cell.attention_examples,
     "commit": commit,
     "jax": jax.__version__,
     "device": jax.devices()[0].device_kind,
@@ -166,7 +173,8 @@ def read_of(path: Path, cell: Cell) -> dict[str, Any]:
   """
   record = read(path)
   found = cell_of(record)
-  if (found.run, found.precision) != (cell.run, cell.precision):
+  grid = {"rates": cell.rates, "seeds": cell.seeds}
+  if dataclasses.replace(found, **grid) != cell:
     raise RecordError(
       f"{path} is of another cell (its config differs): use another folder, or "
       "delete the file"
@@ -190,6 +198,8 @@ def cell_of(record: dict[str, Any]) -> Cell:
     rates=tuple(dict.fromkeys(run["learning_rate"] for run in runs)),
     seeds=tuple(dict.fromkeys(run["seed"] for run in runs)),
     precision=record["precision"],
+    # Earlier records do not have it.
+    attention_examples=record.get("attention_examples", 0),
   )
   # The stored text counts. A field that the config has since got would change
   # the key of the same cell.
@@ -260,6 +270,8 @@ def _key(run: dict[str, Any], cell: Cell) -> str:
     "seeds": cell.seeds,
     "precision": cell.precision,
   }
+  if cell.attention_examples:
+    parts["attention_examples"] = cell.attention_examples
   text = json.dumps(parts, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -277,6 +289,10 @@ def _run_record(
     }
     for name, moments_ER2 in history.affine_ER2.items()
   }
+  iou = {
+    name: _numbers(values_ER[trained_E, index])
+    for name, values_ER in history.iou_ER.items()
+  }
   return {
     "learning_rate": rate,
     "seed": seed,
@@ -289,6 +305,7 @@ def _run_record(
     "train_loss": _numbers(history.train_loss_ER[trained_E, index]),
     # Records of models without γ and β have no such entry.
     **({"affine": affine} if affine else {}),
+    **({"iou": iou} if iou else {}),
   }
 
 

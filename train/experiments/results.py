@@ -95,7 +95,7 @@ def rows(
   for name in found if only_run else experiment.cells:
     published = experiment.published.get(name)
     theirs = "" if published is None else str(published)
-    lines.append(f"| {name} | {theirs} | {_ours(found.get(name))} |")
+    lines.append(f"| {name} | {theirs} | {ours(found.get(name))} |")
   return lines
 
 
@@ -190,8 +190,12 @@ def write(experiment: Experiment, folder: Path) -> list[Path]:
   return [page, picture]
 
 
-def _ours(record: dict[str, Any] | None) -> str:
-  """Return our columns of a row of the table; empty ones of no record."""
+def ours(record: dict[str, Any] | None) -> str:
+  """Return our columns of a row of the table; empty ones of no record.
+
+  Args:
+    record: of the cell. None: it was not run.
+  """
   if record is None:
     return "not run | | | |"
   best = records.best_rate(record)
@@ -218,7 +222,7 @@ def _draw_system(panel, experiment, found, system, length, color) -> None:
   """Draw one system in the panel of one length."""
   # The widths stand side by side at equal distances.
   where = {width: x for x, width in enumerate(_widths(experiment, length))}
-  ours, theirs = [], []
+  mine, theirs = [], []
   for name in {**experiment.cells, **experiment.published}:
     cell = place(name)
     if (cell.system, cell.length) != (system, length):
@@ -226,15 +230,15 @@ def _draw_system(panel, experiment, found, system, length, color) -> None:
     x = where[cell.width]
     if name in found:
       best = records.best_rate(found[name])
-      ours.append((x, best["mean"], best["std"]))
+      mine.append((x, best["mean"], best["std"]))
     if name in experiment.published:
       theirs.append((x, experiment.published[name].mean))
   if theirs:
     panel.plot(
       *zip(*sorted(theirs), strict=True), ls="--", lw=1, alpha=0.6, color=color
     )
-  if ours:
-    xs, means, stds = zip(*sorted(ours), strict=True)
+  if mine:
+    xs, means, stds = zip(*sorted(mine), strict=True)
     panel.errorbar(xs, means, stds, marker="o", capsize=3, color=color)
 
 

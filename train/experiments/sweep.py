@@ -36,8 +36,11 @@ import optax
 from train import compiled_steps, optimizer, step
 from train.config import MQARPaperData, RunConfig
 from train.data import mqar, mqar_paper
+from train.experiments import attention_iou
 
 _EVAL_ROWS = 500  # of the test set, at a time
+_ATTENTION_ROWS = 250  # whose attention matrices are in memory at a time
+_ATTENTION_SEED = 62  # of examples that are in neither data set
 # A smaller program takes a compilation, which few epochs do not earn.
 _EPOCHS_WORTH_COMPILING = 8
 
@@ -54,12 +57,20 @@ class Cell:
   seeds: tuple[int, ...]
   #: Precision of float32 products, as `jax.default_matmul_precision` names it.
   precision: str = "highest"
+  #: Examples on which attention is compared with the right tokens after each
+  #: epoch, as `attention_iou` does; a multiple of 250. 0: none.
+  attention_examples: int = 0
 
   def __post_init__(self) -> None:
     if not isinstance(self.run.data, MQARPaperData):
       raise ValueError(
         f"Cell.run.data is a {type(self.run.data).__name__}: expected "
         "MQARPaperData, whose examples fit on the device"
+      )
+    if self.attention_examples % _ATTENTION_ROWS:
+      raise ValueError(
+        f"Cell.attention_examples={self.attention_examples}: expected a "
+        f"multiple of {_ATTENTION_ROWS}"
       )
     for name in ("rates", "seeds"):
       if not getattr(self, name):
@@ -134,6 +145,7 @@ class Epoch(NamedTuple):
   train_loss_R: np.ndarray  # mean over the steps
   metrics_SR: dict[str, np.ndarray]  # every metric of every step
   affine_R2: dict[str, np.ndarray]  # as `affine_moments`, after the epoch
+  iou_R: dict[str, np.ndarray]  # as `attention_iou.ious`, after the epoch
   seconds: float  # of training and evaluation together
 
 
@@ -198,7 +210,11 @@ class Sweep:
       graph, self._tx, run.accumulate, None, loss_chunks=run.loss_chunks
     )
     self._train_N = _examples(cell.batches)
-    self._test_N = _examples(mqar_paper.paper_test_batches(cell.batches.config))
+    self._test_N = {
+      "test": _examples(mqar_paper.paper_test_batches(cell.batches.config))
+    }
+    if cell.attention_examples:
+      self._test_N["attention"] = _examples(_attention_batches(cell))
     chosen = [cell.runs[index] for index in self.runs]
     rates_R = jnp.asarray([rate for rate, _ in chosen], jnp.float32)
     seeds_R = jnp.asarray([seed for _, seed in chosen], jnp.int32)
@@ -270,10 +286,11 @@ class Sweep:
     self.state_R, metrics_SR = train(
       self.state_R, self._keys_R, order_RSB, weights_SB, self._train_N
     )
-    sums_R, affine_R2 = evaluate(self.state_R.params, self._test_N)
-    metrics_SR, sums_R, affine_R2, ok_R = jax.device_get(
-      (metrics_SR, sums_R, affine_R2, self.state_R.ok)
+    tested_R = evaluate(self.state_R.params, self._test_N)
+    metrics_SR, tested_R, ok_R = jax.device_get(
+      (metrics_SR, tested_R, self.state_R.ok)
     )
+    sums_R = tested_R.sums
     accuracy_R = sums_R["accuracy"] / sums_R["tokens"]
     found = Epoch(
       number=self.epoch,
@@ -284,7 +301,8 @@ class Sweep:
       loss_R=sums_R["loss"] / sums_R["tokens"],
       train_loss_R=metrics_SR["loss"].mean(axis=0),
       metrics_SR=metrics_SR,
-      affine_R2=affine_R2,
+      affine_R2=tested_R.affine,
+      iou_R=tested_R.iou,
       seconds=time.perf_counter() - begin,
     )
     self.epoch += 1
@@ -401,23 +419,40 @@ def affine_moments(params: Any) -> dict[str, Array]:
   return found
 
 
-def _test(
-  params_R: Any, test_N: dict[str, Array], *, program: step.Program
-) -> tuple[dict[str, Array], dict[str, Array]]:
-  """Return `metrics.target_sums` of the test set, and `affine_moments`.
+class _Tested(NamedTuple):
+  """Results of an evaluation; each array has one entry a run."""
 
-  Each has one entry a run.
-  """
+  sums: dict[str, Array]  # `metrics.target_sums` of the test set
+  affine: dict[str, Array]  # `affine_moments`
+  iou: dict[str, Array]  # `attention_iou.ious`, if the cell wants them
+
+
+def _test(
+  params_R: Any, test_N: dict[str, Any], *, program: step.Program
+) -> _Tested:
+  """Evaluate the runs."""
+
+  def total(function, examples_N, rows):
+    """Sum a function of batches over all examples."""
+    parts = jax.tree.map(
+      lambda x: x.reshape(-1, rows, *x.shape[1:]), examples_N
+    )
+    return jax.tree.map(lambda x: x.sum(axis=0), jax.lax.map(function, parts))
 
   def results(params):
-    parts = jax.tree.map(
-      lambda x: x.reshape(-1, _EVAL_ROWS, *x.shape[1:]), test_N
-    )
-    found = jax.lax.map(
-      lambda batch: step.eval_step(params, batch, program), parts
-    )
-    sums = jax.tree.map(lambda x: x.sum(axis=0), found)
-    return sums, affine_moments(params)
+    def evaluate(batch):
+      return step.eval_step(params, batch, program)
+
+    def look(batch):
+      model = nnx.merge(program.graph, params)
+      return attention_iou.overlaps(model, batch["tokens"], batch["positions"])
+
+    sums = total(evaluate, test_N["test"], _EVAL_ROWS)
+    iou = {}
+    if "attention" in test_N:
+      overlaps = total(look, test_N["attention"], _ATTENTION_ROWS)
+      iou = attention_iou.ious(overlaps)
+    return _Tested(sums, affine_moments(params), iou)
 
   return jax.vmap(results)(params_R)
 
@@ -439,6 +474,14 @@ def _check_memory(program: Any, device: jax.Device, runs: int) -> None:
       f"{runs} runs in one program take {needed / 2**30:.1f} GiB, and a device "
       f"has {limit / 2**30:.1f} GiB"
     )
+
+
+def _attention_batches(cell: Cell) -> mqar_paper.MQARPaper:
+  """Return the examples on which attention is compared."""
+  batches = mqar_paper.paper_test_batches(cell.batches.config)
+  return dataclasses.replace(
+    batches, examples=cell.attention_examples, data_seed=_ATTENTION_SEED
+  )
 
 
 def _examples(batches: mqar_paper.MQARPaper) -> dict[str, Array]:
