@@ -19,6 +19,8 @@ import numpy as np
 
 Shape = tuple[int | str, ...]
 
+_AN_ARRAY = "an array of jax or NumPy"
+
 
 def float_array(
   name: str,
@@ -63,13 +65,24 @@ def integer_array(name: str, x: Any, shape: Shape) -> Array:
   """
   x = as_array(name, x)
   _check_shape(name, x, shape, nonempty=False)
-  if not jnp.issubdtype(x.dtype, jnp.integer):
-    raise ValueError(f"{name} has dtype {x.dtype}: expected integers")
+  check_integers(name, x)
   if jnp.iinfo(x.dtype).bits >= 32:
     return x
   if isinstance(x, jax.ShapeDtypeStruct):
     return x.update(dtype=jnp.int32)
   return x.astype(jnp.int32)
+
+
+def check_integers(name: str, x: Any) -> None:
+  """Check that an argument is an array of integers. Booleans are not.
+
+  Raises:
+    ValueError: x is no array, or has another dtype.
+  """
+  if not hasattr(x, "dtype"):
+    raise ValueError(f"{name} is {name_type(x)}: expected {_AN_ARRAY}")
+  if not jnp.issubdtype(x.dtype, jnp.integer):
+    raise ValueError(f"{name} has dtype {x.dtype}: expected integers")
 
 
 def as_array(name: str, x: Any) -> Array:
@@ -88,9 +101,7 @@ def as_array(name: str, x: Any) -> Array:
       return jnp.asarray(x)
     except TypeError as error:  # such as an array of strings
       raise ValueError(f"{name}: expected an array of numbers") from error
-  raise ValueError(
-    f"{name} is a {type(x).__name__}: expected an array of jax or NumPy"
-  )
+  raise ValueError(f"{name} is {name_type(x)}: expected {_AN_ARRAY}")
 
 
 def number(name: str, value: Any) -> float:
@@ -99,7 +110,7 @@ def number(name: str, value: Any) -> float:
   Raises:
     ValueError: the value is no number, not finite, or known only inside jit.
   """
-  found = _scalar(value)
+  found = plain_scalar(value)
   is_number = isinstance(found, numbers.Real) and not isinstance(found, bool)
   if not is_number or not math.isfinite(found):
     raise _wrong(name, value, "a finite Python number")
@@ -116,7 +127,7 @@ def number_from_0(name: str, value: Any) -> float:
 
 def positive_integer(name: str, value: Any) -> int:
   """Return an integer ≥ 1 as a Python int; raise ValueError if it is none."""
-  found = _scalar(value)
+  found = plain_scalar(value)
   if not isinstance(found, int) or isinstance(found, bool) or found < 1:
     raise _wrong(name, value, "an integer ≥ 1")
   return found
@@ -124,19 +135,23 @@ def positive_integer(name: str, value: Any) -> int:
 
 def flag(name: str, value: Any) -> bool:
   """Return True or False as a Python bool; raise ValueError if it is none."""
-  found = _scalar(value)
+  found = plain_scalar(value)
   if not isinstance(found, bool):
     raise _wrong(name, value, "True or False")
   return found
 
 
-def _scalar(value: Any) -> Any:
-  """Return the Python number of a NumPy or jax scalar; else the value."""
-  if isinstance(value, jax.core.Tracer):
-    return None
-  if isinstance(value, np.ndarray | np.generic | Array) and value.ndim == 0:
-    return value.item()
-  return value
+def plain_scalar(value: Any) -> Any:
+  """Return a NumPy or jax scalar as a Python number, anything else as it is."""
+  is_array = isinstance(value, Array | np.ndarray | np.generic)
+  if not is_array or isinstance(value, jax.core.Tracer) or value.ndim:
+    return value
+  return jax.device_get(value).item()
+
+
+def name_type(x: object) -> str:
+  """Return what an argument is, for messages: "None", or "a list"."""
+  return "None" if x is None else f"a {type(x).__name__}"
 
 
 def _wrong(name: str, value: Any, expected: str) -> ValueError:

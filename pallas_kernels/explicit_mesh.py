@@ -18,6 +18,7 @@ import jax
 from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 
+from pallas_kernels.arguments import plain_scalar
 from pallas_kernels.compile_once import keep_programs
 from pallas_kernels.sharding import Axis, ShardAxes
 
@@ -117,7 +118,7 @@ def on_any_mesh(
       arrays = {name: x for name, x in given.items() if _has_arrays(x)}
       options = {
         # An array of one number is an option, such as eps.
-        name: x.item() if hasattr(x, "item") else x
+        name: plain_scalar(x)
         for name, x in given.items()
         if name not in arrays
       }

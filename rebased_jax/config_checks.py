@@ -2,11 +2,11 @@
 
 import dataclasses
 import numbers
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from pallas_kernels.arguments import plain_scalar
 
 #: Dtypes that a model or a mixer can compute in. Parameters are float32.
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -58,14 +58,6 @@ def is_positive_integer(value: object) -> bool:
   if isinstance(value, bool) or not isinstance(value, numbers.Integral):
     return False
   return int(value) >= 1
-
-
-def plain_scalar(value: Any) -> Any:
-  """Return a NumPy or jax scalar as a Python number, anything else as it is."""
-  is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
-  if not is_array or isinstance(value, jax.core.Tracer) or value.ndim:
-    return value
-  return jax.device_get(value).item()
 
 
 def compute_dtype(name: str) -> jnp.dtype:

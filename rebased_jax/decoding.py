@@ -16,9 +16,10 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes
+from pallas_kernels.arguments import check_integers
 from rebased_jax import blocks
 from rebased_jax.explicit_mesh import layouts, method_on_any_mesh
-from rebased_jax.integers import check_integers, integer_rows, to_int32
+from rebased_jax.integers import integer_rows, to_int32
 from rebased_jax.layer_norm import LayerNorm
 
 

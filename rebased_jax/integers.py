@@ -1,24 +1,10 @@
-"""Integer arguments of models and mixers: tokens and positions."""
+"""Tokens and positions: integer arguments that index a table or a row."""
 
 from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
-
-def check_integers(name: str, x: Array) -> None:
-  """Check that an argument is an array of integers. Booleans are not.
-
-  Args:
-    name: the argument's name, for the message.
-    x: the argument.
-
-  Raises:
-    ValueError: it is not an array, or has another dtype.
-  """
-  if not hasattr(x, "dtype"):
-    raise ValueError(f"{name} is {name_type(x)}: expected an integer array")
-  if not jnp.issubdtype(x.dtype, jnp.integer):
-    raise ValueError(f"{name} is {x.dtype}: expected integers")
+from pallas_kernels.arguments import check_integers
 
 
 def to_int32(x: Array) -> Array:
@@ -57,8 +43,3 @@ def integer_rows(name: str, x: Array) -> Array:
   if x.ndim != 2 or 0 in x.shape:
     raise ValueError(f"{name} has shape {x.shape}: expected (B, T), both > 0")
   return to_int32(x)
-
-
-def name_type(x: object) -> str:
-  """Return what an argument is, for messages: "None", or "a list"."""
-  return "None" if x is None else f"a {type(x).__name__}"

@@ -42,6 +42,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes
+from pallas_kernels.arguments import check_integers, name_type
 from pallas_kernels.numerics import PRECISIONS
 from rebased_jax.config_checks import (
   check_one_of,
@@ -51,7 +52,7 @@ from rebased_jax.config_checks import (
   make_scalars_plain,
 )
 from rebased_jax.explicit_mesh import layouts, method_on_any_mesh
-from rebased_jax.integers import check_integers, name_type, to_int32
+from rebased_jax.integers import to_int32
 
 MixerState = Any
 

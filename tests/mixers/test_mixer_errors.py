@@ -73,7 +73,7 @@ def test_integers_where_floats_belong(name) -> None:
   [
     (_IDS_BT[:, 1:], f"segment_ids has shape {(B, T - 1)}"),
     (_IDS_BT[0], f"segment_ids has shape {(T,)}"),
-    (_IDS_BT.astype(np.float32), "segment_ids is float32"),
+    (_IDS_BT.astype(np.float32), "segment_ids has dtype float32"),
   ],
 )
 def test_wrong_segment_ids(name, ids_BT, words) -> None:
@@ -90,7 +90,7 @@ def test_wrong_segment_ids(name, ids_BT, words) -> None:
     (_IDS_BT[:, :0], f"query_positions has shape {(B, 0)}"),
     (_IDS_BT[:1], f"query_positions has shape {(1, T)}"),
     (_IDS_BT[0], f"query_positions has shape {(T,)}"),
-    (_IDS_BT.astype(np.float32), "query_positions is float32"),
+    (_IDS_BT.astype(np.float32), "query_positions has dtype float32"),
   ],
 )
 def test_wrong_query_positions(name, positions_BM, words) -> None:

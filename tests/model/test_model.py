@@ -222,10 +222,10 @@ def test_a_token_of_64_bits_is_not_cut_to_32(token) -> None:
 @pytest.mark.parametrize(
   ("tokens", "message"),
   [
-    (TOKENS_BT > 3, "tokens is bool: expected integers"),
-    (TOKENS_BT * 1.0, "tokens is float64: expected integers"),
-    (TOKENS_BT.tolist(), "tokens is a list: expected an integer array"),
-    (None, "tokens is None: expected an integer array"),
+    (TOKENS_BT > 3, "tokens has dtype bool: expected integers"),
+    (TOKENS_BT * 1.0, "tokens has dtype float64: expected integers"),
+    (TOKENS_BT.tolist(), "tokens is a list: expected an array"),
+    (None, "tokens is None: expected an array"),
   ],
 )
 def test_tokens_of_another_kind_are_named(tokens, message) -> None:
@@ -240,7 +240,7 @@ def test_tokens_of_another_kind_are_named(tokens, message) -> None:
     lambda: model.attention_matrix(tokens),
     lambda: model(TOKENS_BT, positions_to_predict=chosen),
   ):
-    name = r"(tokens|positions_to_predict) is "
+    name = r"(tokens|positions_to_predict) (is|has dtype) "
     with pytest.raises(ValueError, match=name):
       call()
   with pytest.raises(ValueError, match=message):
