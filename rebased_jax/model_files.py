@@ -91,7 +91,7 @@ def save(
       its mixers at the top of a module.
     OSError: the disk failed.
   """
-  path = _local(folder)
+  path = check_new(folder)
   arrays = _parameters(model)
   text = None if tokenizer in (None, "bytes") else _read_bytes(tokenizer)
   info = _tokenizer_info(tokenizer, text, eos, model.config.vocab_size)
@@ -143,6 +143,20 @@ def load(
     )
   graph, abstract = abstract_lm(read_info(folder).config, sharding)
   return nnx.merge(graph, read_parameters(folder, abstract))
+
+
+def check_new(folder: str | os.PathLike[str]) -> Path:
+  """Return the path of a folder to write; check that nothing is in it.
+
+  Raises:
+    WeightsError: it holds files, is a file, or is not local.
+  """
+  path = _local(folder)
+  if path.is_dir() and any(path.iterdir()):
+    raise WeightsError(f"{path} is not empty: expected a new folder")
+  if path.exists() and not path.is_dir():
+    raise WeightsError(f"{path} is a file: expected a new folder")
+  return path
 
 
 def is_exported(folder: str | os.PathLike[str]) -> bool:
@@ -363,14 +377,13 @@ def _local(folder: str | os.PathLike[str]) -> Path:
 @contextlib.contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
   """Yield a temporary folder that becomes `path` if the context succeeds."""
-  if path.is_dir() and any(path.iterdir()):
-    raise WeightsError(f"{path} is not empty: expected a new folder")
-  if path.exists() and not path.is_dir():
-    raise WeightsError(f"{path} is a file: expected a new folder")
-  path.parent.mkdir(parents=True, exist_ok=True)
   name = f"{path.name}.tmp-{socket.gethostname()}-{os.getpid()}"
   temporary = path.with_name(name)
-  temporary.mkdir()
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir()
+  except OSError as error:
+    raise WeightsError(f"{path} cannot be made: {error}") from error
   try:
     yield temporary
     temporary.rename(path)  # fails if files came into `path` meanwhile

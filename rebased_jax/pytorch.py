@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from rebased_jax import presets
+from rebased_jax import presets, tensor_files
 from rebased_jax.mixers import Mixer, MixerConfig, Site
 from rebased_jax.model import LM
 from rebased_jax.model_files import abstract_lm, by_name
@@ -53,8 +53,9 @@ def load(
   Sizes are read off the arrays. `rebased_jax.save` writes the model.
 
   Args:
-    source: a safetensors file, or a file of `torch.save`, which needs torch and
-      is read without unpickling code; or the arrays by name.
+    source: a safetensors file; a folder with model.safetensors or its index; a
+      file of `torch.save`, which needs torch and is read without unpickling
+      code; or the arrays by name.
     system: the name of the model's mixers, one of `SYSTEMS`. Arrays do not say
       whether a model is Based or x², for example.
     heads: H of the mixers that have heads, which no array says. None: the
@@ -110,7 +111,7 @@ def load_mixer(
 
 
 def read(source: str | os.PathLike[str] | Arrays) -> dict[str, np.ndarray]:
-  """Return the arrays of a file by name; a mapping is returned as a dict.
+  """Return the arrays of a file or folder by name; of a mapping, a dict.
 
   Raises:
     WeightsError: the file is missing, damaged, or holds something else, or
@@ -119,9 +120,12 @@ def read(source: str | os.PathLike[str] | Arrays) -> dict[str, np.ndarray]:
   if isinstance(source, Mapping):
     return {name: np.asarray(x) for name, x in source.items()}
   path = Path(source)
+  if path.is_dir():
+    return tensor_files.read_all(path)
   if not path.is_file():
     raise WeightsError(
-      f"{path} is no file: expected a .safetensors file or one of torch.save"
+      f"{path} is no file: expected a .safetensors file, one of torch.save, or "
+      "a folder of Hugging Face's form"
     )
   if path.suffix != ".safetensors":
     return _read_torch(path)

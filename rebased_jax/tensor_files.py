@@ -112,6 +112,16 @@ def read(
     }
 
 
+def read_all(folder: Path) -> dict[str, np.ndarray]:
+  """Return all arrays of a folder by name, in this process's memory.
+
+  Raises:
+    WeightsError: a file cannot be read.
+  """
+  with _opened(folder) as slices:
+    return {name: np.asarray(part[...]) for name, part in slices.items()}
+
+
 def _bytes(x: Any) -> int:
   return math.prod(x.shape) * x.dtype.itemsize
 

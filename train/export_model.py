@@ -53,6 +53,7 @@ def export(
     CheckpointError: there is no such checkpoint, or it is unreadable.
     OSError: the folder cannot be written.
   """
+  model_files.check_new(out)
   folder = RunFolder(run_dir)
   config = folder.read_config()
   folder.check_checkpoints()

@@ -427,6 +427,8 @@ def test_an_existing_folder_is_not_changed(exported, tmp_path) -> None:
   (tmp_path / "file").write_text("")
   with pytest.raises(WeightsError, match="is a file"):
     rebased_jax.save(_model(), tmp_path / "file")
+  with pytest.raises(WeightsError, match="inner cannot be made: .*exists"):
+    rebased_jax.save(_model(), tmp_path / "file" / "inner")
   (tmp_path / "empty").mkdir()
   rebased_jax.save(_model(), tmp_path / "empty")
   _check_same(rebased_jax.load(tmp_path / "empty"), _model())

@@ -21,6 +21,7 @@ from rebased_jax import (
   WeightsError,
   pytorch,
   pytorch_names,
+  tensor_files,
 )
 
 _DIRECTORY = Path(__file__).parents[1] / "golden"
@@ -175,11 +176,10 @@ def test_a_deep_model_with_mlps_and_wrapped_names(tmp_path: Path) -> None:
     }.items():
       key = f"backbone.layers.{layer}.state_mixer.{name}"
       arrays[key] = rng.normal(size=shape).astype(np.float32)
-  save_file(
-    {f"module.{key}": x for key, x in arrays.items()},
-    tmp_path / "a.safetensors",
-  )
-  model = pytorch.load(tmp_path / "a.safetensors", system="based")
+  wrapped = {f"module.{key}": x for key, x in arrays.items()}
+  tensor_files.write(tmp_path, wrapped, max_file_bytes=50_000)
+  assert (tmp_path / tensor_files.INDEX).exists()
+  model = pytorch.load(tmp_path, system="based")
   assert (model.config.pairs, model.config.mlp_width) == (2, 40)
   pairs = model.pairs
   prefix = "backbone.layers"

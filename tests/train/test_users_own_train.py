@@ -181,6 +181,10 @@ def test_load_is_that_of_the_trainer(finished: Path) -> None:
   model, same = rebased_jax.load(str(finished)), train.load(finished)
   assert sys.modules["train"] is train
   chex.assert_trees_all_equal(jax.tree.leaves(model), jax.tree.leaves(same))
+  everywhere = jax.NamedSharding(jax.make_mesh((8,), "x"), jax.P())
+  spread = rebased_jax.load(finished, sharding=everywhere)
+  assert spread.norm.scale[...].sharding == everywhere
+  chex.assert_trees_all_equal(jax.tree.leaves(model), jax.tree.leaves(spread))
 
 
 def test_errors_are_those_of_the_trainer(tmp_path: Path) -> None:

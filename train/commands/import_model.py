@@ -49,6 +49,7 @@ def run(args: list[str]) -> int:
     OSError: the folder cannot be written.
   """
   parsed = tyro.cli(ImportArgs, prog="rebased import", args=args)
+  model_files.check_new(parsed.out)
   name, eos = None, None
   if parsed.tokenizer is not None:
     tokenizer = tokenizer_lib.load(parsed.tokenizer, parsed.eos)
