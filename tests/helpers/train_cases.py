@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from rebased_jax import BaseConvConfig, ModelConfig, ReBasedConfig
-from train import cli, start_run
+from train import cli, compiled_steps, start_run
 from train.config import MQARStreamData, OptimizerConfig, RunConfig
 from train.data.batches import Batches
 from train.loop import Outcome
@@ -56,6 +57,15 @@ def trainer(tmp_path_factory):
   with jax.numpy_dtype_promotion("standard"):
     yield tmp_path_factory.getbasetemp() / "compiled"
   jax.config.update(name, before)
+
+
+@pytest.fixture(scope="module")
+def built_once(trainer):
+  """Trace and compile each config once for all runs of a module's tests."""
+  with pytest.MonkeyPatch.context() as patch:
+    cached = functools.cache(compiled_steps.build)
+    patch.setattr(compiled_steps, "build", cached)
+    yield
 
 
 def tiny(*, model=None, data=None, optimizer=None, **changes) -> RunConfig:
@@ -172,7 +182,6 @@ def bits(tree: Any) -> dict[str, tuple]:
 
 def saved_bits(path: Path, config: RunConfig) -> tuple[int, dict[str, tuple]]:
   """Return (step, bits of the arrays) of a run's newest checkpoint."""
-  from train import compiled_steps
   from train.checkpoint.checkpoints import Checkpoints
   from train.devices import mesh as mesh_lib
 

@@ -16,6 +16,7 @@ import pytest
 from train_cases import (
   Failing,
   Spoiled,
+  built_once as built_once,
   flags,
   run,
   saved_bits,
@@ -34,6 +35,8 @@ from train.nonfinite_steps import TrainingFailed
 from train.records.metrics_writer import MetricsWriter
 from train.records.profile import Profile
 from train.records.run_folder import RunFolder, RunFolderError
+
+pytestmark = pytest.mark.usefixtures("built_once")
 
 # Records of training at steps 4 and 7, of evaluation at steps 3, 6 and 7. An
 # evaluation has 3 batches.
