@@ -147,6 +147,8 @@ def _write_file(
     save_file(found, path, metadata={"format": "flax"})
   except SafetensorError as error:  # a full disk, for example
     raise OSError(f"{path} cannot be written: {error}") from error
+  # The library makes a file that only its owner can read.
+  path.chmod(path.parent.stat().st_mode & 0o666)
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)

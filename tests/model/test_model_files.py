@@ -101,10 +101,9 @@ def test_logits_of_a_loaded_model_are_bit_identical(exported: Path) -> None:
   lm, params = rebased_jax.linen.load(exported)
   found_BTV = jax.jit(lm.apply)({"params": params}, TOKENS_BT)
   np.testing.assert_array_equal(found_BTV, logits_BTV)
-  assert sorted(x.name for x in exported.iterdir()) == [
-    "config.json",
-    "model.safetensors",
-  ]
+  files = sorted(exported.iterdir())
+  assert [x.name for x in files] == ["config.json", "model.safetensors"]
+  assert files[0].stat().st_mode == files[1].stat().st_mode
 
 
 def _systems() -> dict[str, ModelConfig]:
