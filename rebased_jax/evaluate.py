@@ -177,7 +177,7 @@ def row_losses(
   parts: int = 1,
   axes: ShardAxes | None = None,
 ) -> tuple[Array, Any]:
-  """Return Σ w · nll of rows, and the loss of each token.
+  """Return Σ w · nll of rows, by the tied head, and the loss of each token.
 
   Training and every evaluation call this function.
 

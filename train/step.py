@@ -20,7 +20,8 @@ from jax import Array
 import jax.numpy as jnp
 import optax
 
-from pallas_kernels import ShardAxes, cross_entropy
+from pallas_kernels import ShardAxes
+from rebased_jax.evaluate import row_losses
 from train import metrics
 from train.data.recall import Recall, recalled
 from train.micro_batches import sum_over_micro_batches
@@ -148,14 +149,13 @@ def loss_sums(
   if axes is not None and positions_BM is not None:
     # Positions are not split over the devices that split the tokens of a row.
     axes = dataclasses.replace(axes, time=None)
-  loss, tokens = cross_entropy(
+  loss, tokens = row_losses(
+    model,
     x_BMD,
-    model.token_embedding[...],
     batch["targets"],
     batch["weights"],
     parts=program.loss_chunks,
     axes=axes,
-    precision=model.config.precision,
   )
   targets = metrics.Targets(
     tokens.nll_BM, tokens.correct_BM, batch.get("recalled")
