@@ -53,7 +53,7 @@ def evaluated(config: RunConfig) -> dict[str, float]:
   mesh = mesh_lib.make_mesh()
   with jax.set_mesh(mesh):
     built = compiled_steps.build(config, mesh)
-    params = compiled_steps.fresh_state(config, built)["params"]
+    params = compiled_steps.fresh_state(config, built).params
     data = config.data.eval_batches(config.batch, 0)
     return evaluate.evaluate(built, params, data)
 

@@ -76,7 +76,7 @@ def _evaluate(config: RunConfig, devices: int) -> dict[str, float]:
   mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:devices])
   with jax.set_mesh(mesh):
     built = compiled_steps.build(config, mesh)
-    params = compiled_steps.fresh_state(config, built)["params"]
+    params = compiled_steps.fresh_state(config, built).params
     return evaluate.evaluate(built, params, data)
 
 
