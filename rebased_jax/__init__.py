@@ -49,6 +49,7 @@ with epy.lazy_api_imports(globals()):
   from rebased_jax.model import LM, parameter_count
   from rebased_jax.model_config import ModelConfig
   from rebased_jax.model_files import load, save
+  from rebased_jax.parameter_axes import name_parameter_axes
   from rebased_jax.tensor_files import WeightsError
 
 __all__ = [
@@ -77,6 +78,7 @@ __all__ = [
   "generate",
   "import_trainer",
   "load",
+  "name_parameter_axes",
   "parameter_count",
   "save",
 ]

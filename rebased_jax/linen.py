@@ -18,16 +18,23 @@ from rebased_jax import model_files
 from rebased_jax.mixers.base import Mixer, MixerConfig, Site
 from rebased_jax.model import LM
 from rebased_jax.model_config import ModelConfig
+from rebased_jax.parameter_axes import name_parameter_axes
 
 
-def lm(config: ModelConfig, *, name: str | None = None) -> linen.Module:
+def lm(
+  config: ModelConfig, *, partitioned: bool = False, name: str | None = None
+) -> linen.Module:
   """Return the language model as a Linen module.
 
   Args:
     config: the model's config.
+    partitioned: whether `init` returns each parameter in a
+      `linen.LogicallyPartitioned` with the names of its axes, which
+      `linen.get_partition_spec` reads. `rebased_jax.name_parameter_axes` has
+      the names.
     name: name of the module in its parent. None: Linen chooses one.
   """
-  return nnx.bridge.to_linen(LM, config, name=name)
+  return _to_linen(LM, config, partitioned=partitioned, name=name)
 
 
 def load(
@@ -52,6 +59,7 @@ def mixer(
   *,
   dtype: str = "float32",
   precision: str | None = None,
+  partitioned: bool = False,
   name: str | None = None,
 ) -> linen.Module:
   """Return a mixer as a Linen module, to use inside your own modules.
@@ -62,11 +70,32 @@ def mixer(
     dtype: name of the compute dtype. Parameters are float32.
     precision: of float32 products: "default", "high" or "highest". None: jax's
       setting.
+    partitioned: as in `lm`.
     name: name of the module in its parent. None: Linen chooses one.
   """
   site = Site(width, dtype=dtype, precision=precision)
-  return nnx.bridge.to_linen(_make, config, site, name=name)
+  return _to_linen(_make, config, site, partitioned=partitioned, name=name)
 
 
 def _make(config: MixerConfig, site: Site, *, rngs: nnx.Rngs) -> Mixer:
   return config.make(site, rngs=rngs)
+
+
+def _to_linen(make, *arguments, partitioned: bool, name: str | None):
+  """Return the module that `make` makes as a Linen module."""
+  if not partitioned:
+    return nnx.bridge.to_linen(make, *arguments, name=name)
+  return nnx.bridge.to_linen(
+    _make_named, make, *arguments, metadata_fn=_boxed, name=name
+  )
+
+
+def _make_named(make, *arguments, rngs: nnx.Rngs) -> nnx.Module:
+  return name_parameter_axes(make(*arguments, rngs=rngs))
+
+
+def _boxed(variable: nnx.Variable) -> Any:
+  """Return a variable's value, in a box with the names of its axes."""
+  names = variable.get_metadata().get("out_sharding")
+  value = variable.get_value()
+  return value if names is None else linen.LogicallyPartitioned(value, names)

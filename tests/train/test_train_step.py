@@ -14,6 +14,7 @@ import optax
 import pytest
 from train_cases import bits, tiny, trainer as trainer
 
+from rebased_jax import parameter_axes
 from train import compiled_steps, optimizer, step
 from train.devices import batch_sharding, mesh as mesh_lib, parameter_sharding
 
@@ -266,9 +267,7 @@ def test_every_parameter_has_a_rule() -> None:
   ]
   assert len(paths) > 20
   for path in paths:
-    assert any(re.search(rule, path) for rule, _ in parameter_sharding.RULES), (
-      path
-    )
+    assert any(re.search(rule, path) for rule, _ in parameter_axes.RULES), path
   placed = parameter_sharding.named_shardings(params, mesh_lib.make_mesh())
   assert all(x.is_fully_replicated for x in jax.tree.leaves(placed))
 

@@ -1,46 +1,27 @@
 """The mesh axes that each parameter is split over.
 
-The path of a parameter alone decides, by RULES. The path of an optimiser moment
-ends with its parameter's path, so it has the same sharding.
+The path of a parameter alone decides, by the names of its axes
+(`rebased_jax.parameter_axes`). The path of an optimiser moment ends with its
+parameter's path, so it has the same sharding.
 """
 
 from collections.abc import Mapping
 import dataclasses
 import math
-import re
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# The first pattern found in a path gives the mesh axes of the array's last
-# dimensions. The dimension of stacked pairs, the first one, is not split.
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-  (r"token_embedding$", ("tensor", "fsdp")),  # V, D
-  (r"position_embedding$", (None, "fsdp")),  # P, D
-  (r"mlp/up/kernel$", ("fsdp", "tensor")),  # D, hidden
-  (r"mlp/up/bias$", ("tensor",)),  # hidden
-  (r"mlp/down/kernel$", ("tensor", "fsdp")),  # hidden, D
-  (r"gate/kernel$", ("fsdp", "tensor")),  # D, D: of the short convolution
-  (r"gate/bias$", ("tensor",)),  # D
-  (r"project/[qkv]/kernel$", ("fsdp", "tensor")),  # D, heads
-  (r"project/o/kernel$", ("tensor", "fsdp")),  # heads, D
-  (r"_affine/(gamma|beta)$", ("tensor",)),  # heads
-  (r"mixer/(qkv|[kvr])/kernel$", ("fsdp", "tensor")),  # D, heads or channels
-  (r"mixer/qkv/bias$", ("tensor",)),  # heads
-  (r"mixer/o/kernel$", ("tensor", "fsdp")),  # channels, D: of RWKV
-  (r"mixer/(decay|first)$", ("tensor",)),  # channels
-  (r"(in|gate)_proj/kernel$", ("fsdp", "tensor")),  # D, channels
-  (r"in_proj/bias$", ("tensor",)),  # channels
-  (r"out_proj/kernel$", ("tensor", "fsdp")),  # heads or channels, D
-  (r"mixer/conv/kernel$", (None, "tensor")),  # K, channels
-  (r"mixer/conv/bias$", ("tensor",)),  # channels
-  (r"x_proj/kernel$", ("tensor", None)),  # channels, R + 2N: of Mamba
-  (r"dt_proj/kernel$", (None, "tensor")),  # R, channels
-  (r"(dt_proj/bias|mixer/D)$", ("tensor",)),  # channels
-  (r"A_log$", ("tensor", None)),  # channels, N
-  (r"", ()),  # norms, other biases, taps and counters: on every device
-)
+from rebased_jax.parameter_axes import axis_names
+
+# The mesh axis that splits a parameter's axis of this name.
+MESH_AXES = {
+  "vocab": "tensor",
+  "mlp": "tensor",
+  "heads": "tensor",
+  "embed": "fsdp",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +52,10 @@ def place(
     shape: the shape of the whole array.
     sizes: the devices along each mesh axis. An axis of size 1 splits nothing.
   """
-  rule = next(axes for pattern, axes in RULES if re.search(pattern, path))
-  rule = rule[-len(shape) :] if shape else ()
-  spec: list[str | None] = [None] * (len(shape) - len(rule))
+  spec: list[str | None] = []
   dropped = []
-  for axis, size in zip(rule, shape[len(spec) :], strict=True):
+  for name, size in zip(axis_names(path, len(shape)), shape, strict=True):
+    axis = None if name is None else MESH_AXES.get(name)
     parts = 1 if axis is None else sizes[axis]
     if size % parts:
       dropped.append(f"{axis}: {size} is not a multiple of {parts}")
