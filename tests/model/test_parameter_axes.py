@@ -50,7 +50,7 @@ def test_names_of_a_model() -> None:
   up, q = "pairs/second/mlp/up/kernel", "pairs/second/mixer/project/q/kernel"
   assert specs[up] == P(None, "embed", "mlp")
   assert specs[q] == P(None, "embed", "heads")
-  assert specs["pairs/second/mixer/q_affine/gamma"] == P(None, "heads")
+  assert specs["pairs/second/mixer/query_affine/gamma"] == P(None, "heads")
   with nnx.logical_axis_rules(RULES):
     specs = _specs(model)
   assert specs["token_embedding"] == P("tensor", "fsdp")
