@@ -205,7 +205,7 @@ def test_init_from_takes_weights_and_a_fresh_optimiser(
   for path in found.keys() - params - {"ok"}:
     assert not np.frombuffer(found[path][2], np.uint8).any(), path
     assert "/mu/" not in path or found[path] != source[path]
-  assert int(state["step"]) == 0 and bool(state["ok"])
+  assert int(state.step) == 0 and bool(state.ok)
 
 
 def test_changed_data_is_refused(

@@ -9,12 +9,13 @@ import dataclasses
 
 import numpy as np
 
-from train.data.batches import Batch, Batches, Fingerprint
+from train.data.batches import Batch, Batches
 from train.data.text.token_source import DataError
+from train.data.wrapped_batches import WrappedBatches
 
 
 @dataclasses.dataclass(frozen=True)
-class InVocabulary(Batches):
+class InVocabulary(WrappedBatches):
   """Batches whose tokens are checked when they are read.
 
   Attributes:
@@ -22,32 +23,7 @@ class InVocabulary(Batches):
     vocab_size: the vocabulary size V of the model.
   """
 
-  inner: Batches
   vocab_size: int
-
-  @property
-  def rows(self) -> int:
-    """The number of rows of one global batch."""
-    return self.inner.rows
-
-  @property
-  def length(self) -> int:
-    """The number of input tokens of a row."""
-    return self.inner.length
-
-  @property
-  def num_batches(self) -> int | None:
-    """The number of batches; None if there is no end."""
-    return self.inner.num_batches
-
-  @property
-  def fingerprint(self) -> Fingerprint:
-    """The fingerprint of the batches, which the check does not change."""
-    return self.inner.fingerprint
-
-  def place(self, step: int, row: int, name: str, column: int) -> str:
-    """Return where a value comes from; see `Batches.place`."""
-    return self.inner.place(step, row, name, column)
 
   def read_rows(self, step: int, start: int, stop: int) -> Batch:
     """Return rows of a batch; DataError as `check_tokens` describes."""

@@ -28,16 +28,12 @@ from typing import Any
 import numpy as np
 
 from train.atomic import write_bytes
-from train.data.batches import (
-  Batch,
-  Batches,
-  Fingerprint,
-  check_fingerprint,
-)
+from train.data.batches import Batch, Fingerprint, check_fingerprint
 from train.data.checks import require
 from train.data.text.open_files import file_size
 from train.data.text.rows import fill_pieces, open_source
 from train.data.text.token_source import DataError, Pieces, TokenSource
+from train.data.wrapped_batches import WrappedBatches
 
 _VERSION = 1
 _BLOCK = 1 << 22  # pairs that are counted at a time
@@ -229,7 +225,7 @@ def frequent(paths: Sequence[str], limit: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class RareBatches(Batches):
+class RareBatches(WrappedBatches):
   """Add the array `rare` to batches: float32 (B, T), 1 if a target is rare.
 
   Attributes:
@@ -238,7 +234,6 @@ class RareBatches(Batches):
     limit: the largest count of a rare pair.
   """
 
-  inner: Batches
   paths: tuple[str, ...]
   limit: int
 
@@ -248,28 +243,9 @@ class RareBatches(Batches):
     return {field.name: getattr(self, field.name) for field in fields}
 
   @property
-  def rows(self) -> int:
-    """The number of rows of one global batch."""
-    return self.inner.rows
-
-  @property
-  def length(self) -> int:
-    """The number of input tokens of a row."""
-    return self.inner.length
-
-  @property
-  def num_batches(self) -> int | None:
-    """The number of batches."""
-    return self.inner.num_batches
-
-  @property
   def fingerprint(self) -> Fingerprint:
     """The fingerprint of the batches, and the limit."""
-    return {**self.inner.fingerprint, "recall_limit": self.limit}
-
-  def place(self, step: int, row: int, name: str, column: int) -> str:
-    """Return where a value comes from; see `Batches.place`."""
-    return self.inner.place(step, row, name, column)
+    return {**super().fingerprint, "recall_limit": self.limit}
 
   @functools.cached_property
   def _frequent_N(self) -> np.ndarray:
