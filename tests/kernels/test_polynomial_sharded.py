@@ -33,8 +33,8 @@ BOUNDARIES = [
 ]
 
 
-def mesh_of(*shape, names=NAMES):
-  types = (AxisType.Auto,) * len(shape)
+def mesh_of(*shape, names=NAMES, kind=AxisType.Auto):
+  types = (kind,) * len(shape)
   return jax.make_mesh(shape, names, axis_types=types)
 
 
@@ -65,21 +65,21 @@ def check(got, want):
 
 
 @pytest.mark.parametrize(
-  ("shape", "documents"),
+  ("shape", "documents", "kind"),
   [
-    ((2, 2, 2), True),
-    ((1, 1, 8), True),
-    ((1, 1, 8), False),
-    ((8, 1, 1), False),
+    ((2, 2, 2), True, AxisType.Auto),
+    ((1, 1, 8), True, AxisType.Explicit),
+    ((1, 1, 8), False, AxisType.Auto),
+    ((2, 2, 2), True, AxisType.Explicit),
   ],
 )
-def test_mesh_gives_the_answer_of_one_device(shape, documents):
+def test_mesh_gives_the_answer_of_one_device(shape, documents, kind):
   """Values, gradients and states are right, and lie split over the mesh."""
   numbers, coefficients = (po.BASED, pk.BASED)
   if shape == (1, 1, 8):
     numbers, coefficients = (po.REBASED, pk.REBASED)
   x, want = case(numbers, documents)
-  mesh = mesh_of(*shape)
+  mesh = mesh_of(*shape, kind=kind)
   with jax.set_mesh(mesh):
     got = answer(x, coefficients, AXES)
   check(got, want)

@@ -27,8 +27,8 @@ _IDS_BT = np.array(
 )
 
 
-def _mesh(*shape: int) -> jax.sharding.Mesh:
-  types = (AxisType.Auto,) * 3
+def _mesh(*shape: int, kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
+  types = (kind,) * 3
   return jax.make_mesh(shape, ("data", "a", "b"), axis_types=types)
 
 
@@ -55,27 +55,28 @@ def _subject(taps: int):
 
 
 @pytest.mark.parametrize(
-  ("shape", "axes", "documents"),
+  ("shape", "axes", "documents", "kind"),
   [
-    ((1, 2, 4), _AXES, False),
-    ((2, 4, 1), _AXES, True),
-    ((2, 2, 2), _CHANNELS, True),
-    ((4, 2, 1), _CHANNELS, True),
+    ((1, 2, 4), _AXES, False, AxisType.Auto),
+    ((2, 4, 1), _AXES, True, AxisType.Explicit),
+    ((2, 2, 2), _CHANNELS, True, AxisType.Auto),
+    ((4, 2, 1), _CHANNELS, True, AxisType.Explicit),
   ],
 )
-def test_time_over_devices_is_one_device(shape, axes, documents) -> None:
+def test_time_over_devices_is_one_device(shape, axes, documents, kind) -> None:
   run = _subject(3)
   ids_BT = _IDS_BT if documents else None
   wanted = run(ids_BT, None)
-  with jax.set_mesh(_mesh(*shape)):
+  with jax.set_mesh(_mesh(*shape, kind=kind)):
     found = run(ids_BT, axes)
     text = run.func.lower(*run.args, ids_BT, axes).compile().as_text()
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_allclose(a, b, 1e-5, 1e-5)  # order of sums
   assert "collective-permute" in text
   # With the batch split no token is gathered. With channels split, those of
-  # the gate are.
-  assert axes == _CHANNELS or "all-gather" not in text
+  # the gate are. Under Explicit axes the result is gathered, as x is whole.
+  gathers = axes == _CHANNELS or kind == AxisType.Explicit
+  assert gathers or "all-gather" not in text
 
 
 def test_too_few_tokens_on_a_device() -> None:

@@ -21,9 +21,8 @@ def _draw(seed: int) -> np.ndarray:
   return rng.normal(size=(ROWS, T, D)).astype(np.float32)
 
 
-def _mesh() -> jax.sharding.Mesh:
-  types = (AxisType.Auto,) * 2
-  return jax.make_mesh((4, 2), ("data", "model"), axis_types=types)
+def _mesh(kind: AxisType) -> jax.sharding.Mesh:
+  return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -41,7 +40,8 @@ def test_batch_and_heads_are_split(name) -> None:
 
   gradients = jax.jit(jax.grad(loss, (0, 1), has_aux=True), static_argnums=2)
   wanted = gradients(subject.params, x_BTD, None)
-  mesh = _mesh()
+  # `test_explicit_mesh_model.py` has every mixer under Explicit axes.
+  mesh = _mesh(AxisType.Auto)
   place = lambda x, *spec: jax.device_put(
     x, NamedSharding(mesh, PartitionSpec(*spec))
   )
@@ -77,8 +77,9 @@ def test_time_is_not_split(name) -> None:
       call()
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", SPLIT_TIME)
-def test_time_is_split(name) -> None:
+def test_time_is_split(name, kind) -> None:
   subject = make(name)
   x_BTD = _draw(3)
   call = jax.jit(
@@ -86,7 +87,7 @@ def test_time_is_split(name) -> None:
     static_argnums=2,
   )
   wanted_BTD = call(subject.params, x_BTD, None)
-  mesh = _mesh()
+  mesh = _mesh(kind)
   spec = PartitionSpec("data", "model")
   with jax.set_mesh(mesh):
     x_BTD = jax.device_put(x_BTD, NamedSharding(mesh, spec))
