@@ -71,6 +71,13 @@ def compare(source: str, old: ModelConfig, new: ModelConfig) -> list[str]:
   ]
   if not changed:
     return []
+  # Other fields of another class say nothing more.
+  others = {x.removesuffix("class") for x in changed if x.endswith(".class")}
+  changed = [
+    name
+    for name in changed
+    if name.endswith(".class") or not name.startswith(tuple(others))
+  ]
   listed = "; ".join(
     f"{name} is {after.get(name)!r}: expected {before.get(name)!r}"
     for name in changed
@@ -84,7 +91,7 @@ def compare(source: str, old: ModelConfig, new: ModelConfig) -> list[str]:
   )
   raise RunFolderError(
     f"init_from={source} has the weights of another model: {listed}; choose "
-    f"the preset of its mixers and add {options or 'nothing'}"
+    f"the preset of its mixers{options and ', and add ' + options}"
   )
 
 

@@ -82,7 +82,7 @@ def test_another_model_is_refused_with_the_flags_to_add(
     wide,
     tmp_path / "run",
     "init_from=.*model.second.heads is 3: expected 2; model.width is 24: "
-    "expected 16; choose .* add --model.second.heads 2 --model.width 16",
+    "expected 16; choose .*, and add --model.second.heads 2 --model.width 16",
   )
   _refuse(
     _from(source, vocab_size=40),
