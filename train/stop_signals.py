@@ -19,7 +19,7 @@ import os
 import signal
 import socket
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 _URGENT = (signal.SIGTERM, signal.SIGINT)
@@ -94,12 +94,7 @@ class StopSignals:
       self._handlers[number] = signal.signal(number, self._handle)
     return self
 
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: TracebackType | None,
-  ) -> None:
+  def __exit__(self, *_: object) -> None:
     for number, handler in self._handlers.items():
       # None stands for a handler that was not installed from Python.
       signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -8,7 +8,6 @@ process loses less than waiting does.
 
 import threading
 import time
-from types import TracebackType
 from typing import Self
 
 from train.devices import processes
@@ -71,12 +70,7 @@ class Watchdog:
       ).start()
     return self
 
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: TracebackType | None,
-  ) -> None:
+  def __exit__(self, *_: object) -> None:
     self._closed.set()
 
   def _watch(self, limit: float) -> None:

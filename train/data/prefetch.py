@@ -9,7 +9,6 @@ import math
 import signal
 import threading
 import time
-import types
 from typing import Any, Self, TypeVar
 
 from absl import flags
@@ -147,12 +146,7 @@ class BatchIterator(Iterator[Batch]):
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: types.TracebackType | None,
-  ) -> None:
+  def __exit__(self, *_: object) -> None:
     self.close()
 
 

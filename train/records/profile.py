@@ -1,6 +1,5 @@
 """A trace of some steps by JAX's profiler, written to the run folder."""
 
-from types import TracebackType
 from typing import Any, Self
 
 from etils import epath
@@ -45,12 +44,7 @@ class Profile:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: TracebackType | None,
-  ) -> None:
+  def __exit__(self, *_: object) -> None:
     if self._active:
       jax.profiler.stop_trace()
       self._active = False
