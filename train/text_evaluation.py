@@ -14,6 +14,7 @@ document ends with the end of text if the data set's documents do.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 
@@ -123,7 +124,7 @@ def documents_of_files(
   Parquet are one a record.
 
   Args:
-    paths: files and folders.
+    paths: the files.
     tokenizer: turns text into tokens.
     ends: the tokens around each document.
 
@@ -132,12 +133,16 @@ def documents_of_files(
       fails on it.
     OSError: a file cannot be read.
   """
-  files = [x for path in paths for x in find_sources([path]).sources]
-  for source in files:
+  for path in paths:
+    if Path(path).is_dir():
+      raise ValueError(f"{path} is a folder: expected files of text")
+  for source in find_sources(paths).sources:
     for found in read(source, Fields(most_bytes=_LONGEST), _drop, _drop):
       if isinstance(found, Problem):
-        raise ValueError(f"{found}: expected text in UTF-8")
+        hint = "" if "expected" in found.reason else ": expected text in UTF-8"
+        raise ValueError(f"{found}{hint}")
       name = found.where
+      file = name if source.kind == "text" else source.name
       if not found.text:
         raise ValueError(f"{name} is empty: expected some text")
       try:
@@ -151,7 +156,7 @@ def documents_of_files(
       after = () if ends.after is None else (ends.after,)
       tokens_T = np.concatenate([tokens_T, np.array(after, tokens_T.dtype)])
       yield _document(
-        name, found.domain or name, tokens_T, size, tokenizer, ends
+        name, found.domain or file, tokens_T, size, tokenizer, ends
       )
 
 

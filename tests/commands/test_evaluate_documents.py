@@ -110,15 +110,17 @@ def test_prepared_data_has_the_losses_of_its_text(
   code, _, err = call(*words, "--data.path", str(path), "--out", str(out_file))
   assert (code, err) == (0, "")
   prepared = read(out_file)
-  assert {name for kind, name in prepared if kind == "source"} == {
-    "code",
-    "prose",
-  }
+  sources = [name for kind, name in prepared if kind == "source"]
+  assert sorted(sources) == ["code", "prose"]
   lines = tmp_path / "lines.jsonl"
   lines.write_bytes(jsonl([dict(text=x) for x in texts[:2]]))
   code, _, err = call(*words, "--text", str(lines), "--out", str(out_file))
   assert (code, err) == (0, "")
-  found = [x for (kind, _), x in read(out_file).items() if kind == "document"]
+  found = read(out_file)
+  assert found["source", "lines.jsonl"] == dict(
+    found["total", str(exported)], kind="source", name="lines.jsonl"
+  )
+  found = [x for (kind, _), x in found.items() if kind == "document"]
   for i, each in enumerate(found):
     same = prepared["document", f"{path}, document {i}"]
     assert (same["loss"], same["bytes"]) == (each["loss"], each["bytes"])
@@ -176,6 +178,14 @@ def test_wrong_text_is_an_error(
   ):
     words = ("evaluate", str(model), "--text", str(tmp_path / name))
     code, _, err = call(*words, *options)
+    assert code == 2 and expected in err, err
+  (tmp_path / "bad.jsonl").write_bytes(jsonl([dict(text=5)]))
+  for words, expected in (
+    (("--text", str(tmp_path)), "is a folder: expected files of text"),
+    (("--text", str(tmp_path / "bad.jsonl")), "expected a string\n"),
+    ((), "is an exported model, which has no held-out rows"),
+  ):
+    code, _, err = call("evaluate", str(exported), *words)
     assert code == 2 and expected in err, err
   code, _, err = call("evaluate", str(finished), "--piece", "8")
   assert code == 2 and "piece=8: expected 1024, because it has no" in err

@@ -10,6 +10,7 @@ import dataclasses
 from rich.console import Console
 import tyro
 
+from rebased_jax import model_files
 from train import text_completion
 from train.commands import evaluate_documents
 from train.commands.arguments import DataPlaces, RunArg, parse_run
@@ -43,7 +44,7 @@ class EvaluateArgs:
   #: A bigram that occurs more often than this in the training text is not
   #: associative recall. `rebased count` makes the counts.
   recall_limit: int | None = None
-  #: Files or folders of text to evaluate on: plain text, JSON lines, Parquet.
+  #: Files of text to evaluate on: plain text, JSON lines, Parquet.
   text: tuple[str, ...] = ()
   #: "bytes", a tokenizer.json, or a folder that holds one, for --text. None:
   #: the copy in the data set or the exported model.
@@ -92,6 +93,11 @@ def run(args: list[str]) -> int:
     and evaluate_documents.is_other_data(paths, asked.run_dir, asked.step)
   ):
     return _evaluate_documents(asked)
+  if model_files.is_exported(asked.run_dir):
+    raise ValueError(
+      f"{asked.run_dir} is an exported model, which has no held-out rows: "
+      "expected --text FILE or --data.path SET"
+    )
   parsed, config = parse_run(EvaluateArgs, "evaluate", args)
   of_documents = ("tokenizer", "eos", "rows", "piece", "out")
   _check_unused(parsed, of_documents, "held-out rows")

@@ -163,10 +163,9 @@ def _write(
 
 def _by_position(found: Found) -> list[tuple[str, Sums]]:
   """Return the losses by the number of tokens before, with the range."""
-  return [
-    (f"{1 << i:,} to {(2 << i) - 1:,}", found.positions[i])
-    for i in sorted(found.positions)
-  ]
+  names = {i: f"{1 << i:,} to {(2 << i) - 1:,}" for i in found.positions}
+  names[0] = "1"
+  return [(names[i], found.positions[i]) for i in sorted(found.positions)]
 
 
 def _print(
