@@ -127,6 +127,11 @@ VERBS = {
     "run an experiment of the paper;\n`list` shows all",
     "train.commands.experiment",
   ),
+  "sweep": Verb(
+    "PRESET --rates R …",
+    "train at many rates, seeds and widths",
+    "train.commands.sweep",
+  ),
   "doctor": Verb(
     "",
     "show devices, versions, implementations",

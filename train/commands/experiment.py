@@ -3,7 +3,6 @@
 import dataclasses
 import fnmatch
 from pathlib import Path
-import time
 from typing import Annotated
 
 import numpy as np
@@ -12,11 +11,10 @@ from rich.table import Table
 import tyro
 
 from train import console as lines
+from train.commands.run_cells import run_cells
 from train.experiments import page, paper, record as records, results
 from train.experiments.paper import Experiment
-from train.experiments.run_cell import Progress, run_cell
 from train.experiments.sweep import Cell, Sweep
-from train.stop_signals import StopSignals
 
 _Positional = Annotated[str, tyro.conf.Positional]
 
@@ -117,33 +115,7 @@ def _run(args: RunArgs, console: Console) -> int:
   }
   folder = Path(args.out)
   recorded = results.read_cells(experiment, folder / "cells")
-  end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
-  with StopSignals() as signals:
-
-    def stop() -> bool:
-      late = end is not None and time.monotonic() >= end
-      return signals.requested or late
-
-    for name, cell in chosen.items():
-      if stop():
-        break
-      if name in recorded and records.cell_of(recorded[name]) != cell:
-        lines.say(
-          console,
-          f"{name}: left as it is: its record in {folder / 'cells'} has other "
-          "learning rates or seeds",
-        )
-        continue
-      found = run_cell(
-        name,
-        cell,
-        folder / "cells",
-        stop=stop,
-        report=lambda progress, name=name: _report(console, name, progress),
-      )
-      if found is not None:
-        lines.say(console, f"{name}: {_summary(found)}")
-    code = signals.exit_code
+  code = run_cells(chosen, recorded, folder / "cells", args.minutes, console)
   for path in results.write(experiment, folder):
     lines.say(console, f"wrote {path}")
   done = len(results.read_cells(experiment, folder / "cells"))
@@ -190,28 +162,6 @@ def _small(experiment: Experiment) -> Experiment:
     statement="Small cells, which show that the code runs.",
     cells=cells,
     published={},
-  )
-
-
-def _report(console: Console, name: str, progress: Progress) -> None:
-  epoch = progress.epoch
-  best, worst = epoch.accuracy_R.max(), epoch.accuracy_R.min()
-  step_ms = 1e3 * epoch.seconds / epoch.metrics_SR["loss"].size
-  lines.say(
-    console,
-    f"{name}: epoch {epoch.number + 1}, accuracy {worst:.3f} to {best:.3f}, "
-    f"{progress.finished} of {progress.total} runs finished, "
-    f"{epoch.seconds:.1f} s, {step_ms:.3g} ms a run-step",
-  )
-
-
-def _summary(record: dict) -> str:
-  best = records.best_rate(record)
-  return (
-    f"{best['mean']:.4f} ± {best['std']:.4f} over {best['seeds']} seeds at "
-    f"rate {best['learning_rate']:g}; {record['epochs_done']} of "
-    f"{record['epochs_planned']} epochs, {record['seconds']:.0f} s, "
-    f"{record['ms_per_run_step']:.3g} ms a run-step"
   )
 
 

@@ -65,7 +65,13 @@ class Cell:
     if not isinstance(self.run.data, MQARPaperData):
       raise ValueError(
         f"Cell.run.data is a {type(self.run.data).__name__}: expected "
-        "MQARPaperData, whose examples fit on the device"
+        "MQARPaperData, whose examples fit on the device, as presets "
+        "mqar-paper-… have it"
+      )
+    if self.run.steps < 1 or self.run.steps % self.epoch_steps:
+      raise ValueError(
+        f"Cell.run.steps={self.run.steps}: expected a multiple of the steps of "
+        f"an epoch, {self.epoch_steps}"
       )
     if self.attention_examples % _ATTENTION_ROWS:
       raise ValueError(
