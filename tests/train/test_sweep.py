@@ -1,12 +1,14 @@
 """A cell of a sweep: each of its runs is the run that trains alone."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from train_cases import trainer as trainer
 
 from rebased_jax import BaseConvConfig, ModelConfig, ReBasedConfig
 from train import compiled_steps
@@ -21,15 +23,7 @@ from train.experiments import record as records, sweep as sweep_lib
 from train.experiments.run_cell import run_cell
 from train.experiments.sweep import Cell, Sweep
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
 EXAMPLES, ROWS = 200, 64  # so that the last batch of an epoch is filled up
-
-
-@pytest.fixture
-def standard_promotion():
-  """Promote dtypes as jax does by default, which optax's AdamW needs."""
-  with jax.numpy_dtype_promotion("standard"):
-    yield
 
 
 def _run(**changes) -> RunConfig:
@@ -55,17 +49,27 @@ def _run(**changes) -> RunConfig:
   return dataclasses.replace(run, **changes)
 
 
+@functools.cache
+def _compiled(run: RunConfig) -> compiled_steps.Built:
+  mesh = mesh_lib.make_mesh(None, jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    return compiled_steps.build(run, mesh)
+
+
+@functools.cache
 def _alone(run: RunConfig):
   """The parameters after all steps of the trainer's own step."""
-  mesh = mesh_lib.make_mesh(None, jax.devices()[:1])
-  with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-    built = compiled_steps.build(run, mesh)
+  # The seed is no part of the program.
+  built = _compiled(dataclasses.replace(run, seed=0))
+  key = compiled_steps.dropout_key(run.seed)
+  key = jax.device_put(key, mesh_lib.replicated(built.mesh))
+  with jax.set_mesh(built.mesh), jax.default_matmul_precision("highest"):
     state = compiled_steps.fresh_state(run, built)
     data = run.data.train_batches(run.batch, run.seed)
     losses = []
     for number in range(run.steps):
       batch = jax.tree.map(jnp.asarray, data.read_rows(number, 0, run.batch))
-      state, metrics = built.train_step(state, batch, built.key)
+      state, metrics = built.train_step(state, batch, key)
       losses.append(metrics["loss"])
   return jax.device_get((state.params, np.stack(losses)))
 
