@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+import importlib
 import json
 from pathlib import Path
 import subprocess
@@ -40,7 +41,6 @@ CONFIG = ModelConfig(
   vocab_size=V,
   width=8,
   positions=T,
-  mlp_width=12,
   pairs=2,
 )
 TOKENS_BT = np.random.default_rng(1).integers(V, size=(2, T), dtype=np.int32)
@@ -475,22 +475,37 @@ class Mine(Mixer):
 """
 
 
-def test_a_users_mixer_is_loaded_without_the_trainer(
-  tmp_path: Path, monkeypatch
-) -> None:
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch) -> Path:
+  """An exported model with a mixer from a user's own module."""
   (tmp_path / "mine_of_a_user.py").write_text(_MINE)
   monkeypatch.syspath_prepend(tmp_path)
-  import mine_of_a_user
-
-  second = mine_of_a_user.MineConfig(slope=1.0)
+  monkeypatch.delitem(sys.modules, "mine_of_a_user", raising=False)
+  module = importlib.import_module("mine_of_a_user")
+  second = module.MineConfig(slope=1.0)
   config = dataclasses.replace(CONFIG, second=second)
   model = LM(config, rngs=nnx.Rngs(0))
   rebased_jax.save(model, tmp_path / "model")
-  _check_same(rebased_jax.load(tmp_path / "model"), model)
-  (tmp_path / "elsewhere.py").write_text(_ELSEWHERE)
+  with monkeypatch.context() as patch:
+    patch.setattr(model_files, "import_trainer", None)
+    _check_same(rebased_jax.load(tmp_path / "model"), model)
+  return tmp_path
+
+
+def test_a_users_mixer_is_loaded_without_the_trainer(mine: Path) -> None:
+  stored = json.loads((mine / "model" / "config.json").read_text())
+  assert stored["model"]["second"] == {
+    "class": "mine_of_a_user:MineConfig",
+    "slope": 1.0,
+  }
+
+
+@pytest.mark.slow
+def test_a_process_that_loads_a_model_imports_no_trainer(mine: Path) -> None:
+  (mine / "elsewhere.py").write_text(_ELSEWHERE)
   done = subprocess.run(
     [sys.executable, "elsewhere.py", "model"],
-    cwd=tmp_path,
+    cwd=mine,
     capture_output=True,
     text=True,
   )
