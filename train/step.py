@@ -30,7 +30,7 @@ Batch = dict[str, Array]
 
 
 class State(NamedTuple):
-  """What a training step hands to the next one."""
+  """The state that a training step hands to the next one."""
 
   step: Array  # int32, the number of steps so far
   ok: Array  # bool, whether no step so far had an Inf or NaN
