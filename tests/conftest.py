@@ -90,12 +90,17 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def interpreted(hopper, monkeypatch: pytest.MonkeyPatch):
-  """Run the Hopper kernels in Pallas's interpreter on this machine's CPU."""
-  import jax.experimental.pallas.mosaic_gpu as plgpu
-
+def hopper_on_the_cpu(hopper, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Let programs for the CPU take the Hopper kernels, or what replaces them."""
   from pallas_kernels import devices
 
   monkeypatch.setitem(devices.KERNEL_PLATFORMS, "gpu", ("cuda", "cpu"))
+
+
+@pytest.fixture
+def interpreted(hopper_on_the_cpu):
+  """Run the Hopper kernels in Pallas's interpreter on this machine's CPU."""
+  import jax.experimental.pallas.mosaic_gpu as plgpu
+
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
     yield

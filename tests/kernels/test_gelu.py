@@ -166,7 +166,7 @@ def test_the_backward_keeps_x_alone() -> None:
 
 
 @pytest.fixture
-def equations_for_kernels(hopper, monkeypatch):
+def equations_for_kernels(hopper_on_the_cpu, monkeypatch):
   """Replace the kernels by XLA, so that a program over a mesh can be read."""
   from pallas_kernels.gelu import gpu
 
