@@ -89,7 +89,7 @@ class Block(nnx.Module):
       segment_ids: integers (B, T) of packed documents. None: one a row.
       axes: the mesh axes that split batch, heads and time. None: no mesh.
       query_positions: integers (B, M); the result is then (B, M, D).
-      dropout_key: a PRNG key for the mixer's own dropout. None: no dropout.
+      dropout_key: a PRNG key for the mixer's dropout. None: no dropout.
     """
     x_BTD, n_BTD = self.sum_and_norm(stream=stream, axes=axes)
     y_BTD = self.mixer(
@@ -248,8 +248,9 @@ class Pair(nnx.Module):
 
   @property
   def has_dropout(self) -> bool:
-    """Whether a mixer of the pair has a dropout."""
-    return self.first.mixer.dropout > 0 or self.second.mixer.dropout > 0
+    """Whether a mixer of the pair has dropout."""
+    mixers = self.first.mixer, self.second.mixer
+    return any(mixer.takes_dropout_key for mixer in mixers)
 
   def init_state(self, batch: int) -> tuple[MixerState, MixerState]:
     """Return both mixers' states before a document's first token."""
@@ -447,7 +448,7 @@ def run_pairs(
     segment_ids: as in a call of a `Block`.
     axes: as in a call of a `Block`.
     query_positions: as in a call of a `Block`, for the last pair.
-    dropout_key: a PRNG key for the mixers' own dropout. None: no dropout.
+    dropout_key: a PRNG key for the mixers' dropout. None: no dropout.
   """
   program, parameters = _split_program(pairs, axes=axes, scan=scan, remat=remat)
   if not pairs.has_dropout:

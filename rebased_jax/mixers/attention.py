@@ -152,6 +152,7 @@ class Attention(Mixer):
     self.length = config.length or length
     self.implementation = config.implementation
     self.dropout = config.dropout
+    self.takes_dropout_key = config.dropout > 0
 
   def _mix(
     self,

@@ -129,9 +129,9 @@ class Mixer(nnx.Module):
   #: Why the mixer cannot keep documents apart. None: it can.
   no_segment_ids: ClassVar[str | None] = None
 
-  #: Probability with which the mixer drops some of its values in training. A
-  #: mixer that sets it gets `dropout_key` in its `_mix`, a PRNG key or None.
-  dropout: float = 0.0
+  #: Whether the mixer has a dropout: its `_mix` then gets `dropout_key`, a PRNG
+  #: key, or None where nothing is dropped.
+  takes_dropout_key: bool = False
   #: How many heads a mesh may split. None: the mixer has none.
   heads_to_split: int | None = None
   #: Tokens of the longest row that the mixer takes. None: any number.
@@ -199,8 +199,8 @@ class Mixer(nnx.Module):
       axes: the mesh axes that split batch, heads and time. None: no mesh.
       query_positions: integers (B, M), each in [0, T). A position outside has
         NaN. None: all positions.
-      dropout_key: a PRNG key, which switches the mixer's own dropout on. None:
-        no dropout.
+      dropout_key: a PRNG key, which switches the mixer's dropout on. None: no
+        dropout.
 
     Raises:
       ValueError: an argument has a wrong shape or dtype.
@@ -211,7 +211,7 @@ class Mixer(nnx.Module):
       self._check_positions(x_BTD, query_positions)
       query_positions = to_int32(query_positions)
     # Most mixers have no dropout, and their `_mix` takes no key.
-    options = {"dropout_key": dropout_key} if self.dropout > 0 else {}
+    options = {"dropout_key": dropout_key} if self.takes_dropout_key else {}
     y = self._mix(
       x_BTD,
       segment_ids=segment_ids,
