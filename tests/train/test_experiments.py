@@ -268,14 +268,14 @@ def _command(capsys, *args):
 
 
 def test_list_counts_what_was_run(tmp_path, capsys, monkeypatch):
-  monkeypatch.setenv("COLUMNS", "100")
+  monkeypatch.setenv("COLUMNS", "80")
   cell = _EXPERIMENTS["figure-1"].cells["rebased-L128-d64"]
   record = _record(cell, "rebased-L128-d64", [0.5] * 8)
   records.write(tmp_path / "cells" / "rebased-L128-d64.json", record)
   code, out, _ = _command(capsys, "list", "--out", str(tmp_path))
   assert code == 0
   assert "1 of 34 cells" in out and "0 of 30 cells" in out
-  assert "0.5000 ± 0.0000" in out and "8 runs, 2 of 64 epochs" in out
+  assert "0.5000 ± 0.0000" in out and "8 runs, 2/64" in out
 
 
 @pytest.mark.parametrize(
