@@ -121,7 +121,7 @@ def _mean_gradient(
   (loss, sums), grads = sum_over_micro_batches(
     sum_gradient, batch, key, program.accumulate
   )
-  scale = 1 / sums["tokens"]
+  scale = 1 / sums["tokens"]  # 1 / Σ w
   return loss * scale, jax.tree.map(lambda g: g * scale, grads), sums
 
 
