@@ -35,7 +35,7 @@ def source_weights(config: RunConfig, built: Built) -> tuple[Any, list[str]]:
   """
   source = config.init_from
   assert source is not None
-  target = compiled_steps.to_dicts(built.abstract)["params"]
+  target = built.abstract.params
   if model_files.is_exported(source):
     return _exported(source, config.model, target)
   folder = RunFolder(source)
@@ -44,12 +44,14 @@ def source_weights(config: RunConfig, built: Built) -> tuple[Any, list[str]]:
   notes = compare(source, model, config.model)
   try:
     step, params = restore_params(
-      folder.checkpoints, target, run=folder.run_id()
+      folder.checkpoints,
+      compiled_steps.to_dicts(target),
+      run=folder.run_id(),
     )
   except CheckpointError as error:
     raise RunFolderError(f"init_from={source}: {error}") from error
   first = f"weights of {folder.path}, step {step}; fresh optimiser"
-  return params, [first, *notes]
+  return compiled_steps.from_dicts(params, target), [first, *notes]
 
 
 def compare(source: str, old: ModelConfig, new: ModelConfig) -> list[str]:

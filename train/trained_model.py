@@ -8,6 +8,7 @@ from flax import nnx
 from rebased_jax import LM, import_trainer
 from rebased_jax.model_files import Shardings, abstract_lm
 from train.checkpoint.checkpoints import restore_params
+from train.compiled_steps import from_dicts, to_dicts
 from train.config import RunConfig
 from train.records.run_folder import RunFolder
 
@@ -53,6 +54,6 @@ def load_params(
   folder.check_checkpoints()
   _, abstract = abstract_lm(config.model, sharding)
   step, arrays = restore_params(
-    folder.checkpoints, abstract, step, run=folder.run_id()
+    folder.checkpoints, to_dicts(abstract), step, run=folder.run_id()
   )
-  return config, step, arrays
+  return config, step, from_dicts(arrays, abstract)

@@ -3,10 +3,14 @@
 from pathlib import Path
 import re
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from paper_tables import PARAMETERS
 import pytest
 from train_cases import call as call, metrics, trainer as trainer
 
+import rebased_jax
 from rebased_jax import presets
 from train.records.run_folder import RunFolder
 
@@ -54,6 +58,19 @@ def test_a_short_run_of_each_system_learns(call, name: str, tmp_path) -> None:
   first, *_, last = (loss for _, loss in metrics(path))
   ((_, held_out),) = metrics(path, "eval")
   assert max(last, held_out) <= first - _MARGIN, (first, last, held_out)
+  _check_export(call, path, tmp_path / "exported")
+
+
+def _check_export(call, path: Path, out: Path) -> None:
+  """Check that an exported model has bit-identical logits."""
+  code, _, err = call("export", str(path), "--out", str(out))
+  assert code == 0, err
+  model, loaded = rebased_jax.load(path), rebased_jax.load(out)
+  logits = jax.jit(lambda model, tokens_BT: model(tokens_BT))
+  tokens_BT = jnp.arange(16).reshape(2, 8)
+  np.testing.assert_array_equal(
+    logits(loaded, tokens_BT), logits(model, tokens_BT)
+  )
 
 
 @pytest.mark.parametrize("name", presets.make_models())

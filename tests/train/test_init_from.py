@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 import shutil
 
+import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,15 @@ from safetensors.numpy import load_file, save_file
 from train_cases import run, tiny, trainer as trainer
 
 import rebased_jax
-from rebased_jax import BasedConfig, ReBasedConfig, model_files
-from train import init_weights
+from rebased_jax import (
+  BasedConfig,
+  HyenaConfig,
+  ReBasedConfig,
+  model_files,
+)
+from train import compiled_steps, init_weights
+from train.checkpoint.checkpoints import Checkpoints
+from train.devices import mesh as mesh_lib
 from train.records.run_folder import RunFolder, RunFolderError
 
 _CONFIG = tiny(steps=3)
@@ -126,3 +134,29 @@ def test_another_eps_is_a_warning() -> None:
   )
   assert len(notes) == 1
   assert "warning" in notes[0] and "model.second.eps is 0.001" in notes[0]
+
+
+def test_parameters_in_a_list_are_found(tmp_path: Path) -> None:
+  """Hyena has a list of layers, whose numbers are names in a checkpoint."""
+  hyena = dataclasses.replace(_CONFIG.model, second=HyenaConfig(filter_width=4))
+  config = dataclasses.replace(_CONFIG, model=hyena)
+  rng = np.random.default_rng(0)
+  draw = lambda x: jnp.asarray(rng.normal(size=x.shape).astype(x.dtype))
+  mesh = mesh_lib.make_mesh()
+  with jax.set_mesh(mesh):
+    built = compiled_steps.build(config, mesh)
+    state = jax.tree.map(draw, built.abstract)
+    folder = RunFolder(tmp_path / "run")
+    folder.open(config)
+    with Checkpoints(folder.checkpoints, run=folder.run_id()) as checkpoints:
+      checkpoints.save(1, compiled_steps.to_dicts(state), {})
+  model = rebased_jax.load(tmp_path / "run")
+  rebased_jax.save(model, tmp_path / "model")
+  with jax.set_mesh(mesh):
+    for source in ("run", "model"):
+      warm = dataclasses.replace(config, init_from=str(tmp_path / source))
+      params, notes = init_weights.source_weights(warm, built)
+      chex.assert_trees_all_equal(params, state.params)
+      assert len(notes) == 1, notes
+  found = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  chex.assert_trees_all_equal(found, state.params)

@@ -121,9 +121,12 @@ def evaluate_run(
   mesh = mesh_lib.make_mesh(config.mesh)
   with processes.naming_lost_peers(), jax.set_mesh(mesh):
     built = compiled_steps.build(config, mesh)
-    target = compiled_steps.to_dicts(built.abstract)["params"]
+    target = built.abstract.params
     run_id = folder.run_id()
-    step, params = restore_params(folder.checkpoints, target, step, run=run_id)
+    step, params = restore_params(
+      folder.checkpoints, compiled_steps.to_dicts(target), step, run=run_id
+    )
+    params = compiled_steps.from_dicts(params, target)
     _, meta = read_meta(folder.checkpoints, step, run=run_id)
     changes = initial_state.data_changes(
       meta, config, folder, allow_data_change
