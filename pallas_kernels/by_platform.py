@@ -9,6 +9,7 @@ for several platforms, it lowers every branch for all of them.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 import warnings
 
@@ -69,8 +70,7 @@ def by_platform(
   other_jaxpr = None
   if elsewhere is not None:
     other_jaxpr, other_shapes = trace(elsewhere)
-    form = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-    if form(shapes) != form(other_shapes):
+    if _form(shapes) != _form(other_shapes):
       raise TypeError(
         f"the kernels of {kernels.name!r} return {shapes}, XLA's program "
         f"{other_shapes}: expected equal forms"
@@ -83,6 +83,12 @@ def by_platform(
     is_split=is_split,
   )
   return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+
+def _form(tree: Any) -> tuple[Any, list[Any]]:
+  """Return the structure of a tree, and shape and dtype of each array."""
+  leaves, structure = jax.tree.flatten(tree)
+  return structure, [(x.shape, x.dtype) for x in leaves]
 
 
 def forward_by_platform(
@@ -117,6 +123,59 @@ def forward_by_platform(
     return elsewhere(*arrays), jax.tree.map(_unreadable, kept_types[0])
 
   return by_platform(kernels, noted, filled, *arrays, is_split=is_split)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def differentiable_by_platform(
+  kernels: Kernels,
+  kernel: Callable[..., Any],
+  elsewhere: Callable[..., Any] | None,
+  *arrays: Any,
+) -> Any:
+  """Return `by_platform` of two functions that jax differentiates.
+
+  On other platforms than the kernels' the backward pass runs the forward of
+  `elsewhere` again.
+
+  Args:
+    kernels: where `kernel` runs.
+    kernel: a function of the arrays, of a module, so that it is the same object
+      at each call. It splits its work over devices itself.
+    elsewhere: likewise; None: as in `by_platform`.
+    arrays: trees of floating arrays.
+  """
+  return by_platform(kernels, kernel, elsewhere, *arrays, is_split=True)
+
+
+def _forward_and_pull(kernels, kernel, elsewhere, *arrays):
+  result, pull = forward_by_platform(
+    kernels,
+    lambda *arrays: jax.vjp(kernel, *arrays),
+    elsewhere,
+    *arrays,
+    is_split=True,
+  )
+  return result, (pull, arrays)
+
+
+def _pull(kernels, kernel, elsewhere, kept, cotangents):
+  del kernel
+
+  def pull_afresh(pull, arrays, cotangents):
+    del pull
+    return jax.vjp(elsewhere, *arrays)[1](cotangents)
+
+  return by_platform(
+    kernels,
+    lambda pull, arrays, cotangents: pull(cotangents),
+    None if elsewhere is None else pull_afresh,
+    *kept,
+    cotangents,
+    is_split=True,
+  )
+
+
+differentiable_by_platform.defvjp(_forward_and_pull, _pull)
 
 
 def _unreadable(like: Any) -> Array:

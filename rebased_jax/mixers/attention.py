@@ -167,7 +167,9 @@ class Attention(Mixer):
     runs_BT = softmax.runs(segment_ids, x_BTD.shape[1])
     q_BTHF, k_BTHF, v_BTHF = self._project(x_BTD, softmax.steps(runs_BT))
     if dropout_key is None and self._takes_cudnn(segment_ids):
-      o_BTD = _merge_heads(softmax.attend_by_cudnn(q_BTHF, k_BTHF, v_BTHF))
+      named = self.implementation == "cudnn"
+      o_BTHF = softmax.attend_by_cudnn(q_BTHF, k_BTHF, v_BTHF, named=named)
+      o_BTD = _merge_heads(o_BTHF)
       return self.out_proj(take_positions(o_BTD, query_positions))
     q_BMD = take_positions(_merge_heads(q_BTHF), query_positions)
     o_BMHF = softmax.attend(

@@ -14,10 +14,12 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import document_runs, document_starts, numerics
+from pallas_kernels.by_platform import Kernels, differentiable_by_platform
 from pallas_kernels.numerics import product_precision, sum_dtype
 
 #: Base of the rotary angles, from arXiv 2104.09864.
 ROTARY_BASE = 10000.0
+_CUDNN = Kernels("cudnn", ("cuda",), "an NVIDIA GPU")
 
 
 def project_to_thirds(linear: nnx.Linear, x_BTD: Array) -> list[Array]:
@@ -114,8 +116,35 @@ def _weighted_values(
   ).astype(v_BSHF.dtype)
 
 
-def attend_by_cudnn(q_BTHF: Array, k_BTHF: Array, v_BTHF: Array) -> Array:
-  """Return o (B, T, H, F) of rows of one document each, on an NVIDIA GPU."""
+def attend_by_cudnn(
+  q_BTHF: Array, k_BTHF: Array, v_BTHF: Array, *, named: bool
+) -> Array:
+  """Return o (B, T, H, F) of rows of one document each.
+
+  Args:
+    q_BTHF: queries.
+    k_BTHF: keys.
+    v_BTHF: values.
+    named: whether the caller insists on cuDNN. If not, a program that is
+      lowered for another platform than NVIDIA GPUs runs XLA's form.
+
+  Raises:
+    NotImplementedError: cuDNN was named, and the program is lowered for another
+      platform.
+  """
+  elsewhere = None if named else _attend_causally
+  arrays = q_BTHF, k_BTHF, v_BTHF
+  return differentiable_by_platform(
+    _CUDNN, _attend_by_cudnn, elsewhere, *arrays
+  )
+
+
+def _attend_causally(q_BTHF: Array, k_BTHF: Array, v_BTHF: Array) -> Array:
+  mask_1TS = visible(runs(None, q_BTHF.shape[1]))
+  return attend(q_BTHF, k_BTHF, v_BTHF, mask_1TS)
+
+
+def _attend_by_cudnn(q_BTHF: Array, k_BTHF: Array, v_BTHF: Array) -> Array:
   T = q_BTHF.shape[1]
 
   def pad_to_even(x_BTHF: Array) -> Array:

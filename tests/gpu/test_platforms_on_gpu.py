@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels import devices, polynomial_attention
-from rebased_jax import BaseConvConfig, ModelConfig, ReBasedConfig
+from rebased_jax import (
+  AttentionConfig,
+  BaseConvConfig,
+  ModelConfig,
+  ReBasedConfig,
+)
 
 pytestmark = pytest.mark.gpu
 if not devices.is_hopper():
@@ -78,10 +83,11 @@ def test_one_artefact_runs_on_both() -> None:
   _assert_near(on_cpu, artefact.call(*_qkv()))
 
 
-def test_a_model_on_the_cpu() -> None:
-  """Every kernel beside the operator has another form there."""
+@pytest.mark.parametrize("first", [BaseConvConfig(), AttentionConfig(heads=8)])
+def test_a_model_on_the_cpu(first) -> None:
+  """cuDNN, and every kernel beside the operator, has another form there."""
   config = ModelConfig(
-    first=BaseConvConfig(),
+    first=first,
     second=ReBasedConfig(heads=2, features=16, implementation=None),
     vocab_size=1024,
     width=128,

@@ -13,6 +13,7 @@ from pallas_kernels import devices
 from pallas_kernels.by_platform import (
   Kernels,
   by_platform,
+  differentiable_by_platform,
   forward_by_platform,
 )
 
@@ -86,6 +87,37 @@ def test_what_kernels_keep_is_not_readable_elsewhere() -> None:
   y, (kept, whole) = found
   np.testing.assert_array_equal(y, -1)
   assert np.isnan(kept).all() and whole.dtype == jnp.int32
+
+
+def _sine(x, y):
+  return jnp.sin(x) * y
+
+
+def _cosine(x, y):
+  return jnp.cos(x) * y
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_either_form_has_its_derivative(platform) -> None:
+  """A program for the CPU takes the kernel, or the other function."""
+  kernels = Kernels("sine", (platform,), "a sine")
+  call = functools.partial(differentiable_by_platform, kernels, _sine, _cosine)
+  wanted_call = _sine if platform == "cpu" else _cosine
+  x, y = jnp.linspace(0.0, 1.0, 6).reshape(2, 3), jnp.arange(3.0)
+
+  def both(call):
+    def run(x, y):
+      result, pull = jax.vjp(call, x, y)
+      return result, pull(jnp.ones_like(result))
+
+    return jax.vmap(run, (0, None))
+
+  wanted = both(wanted_call)(x, y)
+  for run in (both(call), jax.jit(both(call))):
+    for a, b in zip(
+      jax.tree.leaves(run(x, y)), jax.tree.leaves(wanted), strict=True
+    ):
+      np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 def test_the_two_forms_agree() -> None:

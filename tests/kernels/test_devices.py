@@ -65,7 +65,13 @@ def test_what_cudnn_can_do(
   device = types.SimpleNamespace(platform=platform, device_kind="a kind")
   if capability is not None:
     device.compute_capability = capability
-  monkeypatch.setattr(jax, "devices", lambda: [device])
+
+  def attached(name=platform):
+    if name != platform:
+      raise RuntimeError(f"no {name}")
+    return [device]
+
+  monkeypatch.setattr(jax, "devices", attached)
   found = devices.why_not_cudnn(dtype, width)
   assert found is None if reason is None else re.search(reason, found)
 

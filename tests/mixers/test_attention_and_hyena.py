@@ -11,6 +11,7 @@ import model_cases
 import numpy as np
 import pytest
 
+from pallas_kernels import devices
 from rebased_jax import (
   LM,
   Attention,
@@ -60,6 +61,29 @@ def test_dropout_drops_weights_and_scales_the_rest() -> None:
   np.testing.assert_allclose(found[kept], whole[kept] / (1 - p), rtol=1e-6)
   # 19,200 weights: the standard deviation of the share is 0.003.
   assert abs(1 - kept[seen].mean() - p) < 0.013
+
+
+def test_cudnn_is_for_programs_that_are_lowered_for_a_gpu(monkeypatch) -> None:
+  """On a machine with a GPU, a program for the CPU runs XLA's form."""
+  monkeypatch.setattr(devices, "why_not_cudnn", lambda *_: None)
+  # jax looks for cuDNN when it traces a call; this is as wrong as can be seen.
+  monkeypatch.setattr(softmax, "_attend_by_cudnn", lambda q, k, v: q + k - v)
+  x_BTD = tokens(T)
+
+  def run(implementation):
+    config = AttentionConfig(heads=2, implementation=implementation)
+    graph, params = nnx.split(_make(config))
+
+    def call(params, x_BTD):
+      return jnp.cos(nnx.merge(graph, params)(x_BTD)).sum()
+
+    return jax.jit(jax.value_and_grad(call, argnums=(0, 1)))(params, x_BTD)
+
+  found, wanted = run(None), run("xla")
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  with pytest.raises(NotImplementedError, match="NVIDIA GPU.*lowered for cpu"):
+    run("cudnn")
 
 
 def test_dropout_needs_a_key_and_no_cudnn() -> None:
