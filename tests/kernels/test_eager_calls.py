@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
+from pallas_kernels.compile_once import keep_programs
 
 _COMPILED = []
 
@@ -113,3 +114,19 @@ def test_a_mesh_compiles_once():
       assert count_compilations(lambda call=call: call(QKV)) == 0
       grads = lambda call=call: gradients(call, (QKV,))
       assert count_compilations(grads) == 0
+
+
+def test_the_last_programs_are_kept() -> None:
+  made = []
+
+  @keep_programs(most=2)
+  def make(*key):
+    made.append(key)
+    return key
+
+  for key in ("a", "b", "a", "c", "a", "b"):  # "c" drops "b"
+    assert make(key) == (key,)
+  assert made == [("a",), ("b",), ("c",), ("b",)]
+  # A list has no hash: the function works, and nothing is kept.
+  assert make(["d"]) == make(["d"]) == (["d"],)
+  assert len(made) == 6
