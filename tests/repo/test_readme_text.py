@@ -10,7 +10,8 @@ from train_cases import call as call, trainer as trainer
 _README = (Path(__file__).parents[2] / "README.md").read_text()
 _LINE = "The quick brown fox jumps over the lazy dog. "
 _SMALL = (
-  *("--steps", "240", "--eval-every", "120", "--save-every", "240"),
+  *("--steps", "80", "--eval-every", "80", "--save-every", "80"),
+  *("--optimizer.learning-rate", "1e-2"),
   *("--data.length", "64", "--model.width", "64", "--model.pairs", "1"),
   *("--model.mlp-width", "128", "--model.second.heads", "2"),
   *("--optimizer.warmup-steps", "10", "--data.cache-dir", "plans"),

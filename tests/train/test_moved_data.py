@@ -9,12 +9,21 @@ from data_cases import write_prepared
 import numpy as np
 import pytest
 from text_cases import DOCUMENTS, folder as folder, make_config
-from train_cases import call as call, files, run, tiny, trainer as trainer
+from train_cases import (
+  built_once as built_once,
+  call as call,
+  files,
+  run,
+  tiny,
+  trainer as trainer,
+)
 
 from train.commands import evaluate
 from train.data.checks import absolute
 from train.records import report
 from train.records.run_folder import RunFolder, RunFolderError
+
+pytestmark = pytest.mark.usefixtures("built_once")
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 from train_cases import (
   bits,
+  built_once as built_once,
   command,
   files,
   finish,
@@ -37,6 +38,8 @@ from train.commands import evaluate, inspect
 from train.devices import mesh as mesh_lib
 from train.records import report
 from train.records.run_folder import RunFolder, RunFolderError
+
+pytestmark = pytest.mark.usefixtures("built_once")
 
 _CONFIG = tiny(model=dict(dropout=0.1))
 

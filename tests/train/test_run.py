@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from train_cases import (
   Spoiled,
+  built_once as built_once,
   files,
   flags,
   run,
@@ -33,6 +34,8 @@ from train.loop import Outcome
 from train.nonfinite_steps import TrainingFailed
 from train.records import plots
 from train.records.run_folder import RunFolder
+
+pytestmark = pytest.mark.usefixtures("built_once")
 
 # With one pair a row, the answer is the row's only value. Attention learns to
 # fetch it in some tens of steps. There are 100 held-out rows, in batches of 32.

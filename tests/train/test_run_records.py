@@ -16,6 +16,7 @@ from tensorboardX.proto import event_pb2
 from text_cases import folder as folder, make_config, make_options
 from train_cases import (
   Spoiled,
+  built_once as built_once,
   call as call,
   command,
   finish,
@@ -36,6 +37,8 @@ from train.records import device_usage, tensorboard
 from train.records.profile import Profile
 from train.records.run_folder import RunFolder
 from train.stop_signals import StopSignals
+
+pytestmark = pytest.mark.usefixtures("built_once")
 
 
 class _FakeWandb(types.ModuleType):

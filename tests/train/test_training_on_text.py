@@ -20,6 +20,7 @@ from text_cases import (
   make_options,
 )
 from train_cases import (
+  built_once as built_once,
   call as call,
   command,
   files,
@@ -35,6 +36,8 @@ from train.data.text.packing import split_documents
 from train.data.text.token_source import DataError
 from train.nonfinite_steps import TrainingFailed
 from train.records.run_folder import RunFolder, RunFolderError
+
+pytestmark = pytest.mark.usefixtures("built_once")
 
 
 def test_perplexity_is_recorded(finished: Path) -> None:
