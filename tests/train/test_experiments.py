@@ -189,6 +189,8 @@ def test_the_page_shows_gammas_and_expected_bests(tmp_path):
   # The mean of 0.2, 0.5 and 0.8 is that of one draw.
   assert f"| {name} | 5 | 0.500 | " in text
   assert f"- {name}: ours 0.800, the paper's 0.86 ± 0.08." in text
+  # Three widths of ours were not run. 0.63 is the paper's mean.
+  assert "| 0.80 ± 0.00 / 0.86 ± 0.08 | – / 0.99 ± 0.00 | – / 0.63 |" in text
   assert "2 of 64, 15 of 15 runs cut short" in text
   pictures = drawings.write(tmp_path, tmp_path / "figures")
   names = {"table-1", "figure-2", "figure-4", "figure-10"}
@@ -229,6 +231,10 @@ def test_verdicts_of_claims():
   # Welch: 0.6 / √(0.1² / 3 + 0.1² / 3) = 7.35 with four degrees of freedom.
   assert better.p == pytest.approx(0.00182, abs=1e-5)
   assert number.p is None and missing.p is None
+  unclear = dataclasses.replace(better, p=0.2)
+  assert unclear.verdict == "same order"
+  assert claims.verdict([unclear, missing]) == "same order so far"
+  assert claims.verdict([better, unclear]) == "partly"
   assert claims.verdict([better, number]) == "reproduced"
   assert claims.verdict([better, missing]) == "reproduced so far"
   assert claims.verdict([better, worse, missing]) == "partly"

@@ -13,6 +13,8 @@ from scipy import stats
 
 from train.experiments import record as records
 
+_P = 0.05  # above it the seeds do not tell two means apart
+
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
@@ -39,10 +41,17 @@ class Finding:
 
   @property
   def verdict(self) -> str:
-    """Whether the claim holds: "reproduced", "not reproduced" or "not run"."""
+    """Whether the claim holds.
+
+    "reproduced", "not reproduced" or "not run"; "same order" if ours are in the
+    paper's order, but seeds differ so much that p is above 0.05.
+    """
     if self.above is None or self.below is None:
       return "not run"
-    return "reproduced" if self.above > self.below else "not reproduced"
+    if self.above <= self.below:
+      return "not reproduced"
+    clear = self.p is None or self.p <= _P
+    return "reproduced" if clear else "same order"
 
 
 def check(claim: Claim, found: Mapping[str, Any]) -> Finding:
@@ -65,7 +74,7 @@ def check(claim: Claim, found: Mapping[str, Any]) -> Finding:
 
 
 def verdict(findings: Sequence[Finding]) -> str:
-  """Return one verdict: reproduced, partly, not reproduced, or not run.
+  """Return one verdict: that of all claims, "partly", or "not run".
 
   "reproduced so far" means that each claim that was checked holds.
 

@@ -45,6 +45,7 @@ cells, and a test compares the two. Where a number is missing, nothing was run.
   ours has fewer, the table says so: the rates tried, the best in bold, and the
   number of seeds.
 - p is of Welch's test over seeds. With two or three seeds it says little.
+  *Same order* means that ours are in the paper's order with p above 0.05.
 - Numbers with ≈ are read off the paper's plots.
 
 This runs a cell again, and compares its first epochs:
@@ -209,6 +210,12 @@ def _experiment(
     f"cells were run, and {len(checked)} of {len(findings)} claims checked.",
     "",
     f"    rebased experiment {name} --out benchmarks/results/experiments",
+    "",
+  ]
+  lines += [
+    "Ours / the paper's:",
+    "",
+    *results.grid(experiment, cells),
     "",
   ]
   if cells:

@@ -99,6 +99,51 @@ def rows(
   return lines
 
 
+def grid(experiment: Experiment, found: Mapping[str, Any]) -> list[str]:
+  """Return the lines of a table of systems by width: ours / the paper's.
+
+  A dash stands for a cell that was not run, or that the paper does not have.
+  The last column is the mean over widths, where all of them are there.
+
+  Args:
+    experiment: the experiment.
+    found: its records, by the name of the cell.
+  """
+  names = {**experiment.cells, **experiment.published}
+  widths = sorted({place(name).width for name in names})
+  rows = dict.fromkeys(
+    (place(name).length, place(name).system) for name in names
+  )
+  lines = [
+    "| tokens | system | "
+    + "".join(f"width {x} | " for x in widths)
+    + "mean |",
+    "|---|---|" + "---|" * (len(widths) + 1),
+  ]
+  for length, system in sorted(rows, key=lambda row: row[0]):
+    mine, theirs, entries = [], [], []
+    for width in widths:
+      name = f"{system}-L{length}-d{width}"
+      best = records.best_rate(found[name]) if name in found else None
+      published = experiment.published.get(name)
+      mine.append(None if best is None else best["mean"])
+      theirs.append(None if published is None else published.mean)
+      left = "–" if best is None else f"{best['mean']:.2f} ± {best['std']:.2f}"
+      entries.append(f"{left} / {'–' if published is None else published}")
+    entries.append(f"{_mean_of_all(mine)} / {_mean_of_all(theirs)}")
+    shown = system.removeprefix("ablation-")
+    lines.append(f"| {length} | {shown} | {' | '.join(entries)} |")
+  return lines
+
+
+def _mean_of_all(values: list[float | None]) -> str:
+  """Return the mean; a dash if one value is missing."""
+  known = [value for value in values if value is not None]
+  if len(known) < len(values):
+    return "–"
+  return f"{np.mean(known):.2f}"
+
+
 def draw(experiment: Experiment, found: Mapping[str, Any], path: Path) -> None:
   """Draw accuracy by width, a panel for each length; the paper's is dashed.
 
