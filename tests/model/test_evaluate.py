@@ -44,7 +44,7 @@ def make(config: ModelConfig) -> LM:
 def by_hand(model: LM, segments=None) -> list[tuple[float, int, bool]]:
   """Return the totals, counts and greedy flags from whole rows, in float64."""
   run = jax.jit(lambda *x: model(x[0], segment_ids=x[1]))
-  most = model.config.positions or 64
+  most = (evaluate.longest_text(model) or 65) - 1
   found = []
   for i, text in enumerate(TEXTS):
     ids = None if segments is None else np.unique(segments[i], True, True)[2]

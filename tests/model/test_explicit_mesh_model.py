@@ -115,13 +115,21 @@ def test_a_model_trains(mesh, lm):
 def test_a_model_outside_jit(mesh, lm):
   tokens = jax.random.randint(jax.random.key(2), (B, 70), 0, 16)
   at = jnp.array([[3, 69]] * B)
-  wanted = lm(tokens), lm(tokens, positions_to_predict=at)
   prompt = tokens[:, :5]
+  wanted = (
+    lm(tokens),
+    lm(tokens, positions_to_predict=at),
+    lm.prefill(prompt, lm.init_state(B), all_positions=True)[0],
+  )
   continued = generate(lm, prompt, steps=4)
   with jax.set_mesh(mesh):
     rows = jax.device_put(tokens, NamedSharding(mesh, P("data")))
-    found = lm(rows), lm(rows, positions_to_predict=at)
     prompt = jax.device_put(prompt, NamedSharding(mesh, P("data")))
+    found = (
+      lm(rows),
+      lm(rows, positions_to_predict=at),
+      lm.prefill(prompt, lm.init_state(B), all_positions=True)[0],
+    )
     tokens_BS = generate(lm, prompt, steps=4)
   for x in (*found, tokens_BS):
     assert x.sharding.spec[0] == "data"
