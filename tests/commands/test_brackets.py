@@ -9,12 +9,21 @@ import signal
 
 import jax
 import numpy as np
+import pytest
 from rich.console import Console
-from train_cases import ROOT, call as call, tiny, trainer as trainer
+from train_cases import (
+  ROOT,
+  built_once as built_once,
+  call as call,
+  tiny,
+  trainer as trainer,
+)
 
 from train import console, start_run
 from train.checkpoint.checkpoints import Checkpoints
 from train.records.profile import Profile
+
+pytestmark = pytest.mark.usefixtures("built_once")
 
 _NAME = "run [red] [a=3] [/b] :smile:"
 

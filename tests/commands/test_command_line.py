@@ -10,6 +10,7 @@ import jax
 import pytest
 from train_cases import (
   ROOT,
+  built_once as built_once,
   call as call,
   environment,
   files,
@@ -23,6 +24,8 @@ from rebased_jax import parameter_count
 from train import compiled_steps
 from train.records.run_folder import RunFolder
 from train.stored_config import to_json
+
+pytestmark = pytest.mark.usefixtures("built_once")
 
 _TINY = flags(tiny())
 

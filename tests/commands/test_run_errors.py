@@ -5,12 +5,21 @@ import json
 from pathlib import Path
 
 import pytest
-from train_cases import files, flags, run, tiny, trainer as trainer
+from train_cases import (
+  built_once as built_once,
+  files,
+  flags,
+  run,
+  tiny,
+  trainer as trainer,
+)
 
 from train import cli
 from train.checkpoint.checkpoints import CheckpointError
 from train.nonfinite_steps import TrainingFailed
 from train.records.run_folder import RunFolder, RunFolderError
+
+pytestmark = pytest.mark.usefixtures("built_once")
 
 _CONFIG = tiny(steps=4, eval_every=4, save_every=2)
 
