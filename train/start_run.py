@@ -16,6 +16,7 @@ from etils import epath
 import jax
 from rich.console import Console
 
+from pallas_kernels import IMPLEMENTATIONS, which_implementation
 from rebased_jax import import_trainer
 from train import (
   compiled_steps,
@@ -148,6 +149,20 @@ def _failing() -> Iterator[None]:
     raise RuntimeError(f"the run failed: {kind}: {error}") from error
 
 
+def _check_named_kernels(config: RunConfig) -> None:
+  """Check that the devices run the kernels that the mixers' configs name.
+
+  Otherwise only the lowering of a step would find it.
+
+  Raises:
+    NotImplementedError: they do not.
+  """
+  for mixer in (config.model.first, config.model.second):
+    name = getattr(mixer, "implementation", None)
+    if name in IMPLEMENTATIONS:
+      which_implementation(name)
+
+
 def train(
   config: RunConfig,
   folder: RunFolder,
@@ -174,6 +189,7 @@ def train(
     with processes.all_or_none():
       wandb.check(config)
       initial_state.try_data(config)
+      _check_named_kernels(config)
       # Shapes only: finds what a step cannot compute.
       built.train_step.eval_shape(*compiled_steps.step_inputs(config, built))
     placed = mesh_report.describe(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.by_platform import Kernels, by_platform
 from train.compile import collectives, flops
 from train.compile.collectives import Collective
 from train.devices import mesh as mesh_lib
@@ -144,6 +145,14 @@ def test_products_count_as_often_as_they_run() -> None:
     x[0, 0] > 0, lambda: layer(layer(x, w), w), lambda: layer(x, w)
   )
   assert count(choose, x, w) == 2 * one
+  # An operator has another form for platforms without its kernels.
+  forms = lambda x, w: by_platform(
+    Kernels("gpu", ("cuda",), "a GPU"),
+    layer,
+    lambda x, w: layer(layer(x, w), w),
+    *(x, w),
+  )
+  assert count(forms, x, w) == one
 
 
 def test_products_of_devices_and_batches() -> None:

@@ -4,7 +4,8 @@
 
 A loop counts as often as it runs, and a kernel once for each step of its grid.
 What a backward pass computes again counts again. Of the branches of a condition
-the most expensive one counts. A `while` loop of unknown length counts once.
+the most expensive one counts. Of an operator's two forms the kernels count. A
+`while` loop of unknown length counts once.
 """
 
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ def _of_equation(equation: Any) -> int:
     return 2 * math.prod(equation.outvars[0].aval.shape) * depth
   if name == "conv_general_dilated":
     raise NotImplementedError("FLOPs of a convolution are not counted")
+  if name == "by_platform":  # not also the form for other platforms
+    return of_jaxpr(params["kernel"])
   inner = [of_jaxpr(x) for x in _inside(params)]
   if name == "cond":
     return max(inner)
