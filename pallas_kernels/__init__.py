@@ -48,6 +48,9 @@ from pallas_kernels.layer_norm import (
   add_layer_norm as add_layer_norm,
   layer_norm as layer_norm,
 )
+from pallas_kernels.plain_derivatives import (
+  plain_derivatives as plain_derivatives,
+)
 from pallas_kernels.polynomial import (
   BASED as BASED,
   IMPLEMENTATIONS as IMPLEMENTATIONS,
@@ -88,6 +91,7 @@ __all__ = [
   "gated_conv",
   "gelu",
   "layer_norm",
+  "plain_derivatives",
   "polynomial_attention",
   "polynomial_attention_at",
   "polynomial_attention_step",

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.by_platform import Kernels
+from pallas_kernels.plain_derivatives import are_plain
 
 WARPGROUP = 128  # threads of a Hopper GPU that work on one row of an array
 
@@ -268,12 +269,14 @@ def takes_row_kernel(x: jax.Array) -> bool:
   """Whether a Hopper kernel over rows can take x on this process's GPUs.
 
   It can on Hopper GPUs, if x has a 16-bit dtype and is not empty. It cannot
-  inside a `jax.shard_map` that checks what varies over the mesh: jax does not
-  know over which axes a kernel's results vary. Cast all inputs with
+  inside `plain_derivatives`, nor inside a `jax.shard_map` that checks what
+  varies over the mesh: jax does not know over which axes a kernel's results
+  vary. Cast all inputs with
   `sharding.vary_alike` first, so that one of them speaks for all.
   """
   narrow = x.dtype in (jnp.bfloat16, jnp.float16) and x.size > 0
-  return narrow and is_hopper() and not varying_axes(x)
+  runs = is_hopper() and not varying_axes(x) and not are_plain()
+  return narrow and runs
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -286,15 +289,17 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
 
 
 def why_not_cudnn(dtype: jnp.dtype, head_width: int) -> str | None:
-  """Return why cuDNN's attention cannot run here; None if it can.
+  """Return why cuDNN's attention cannot run on this process's GPUs, if so.
+
+  None: it can. Calls may run elsewhere; see `by_platform`.
 
   Args:
     dtype: of queries, keys and values.
     head_width: numbers in one head's query.
   """
-  device = jax.devices()[0]
-  if device.platform != "gpu":
-    return f"needs a GPU; this process runs on {device.platform}"
+  device = next(iter(_attached("gpu")), None)
+  if device is None:
+    return f"needs a GPU; this process runs on {platform()}"
   capability = str(getattr(device, "compute_capability", "unknown"))
   # An AMD GPU names an architecture instead of a number.
   number = capability.replace(".", "", 1)

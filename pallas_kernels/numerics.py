@@ -7,6 +7,7 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
+from pallas_kernels.plain_derivatives import OwnDerivative
 from pallas_kernels.sharding import vary_alike
 
 
@@ -77,8 +78,6 @@ def broadcast_parameter(parameter_D: Array, like_D: Array) -> Array:
 def scale_channels(x_D: Array, w_D: Array) -> Array:
   """Return w ∘ x (…, D) in x's dtype; the gradient of w is summed in float32.
 
-  It has reverse-mode derivatives only.
-
   Args:
     x_D: (…, D).
     w_D: (D,), rounded to x's dtype before the product.
@@ -86,7 +85,7 @@ def scale_channels(x_D: Array, w_D: Array) -> Array:
   return _scale_channels(*vary_alike(x_D, w_D))
 
 
-@jax.custom_vjp
+@OwnDerivative
 def _scale_channels(x_D: Array, w_D: Array) -> Array:
   return x_D * broadcast_parameter(w_D, x_D)
 

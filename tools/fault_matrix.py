@@ -550,7 +550,7 @@ def _at_once(
   do: Callable[[Trial, Path], Ended],
   go_on: Callable[[], bool],
 ) -> Iterator[tuple[Trial, Ended]]:
-  """Do trials, `jobs` at once, each in a process and a folder of its own.
+  """Do trials, `jobs` at once, each in a separate process and folder.
 
   Args:
     todo: the trials.

@@ -36,6 +36,7 @@ from pallas_kernels.cross_entropy import xla
 from pallas_kernels.cross_entropy.xla import TokenLosses
 from pallas_kernels.explicit_mesh import on_any_mesh
 from pallas_kernels.numerics import asked_precision, sum_dtype
+from pallas_kernels.plain_derivatives import OwnDerivative
 from pallas_kernels.sharding import (
   ShardAxes,
   check_axes,
@@ -153,7 +154,7 @@ def has_kernel(logits_V: Array) -> bool:
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(OwnDerivative, static=(0,))
 def _in_parts(plan: _Plan, x_BMD, embedding_VD, targets_BM, weights_BM):
   return _over_mesh(_losses, plan, has_grads=False)(
     x_BMD, embedding_VD.astype(x_BMD.dtype), targets_BM, weights_BM

@@ -10,6 +10,7 @@ from pallas_kernels import devices, documents as documents_lib, numerics
 from pallas_kernels.arguments import flag
 from pallas_kernels.compile_once import compile_once
 from pallas_kernels.explicit_mesh import on_any_mesh
+from pallas_kernels.plain_derivatives import are_plain
 from pallas_kernels.polynomial import (
   checks,
   decode,
@@ -443,6 +444,8 @@ def _choose(
   Raises:
     NotImplementedError: the named implementation cannot do the call.
   """
+  if implementation is None and are_plain():
+    implementation = "reference"
   if implementation is None:
     name = _kernels_of_known_device()
   else:

@@ -26,6 +26,7 @@ from pallas_kernels.arguments import (
 from pallas_kernels.compile_once import compile_once, compiled_backward
 from pallas_kernels.documents import document_runs
 from pallas_kernels.explicit_mesh import on_any_mesh
+from pallas_kernels.plain_derivatives import OwnDerivative
 from pallas_kernels.sharding import vary_alike
 
 # A chunk has C = TOKENS / B tokens, at least CHUNK and at most LONGEST. Longer
@@ -106,7 +107,8 @@ def _scan_chunks(
 ):
   T = x_BTI.shape[1]
   count = -(-T // chunk)
-  size = -(-T // count)
+  # `jax.export` may leave the number of tokens open.
+  size = chunk if jax.export.is_symbolic_dim(T) else -(-T // count)
 
   def chunks(x_BT):
     """Return (chunks, C, B, …); the padding has Δ = 0: no state changes."""
@@ -126,7 +128,7 @@ def _scan_chunks(
   return jnp.moveaxis(y_TBI, 0, 1), h_BIN
 
 
-@jax.custom_vjp
+@OwnDerivative
 def _over_chunks(A_IN: Array, h_BIN: Array, inputs: Any) -> tuple[Array, Array]:
   """Return h after the last chunk, and y of all chunks.
 
@@ -195,7 +197,7 @@ def _states(decay_CBIN, drive_CBIN, h_BIN, starts_CB) -> Array:
   return _recurrence(decay_CBIN, drive_CBIN, starts_CB)
 
 
-@jax.custom_vjp
+@OwnDerivative
 def _recurrence(a_CBIN: Array, b_CBIN: Array, starts_CB: Array | None) -> Array:
   """Return h_t = a_t ∘ h_{t−1} + b_t from h = 0.
 

@@ -29,12 +29,14 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import Array
+import jax.export
 import jax.numpy as jnp
 
 from pallas_kernels.arguments import float_array, integer_array
 from pallas_kernels.compile_once import compile_once, compiled_backward
 from pallas_kernels.documents import document_runs
 from pallas_kernels.explicit_mesh import on_any_mesh
+from pallas_kernels.plain_derivatives import OwnDerivative
 from pallas_kernels.sharding import vary_alike
 from pallas_kernels.wkv.state import (
   WKVState,
@@ -44,6 +46,7 @@ from pallas_kernels.wkv.state import (
 )
 
 _STATE = WKVState("BD", "BD", "BD")  # the axes of a state's arrays
+_OPEN_CHUNK = 32  # tokens of a chunk where the length of a row is not known
 
 
 @on_any_mesh("BTD", ("BTD", _STATE))
@@ -159,7 +162,7 @@ class _Marks(NamedTuple):
   tokens: Array  # how many tokens it is: 0 for the padding of the last chunk
 
 
-@jax.custom_vjp
+@OwnDerivative
 def _wkv(k_BTD, v_BTD, w_D, u_D, state: WKVState, start_BT):
   return _forward(k_BTD, v_BTD, w_D, u_D, state, start_BT)[0]
 
@@ -351,9 +354,12 @@ def _marks(start_BT: Array) -> tuple[_Marks, _Marks]:
 def _split(x_BTD: Array) -> Array:
   """Return (C, B, N, D): chunks of C ≈ √T tokens, the last padded with 0."""
   B, T, D = x_BTD.shape
-  C = 2 ** round(math.log2(T) / 2)
-  x_BTD = jnp.pad(x_BTD, ((0, 0), (0, -T % C), (0, 0)))
-  return jnp.moveaxis(x_BTD.reshape(B, -1, C, D), 2, 0)
+  # `jax.export` may leave the number of tokens open.
+  is_open = jax.export.is_symbolic_dim(T)
+  C = _OPEN_CHUNK if is_open else 2 ** round(math.log2(T) / 2)
+  N = -(-T // C)
+  x_BTD = jnp.pad(x_BTD, ((0, 0), (0, N * C - T), (0, 0)))
+  return jnp.moveaxis(x_BTD.reshape(B, N, C, D), 2, 0)
 
 
 def _join(x_CBND: Array, length: int) -> Array:

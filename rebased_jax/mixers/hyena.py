@@ -26,6 +26,7 @@ from typing import NamedTuple
 from flax import nnx
 import jax
 from jax import Array
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -292,6 +293,11 @@ class Hyena(Mixer):
     return jnp.zeros((batch, self.taps - 1, 3 * self.width), self.dtype)
 
   def _check_length(self, x_BTD: Array) -> None:
+    if jax.export.is_symbolic_dim(x_BTD.shape[1]):
+      raise NotImplementedError(
+        f"Hyena: the length {x_BTD.shape[1]} of a row is left open: expected a "
+        "number, which its Fourier transforms need; export one program a length"
+      )
     if x_BTD.shape[1] > self.length:
       raise ValueError(
         f"a row of {x_BTD.shape[1]} tokens: Hyena's filter has {self.length} "

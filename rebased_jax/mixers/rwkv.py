@@ -33,6 +33,7 @@ from pallas_kernels import (
   wkv_step,
 )
 from pallas_kernels.numerics import asked_precision, sum_dtype
+from pallas_kernels.plain_derivatives import OwnDerivative
 from rebased_jax.config_checks import check_one_of
 from rebased_jax.linear import Linear
 from rebased_jax.mixers.base import Mixer, MixerConfig, Site, take_positions
@@ -296,7 +297,7 @@ def _round_to_bfloat16(x: Array) -> Array:
   return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
-@jax.custom_vjp
+@OwnDerivative
 def _round_gradient(x: Array) -> Array:
   """Return x itself; its gradient is rounded to bfloat16 values."""
   return x
