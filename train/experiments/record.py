@@ -67,8 +67,8 @@ class History:
       self.iou_ER[name][epoch.number, runs] = iou_R[on_R]
 
   def arrays(self) -> dict[str, Any]:
-    """Return the arrays by name."""
-    return dict(vars(self))
+    """Return the arrays by name, without groups that are empty."""
+    return {name: x for name, x in vars(self).items() if len(x)}
 
   @classmethod
   def from_arrays(cls, arrays: dict[str, Any]) -> "History":
@@ -77,7 +77,8 @@ class History:
     Args:
       arrays: as `arrays` returns them, with array-likes.
     """
-    return cls(**jax.tree.map(np.array, arrays))
+    groups: dict[str, Any] = {"affine_ER2": {}, "iou_ER": {}}
+    return cls(**(groups | jax.tree.map(np.array, arrays)))
 
 
 def key(cell: Cell) -> str:
