@@ -249,7 +249,7 @@ def _wait(
 
 
 class Runs:
-  """Runs of some processes in a folder and at ports of their own."""
+  """Start the runs of one trial, in one folder and at some ports."""
 
   def __init__(self, work: Path, processes: int, ports: int):
     """Take `_PORTS_EACH` ports from `ports` on."""
