@@ -98,7 +98,7 @@ def read(
     folder: the folder.
     wanted: shape and dtype by name; the folder must have these arrays and no
       others. An array without a sharding goes to one device. With a sharding,
-      a process reads the parts of its own devices alone.
+      a process reads only the parts that its devices hold.
 
   Raises:
     WeightsError: a file cannot be read, the arrays are not those that are
