@@ -82,23 +82,30 @@ def test_only_seeds_of_both_variants_are_paired() -> None:
 
 
 def test_the_gate_of_gradients_finds_wrong_kernels() -> None:
-  rows = lambda ours, wrong: {
-    name: {"error": error}
-    for name, error in (("kernels", ours), ("xla", 0.01), ("wrong-x", wrong))
-  }
-  judge = gradient_error.judge
-  assert judge({"initial": rows(0.0105, 0.012)})["passes"]
-  assert not judge({"initial": rows(0.0105, 0.0105)})["passes"]
-  assert not judge({"initial": rows(0.0115, 0.02)})["passes"]
-  found = judge({"a": rows(0.01, 0.02), "b": rows(0.02, 0.02)})
-  assert not found["passes"] and found["ratios"]["b"]["kernels"] == 2
+  def row(error: float = 1, mixers: float = 1, parameter: float = 1) -> dict:
+    parameters = {"a": parameter, "b": 1, "exact": 0}
+    return {"error": error, "mixers": mixers, "parameters": parameters}
+
+  def judge(kernels: dict, wrong: dict) -> dict:
+    xla = {"kernels": row(), "xla": row(), "wrong": row()}
+    rows = {"kernels": kernels, "xla": row(), "wrong": wrong}
+    return gradient_error.judge({"initial": rows, "trained": xla})
+
+  for wrong in (row(error=1.2), row(mixers=1.2), row(parameter=1.6)):
+    assert judge(row(1.05, 1.05, 1.4), wrong)["passes"]
+    assert not judge(wrong, wrong)["passes"]
+  assert not judge(row(), row())["passes"]
+  found = judge(row(), row(parameter=3))
+  assert found["ratios"]["wrong"]["initial"]["worst"] == 3
 
 
 def test_relative_errors_are_of_sums_of_squares() -> None:
   each_NL2 = np.array([[[1.0, 16.0], [8.0, 9.0]], [[0.0, 16.0], [0.0, 9.0]]])
-  row = gradient_error._row(each_NL2, each_NL2[0], ["a", "b"])
+  names = ["a", "pairs/second/mixer/b"]
+  row = gradient_error._row(each_NL2, each_NL2[0], names)
   assert row["error"] == pytest.approx(0.3)  # of 3/5 and 0
   assert row["of_mean"] == pytest.approx(0.6)
+  assert row["mixers"] == pytest.approx(np.sqrt(8 / 9) / 2, abs=1e-5)
   assert row["parameters"]["a"] == pytest.approx(np.sqrt(1 / 32), abs=1e-5)
 
 
