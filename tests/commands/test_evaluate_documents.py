@@ -135,6 +135,11 @@ def test_a_run_takes_other_data(call, finished: Path, tmp_path: Path) -> None:
   assert (code, err) == (0, "")
   losses_T = losses_by_hand(finished, OTHER)
   assert f"{losses_T.mean():.4f}" in out and f"{len(losses_T)} " in out
+  # As many as one likes; the run has one.
+  again = write_prepared(tmp_path / "again", (documents,))
+  paths = (str(path), str(again))
+  code, out, err = call("evaluate", str(finished), "--data.path", *paths)
+  assert (code, err) == (0, "") and f"{2 * len(losses_T)} " in out
   code, _, err = call(
     "evaluate", str(finished), "--data.path", str(path), "--test"
   )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import model_cases
 import numpy as np
 import pytest
+from text_cases import finished as finished, folder as folder
 from train_cases import call as call, trainer as trainer
 
 from rebased_jax import (
@@ -68,7 +69,7 @@ def lines(name: str) -> list[dict]:
 def by_hand(lm: LM, context: list[int], tokens: list[int]) -> tuple:
   """Return log p of tokens after a context in float64, and if it is greedy."""
   row = np.array([*context, *tokens], np.int32)
-  padded = np.resize(row, 24 if lm.config.positions else 128)[None]
+  padded = np.resize(row, lm.config.positions or 128)[None]
   logits_TV = np.asarray(jax.jit(lambda x: lm(x))(jnp.asarray(padded))[0])
   logits_TV = logits_TV[len(context) - 1 : len(row) - 1].astype(np.float64)
   best_T = logits_TV.max(-1)
@@ -177,6 +178,16 @@ def test_text_is_generated_up_to_a_stop(model: Path, monkeypatch) -> None:
   sampled["top_p"] = 0.5
   with pytest.raises(ValueError, match="top_p=0.5: expected only"):
     lm.generate_until([request])
+
+
+def test_a_run_is_a_model_too(finished: Path) -> None:
+  request = Instance("loglikelihood", {}, ("", "ab"), 0)
+  (found,) = RebasedLM(str(finished)).loglikelihood([request])
+  wanted, greedy = by_hand(load(finished), [EOS], list(b"ab"))
+  np.testing.assert_allclose(found[0], wanted, **CLOSE)
+  assert found[1] == greedy
+  first = RebasedLM(str(finished), step=2).loglikelihood([request])
+  assert first[0][0] != found[0]
 
 
 @pytest.mark.parametrize("model", [None], ids=["any"], indirect=True)

@@ -6,6 +6,7 @@ from compilations import compilations
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from mixer_registry import MIXERS
 import model_cases
 import numpy as np
@@ -17,6 +18,7 @@ from rebased_jax import (
   BaseConvConfig,
   HyenaConfig,
   ModelConfig,
+  ShardAxes,
   evaluate,
 )
 
@@ -100,6 +102,21 @@ def test_every_mixer_takes_every_way_of_cutting(name: str) -> None:
     for piece in (64, 1, 3, 8, 17, 39):
       found = evaluate.loglikelihood(
         model, TEXTS, segment_ids=segments, rows=2, piece=piece
+      )
+      check(found, wanted)
+
+
+@pytest.mark.slow
+def test_a_mesh_splits_texts_and_their_tokens() -> None:
+  model = make(dataclasses.replace(CONFIG, pairs=1))
+  wanted = by_hand(model, SEGMENTS)
+  kinds = (AxisType.Auto, AxisType.Auto)
+  mesh = jax.make_mesh((2, 2), ("data", "context"), axis_types=kinds)
+  axes = ShardAxes(batch="data", time="context")
+  with jax.set_mesh(mesh):
+    for piece in (64, 32):
+      found = evaluate.loglikelihood(
+        model, TEXTS, segment_ids=SEGMENTS, rows=2, piece=piece, axes=axes
       )
       check(found, wanted)
 
