@@ -189,6 +189,7 @@ def test_wrong_text_is_an_error(
     (("--text", str(tmp_path)), "is a folder: expected files of text"),
     (("--text", str(tmp_path / "bad.jsonl")), "expected a string\n"),
     ((), "is an exported model, which has no held-out rows"),
+    (("--text",), "text=(): expected one file or more"),
   ):
     code, _, err = call("evaluate", str(exported), *words)
     assert code == 2 and expected in err, err

@@ -44,8 +44,9 @@ class EvaluateArgs:
   #: A bigram that occurs more often than this in the training text is not
   #: associative recall. `rebased count` makes the counts.
   recall_limit: int | None = None
-  #: Files of text to evaluate on: plain text, JSON lines, Parquet.
-  text: tuple[str, ...] = ()
+  #: Files of text to evaluate on: plain text, JSON lines, Parquet. None: no
+  #: text.
+  text: tuple[str, ...] | None = None
   #: "bytes", a tokenizer.json, or a folder that holds one, for --text. None:
   #: the copy in the data set or the exported model.
   tokenizer: str | None = None
@@ -87,6 +88,7 @@ def run(args: list[str]) -> int:
   """
   asked = tyro.cli(EvaluateArgs, prog="rebased evaluate", args=args)
   paths = asked.data.path
+  require(asked.text != (), "text", (), "one file or more")
   if asked.text or (
     paths
     and not asked.allow_data_change
@@ -133,7 +135,7 @@ def _evaluate_documents(asked: EvaluateArgs) -> int:
   request = evaluate_documents.Request(
     asked.run_dir,
     text_completion.ModelSource(asked.step, asked.tokenizer, asked.eos),
-    asked.text,
+    asked.text or (),
     asked.data.path,
     asked.rows,
     asked.piece,
