@@ -68,7 +68,7 @@ def program_key() -> tuple[Any, ...]:
 
   A program that was traced under one key is not the right one under another.
   """
-  return *_device(), is_hopper(), knows_tpu()
+  return platform(), *_device(), is_hopper(), knows_tpu()
 
 
 def device_kind() -> str:
