@@ -16,6 +16,7 @@ from rebased_jax import (
   parameter_count,
   presets,
 )
+from rebased_jax.mixers import polynomial
 
 D, H, F = 8, 2, 4
 SITE = Site(D)
@@ -166,3 +167,21 @@ def test_the_reference_has_forward_and_second_derivatives() -> None:
   change = (slope(x + h * dx) - slope(x - h * dx)) / (2 * h)
   error = np.linalg.norm(curvature - change)
   assert error <= 0.02 * np.linalg.norm(change)  # of h² and float32
+
+
+def test_a_named_implementation_takes_the_linear_operator(monkeypatch) -> None:
+  """Also for few positions, whose rows are otherwise computed alone."""
+
+  def refuse(*args, **options):
+    raise AssertionError("the rows of the positions were computed alone")
+
+  monkeypatch.setattr(polynomial, "polynomial_attention_at", refuse)
+  positions_BM = np.zeros((1, 2), np.int32)
+
+  def call(implementation):
+    _, mixer = make(implementation=implementation)
+    return mixer(jnp.zeros((1, 12, D)), query_positions=positions_BM)
+
+  assert jax.eval_shape(lambda: call("xla")).shape == (1, 2, D)
+  with pytest.raises(AssertionError, match="alone"):
+    jax.eval_shape(lambda: call(None))
