@@ -68,6 +68,9 @@ def keep_programs(most: int) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
         return make(*args, **kwargs)
       return kept(*args, **kwargs)
 
+    # Those of `functools.lru_cache`, for tests and to free memory.
+    call.cache_clear = kept.cache_clear
+    call.cache_info = kept.cache_info
     return call
 
   return decorate

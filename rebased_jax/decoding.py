@@ -21,6 +21,7 @@ from rebased_jax import blocks
 from rebased_jax.explicit_mesh import layouts, method_on_any_mesh
 from rebased_jax.integers import integer_rows, to_int32
 from rebased_jax.layer_norm import LayerNorm
+from rebased_jax.mixers.attention import Attention
 
 
 class LMState(NamedTuple):
@@ -156,3 +157,20 @@ class Decoder(nnx.Module):
       axes=axes,
     )
     return x_BTD, LMState(state.position_B + tokens.shape[1], states)
+
+
+def enlarge_caches(model: Decoder, tokens: int) -> None:
+  """Give the caches of a model's attention room for rows of so many tokens.
+
+  States that exist already do not fit the model after that. A cache that is
+  made longer has a power of two of tokens.
+
+  Args:
+    model: the language model, which is changed.
+    tokens: tokens of the longest row.
+  """
+  for mixer in (model.pairs.first.mixer, model.pairs.second.mixer):
+    if not isinstance(mixer, Attention):
+      continue
+    if mixer.length is None or mixer.length < tokens:
+      mixer.length = 1 << (tokens - 1).bit_length()

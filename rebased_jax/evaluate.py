@@ -29,7 +29,7 @@ import numpy as np
 from pallas_kernels import ShardAxes, cross_entropy
 from pallas_kernels.compile_once import keep_programs
 from rebased_jax.config_checks import is_positive_integer
-from rebased_jax.decoding import LMState
+from rebased_jax.decoding import LMState, enlarge_caches
 from rebased_jax.mixers.attention import Attention
 from rebased_jax.mixers.base import Mixer
 from rebased_jax.model import LM
@@ -323,9 +323,8 @@ def _programs(
 
   def make(params: nnx.State) -> LM:
     model = nnx.merge(graph, params)
-    for mixer in _mixers(model):
-      if isinstance(mixer, Attention):
-        mixer.length = max(room, mixer.length or 0)
+    if room:
+      enlarge_caches(model, room)
     return model
 
   def losses(model: LM, x_BTD: Array, batch: dict[str, Array]) -> Any:

@@ -47,7 +47,7 @@ _BATCHES = 32
 #: New tokens between two looks for a stop string.
 _BLOCK = 16
 #: What generation reads of a task's options, beside its length and stops.
-_SAMPLING = ("do_sample", "temperature", "top_k")
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
 
 
 class _Scored(NamedTuple):
@@ -267,7 +267,8 @@ class RebasedLM(TemplateLM):
       steps=steps,
       temperature=temperature if samples else 0.0,
       top_k=options.get("top_k") if samples else None,
-      keys=keys,
+      top_p=options.get("top_p") if samples else None,
+      key=keys,
       block=_BLOCK,
     )
     tokens: list[list[int]] = [[] for _ in prompts]

@@ -175,8 +175,8 @@ def test_text_is_generated_up_to_a_stop(model: Path, monkeypatch) -> None:
   first = RebasedLM(str(model), seed=1).generate_until([request])
   again = RebasedLM(str(model), seed=1).generate_until([request, request])
   assert again[0] == first[0] and again[1] != first[0]
-  sampled["top_p"] = 0.5
-  with pytest.raises(ValueError, match="top_p=0.5: expected only"):
+  sampled["min_p"] = 0.5
+  with pytest.raises(ValueError, match="min_p=0.5: expected only"):
     lm.generate_until([request])
 
 

@@ -1,16 +1,21 @@
 """Tests of generated tokens: greedy, sampled, compiled once, and errors."""
 
+import dataclasses
+
 import chex
 from compilations import compilations
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from mixer_registry import LENGTH, MIXERS, ONE_OF_EACH, WIDTH
 import numpy as np
 import pytest
 
 from rebased_jax import (
   LM,
+  AttentionConfig,
   BaseConvConfig,
+  HyenaConfig,
   ModelConfig,
   ReBasedConfig,
   generate,
@@ -126,7 +131,22 @@ def test_a_token_past_the_table_is_named() -> None:
       dict(prompt=PROMPT_BT.astype(float)),
       "prompt has dtype float32: expected integers",
     ),
-    (dict(prompt=[[1, 2]]), "prompt is a list: expected an array"),
+    (dict(prompt="abc"), "prompt is a str: expected an array"),
+    (dict(prompt=[]), "prompt is an empty list: expected at least one"),
+    (dict(prompt=[[1], []]), r"prompt 1 is float64\[0\]: expected integers"),
+    (dict(prompt=[[1], [[1]]]), r"prompt 1 is int64\[1, 1\]"),
+    (dict(piece=0), "piece=0: expected an integer ≥ 1"),
+    (dict(top_p=0.5), "top_p=0.5 samples: expected temperature > 0"),
+    (dict(top_p=0.0, temperature=1.0), r"top_p=0.0: .* in \(0, 1\]"),
+    (dict(top_p=1.5, temperature=1.0), "top_p=1.5"),
+    (dict(top_p=float("nan"), temperature=1.0), "top_p=nan"),
+    (dict(stop_tokens=[V]), r"stop_tokens=\[11\]: expected tokens"),
+    (dict(stop_tokens=[1.0]), "stop_tokens"),
+    (
+      dict(key=jax.random.split(jax.random.key(0), 3), temperature=1.0),
+      r"key holds PRNG keys of shape \(3,\): expected one key, or \(2,\)",
+    ),
+    (dict(state=make().init_state(3)), "state has 3 rows: expected 2"),
     (dict(temperature=1e-46), "temperature=1e-46"),
   ],
 )
@@ -153,9 +173,10 @@ def test_compiles_once_for_a_shape(monkeypatch) -> None:
   for cache in (generation._reader, generation._writer):
     assert cache.cache_info().misses == 1
   graph = nnx.split(model)[0]
-  choice = generation._Choice(sample=True, top_k=None)
+  choice = generation._Choice(sample=True, top_k=None, has_top_p=False)
   assert generation._reader(graph, 2).read._cache_size() == 1
-  assert generation._writer(graph, 2, 16, choice, None)._cache_size() == 1
+  writer = generation._writer(graph, 2, 16, choice, None)
+  assert writer.whole._cache_size() == 1
 
 
 def test_prompts_of_all_lengths_share_programs() -> None:
@@ -176,16 +197,14 @@ def test_prompts_of_all_lengths_share_programs() -> None:
     np.testing.assert_array_equal(
       greedy[:, 0], logits_BTV[:, T - 1].argmax(axis=-1)
     )
-    # The samples of a documented formula: the first key of a split.
+    # The samples of a documented formula.
     sampled = generate(
       model, row_BT[:, :T], steps=1, temperature=temperature, key=key
     )
-    np.testing.assert_array_equal(
-      sampled[:, 0],
-      jax.random.categorical(
-        jax.random.split(key, 1)[0], logits_BTV[:, T - 1] / temperature
-      ),
-    )
+    fold = jax.random.fold_in
+    for b, token in enumerate(sampled[:, 0]):
+      logits_V = logits_BTV[b, T - 1] / temperature
+      assert token == jax.random.categorical(fold(fold(key, b), 0), logits_V)
   assert reader.read._cache_size() == 3
 
 
@@ -261,33 +280,152 @@ def test_options_may_be_scalars_of_numpy_and_jax() -> None:
     np.testing.assert_array_equal(found, wanted)
 
 
+PROMPTS = [[3, 1, 4], [5], [9, 2]]
+SAMPLING = dict(temperature=2.0, top_k=9, top_p=0.9)
+
+
 def test_a_stream_continues_prompts_of_any_lengths() -> None:
   model = make()
-  prompts = [[3, 1, 4], [5], [9, 2]]
-  blocks = list(generation.stream(model, prompts, steps=5, block=2))
-  assert [x.shape for x in blocks] == [(3, 2), (3, 2), (3, 1)]
+  blocks = list(generation.stream(model, PROMPTS, steps=6, block=2))
+  assert [x.shape for x in blocks] == [(3, 1), (3, 2), (3, 2), (3, 1)]
   greedy_BS = np.concatenate(blocks, axis=1)
-  for prompt, found in zip(prompts, greedy_BS, strict=True):
-    alone = generate(model, jnp.array([prompt]), steps=5)
+  for prompt, found in zip(PROMPTS, greedy_BS, strict=True):
+    alone = generate(model, jnp.array([prompt]), steps=6)
     np.testing.assert_array_equal(found, alone[0])
 
 
-def test_a_streams_samples_depend_on_their_own_key() -> None:
-  model, keys = make(), jax.random.split(jax.random.key(5), 3)
-  options = dict(steps=4, block=2, temperature=2.0, top_k=7)
-  prompts = [[3, 1, 4], [5], [9, 2]]
-  together = list(generation.stream(model, prompts, keys=keys, **options))
-  together_BS = np.concatenate(together, axis=1)
-  alone = generation.stream(model, prompts[2:], keys=keys[2:], **options)
-  np.testing.assert_array_equal(
-    together_BS[2:], np.concatenate(list(alone), axis=1)
+def test_samples_depend_on_a_rows_own_key() -> None:
+  model, key = make(), jax.random.key(5)
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(3))
+  together = generate(model, PROMPTS, steps=6, key=key, **SAMPLING)
+  for i, prompt in enumerate(PROMPTS):
+    row = jnp.array([prompt])
+    alone = generate(model, row, steps=6, key=keys[i : i + 1], **SAMPLING)
+    np.testing.assert_array_equal(together[i], alone[0])
+  # Neither the blocks nor the type of the keys matter.
+  raw = jax.random.key_data(keys)
+  blocks = generation.stream(
+    model, PROMPTS, steps=6, key=raw, block=2, **SAMPLING
   )
-  assert len(np.unique(together_BS)) > 2
-  for wrong, options in (
-    ("block=0", dict(steps=1, block=0)),
-    ("position table has 8", dict(steps=7)),
-    (r"prompt\[0, 1\] is the token 11", dict(steps=1, prompts=[[1, 11]])),
+  found = np.concatenate(list(blocks), axis=1)
+  np.testing.assert_array_equal(found, together)
+  assert len(np.unique(together)) > 2
+
+
+def test_top_p_takes_the_fewest_likeliest_tokens() -> None:
+  model, temperature = make(), 2.0
+  p_V = np.asarray(jax.nn.softmax(model(PROMPT_BT[:1])[0, -1] / temperature))
+  order = np.argsort(-p_V)
+  before = np.cumsum(p_V[order]) - p_V[order]
+  prompt_BT = jnp.tile(PROMPT_BT[:1], (ROWS, 1))
+  options = dict(steps=1, temperature=temperature, key=jax.random.key(1))
+  for top_p in (1e-6, 0.5, 0.8):
+    with compilations() as count:
+      found = generate(model, prompt_BT, top_p=top_p, **options)
+    if top_p > 1e-6:  # other values need no other program
+      assert "write" not in count
+    assert set(np.unique(found)) == set(order[before < top_p])
+  everything = generate(model, prompt_BT, top_p=1.0, **options)
+  np.testing.assert_array_equal(
+    everything, generate(model, prompt_BT, **options)
+  )
+  # It is taken of the `top_k` likeliest tokens.
+  p_K = p_V[order[:4]] / p_V[order[:4]].sum()
+  kept = order[:4][np.cumsum(p_K) - p_K < 0.6]
+  found = generate(model, prompt_BT, top_p=0.6, top_k=4, **options)
+  assert set(np.unique(found)) == set(kept)
+
+
+def test_a_stop_token_is_repeated_and_ends_a_stream() -> None:
+  model, key = make(), jax.random.key(2)
+  free = np.asarray(generate(model, PROMPTS, steps=6, key=key, **SAMPLING))
+  stops = [int(free[0, 2]), int(free[1, 1]), int(free[2, 0])]
+  wanted, ends = free.copy(), []
+  for row in wanted:
+    ends.append(np.flatnonzero(np.isin(row, stops))[0])
+    row[ends[-1] :] = row[ends[-1]]
+  options = dict(key=key, stop_tokens=stops, **SAMPLING)
+  found = generate(model, PROMPTS, steps=6, **options)
+  np.testing.assert_array_equal(found, wanted)
+  assert (wanted != free).any() and max(ends) < 3
+  blocks = generation.stream(model, PROMPTS, steps=6, block=2, **options)
+  assert sum(x.shape[1] for x in blocks) <= 3
+  # The program of prompts of one length does the same.
+  free_BS = generate(model, PROMPT_BT, steps=5)
+  stop = [int(free_BS[0, 1]), int(free_BS[1, 0])]
+  found = np.asarray(generate(model, PROMPT_BT, steps=5, stop_tokens=stop))
+  assert (found[0, 1:] == stop[0]).all() or found[0, 0] == stop[1]
+  assert (found[1] == stop[1]).all()
+
+
+def test_a_long_prompt_is_read_in_pieces() -> None:
+  config = dataclasses.replace(CONFIG, positions=None)
+  model = LM(config, rngs=nnx.Rngs(0))
+  model.token_embedding[...] = model.token_embedding[...] * 20
+  prompt_BT = jax.random.randint(jax.random.key(0), (1, 21), 0, V)
+  generation._reader.cache_clear()
+  found = generate(model, prompt_BT, steps=4, piece=4)
+  reader = generation._reader(nnx.split(model)[0], 1)
+  assert reader.read._cache_size() == 2  # 4 tokens five times, and 1
+  np.testing.assert_array_equal(found, generate(model, prompt_BT, steps=4))
+  # The state after a part of the prompt takes the place of that part.
+  _, state = model.prefill(prompt_BT[:, :16], model.init_state(1))
+  rest_BT = prompt_BT[:, 16:]
+  for prompt in (rest_BT, [rest_BT[0]]):
+    continued = generate(model, prompt, steps=4, state=state)
+    np.testing.assert_array_equal(continued, found)
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(x, marks=() if x in ONE_OF_EACH else pytest.mark.slow)
+    for x in MIXERS
+  ],
+)
+def test_every_mixer_continues_as_the_whole(name: str) -> None:
+  """Greedy tokens are the argmax of the full forward pass of their row."""
+  config = dataclasses.replace(
+    CONFIG, second=MIXERS[name].config, width=WIDTH, pairs=1, positions=None
+  )
+  model = LM(config, rngs=nnx.Rngs(0))
+  model.token_embedding[...] = model.token_embedding[...] * 20
+  prompts = [[3, 1, 4, 1, 5], [9]]
+  tokens_BS = generate(model, prompts, steps=7, piece=4)
+  row_BT = np.zeros((2, LENGTH - 1), np.int32)
+  for row, prompt, new in zip(row_BT, prompts, tokens_BS, strict=True):
+    known = [*prompt, *new[:-1].tolist()]
+    row[: len(known)] = known
+  best_BT = np.asarray(jax.jit(model)(row_BT)).argmax(axis=-1)
+  for best, prompt, new in zip(best_BT, prompts, tokens_BS, strict=True):
+    first = len(prompt) - 1
+    np.testing.assert_array_equal(best[first : first + 7], new)
+
+
+def test_a_cache_is_as_long_as_the_text_and_a_filter_is_not() -> None:
+  attention = dataclasses.replace(
+    CONFIG, second=AttentionConfig(), pairs=1, positions=None
+  )
+  model = LM(attention, rngs=nnx.Rngs(0))
+  assert generate(model, PROMPT_BT, steps=20).shape == (2, 20)
+  assert model.pairs.second.mixer.length is None  # the model is not changed
+  hyena = dataclasses.replace(attention, second=HyenaConfig(length=8))
+  with pytest.raises(ValueError, match="a row of 9 tokens.* at most 8"):
+    generate(LM(hyena, rngs=nnx.Rngs(0)), PROMPT_BT, steps=6)
+
+
+def test_a_wrong_prompt_of_a_list_is_named() -> None:
+  model = make()
+  for words, prompts, options in (
+    ("block=0", PROMPTS, dict(steps=1, block=0)),
+    ("position table has 8", PROMPTS, dict(steps=7)),
+    (r"prompt\[1, 2\] is the token 11", [[1], [1, 2, V]], dict(steps=1)),
   ):
-    prompts = options.pop("prompts", [[3, 1, 4]])
-    with pytest.raises(ValueError, match=wrong):
+    with pytest.raises(ValueError, match=words):
       next(generation.stream(model, prompts, **options))
+  # Logits of late tokens are named by their number.
+  model.position_embedding[...] = (
+    model.position_embedding[...].at[5].set(jnp.nan)
+  )
+  with pytest.raises(ValueError, match="new token 3 after prompt 0"):
+    list(generation.stream(model, PROMPTS, steps=5, block=1))
