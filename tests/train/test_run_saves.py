@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 from train_cases import (
@@ -24,13 +25,13 @@ from train_cases import (
   trainer as trainer,
 )
 
-from train import cli, evaluate, metrics, start_run
+from train import cli, evaluate, failing_together, metrics, start_run
 from train.checkpoint.checkpoints import Checkpoints, read_meta
 from train.config import MQARStreamData
 from train.data import prefetch
 from train.data.prefetch import DataTimeout
 from train.data.text.token_source import DataError
-from train.devices import batch_sharding, processes
+from train.devices import batch_sharding, mesh as mesh_lib, processes
 from train.nonfinite_steps import TrainingFailed
 from train.records.metrics_writer import MetricsWriter
 from train.records.profile import Profile
@@ -237,6 +238,18 @@ def _only_step_2(save: Callable) -> Callable:
 def as_one_of_several(monkeypatch) -> None:
   """Let this process vote, as one of several processes does."""
   monkeypatch.setattr(processes, "are_several", lambda: True)
+
+
+def test_a_stand_in_spoils_the_step_of_all_processes() -> None:
+  """Weights of 0 would let the step go on with the rows of the others."""
+  mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+  fields = {
+    "tokens": jax.ShapeDtypeStruct((4, 3), np.int32),
+    "weights": jax.ShapeDtypeStruct((4, 2), np.float32),
+  }
+  found = failing_together.make_stand_in(fields, 4, mesh)
+  np.testing.assert_array_equal(found["tokens"], np.zeros((4, 3), np.int32))
+  np.testing.assert_array_equal(found["weights"], np.full((4, 2), np.nan))
 
 
 @pytest.mark.parametrize("skip", [False, True])
