@@ -1,10 +1,11 @@
 """Complete a prompt with a run's language model.
 
 tokens = tokenizer(prompt)        the tokenizer of the run's data set
-tokens ← tokens, token            one by one, by `rebased_jax.generate`
-text   = the decoded tokens, up to the end of the document
+tokens ← tokens, token            one by one, by `rebased_jax.generation`
+text   = the decoded tokens, up to the end of the document or a stop string
 """
 
+from collections.abc import Iterator
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from etils import epath
 import jax
 import numpy as np
 
-from rebased_jax import LM, ModelConfig, generate, model_files
+from rebased_jax import LM, ModelConfig, generation, model_files
 from train.checkpoint.checkpoints import NoCheckpointError, read_meta
 from train.config import RunConfig, TextData
 from train.data.batches import Fingerprint
@@ -27,6 +28,11 @@ from train.data.prepare.tokenizer import (
 from train.data.text.prepared_source import read_sidecar
 from train.records.run_folder import RunFolder, RunFolderError
 
+#: New tokens between two parts of a text that is shown as it is made.
+_BLOCK = 4
+#: How bytes are decoded that are no UTF-8, or not yet.
+_REPLACEMENT = "\ufffd"
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -37,7 +43,10 @@ class Sampling:
     temperature: 0 takes the most likely token; above 0, sample from
       softmax(logits / temperature).
     top_k: sample from this many of the most likely tokens; None for all.
+    top_p: sample from the fewest likeliest tokens with at least this
+      probability; None for all.
     seed: the seed of the samples; the same seed gives the same tokens.
+    stop: strings that end the text. The text does not have them.
 
   Raises:
     ValueError: a field is outside its range.
@@ -46,7 +55,9 @@ class Sampling:
   tokens: int = 200
   temperature: float = 0.8
   top_k: int | None = None
+  top_p: float | None = None
   seed: int = 0
+  stop: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
     require(self.tokens >= 1, "tokens", self.tokens, "1 or more")
@@ -54,8 +65,12 @@ class Sampling:
     require(known, "temperature", self.temperature, "a number ≥ 0")
     some = self.top_k is None or self.top_k >= 1
     require(some, "top_k", self.top_k, "1 or more, or None")
-    greedy = self.top_k is not None and self.temperature == 0
-    require(not greedy, "top_k", self.top_k, "None with temperature=0")
+    most = self.top_p is None or 0 < self.top_p <= 1
+    require(most, "top_p", self.top_p, "a probability in (0, 1], or None")
+    for name, value in (("top_k", self.top_k), ("top_p", self.top_p)):
+      samples = self.temperature > 0 or value is None
+      require(samples, name, value, "None with temperature=0")
+    require("" not in self.stop, "stop", self.stop, "strings that have text")
     require(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2³¹ − 1")
 
 
@@ -87,7 +102,19 @@ def complete(
   sampling: Sampling,
   source: ModelSource = ModelSource(),
 ) -> str:
-  """Return a prompt and its completion.
+  """Return a prompt and its completion; see `stream`."""
+  return "".join(stream(run_dir, prompt, sampling, source))
+
+
+def stream(
+  run_dir: epath.PathLike,
+  prompt: str,
+  sampling: Sampling,
+  source: ModelSource = ModelSource(),
+) -> Iterator[str]:
+  """Yield a prompt and its completion in parts, as the model makes it.
+
+  A part never ends inside a character, nor in what may become a stop string.
 
   Args:
     run_dir: the folder of a run on text, or an exported model.
@@ -109,11 +136,23 @@ def complete(
   prompt_T = encode(tokenizer, prompt)
   _check_length(config, len(prompt_T), sampling.tokens)
   model = model_files.load(run_dir, source.step)
-  completion_T = sample(model, prompt_T, sampling)
-  if eos is not None:
-    ends = np.flatnonzero(completion_T == eos)
-    completion_T = completion_T[: ends[0]] if ends.size else completion_T
-  return tokenizer.decode(np.concatenate([prompt_T, completion_T]))
+  before = len(tokenizer.decode(prompt_T))
+  tokens, text, shown, ended = list(prompt_T), "", 0, False
+  for new in sample(model, prompt_T, sampling, eos):
+    ended = eos in new
+    tokens += new[: new.index(eos)] if ended else new
+    text = tokenizer.decode(np.array(tokens))
+    ends = [text.find(stop, before) for stop in sampling.stop]
+    if found := [end for end in ends if end >= 0]:
+      text, ended = text[: min(found)], True
+    part = text if ended else _settled(text, sampling.stop)
+    if len(part) > shown:
+      yield part[shown:]
+      shown = len(part)
+    if ended:
+      return
+  if len(text) > shown:
+    yield text[shown:]
 
 
 def read_text_model(
@@ -142,24 +181,42 @@ def read_text_model(
   return config, tokenizer, eos
 
 
-def sample(model: LM, prompt_T: np.ndarray, sampling: Sampling) -> np.ndarray:
-  """Return the tokens that a model adds to a prompt: int32 (sampling.tokens,).
+def sample(
+  model: LM, prompt_T: np.ndarray, sampling: Sampling, eos: int | None
+) -> Iterator[list[int]]:
+  """Yield the tokens that a model adds to a prompt, some at a time.
 
   Args:
     model: the language model.
     prompt_T: the tokens of the prompt (T,).
     sampling: how tokens are chosen.
+    eos: the token that ends the text, which is yielded too. None: no token.
   """
-  return np.asarray(
-    generate(
-      model,
-      prompt_T[None].astype(np.int32),
-      steps=sampling.tokens,
-      temperature=sampling.temperature,
-      top_k=sampling.top_k,
-      key=jax.random.key(sampling.seed),
-    )[0]
+  blocks = generation.stream(
+    model,
+    [prompt_T.astype(np.int32)],
+    steps=sampling.tokens,
+    temperature=sampling.temperature,
+    top_k=sampling.top_k,
+    top_p=sampling.top_p,
+    key=jax.random.key(sampling.seed),
+    stop_tokens=() if eos is None else (eos,),
+    block=_BLOCK,
   )
+  for tokens_1S in blocks:
+    yield tokens_1S[0].tolist()
+
+
+def _settled(text: str, stops: tuple[str, ...]) -> str:
+  """Return the beginning of a text that no later token can change."""
+  text = text.rstrip(_REPLACEMENT)
+  held = [
+    length
+    for stop in stops
+    for length in range(1, len(stop))
+    if text.endswith(stop[:length])
+  ]
+  return text[: len(text) - max(held, default=0)]
 
 
 def encode(tokenizer: Tokenizer, prompt: str) -> np.ndarray:

@@ -38,6 +38,10 @@ def test_generate_prints_what_the_model_generates(call, finished: Path) -> None:
       ("--seed", "7", "--temperature", "2", "--top-k", "40"),
       dict(temperature=2.0, top_k=40, key=jax.random.key(7)),
     ),
+    (
+      ("--seed", "7", "--temperature", "2", "--top-p", "0.9"),
+      dict(temperature=2.0, top_p=0.9, key=jax.random.key(7)),
+    ),
   ):
     words = ("generate", str(finished), "--prompt", prompt, "--tokens", "12")
     code, out, err = call(*words, *options)
@@ -61,11 +65,20 @@ def test_generate_prints_what_the_model_generates(call, finished: Path) -> None:
 def test_the_end_of_a_document_ends_the_text(
   finished: Path, monkeypatch
 ) -> None:
-  tokens = np.array([98, 99, EOS, 100], np.int32)
-  monkeypatch.setattr(text_completion, "sample", lambda *_: tokens)
+  blocks = [[98], [99, EOS, 100]]
+  monkeypatch.setattr(text_completion, "sample", lambda *_: iter(blocks))
   assert text_completion.complete(finished, "a", Sampling(4)) == "abc"
-  tokens[2] = 101
+  blocks[1][1] = 101
   assert text_completion.complete(finished, "a", Sampling(4)) == "abced"
+  # Each part is text that no later token changes: "é" is two bytes.
+  blocks = [list(x) for x in (b"b", b"\xc3", b"\xa9-", b"e", b"nd.", b"-\xff")]
+  parts = lambda *stop: list(
+    text_completion.stream(finished, "a-end", Sampling(9, stop=stop))
+  )
+  assert parts() == ["a-endb", "é-", "e", "nd.", "-", "\ufffd"]
+  assert parts("-end", "x") == ["a-endb", "é"]
+  assert parts("-elf") == ["a-endb", "é", "-end.", "-\ufffd"]
+  assert parts("b") == ["a-end"]
 
 
 def test_wrong_arguments_are_errors(
@@ -94,6 +107,12 @@ def test_wrong_arguments_are_errors(
       (finished, "--prompt", "x", "--top-k", "3", "--temperature", "0"),
       "None with temperature=0",
     ),
+    ((finished, "--prompt", "x", "--top-p", "0"), "top_p=0.0"),
+    (
+      (finished, "--prompt", "x", "--top-p", "1", "--temperature", "0"),
+      "top_p=1.0: expected None with temperature=0",
+    ),
+    ((finished, "--prompt", "x", "--stop", ""), "stop=('',)"),
     ((finished, "--prompt", "x", "--seed", "-1"), "seed=-1"),
     ((finished, "--prompt", "x", "--tokenizer", "a.json"), "'a.json'"),
     ((finished, "--prompt", "x", "--eos", "x"), "eos='x'"),

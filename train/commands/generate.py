@@ -1,4 +1,7 @@
-"""`rebased generate RUN`: complete a prompt with a run's language model."""
+"""`rebased generate RUN`: complete a prompt with a run's language model.
+
+The text is printed as the model makes it.
+"""
 
 import dataclasses
 
@@ -24,8 +27,13 @@ class GenerateArgs:
   temperature: float = 0.8
   #: Sample from this many of the most likely tokens. None: from all.
   top_k: int | None = None
+  #: Sample from the fewest most likely tokens that together have at least this
+  #: probability. None: from all.
+  top_p: float | None = None
   #: The seed of the samples; the same seed gives the same text.
   seed: int = 0
+  #: Strings that end the text. They are not printed.
+  stop: tuple[str, ...] = ()
   #: The step of the checkpoint. None: the newest.
   step: int | None = None
   #: "bytes", a tokenizer.json, or a folder that holds one. None: the copy in
@@ -48,12 +56,20 @@ def run(args: list[str]) -> int:
   parsed = tyro.cli(GenerateArgs, prog="rebased generate", args=args)
   backend.devices()  # says so if there are none
   sampling = text_completion.Sampling(
-    parsed.tokens, parsed.temperature, parsed.top_k, parsed.seed
+    tokens=parsed.tokens,
+    temperature=parsed.temperature,
+    top_k=parsed.top_k,
+    top_p=parsed.top_p,
+    seed=parsed.seed,
+    stop=parsed.stop,
   )
   source = text_completion.ModelSource(
     parsed.step, parsed.tokenizer, parsed.eos
   )
-  print(
-    text_completion.complete(parsed.run_dir, parsed.prompt, sampling, source)
+  parts = text_completion.stream(
+    parsed.run_dir, parsed.prompt, sampling, source
   )
+  for part in parts:
+    print(part, end="", flush=True)
+  print()
   return 0
