@@ -82,6 +82,52 @@ def write(
   (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def write_file(
+  path: Path, arrays: Mapping[str, Any], notes: Mapping[str, str]
+) -> None:
+  """Write arrays to one file, which appears whole or not at all.
+
+  Args:
+    path: the file. An existing one is replaced.
+    arrays: the arrays by name.
+    notes: text that the file has too.
+
+  Raises:
+    WeightsError: as `write`.
+    OSError: the file cannot be written.
+  """
+  temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+  try:
+    _write_file(temporary, list(arrays), arrays, notes)
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def read_notes(path: Path) -> dict[str, str]:
+  """Return the notes of one file.
+
+  Raises:
+    WeightsError: the file cannot be read.
+  """
+  with _open(path) as file:
+    return file.metadata() or {}
+
+
+def read_file(
+  path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+  """Read the arrays of one file; arguments and errors are those of `read`."""
+  with _open(path) as file:
+    names = list(file.keys())
+    slices = {name: file.get_slice(name) for name in names}
+    _check(path, slices, wanted)
+    return {
+      name: _read_array(path, name, slices[name], target)
+      for name, target in wanted.items()
+    }
+
+
 def is_there(folder: Path) -> bool:
   """Whether a folder has weights: one file, or an index."""
   return (folder / FILE).exists() or (folder / INDEX).exists()
@@ -140,11 +186,14 @@ def _group(arrays: Mapping[str, Any], limit: int) -> list[list[str]]:
 
 
 def _write_file(
-  path: Path, names: list[str], arrays: Mapping[str, Any]
+  path: Path,
+  names: list[str],
+  arrays: Mapping[str, Any],
+  notes: Mapping[str, str] | None = None,
 ) -> None:
   found = {name: _on_host(name, arrays[name]) for name in names}
   try:
-    save_file(found, path, metadata={"format": "flax"})
+    save_file(found, path, metadata={"format": "flax", **(notes or {})})
   except SafetensorError as error:  # a full disk, for example
     raise OSError(f"{path} cannot be written: {error}") from error
   # The library makes a file that only its owner can read.
@@ -177,21 +226,26 @@ def _on_host(name: str, x: Any) -> np.ndarray:
   return array
 
 
+def _open(path: Path) -> Any:
+  """Return an open file, a context; WeightsError if it cannot be read."""
+  try:
+    return safe_open(path, "numpy")
+  except (SafetensorError, OSError) as error:
+    raise WeightsError(
+      f"{path} cannot be read: {error}: expected a whole safetensors file; "
+      "copy or export it again"
+    ) from error
+
+
 @contextlib.contextmanager
 def _opened(folder: Path) -> Iterator[dict[str, Any]]:
   """Yield a reader of each array of a folder, by name."""
   with contextlib.ExitStack() as files:
     found = {}
     for path, names in _files(folder).items():
-      try:
-        file = files.enter_context(safe_open(path, "numpy"))
-        there = list(file.keys())
-        slices = {name: file.get_slice(name) for name in there}
-      except (SafetensorError, OSError) as error:
-        raise WeightsError(
-          f"{path} cannot be read: {error}: expected a whole safetensors file; "
-          "copy or export it again"
-        ) from error
+      file = files.enter_context(_open(path))
+      there = list(file.keys())
+      slices = {name: file.get_slice(name) for name in there}
       if names is not None and set(names) != set(there):
         name = sorted(set(names) ^ set(there))[0]
         raise WeightsError(

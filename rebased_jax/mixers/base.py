@@ -34,7 +34,7 @@ import abc
 from collections.abc import Callable
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 from flax import nnx
 import jax
@@ -128,6 +128,10 @@ class Mixer(nnx.Module):
   no_time_axis: ClassVar[str | None] = "it does not split time over devices"
   #: Why the mixer cannot keep documents apart. None: it can.
   no_segment_ids: ClassVar[str | None] = None
+  #: How `rebased_jax.memory` adds states. "sum": a state is a sum over tokens.
+  #: "window": it has a text's last tokens, and a result has that of a text's
+  #: beginning. None: states cannot be added.
+  state_rule: ClassVar[Literal["sum", "window"] | None] = None
 
   #: Whether the mixer has a dropout: its `_mix` then gets `dropout_key`, a PRNG
   #: key, or None where nothing is dropped.

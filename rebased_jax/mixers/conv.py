@@ -53,6 +53,7 @@ class BaseConv(Mixer):
 
   config_type = BaseConvConfig
   no_time_axis = None
+  state_rule = "window"
 
   def __init__(
     self,

@@ -118,6 +118,7 @@ class PolynomialMixer(Mixer):
   """
 
   no_time_axis = None
+  state_rule = "sum"
   #: Coefficients of sim as a polynomial of q·k / √F.
   coefficients: ClassVar[Coefficients]
 
