@@ -36,12 +36,15 @@ from rebased_jax.model_config import ModelConfig, check_length
 
 
 def _position_outputs(arguments: dict[str, Any]) -> str:
-  """Return the axes of what an `LM` gives for each token, or at positions."""
+  """Return the axes of a result that are split as those of the tokens are."""
   return "B" if arguments.get("positions_to_predict") is not None else "BT"
 
 
 class LM(Decoder):
-  """The language model.
+  """The language model; `Decoder` adds reading a row part by part.
+
+  `method_on_any_mesh` acts under a mesh with Explicit axes alone: it splits the
+  results of a method as the tokens are split.
 
   Parameters: token_embedding (V, D), position_embedding (positions, D),
   norm/{scale,bias} (D,), and pairs/{first,second}/{norm1,mixer,norm2,mlp}/…,

@@ -6,9 +6,12 @@
 
 target_t is the token after t in text, and the answer at t in recall tasks.
 optimizer.py makes the update: clipping, AdamW and its learning-rate schedule.
-With micro-batches both sums run over all of them before the division, so that a
-micro-batch with few targets weighs less. compiled_steps.py compiles the steps,
-and loop.py calls them and stops when a state is no longer `ok`.
+Gradient accumulation splits the rows of a batch into micro-batches, which run
+one after another. Their Σ w·nll, its gradient and Σ w are added up, and divided
+once, at the end. So every target weighs the same in whichever micro-batch.
+
+compiled_steps.py compiles the steps. loop.py calls them, and stops when a state
+is no longer `ok`.
 """
 
 import dataclasses
@@ -94,21 +97,24 @@ def train_step(
   norms = found["grad_norm"] + found["update_norm"]
   finite = jnp.isfinite(loss) & jnp.isfinite(norms)
   applies = finite if program.skip else state.ok & finite
-  new = State(
+  updated = State(
     step=state.step + 1,
     ok=applies | program.skip,
     params=optax.apply_updates(params, updates),
     opt_state=opt_state,
   )
-  old = state._replace(ok=new.ok, step=new.step if program.skip else state.step)
-  kept = jax.tree.map(lambda a, b: jnp.where(applies, a, b), new, old)
+  step = updated.step if program.skip else state.step
+  refused = state._replace(ok=updated.ok, step=step)
+  kept = jax.tree.map(
+    lambda new, old: jnp.where(applies, new, old), updated, refused
+  )
   return kept, found
 
 
 def _mean_gradient(
   params: Any, batch: Batch, key: Array, program: Program
 ) -> tuple[Array, Any, dict[str, Array]]:
-  """Return the mean loss, its gradient, and the sums over the batch."""
+  """Return the mean loss, its gradient, and `metrics.target_sums`."""
 
   def sum_gradient(batch: Batch, key: Array) -> Any:
     value_and_grad = jax.value_and_grad(loss_sums, has_aux=True)
@@ -149,7 +155,8 @@ def loss_sums(
   if axes is not None and positions_BM is not None:
     # Positions are not split over the devices that split the tokens of a row.
     axes = dataclasses.replace(axes, time=None)
-  loss, tokens = row_losses(
+  # The tied head makes logits of features here, one part of a row at a time.
+  loss, losses = row_losses(
     model,
     x_BMD,
     batch["targets"],
@@ -158,7 +165,7 @@ def loss_sums(
     axes=axes,
   )
   targets = metrics.Targets(
-    tokens.nll_BM, tokens.correct_BM, batch.get("recalled")
+    losses.nll_BM, losses.correct_BM, batch.get("recalled")
   )
   return loss, metrics.target_sums(loss, batch["weights"], targets)
 

@@ -65,8 +65,8 @@ def similarity(product: Array, coefficients: Coefficients) -> Array:
 
   Args:
     product: q·k, of any shape.
-    coefficients: of q·k itself, from `Coefficients.scaled`. The functions below
-      take the same.
+    coefficients: c0, scale · c1 and scale² · c2, which `Coefficients.scaled`
+      returns. The functions below take the same.
   """
   c0, c1, c2 = dataclasses.astuple(coefficients)
   return c0 + product * (c1 + c2 * product)
@@ -78,7 +78,10 @@ def similarities(
   mask_BTS: Array,
   coefficients: Coefficients,
 ) -> Array:
-  """Compute sim_BHTS in the dtype of sums; it is 0 where the mask is False."""
+  """Compute sim_BHTS, which is 0 where the mask is False.
+
+  Its dtype is that of sums, float32, or float64 for float64 inputs.
+  """
   acc = sum_dtype(q_BTHF.dtype)
   product_BHTS = jnp.einsum(
     "bthf,bshf->bhts",
@@ -120,6 +123,7 @@ def reference(
   acc = sum_dtype(q_BTHF.dtype)
   sim_BHTS = similarities(q_BTHF, k_BSHF, mask_BTS, coefficients)
   v_BHSP = jnp.moveaxis(v_BSHP, 2, 1).astype(acc)
+  # Σ_s sim_ts v_s, in which a v_s that t does not see may be NaN or infinite.
   num_BHTP = weighted_sum(sim_BHTS, v_BHSP, mask_BTS[:, None])
   z_BHT = sim_BHTS.sum(axis=-1)
   if past is not None:
