@@ -29,7 +29,7 @@ def evaluate(
   timeout: float | None = None,
   interrupted: Callable[[], bool] | None = None,
   hurried: Callable[[], bool] | None = None,
-  go_on: Callable[[Iterator[Batch]], Iterator[Batch]] | None = None,
+  with_stand_ins: Callable[[Iterator[Batch]], Iterator[Batch]] | None = None,
 ) -> dict[str, float]:
   """Return the means over the targets of all batches.
 
@@ -43,8 +43,8 @@ def evaluate(
     interrupted: called before each batch; True ends the evaluation. None: it
       always runs to its end.
     hurried: whether to wait for data no longer; see `prefetch.iterate`.
-    go_on: replaces batches that cannot be read; see `train.failing_together`.
-      None: their error is raised.
+    with_stand_ins: replaces batches that cannot be read; see
+      `train.failing_together`. None: their error is raised.
 
   Returns:
     Every TargetMetric, and `tokens`, the number of targets. Metrics about
@@ -73,7 +73,7 @@ def evaluate(
   with prefetch.iterate(
     data, start=0, stop=stop, rows=rows, timeout=timeout, hurried=hurried
   ) as iterator:
-    batches = iterator if go_on is None else go_on(iterator)
+    batches = iterator if with_stand_ins is None else with_stand_ins(iterator)
     for batch in itertools.islice(batches, stop):
       if interrupted is not None and interrupted():
         raise Interrupted

@@ -33,10 +33,10 @@ class OtherFailed(processes.PeerLost):
 
 
 class FailingTogether:
-  """Keep what a process of several knows about failures.
+  """Record what one of several processes knows about failures.
 
   Attributes:
-    error: why this process cannot go on; None while it can.
+    error: why this process cannot continue; None while it can.
     told: whether every process knows that one has failed.
   """
 
@@ -50,11 +50,11 @@ class FailingTogether:
       return signal
     return _FAILED + jax.process_index()
 
-  def heed(self, number: int) -> int:
+  def read_vote(self, number: int) -> int:
     """Return the signal that all processes have voted for.
 
     Raises:
-      Exception: this process has failed, and all know it by now.
+      Exception: this process has failed, and every process knows it.
       OtherFailed: another process has failed.
     """
     if number < _FAILED:
@@ -67,7 +67,9 @@ class FailingTogether:
       "its own output says why; this process ends too"
     )
 
-  def go_on(self, batches: Iterator[Batch], stand_in: Batch) -> Iterator[Batch]:
+  def with_stand_ins(
+    self, batches: Iterator[Batch], stand_in: Batch
+  ) -> Iterator[Batch]:
     """Yield batches and, once this process has failed, stand-ins for ever.
 
     Args:
@@ -79,7 +81,7 @@ class FailingTogether:
         batch = next(batches)
       except StopIteration:
         return
-      except Exception as error:  # noqa: BLE001  # raised by `heed`
+      except Exception as error:  # noqa: BLE001  # raised by `read_vote`
         self.error = error
       else:
         yield batch

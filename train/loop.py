@@ -168,7 +168,7 @@ class Loop:
     if self._failing is not None:
       fields = config.data.fields(config.batch)
       stand_in = make_stand_in(fields, config.batch, self._built.mesh)
-      batches = self._failing.go_on(batches, self._put(stand_in))
+      batches = self._failing.with_stand_ins(batches, self._put(stand_in))
     step, reason = start, None
     with (
       self._saved_if_it_fails(lambda: state, start),
@@ -225,10 +225,10 @@ class Loop:
       return None
     return self._vote.cast(self._failing.vote(self._own_signal()))
 
-  def _heed(self, vote: jax.Array) -> None:
+  def _read_vote(self, vote: jax.Array) -> None:
     """Read a vote of all processes; raise if one of them has failed."""
     assert self._failing is not None
-    self.signal = self._failing.heed(int(vote))
+    self.signal = self._failing.read_vote(int(vote))
 
   def _interrupts(
     self, votes: collections.deque[jax.Array]
@@ -248,7 +248,7 @@ class Loop:
       if vote is not None:
         votes.append(vote)
         if len(votes) > evaluate.AHEAD:
-          self._heed(votes.popleft())
+          self._read_vote(votes.popleft())
       return self.signal != 0
 
     return interrupted
@@ -380,10 +380,10 @@ class Loop:
       timeout=self._config.data.timeout,
       interrupted=self._interrupts(votes),
       hurried=self._hurried,
-      go_on=self._go_on_evaluating(),
+      with_stand_ins=self._evaluation_stand_ins(),
     )
     while votes:
-      self._heed(votes.popleft())
+      self._read_vote(votes.popleft())
     self.held_out = self._with_derived(found)
     with self._recording():
       self._writer.write("eval", step, **self.held_out)
@@ -392,21 +392,21 @@ class Loop:
     self._window.pause(time.perf_counter() - before)
     return self.held_out
 
-  def _go_on_evaluating(
+  def _evaluation_stand_ins(
     self,
   ) -> Callable[[Iterator[Batch]], Iterator[Batch]] | None:
-    """Return what lets an evaluation go on without batches; None: nothing."""
+    """Return the `with_stand_ins` of an evaluation; None: errors are raised."""
     failing, config = self._failing, self._config
     if failing is None:
       return None
     rows = self._eval_data.rows
     fields = config.data.eval_fields(config.micro_batch)
     stand_in = make_stand_in(fields, rows, self._built.mesh)
-    return lambda batches: failing.go_on(batches, stand_in)
+    return lambda batches: failing.with_stand_ins(batches, stand_in)
 
   @contextlib.contextmanager
   def _recording(self) -> Iterator[None]:
-    """Let one of several processes go on until all know that it cannot write.
+    """Let one of several processes train until all know that it cannot write.
 
     Raises:
       OSError: a record cannot be written, and this is the only process.
@@ -438,7 +438,7 @@ class Loop:
       return
     if pending.vote is not None:
       self._failed_at = pending.step
-      self._heed(pending.vote)
+      self._read_vote(pending.vote)
       self._failed_at = None
     values = metrics.by_layer(jax.device_get(pending.metrics))
     self._watch.beat(f"step {pending.step + 1}", training=True)

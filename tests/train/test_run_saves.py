@@ -241,7 +241,7 @@ def as_one_of_several(monkeypatch) -> None:
 
 
 def test_a_stand_in_spoils_the_step_of_all_processes() -> None:
-  """Weights of 0 would let the step go on with the rows of the others."""
+  """Weights of 0 would let the step train on the rows of the others."""
   mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
   fields = {
     "tokens": jax.ShapeDtypeStruct((4, 3), np.int32),
@@ -257,7 +257,7 @@ def test_a_stand_in_spoils_the_step_of_all_processes() -> None:
 def test_data_that_fails_in_one_of_several_processes_saves_the_run(
   undisturbed: Path, tmp_path: Path, monkeypatch, skip: bool
 ) -> None:
-  """Steps without data go on until the vote is read, and change nothing."""
+  """Steps without data run until the vote is read, and change nothing."""
   folder = tmp_path / "run"
   config = dataclasses.replace(_STEPS, nan="skip" if skip else "abort")
   with monkeypatch.context() as patch:
