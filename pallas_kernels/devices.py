@@ -37,6 +37,8 @@ _TPUS = {
 
 # Where the kernels of each implementation lower, by jax's names of platforms.
 KERNEL_PLATFORMS = {"gpu": ("cuda",), "tpu": ("tpu",)}
+# Where plain jax is cut so that it fills a GPU.
+XLA_ON_GPU = Kernels("xla", ("cuda",), "an NVIDIA GPU")
 
 
 def _device() -> tuple[str, str]:
@@ -220,6 +222,15 @@ def is_hopper() -> bool:
   except NotImplementedError:
     return False
   return True
+
+
+def has_bfloat16_products() -> bool:
+  """Whether all GPUs of the process have tensor cores that take bfloat16."""
+  capabilities = [
+    getattr(device, "compute_capability", "0") for device in _attached("cuda")
+  ]
+  # XLA refuses to split products into bfloat16 parts on older GPUs.
+  return all(float(capability) >= 8.0 for capability in capabilities)
 
 
 def has_mosaic_gpu() -> bool:

@@ -64,7 +64,7 @@ def functions(F: int) -> dict:
   array = lambda width: ShapeDtypeStruct((B, T, H, width), jnp.bfloat16)
   q, v = array(F), array(P)
   one = lambda x: ShapeDtypeStruct(
-    (B, xla_chunked.CHUNK, *x.shape[2:]), x.dtype
+    (B, xla_chunked.CHUNKS.chunk, *x.shape[2:]), x.dtype
   )
   state = jax.eval_shape(lambda: zero_state(B, H, F, P))
   row = ShapeDtypeStruct((B, H, 1, T), jnp.float32)
@@ -186,7 +186,7 @@ def xla_cost(generation: str, F: int) -> dict:
   iteration of a loop.
   """
   cost = compiled(generation, *functions(F)["xla"]).cost_analysis()
-  tokens = B * H * xla_chunked.CHUNK
+  tokens = B * H * xla_chunked.CHUNKS.chunk
   return dict(
     flop_per_token_head=round(cost["flops"] / tokens),
     bytes_per_token_head=round(cost["bytes accessed"] / tokens),

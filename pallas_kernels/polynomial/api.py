@@ -24,6 +24,7 @@ from pallas_kernels.polynomial.operator import Kernel, Passes, StaticArguments
 from pallas_kernels.polynomial.state import State
 from pallas_kernels.sharding import (
   ShardAxes,
+  axes_of,
   check_axes,
   unsplit_axes,
   vary_alike,
@@ -167,7 +168,8 @@ def polynomial_attention(
         "xla"; on a GPU or TPU, a warning then says why.
       * `"gpu"`: Pallas kernels for Hopper GPUs.
       * `"tpu"`: Pallas kernels for TPUs v5e, v5p and v6e.
-      * `"xla"`: plain jax in chunks of 64 tokens, on every device.
+      * `"xla"`: plain jax, on every device: in chunks of 64 tokens, or in spans
+        of chunks where calls are expected to run on a GPU.
       * `"reference"`: the equations as they stand, quadratic in T.
 
       The kernels multiply operands of q's dtype.
@@ -208,7 +210,14 @@ def polynomial_attention(
       static = static._replace(
         kernels=devices.kernels_of(name),
         by_xla=axes is None and bool(unsplit_axes()),
-        elsewhere=xla if implementation is None else None,
+        elsewhere=xla.CHUNKS if implementation is None else None,
+      )
+    elif _fills_a_gpu(q):
+      static = static._replace(
+        passes=xla.spans(in_parts=devices.has_bfloat16_products()),
+        kernels=devices.XLA_ON_GPU,
+        elsewhere=xla.CHUNKS,
+        is_plain=True,
       )
     arrays = q, k, v, segment_ids, initial_state
     o, state = compile_once(operator.attend, (static,), *arrays)
@@ -475,9 +484,18 @@ def _warn_of_xla(reason: object) -> None:
     warnings.warn(f"polynomial_attention runs 'xla': {reason}", stacklevel=4)
 
 
+def _fills_a_gpu(q: Array) -> bool:
+  """Whether "xla" takes spans of chunks where it is lowered for a GPU.
+
+  Inside a `jax.shard_map` that checks what varies over the mesh it does not:
+  `by_platform` does not know over which axes its results vary.
+  """
+  return devices.platform() == "gpu" and not axes_of(q)
+
+
 def _passes(name: Implementation) -> Passes:
-  """Return the module with the five passes of an implementation."""
-  return xla if name == "xla" else _kernels(name)
+  """Return the five passes of an implementation."""
+  return xla.CHUNKS if name == "xla" else _kernels(name)
 
 
 def _kernels(name: Implementation):

@@ -20,7 +20,7 @@ class ArgSpec:
     H: heads.
     F: width of a head's queries and keys.
     P: width of a head's values.
-    coefficients: of the similarity.
+    coefficients: the coefficients of the similarity.
     source: the paper that the sizes are from.
   """
 

@@ -191,6 +191,7 @@ class StaticArguments(NamedTuple):
     elsewhere: the implementation on other platforms. None: lowering for them
       raises NotImplementedError.
     by_xla: whether XLA splits rows and heads over a mesh, as it likes.
+    is_plain: whether `passes` are plain jax, which XLA splits by itself.
   """
 
   passes: Passes
@@ -200,6 +201,7 @@ class StaticArguments(NamedTuple):
   kernels: Kernels | None = None
   elsewhere: Passes | None = None
   by_xla: bool = False
+  is_plain: bool = False
 
   @property
   def time(self) -> Axis:
@@ -209,7 +211,7 @@ class StaticArguments(NamedTuple):
   @property
   def is_split(self) -> bool:
     """Whether the devices of a mesh share the work."""
-    return self.axes is not None or self.by_xla
+    return self.axes is not None or self.by_xla or self.is_plain
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -50,6 +50,35 @@ class State(NamedTuple):
   kk_BHGG: Array
 
 
+class StateProducts(NamedTuple):
+  """How products of features with a state are computed.
+
+  Attributes:
+    precision: of the products for 16-bit queries, keys and values. Wider ones
+      always have HIGHEST.
+    time_last: whether the features of T tokens are laid out (E, T), which is
+      faster on GPUs, or (T, E).
+  """
+
+  precision: jax.lax.Precision | jax.lax.DotAlgorithmPreset
+  time_last: bool
+
+  def precision_of(
+    self, dtype: jax.typing.DTypeLike
+  ) -> jax.lax.Precision | jax.lax.DotAlgorithmPreset:
+    """Return the precision for queries, keys and values of this dtype."""
+    wide = jnp.dtype(dtype).itemsize > 2
+    return jax.lax.Precision.HIGHEST if wide else self.precision
+
+
+EXACT = StateProducts(jax.lax.Precision.HIGHEST, time_last=False)
+# Operands in two parts of bfloat16, 16 bits in all: a product of two bfloat16
+# numbers, which a feature is, is kept whole.
+IN_PARTS = StateProducts(
+  jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3, time_last=True
+)
+
+
 def state_widths(F: int, coefficients: Coefficients) -> tuple[int, int]:
   """Return (E, G): the number of features, and the width of k̃."""
   return feature_weights(F, coefficients).size, F + coefficients.affine
@@ -96,17 +125,17 @@ def feature_weights(F: int, coefficients: Coefficients) -> np.ndarray:
   return np.concatenate([w for c, w in terms if c != 0])
 
 
-def features(x: Array, coefficients: Coefficients) -> Array:
-  """Compute φ(x): x (…, F) → (…, E)."""
-  F = x.shape[-1]
+def features(x: Array, coefficients: Coefficients, *, axis: int = -1) -> Array:
+  """Compute φ(x): the axis of x has F numbers and becomes one of E."""
+  F = x.shape[axis]
   terms = []
   if coefficients.c2 != 0:
-    terms += [x * jnp.roll(x, -r, axis=-1) for r in range(F // 2 + 1)]
+    terms += [x * jnp.roll(x, -r, axis=axis) for r in range(F // 2 + 1)]
   if coefficients.c1 != 0:
     terms.append(x)
   if coefficients.c0 != 0:
-    terms.append(jnp.ones_like(x[..., :1]))
-  return jnp.concatenate(terms, axis=-1)
+    terms.append(jnp.ones_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis)))
+  return jnp.concatenate(terms, axis=axis)
 
 
 def extend(x: Array, coefficients: Coefficients) -> Array:
@@ -128,7 +157,10 @@ def denominator_weights(F: int, coefficients: Coefficients) -> np.ndarray:
 
 
 def query_state(
-  q_BHTF: Array, state: State, coefficients: Coefficients
+  q_BHTF: Array,
+  state: State,
+  coefficients: Coefficients,
+  products: StateProducts = EXACT,
 ) -> tuple[Array, Array]:
   """Compute what the tokens of a state add to the two sums of each query.
 
@@ -140,25 +172,33 @@ def query_state(
     q_BHTF: queries.
     state: the recurrent state before them.
     coefficients: with the scale folded in.
+    products: how the products are computed.
 
   Returns:
     (numerator_BHTP, denominator_BHT): Σ_s sim_ts v_s and Σ_s sim_ts.
   """
-  F = q_BHTF.shape[-1]
-  acc, exact = state.kv_BHEP.dtype, jax.lax.Precision.HIGHEST
-  w_111E = jnp.asarray(feature_weights(F, coefficients), acc)[None, None, None]
-  phi_BHTE = features(q_BHTF.astype(acc), coefficients) * w_111E
-  num_BHTP = jnp.einsum(
-    "bhte,bhep->bhtp",
-    phi_BHTE,
-    state.kv_BHEP,
-    precision=exact,
-  )
+  F, acc = q_BHTF.shape[-1], state.kv_BHEP.dtype
+  precision = products.precision_of(q_BHTF.dtype)
+  w_E = jnp.asarray(feature_weights(F, coefficients), acc)
+  if products.time_last:
+    q_BHFT = q_BHTF.swapaxes(2, 3).astype(acc)
+    phi_BHET = features(q_BHFT, coefficients, axis=2)
+    wkv_BHEP = w_E[None, None, :, None] * state.kv_BHEP
+    num_BHTP = jnp.einsum(
+      "bhet,bhep->bhtp", phi_BHET, wkv_BHEP, precision=precision
+    )
+  else:
+    phi_BHTE = (
+      features(q_BHTF.astype(acc), coefficients) * w_E[None, None, None]
+    )
+    num_BHTP = jnp.einsum(
+      "bhte,bhep->bhtp", phi_BHTE, state.kv_BHEP, precision=precision
+    )
   q_BHTG = extend(q_BHTF.astype(acc), coefficients)
   w_11GG = jnp.asarray(denominator_weights(F, coefficients), acc)[None, None]
   wkk_BHGG = w_11GG * state.kk_BHGG
   z_BHT = jnp.einsum(
-    "bhtg,bhgj,bhtj->bht", q_BHTG, wkk_BHGG, q_BHTG, precision=exact
+    "bhtg,bhgj,bhtj->bht", q_BHTG, wkk_BHGG, q_BHTG, precision=precision
   )
   return num_BHTP, z_BHT
 
@@ -168,6 +208,7 @@ def key_state(
   v_BHTP: Array,
   coefficients: Coefficients,
   keep_B1T: Array | None = None,
+  products: StateProducts = EXACT,
 ) -> State:
   """Sum the state of these tokens alone.
 
@@ -176,21 +217,25 @@ def key_state(
     v_BHTP: values.
     coefficients: with the scale folded in.
     keep_B1T: which tokens count; None counts all.
+    products: how the products are computed.
   """
-  acc, exact = sum_dtype(k_BHTF.dtype), jax.lax.Precision.HIGHEST
-  phi_BHTE = features(k_BHTF.astype(acc), coefficients)
+  acc = sum_dtype(k_BHTF.dtype)
+  precision = products.precision_of(k_BHTF.dtype)
+  if products.time_last:
+    k_BHFT = k_BHTF.swapaxes(2, 3).astype(acc)
+    phi_BHET = features(k_BHFT, coefficients, axis=2)
+    phi_BHTE = phi_BHET.swapaxes(2, 3)
+  else:
+    phi_BHTE = features(k_BHTF.astype(acc), coefficients)
   k_BHTG = extend(k_BHTF.astype(acc), coefficients)
   if keep_B1T is not None:
     phi_BHTE, v_BHTP, k_BHTG = (
       jnp.where(keep_B1T[..., None], x, 0) for x in (phi_BHTE, v_BHTP, k_BHTG)
     )
   kv_BHEP = jnp.einsum(
-    "bhte,bhtp->bhep",
-    phi_BHTE,
-    v_BHTP.astype(acc),
-    precision=exact,
+    "bhte,bhtp->bhep", phi_BHTE, v_BHTP.astype(acc), precision=precision
   )
-  kk_BHGG = jnp.einsum("bhtg,bhtj->bhgj", k_BHTG, k_BHTG, precision=exact)
+  kk_BHGG = jnp.einsum("bhtg,bhtj->bhgj", k_BHTG, k_BHTG, precision=precision)
   return State(kv_BHEP, kk_BHGG)
 
 

@@ -1,10 +1,18 @@
 """Polynomial attention in chunks: plain jax, linear in time and memory.
 
-A row is cut into chunks of at most 64 tokens. Within a chunk the equations of
-`spec.py` are taken as they stand; the tokens before the chunk enter through the
-recurrent state. The backward keeps only q, k, v and the state before the row. A
-sweep from left to right recomputes the states and gives dq. A sweep from right
-to left carries the cotangent of the state, dKV and dKK, and gives dk and dv.
+A row is cut into chunks. Within a chunk the equations of `spec.py` are taken as
+they stand; the tokens before the chunk enter through the recurrent state. The
+backward keeps only q, k, v and the state before the row. A sweep from left to
+right recomputes the states and gives dq. A sweep from right to left carries the
+cotangent of the state, dKV and dKK, and gives dk and dv.
+
+Chunks follow each other in spans. All chunks of a span are computed at once:
+each sums the state of the tokens in it, and a prefix sum over the span gives
+the state that each chunk starts from. There are two forms:
+
+  CHUNKS  a span is one chunk of 64 tokens, which stays in a CPU's cache
+  SPANS   a span has as many chunks of 128 tokens as `span_bytes` hold, which
+          fills a GPU
 
 With g = r·do, r = 1 / (Σ sim + eps), dz = −r·(do·o), and J the Jacobian of φ,
 
@@ -15,11 +23,12 @@ With g = r·do, r = 1 / (Σ sim + eps), dz = −r·(do·o), and J the Jacobian o
 
 where the sums Σ_s and Σ_t are over the chunk.
 
-The last chunk is padded with tokens of a document numbered −1. The masks that
+The last chunks are padded with tokens of a document numbered −1. The masks that
 separate documents separate them from the others.
 """
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -28,15 +37,19 @@ import jax.numpy as jnp
 
 from pallas_kernels import numerics
 from pallas_kernels.polynomial import spec, state as state_lib
+from pallas_kernels.polynomial.coefficients import Coefficients
 from pallas_kernels.polynomial.operator import (
   Kernel,
   add_slice_axis,
   drop_slice_axis,
 )
-from pallas_kernels.polynomial.state import State
+from pallas_kernels.polynomial.state import (
+  EXACT,
+  IN_PARTS,
+  State,
+  StateProducts,
+)
 from pallas_kernels.sharding import vary_alike
-
-CHUNK = 64  # the most tokens of a chunk
 
 
 class Masks(NamedTuple):
@@ -57,160 +70,272 @@ class Masks(NamedTuple):
   joined_B111: Array
 
 
-def forward(
-  q_BTHF: Array,
-  k_BTHF: Array,
-  v_BTHP: Array,
-  runs_BT: Array | None,
-  state: State | None,
-  kernel: Kernel,
-  *,
-  return_state: bool,
-) -> tuple[Array, State | None, State | None]:
-  """Return o_BTHP, the state after the last token and that before the first."""
-  T, before = q_BTHF.shape[1], add_slice_axis(state)
-  runs_NBC = _chunk_runs(runs_BT, T)
-  chunks = _cut(T, q_BTHF, k_BTHF, v_BTHP)
+class Tiling(NamedTuple):
+  """How a row is cut.
 
-  def chunk(state, inputs):
-    (q_BHCF, k_BHCF, v_BHCP), masks = inputs
-    num_BHCP, z_BHC = _two_sums(q_BHCF, k_BHCF, v_BHCP, state, masks, kernel)
-    o_BHCP = num_BHCP / (z_BHC + kernel.eps)[..., None]
-    state = _add_keys(state, k_BHCF, v_BHCP, masks, kernel)
-    return state, o_BHCP.astype(v_BTHP.dtype)
+  Attributes:
+    M: spans of a row, taken one after the other.
+    S: chunks of a span, computed at once.
+    C: tokens of a chunk.
+  """
 
-  state, o_NBCHP = _scan(chunk, state, chunks, runs_NBC)
-  return _join(o_NBCHP, T), state if return_state else None, before
+  M: int
+  S: int
+  C: int
 
 
-def key_state(
-  k_BTHF: Array, v_BTHP: Array, runs_BT: Array | None, kernel: Kernel
-) -> State:
-  """Return the state after the last token, from a zero state."""
-  T = k_BTHF.shape[1]
+class _Call(NamedTuple):
+  """The static numbers that the terms of a chunk take."""
 
-  def chunk(state, inputs):
-    (k_BHCF, v_BHCP), masks = inputs
-    return _add_keys(state, k_BHCF, v_BHCP, masks, kernel), None
-
-  chunks = _cut(T, k_BTHF, v_BTHP)
-  return _scan(chunk, None, chunks, _chunk_runs(runs_BT, T))[0]
+  coefficients: Coefficients
+  eps: float
+  products: StateProducts
 
 
-def backward_queries(
-  q_BTHF: Array,
-  k_BTHF: Array,
-  v_BTHP: Array,
-  do_BTHP: Array,
-  runs_BT: Array | None,
-  before: State | None,
-  kernel: Kernel,
-) -> tuple[Array, Array, Array]:
-  """Return dq_BTHF, r_BTH = 1 / (Σ sim + eps) and dz_BTH = −r·(do·o)."""
-  T = q_BTHF.shape[1]
-  chunks = _cut(T, q_BTHF, k_BTHF, v_BTHP, do_BTHP)
+@dataclasses.dataclass(frozen=True)
+class PlainPasses:
+  """The five passes of `operator.Passes`, in plain jax.
 
-  def chunk(state, inputs):
-    (q_BHCF, k_BHCF, v_BHCP, do_BHCP), masks = inputs
-    num_BHCP, z_BHC = _two_sums(q_BHCF, k_BHCF, v_BHCP, state, masks, kernel)
-    r_BHC = 1 / (z_BHC + kernel.eps)
-    g_BHCP = _numerator_cotangent(do_BHCP, r_BHC)
-    dz_BHC = -r_BHC * jnp.sum(g_BHCP * num_BHCP, axis=-1)
-    da_BHCC = _product_cotangent(
-      q_BHCF, k_BHCF, v_BHCP, do_BHCP, r_BHC, dz_BHC, masks, kernel
+  Attributes:
+    chunk: the most tokens of a chunk.
+    span_bytes: how much the states and similarities of a span may take. The
+      forward and backward together take about 3.5 times as much. With 0 a span
+      is one chunk.
+    products: how products with states are computed.
+  """
+
+  chunk: int
+  span_bytes: int
+  products: StateProducts
+
+  def forward(
+    self,
+    q_BTHF: Array,
+    k_BTHF: Array,
+    v_BTHP: Array,
+    runs_BT: Array | None,
+    state: State | None,
+    kernel: Kernel,
+    *,
+    return_state: bool,
+  ) -> tuple[Array, State | None, State | None]:
+    """Return o_BTHP, the state after the last token, and the first one."""
+    call = self._call(kernel)
+
+    def own(chunk, masks):
+      _, k_BHCF, v_BHCP = chunk
+      return _sum_keys(k_BHCF, v_BHCP, masks, call)
+
+    def outputs(chunk, masks, state):
+      q_BHCF, k_BHCF, v_BHCP = chunk
+      num_BHCP, z_BHC = _two_sums(q_BHCF, k_BHCF, v_BHCP, state, masks, call)
+      o_BHCP = num_BHCP / (z_BHC + call.eps)[..., None]
+      return (o_BHCP.astype(v_BTHP.dtype),)
+
+    after, (o_BTHP,) = _sweep(
+      self,
+      own,
+      outputs,
+      state,
+      (q_BTHF, k_BTHF, v_BTHP),
+      runs_BT,
+      call,
+      value_features=v_BTHP.shape[-1],
     )
-    seen = _seen(masks, da_BHCC.shape[-1])
-    dq_BHCF = numerics.weighted_sum(da_BHCC, k_BHCF, seen)
-    if state is not None:
-      dq_BHCF += _query_cotangent(q_BHCF, g_BHCP, dz_BHC, state, masks, kernel)
-    state = _add_keys(state, k_BHCF, v_BHCP, masks, kernel)
-    return state, (dq_BHCF, r_BHC[..., None], dz_BHC[..., None])
+    return o_BTHP, after if return_state else None, add_slice_axis(state)
 
-  _, outputs = _scan(
-    chunk, drop_slice_axis(before), chunks, _chunk_runs(runs_BT, T)
-  )
-  dq_BTHF, r_BTH1, dz_BTH1 = (_join(x, T) for x in outputs)
-  return dq_BTHF.astype(q_BTHF.dtype), r_BTH1[..., 0], dz_BTH1[..., 0]
+  def key_state(
+    self,
+    k_BTHF: Array,
+    v_BTHP: Array,
+    runs_BT: Array | None,
+    kernel: Kernel,
+  ) -> State:
+    """Return the state after the last token, from a zero state."""
+    call = self._call(kernel)
 
+    def own(chunk, masks):
+      return _sum_keys(*chunk, masks, call)
 
-def backward_keys(
-  q_BTHF: Array,
-  k_BTHF: Array,
-  v_BTHP: Array,
-  do_BTHP: Array,
-  r_BTH: Array,
-  dz_BTH: Array,
-  runs_BT: Array | None,
-  dstate: State | None,
-  kernel: Kernel,
-  *,
-  return_state: bool,
-) -> tuple[Array, Array, State | None]:
-  """Return dk_BTHF, dv_BTHP and the cotangent of the state before token 0."""
-  T = q_BTHF.shape[1]
-  chunks = _cut(
-    T, q_BTHF, k_BTHF, v_BTHP, do_BTHP, r_BTH[..., None], dz_BTH[..., None]
-  )
+    return _sweep(
+      self,
+      own,
+      _nothing,
+      None,
+      (k_BTHF, v_BTHP),
+      runs_BT,
+      call,
+      value_features=v_BTHP.shape[-1],
+    )[0]
 
-  def chunk(dstate, inputs):
-    (q_BHCF, k_BHCF, v_BHCP, do_BHCP, r_BHC1, dz_BHC1), masks = inputs
-    r_BHC, dz_BHC = r_BHC1[..., 0], dz_BHC1[..., 0]
-    g_BHCP = _numerator_cotangent(do_BHCP, r_BHC)
-    product_BHCC = _inner(q_BHCF, k_BHCF)
-    sim_BHCC = _visible(
-      spec.similarity(product_BHCC, kernel.coefficients), masks
+  def backward_queries(
+    self,
+    q_BTHF: Array,
+    k_BTHF: Array,
+    v_BTHP: Array,
+    do_BTHP: Array,
+    runs_BT: Array | None,
+    before: State | None,
+    kernel: Kernel,
+  ) -> tuple[Array, Array, Array]:
+    """Return dq_BTHF, r_BTH = 1 / (Σ sim + eps) and dz_BTH = −r·(do·o)."""
+    call = self._call(kernel)
+
+    def own(chunk, masks):
+      _, k_BHCF, v_BHCP, _ = chunk
+      return _sum_keys(k_BHCF, v_BHCP, masks, call)
+
+    def outputs(chunk, masks, state):
+      q_BHCF, k_BHCF, v_BHCP, do_BHCP = chunk
+      num_BHCP, z_BHC = _two_sums(q_BHCF, k_BHCF, v_BHCP, state, masks, call)
+      r_BHC = 1 / (z_BHC + call.eps)
+      g_BHCP = _numerator_cotangent(do_BHCP, r_BHC)
+      dz_BHC = -r_BHC * jnp.sum(g_BHCP * num_BHCP, axis=-1)
+      da_BHCC = _product_cotangent(
+        q_BHCF, k_BHCF, v_BHCP, do_BHCP, r_BHC, dz_BHC, masks, call
+      )
+      seen = _seen(masks, da_BHCC.shape[-1])
+      dq_BHCF = numerics.weighted_sum(da_BHCC, k_BHCF, seen)
+      if state is not None:
+        dq_BHCF += _query_cotangent(q_BHCF, g_BHCP, dz_BHC, state, masks, call)
+      return dq_BHCF, r_BHC[..., None], dz_BHC[..., None]
+
+    arrays = (q_BTHF, k_BTHF, v_BTHP, do_BTHP)
+    _, (dq_BTHF, r_BTH1, dz_BTH1) = _sweep(
+      self,
+      own,
+      outputs,
+      drop_slice_axis(before),
+      arrays,
+      runs_BT,
+      call,
+      value_features=do_BTHP.shape[-1],
     )
-    da_BHCC = _product_cotangent(
-      q_BHCF, k_BHCF, v_BHCP, do_BHCP, r_BHC, dz_BHC, masks, kernel
+    return dq_BTHF.astype(q_BTHF.dtype), r_BTH1[..., 0], dz_BTH1[..., 0]
+
+  def backward_keys(
+    self,
+    q_BTHF: Array,
+    k_BTHF: Array,
+    v_BTHP: Array,
+    do_BTHP: Array,
+    r_BTH: Array,
+    dz_BTH: Array,
+    runs_BT: Array | None,
+    dstate: State | None,
+    kernel: Kernel,
+    *,
+    return_state: bool,
+  ) -> tuple[Array, Array, State | None]:
+    """Return dk_BTHF, dv_BTHP and the cotangent of the state before token 0."""
+    call = self._call(kernel)
+
+    def own(chunk, masks):
+      q_BHCF, _, _, do_BHCP, r_BHC1, dz_BHC1 = chunk
+      g_BHCP = _numerator_cotangent(do_BHCP, r_BHC1[..., 0])
+      return _sum_queries(q_BHCF, g_BHCP, dz_BHC1[..., 0], masks, call)
+
+    def outputs(chunk, masks, dstate):
+      q_BHCF, k_BHCF, v_BHCP, do_BHCP, r_BHC1, dz_BHC1 = chunk
+      r_BHC, dz_BHC = r_BHC1[..., 0], dz_BHC1[..., 0]
+      g_BHCP = _numerator_cotangent(do_BHCP, r_BHC)
+      product_BHCC = _inner(q_BHCF, k_BHCF)
+      sim_BHCC = _visible(
+        spec.similarity(product_BHCC, call.coefficients), masks
+      )
+      da_BHCC = _product_cotangent(
+        q_BHCF, k_BHCF, v_BHCP, do_BHCP, r_BHC, dz_BHC, masks, call
+      )
+      seen = _seen(masks, da_BHCC.shape[-1]).swapaxes(-1, -2)
+      dtype = v_BHCP.dtype
+      dk_BHCF = numerics.weighted_sum(da_BHCC.swapaxes(-1, -2), q_BHCF, seen)
+      sim_BHCC = sim_BHCC.swapaxes(-1, -2).astype(dtype)
+      dv_BHCP = numerics.weighted_sum(sim_BHCC, g_BHCP.astype(dtype), seen)
+      if dstate is not None:
+        dk_past, dv_past = _key_cotangents(k_BHCF, v_BHCP, dstate, masks, call)
+        dk_BHCF, dv_BHCP = dk_BHCF + dk_past, dv_BHCP + dv_past
+      return dk_BHCF, dv_BHCP
+
+    per_query = (r_BTH[..., None], dz_BTH[..., None])
+    arrays = (q_BTHF, k_BTHF, v_BTHP, do_BTHP, *per_query)
+    dstate, (dk_BTHF, dv_BTHP) = _sweep(
+      self,
+      own,
+      outputs,
+      dstate,
+      arrays,
+      runs_BT,
+      call,
+      value_features=do_BTHP.shape[-1],
+      reverse=True,
     )
-    seen = _seen(masks, da_BHCC.shape[-1]).swapaxes(-1, -2)
-    dtype = v_BHCP.dtype
-    dk_BHCF = numerics.weighted_sum(da_BHCC.swapaxes(-1, -2), q_BHCF, seen)
-    sim_BHCC = sim_BHCC.swapaxes(-1, -2).astype(dtype)
-    dv_BHCP = numerics.weighted_sum(sim_BHCC, g_BHCP.astype(dtype), seen)
-    if dstate is not None:
-      dk_past, dv_past = _key_cotangents(k_BHCF, v_BHCP, dstate, masks, kernel)
-      dk_BHCF, dv_BHCP = dk_BHCF + dk_past, dv_BHCP + dv_past
-    dstate = _add_queries(dstate, q_BHCF, g_BHCP, dz_BHC, masks, kernel)
-    return dstate, (dk_BHCF, dv_BHCP)
+    dk_BTHF = dk_BTHF.astype(k_BTHF.dtype)
+    dv_BTHP = dv_BTHP.astype(v_BTHP.dtype)
+    return dk_BTHF, dv_BTHP, dstate if return_state else None
 
-  dstate, outputs = _scan(
-    chunk, dstate, chunks, _chunk_runs(runs_BT, T), reverse=True
-  )
-  dk_BTHF, dv_BTHP = (_join(x, T) for x in outputs)
-  dk_BTHF, dv_BTHP = dk_BTHF.astype(k_BTHF.dtype), dv_BTHP.astype(v_BTHP.dtype)
-  return dk_BTHF, dv_BTHP, dstate if return_state else None
+  def query_cotangent(
+    self,
+    q_BTHF: Array,
+    do_BTHP: Array,
+    r_BTH: Array,
+    dz_BTH: Array,
+    runs_BT: Array | None,
+    kernel: Kernel,
+  ) -> State:
+    """Return the cotangent of the state before token 0, if the last's is 0."""
+    call = self._call(kernel)
+
+    def own(chunk, masks):
+      q_BHCF, do_BHCP, r_BHC1, dz_BHC1 = chunk
+      g_BHCP = _numerator_cotangent(do_BHCP, r_BHC1[..., 0])
+      return _sum_queries(q_BHCF, g_BHCP, dz_BHC1[..., 0], masks, call)
+
+    arrays = (q_BTHF, do_BTHP, r_BTH[..., None], dz_BTH[..., None])
+    return _sweep(
+      self,
+      own,
+      _nothing,
+      None,
+      arrays,
+      runs_BT,
+      call,
+      value_features=do_BTHP.shape[-1],
+      reverse=True,
+    )[0]
+
+  def _call(self, kernel: Kernel) -> _Call:
+    return _Call(kernel.coefficients, kernel.eps, self.products)
+
+  def tiling(self, B: int, T: int, state_BH: State) -> Tiling:
+    """Cut B rows of T tokens, as evenly as can be.
+
+    Args:
+      B: rows.
+      T: tokens of a row.
+      state_BH: a state of these rows; only its shapes matter.
+    """
+    N = -(-T // self.chunk)
+    C = -(-T // N)
+    H = state_BH.kv_BHEP.shape[1]
+    # Of two float32 arrays (C, C) a chunk holds: products, and similarities.
+    similarities = 2 * 4 * B * H * C * C
+    states = sum(x.size * x.dtype.itemsize for x in state_BH)
+    S = max(1, min(N, self.span_bytes // (similarities + states)))
+    M = -(-N // S)
+    S = -(-N // M)
+    return Tiling(M, S, -(-T // (M * S)))
 
 
-def query_cotangent(
-  q_BTHF: Array,
-  do_BTHP: Array,
-  r_BTH: Array,
-  dz_BTH: Array,
-  runs_BT: Array | None,
-  kernel: Kernel,
-) -> State:
-  """Return the cotangent of the state before token 0, if the last's is 0."""
-  T = q_BTHF.shape[1]
-  chunks = _cut(T, q_BTHF, do_BTHP, r_BTH[..., None], dz_BTH[..., None])
-
-  def chunk(dstate, inputs):
-    (q_BHCF, do_BHCP, r_BHC1, dz_BHC1), masks = inputs
-    g_BHCP = _numerator_cotangent(do_BHCP, r_BHC1[..., 0])
-    dz_BHC = dz_BHC1[..., 0]
-    return _add_queries(dstate, q_BHCF, g_BHCP, dz_BHC, masks, kernel), None
-
-  runs_NBC = _chunk_runs(runs_BT, T)
-  return _scan(chunk, None, chunks, runs_NBC, reverse=True)[0]
+CHUNKS = PlainPasses(chunk=64, span_bytes=0, products=EXACT)
+SPANS = PlainPasses(chunk=128, span_bytes=2**30, products=EXACT)
 
 
-# Cutting rows into chunks.
+def spans(*, in_parts: bool) -> PlainPasses:
+  """Return `SPANS`; `in_parts` says whether 16-bit inputs take `IN_PARTS`."""
+  return dataclasses.replace(SPANS, products=IN_PARTS) if in_parts else SPANS
 
 
-def _chunk_sizes(T: int) -> tuple[int, int]:
-  """Return (N, C): chunks of a row and tokens of a chunk, as even as can be."""
-  N = -(-T // CHUNK)
-  return N, -(-T // N)
+# Cutting rows into spans of chunks.
 
 
 def _operand_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
@@ -221,46 +346,52 @@ def _operand_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
   return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
 
 
-def _cut(T: int, *arrays_BTH: Array) -> tuple[Array, ...]:
-  """Cut (B, T, H, ·) arrays into chunks (N, B, C, H, ·), padded with zeros."""
-  N, C = _chunk_sizes(T)
-
-  def cut(x_BTH):
-    x_BTH = x_BTH.astype(_operand_dtype(x_BTH.dtype))
-    x_BTH = jnp.pad(x_BTH, ((0, 0), (0, N * C - T), (0, 0), (0, 0)))
-    x_BNCH = x_BTH.reshape(x_BTH.shape[0], N, C, *x_BTH.shape[2:])
-    return jnp.moveaxis(x_BNCH, 1, 0)
-
-  return tuple(cut(x) for x in arrays_BTH)
+def _cut(x_BTH: Array, tiling: Tiling) -> Array:
+  """Cut (B, T, H, ·) into spans (M, S·B, C, H, ·), padded with zeros."""
+  B, T = x_BTH.shape[:2]
+  M, S, C = tiling
+  x_BTH = x_BTH.astype(_operand_dtype(x_BTH.dtype))
+  x_BTH = jnp.pad(x_BTH, ((0, 0), (0, M * S * C - T), (0, 0), (0, 0)))
+  x_BNCH = x_BTH.reshape(B, M * S, C, *x_BTH.shape[2:])
+  return jnp.moveaxis(x_BNCH, 1, 0).reshape(M, S * B, *x_BNCH.shape[2:])
 
 
-def _join(x_NBCH: Array, T: int) -> Array:
-  """Undo `_cut`: (N, B, C, H, ·) → (B, T, H, ·)."""
-  N, B, C = x_NBCH.shape[:3]
+def _join(x_MBCH: Array, T: int, tiling: Tiling) -> Array:
+  """Undo `_cut`: (M, S·B, C, H, ·) → (B, T, H, ·)."""
+  M, S, C = tiling
+  B = x_MBCH.shape[1] // S
+  x_NBCH = x_MBCH.reshape(M * S, B, *x_MBCH.shape[2:])
   x_BNCH = jnp.moveaxis(x_NBCH, 0, 1)
-  return x_BNCH.reshape(B, N * C, *x_BNCH.shape[3:])[:, :T]
+  return x_BNCH.reshape(B, M * S * C, *x_BNCH.shape[3:])[:, :T]
 
 
 def _chunk_runs(
-  runs_BT: Array | None, T: int
+  runs_BT: Array | None, B: int, T: int, tiling: Tiling
 ) -> tuple[Array, Array, Array] | None:
-  """Cut document numbers into chunks.
+  """Cut document numbers into spans, as `_cut` does.
 
   Returns:
-    (runs_NBC, before_NB, after_NB): the document of each token, of the state
-    before each chunk and of the state after it. None where no masks are needed.
+    (runs_MBC, before_MB, after_MB), with S·B rows instead of B: the document
+    of each token, of the state before each chunk and of the state after it.
+    None where no masks are needed.
   """
-  N, C = _chunk_sizes(T)
+  M, S, C = tiling
+  N = M * S
   if runs_BT is None:
     if N * C == T:
       return None
-    runs_BT = jnp.zeros((1, T), jnp.int32)
+    # The rows share masks, unless chunks stand in the rows' places too.
+    runs_BT = jnp.zeros((1 if S == 1 else B, T), jnp.int32)
   ends_N = jnp.minimum(jnp.arange(1, N + 1) * C, T) - 1
   after_NB = runs_BT[:, ends_N].T
   before_NB = jnp.concatenate([runs_BT[:, :1].T, after_NB[:-1]])
   runs_BT = jnp.pad(runs_BT, ((0, 0), (0, N * C - T)), constant_values=-1)
   runs_NBC = jnp.moveaxis(runs_BT.reshape(-1, N, C), 1, 0)
-  return runs_NBC, before_NB, after_NB
+  return (
+    runs_NBC.reshape(M, -1, C),
+    before_NB.reshape(M, -1),
+    after_NB.reshape(M, -1),
+  )
 
 
 def _masks(runs: tuple[Array, Array, Array] | None) -> Masks | None:
@@ -279,40 +410,135 @@ def _masks(runs: tuple[Array, Array, Array] | None) -> Masks | None:
   )
 
 
-def _scan(
-  chunk: Callable[[Any, Any], tuple[Any, Any]],
+# Carrying the state over a row.
+
+
+def _sweep(
+  passes: PlainPasses,
+  own: Callable[[tuple[Array, ...], Masks | None], State],
+  outputs: Callable[[tuple[Array, ...], Masks | None, Any], tuple[Array, ...]],
   state: State | None,
-  chunks: tuple[Array, ...],
-  runs: tuple[Array, Array, Array] | None,
+  arrays_BTH: tuple[Array, ...],
+  runs_BT: Array | None,
+  call: _Call,
   *,
+  value_features: int,
   reverse: bool = False,
-) -> tuple[Any, Any]:
-  """Run `chunk(state, (arrays, masks)) → (state, outputs)` over all chunks.
+) -> tuple[Any, tuple[Array, ...]]:
+  """Carry a state over the rows, and compute the outputs of every chunk.
 
-  `chunk` sees (B, H, C, ·) arrays. They are transposed chunk by chunk, while a
-  chunk is in the cache, and not all at once.
+  Where a span has S chunks, `own` and `outputs` see S·B rows instead of B.
+
+  Args:
+    passes: how the rows are cut.
+    own: (chunk, masks) → the state of a chunk's tokens alone.
+    outputs: (chunk, masks, state) → arrays (B, H, C, ·). The state is that of
+      the tokens before the chunk, or after it if `reverse`; None for zeros.
+    state: the state before the rows, or after them if `reverse`; None for 0.
+    arrays_BTH: (B, T, H, ·), queries or keys first; the functions see a chunk
+      of each, as (B, H, C, ·).
+    runs_BT: the documents of the tokens.
+    call: static numbers.
+    value_features: P.
+    reverse: whether the state goes from the last token to the first.
+
+  Returns:
+    (state, outputs): the state after the sweep, and arrays (B, T, H, ·).
   """
+  B, T, H, F = arrays_BTH[0].shape
+  zero = state_lib.zero_state(
+    B,
+    H,
+    F,
+    value_features,
+    coefficients=call.coefficients,
+    dtype=arrays_BTH[0].dtype,
+  )
+  tiling = passes.tiling(B, T, zero)
+  inputs = (
+    tuple(_cut(x_BTH, tiling) for x_BTH in arrays_BTH),
+    _chunk_runs(runs_BT, B, T, tiling),
+  )
 
-  def swap_time_and_heads(tree):
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), tree)
+  def swap_time_and_heads(arrays):
+    # Chunk by chunk, while a chunk is in the cache, and not all at once.
+    return tuple(jnp.swapaxes(x, 1, 2) for x in arrays)
 
-  def step(state, inputs):
+  def span(state, inputs):
     arrays_BCH, runs = inputs
-    state, outputs_BHC = chunk(
-      state, (swap_time_and_heads(arrays_BCH), _masks(runs))
+    chunk, masks = swap_time_and_heads(arrays_BCH), _masks(runs)
+    joined_B111 = None if masks is None else masks.joined_B111
+    entering, state = _pass_state(
+      state, own(chunk, masks), joined_B111, tiling.S, reverse=reverse
     )
-    return state, swap_time_and_heads(outputs_BHC)
+    return state, swap_time_and_heads(outputs(chunk, masks, entering))
 
-  inputs = (chunks, runs)
-  first = jax.tree.map(lambda x: x[0], inputs)
-  if chunks[0].shape[0] == 1:
-    state, outputs = step(state, first)
-    return state, jax.tree.map(lambda x: x[None], outputs)
-  if state is None:
-    shapes, _ = jax.eval_shape(lambda x: step(None, x), first)
-    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  state, _ = vary_alike(state, inputs)
-  return jax.lax.scan(step, state, inputs, reverse=reverse)
+  if state is None and tiling.M * tiling.S > 1:
+    state = zero
+  if tiling.M == 1:
+    state, results = span(state, jax.tree.map(lambda x: x[0], inputs))
+    results = jax.tree.map(lambda x: x[None], results)
+  else:
+    state, _ = vary_alike(state, inputs)
+    state, results = jax.lax.scan(span, state, inputs, reverse=reverse)
+  return state, tuple(_join(x, T, tiling) for x in results)
+
+
+def _nothing(*_: Any) -> tuple[()]:
+  """Return no outputs, for the passes that only sum a state."""
+  return ()
+
+
+def _pass_state(
+  state: State | None,
+  own: State,
+  joined_B111: Array | None,
+  S: int,
+  *,
+  reverse: bool,
+) -> tuple[State | None, State]:
+  """Pass a state through the S chunks of a span, by a prefix sum.
+
+  Args:
+    state: the state (B, H, ·, ·) that enters the span; None for zeros, before a
+      single chunk.
+    own: the states of the chunks alone, (S·B, H, ·, ·).
+    joined_B111: of the chunks, as in `Masks`, (S·B, 1, 1, 1).
+    S: chunks of the span.
+    reverse: whether the state enters at the last chunk.
+
+  Returns:
+    (entering, state): the state that enters each chunk, in the shape of `own`,
+    and that which leaves the span.
+  """
+  if S == 1:
+    return state, _carry(state, own, joined_B111)
+  own_SB, joined_SB = jax.tree.map(
+    lambda x: x.reshape(S, -1, *x.shape[1:]), (own, joined_B111)
+  )
+  first, last = (-1, 0) if reverse else (0, -1)
+
+  def at(tree, s):
+    return jax.tree.map(lambda x: x[s], tree)
+
+  leaving_first = _carry(state, at(own_SB, first), at(joined_SB, first))
+  own_SB = jax.tree.map(lambda x, y: x.at[first].set(y), own_SB, leaving_first)
+
+  def add(earlier, later):
+    (state, joined), (own, joined_own) = earlier, later
+    both = None if joined is None else joined & joined_own
+    return _carry(state, own, joined_own), both
+
+  leaving_SB, _ = jax.lax.associative_scan(
+    add, (own_SB, joined_SB), reverse=reverse
+  )
+
+  def shift(x_B, x_SB):
+    parts = [x_SB[1:], x_B[None]] if reverse else [x_B[None], x_SB[:-1]]
+    return jnp.concatenate(parts).reshape(-1, *x_SB.shape[2:])
+
+  entering = jax.tree.map(shift, state, leaving_SB)
+  return entering, at(leaving_SB, last)
 
 
 # The terms of a chunk.
@@ -346,10 +572,10 @@ def _numerator_cotangent(do_BHCP: Array, r_BHC: Array) -> Array:
   return do_BHCP.astype(r_BHC.dtype) * r_BHC[..., None]
 
 
-def _two_sums(q_BHCF, k_BHCF, v_BHCP, state, masks, kernel):
+def _two_sums(q_BHCF, k_BHCF, v_BHCP, state, masks, call):
   """Compute each query's Σ sim v and Σ sim, as (num_BHCP, z_BHC)."""
   sim_BHCC = _visible(
-    spec.similarity(_inner(q_BHCF, k_BHCF), kernel.coefficients), masks
+    spec.similarity(_inner(q_BHCF, k_BHCF), call.coefficients), masks
   )
   z_BHC = sim_BHCC.sum(axis=-1)
   num_BHCP = numerics.weighted_sum(
@@ -357,7 +583,9 @@ def _two_sums(q_BHCF, k_BHCF, v_BHCP, state, masks, kernel):
   )
   if state is None:
     return num_BHCP, z_BHC
-  past_num, past_z = state_lib.query_state(q_BHCF, state, kernel.coefficients)
+  past_num, past_z = state_lib.query_state(
+    q_BHCF, state, call.coefficients, call.products
+  )
   if masks is not None:
     past_num = jnp.where(masks.first_B1C[..., None], past_num, 0)
     past_z = jnp.where(masks.first_B1C, past_z, 0)
@@ -365,23 +593,23 @@ def _two_sums(q_BHCF, k_BHCF, v_BHCP, state, masks, kernel):
 
 
 def _product_cotangent(
-  q_BHCF, k_BHCF, v_BHCP, do_BHCP, r_BHC, dz_BHC, masks, kernel
+  q_BHCF, k_BHCF, v_BHCP, do_BHCP, r_BHC, dz_BHC, masks, call
 ):
   """Compute da_BHCC, the cotangent of q_t·k_s within the chunk."""
   # r multiplies the sum do·v. A rounded g = r·do would be off by more than what
   # is left of g·v + dz where the two nearly cancel.
   dsim_BHCC = r_BHC[..., None] * _inner(do_BHCP, v_BHCP) + dz_BHC[..., None]
-  c1, c2 = kernel.coefficients.c1, kernel.coefficients.c2
+  c1, c2 = call.coefficients.c1, call.coefficients.c2
   slope_BHCC = c1 + 2 * c2 * _inner(q_BHCF, k_BHCF)  # of sim, by q·k
   da_BHCC = dsim_BHCC * slope_BHCC
   return _visible(da_BHCC, masks).astype(q_BHCF.dtype)
 
 
-def _query_cotangent(q_BHCF, g_BHCP, dz_BHC, state, masks, kernel):
+def _query_cotangent(q_BHCF, g_BHCP, dz_BHC, state, masks, call):
   """Compute the cotangent of the queries that comes through the state."""
 
   def sums(q):
-    return state_lib.query_state(q, state, kernel.coefficients)
+    return state_lib.query_state(q, state, call.coefficients, call.products)
 
   (dq_BHCF,) = jax.vjp(sums, q_BHCF)[1]((g_BHCP, dz_BHC))
   dq_BHCF = dq_BHCF.astype(dz_BHC.dtype)
@@ -390,11 +618,11 @@ def _query_cotangent(q_BHCF, g_BHCP, dz_BHC, state, masks, kernel):
   return jnp.where(masks.first_B1C[..., None], dq_BHCF, 0)
 
 
-def _key_cotangents(k_BHCF, v_BHCP, dstate, masks, kernel):
+def _key_cotangents(k_BHCF, v_BHCP, dstate, masks, call):
   """Compute the cotangents of keys and values that come through the state."""
 
   def state_of(k, v):
-    return state_lib.key_state(k, v, kernel.coefficients)
+    return state_lib.key_state(k, v, call.coefficients, products=call.products)
 
   grads = jax.vjp(state_of, k_BHCF, v_BHCP)[1](dstate)
   if masks is not None:
@@ -402,24 +630,25 @@ def _key_cotangents(k_BHCF, v_BHCP, dstate, masks, kernel):
   return tuple(x.astype(dstate.kv_BHEP.dtype) for x in grads)
 
 
-def _carry(old: State | None, new: State, masks: Masks | None) -> State:
+def _carry(old: State | None, new: State, joined_B111: Array | None) -> State:
   """Add the state that came in to the chunk's own, within one document."""
   if old is None:
     return new
-  if masks is not None:
-    old = jax.tree.map(lambda x: jnp.where(masks.joined_B111, x, 0), old)
+  if joined_B111 is not None:
+    old = jax.tree.map(lambda x: jnp.where(joined_B111, x, 0), old)
   return jax.tree.map(jnp.add, old, new)
 
 
-def _add_keys(state, k_BHCF, v_BHCP, masks, kernel):
-  """Return the state after the chunk."""
+def _sum_keys(k_BHCF, v_BHCP, masks, call):
+  """Return the state of a chunk's tokens, those of its last document."""
   keep_B1C = None if masks is None else masks.last_B1C
-  new = state_lib.key_state(k_BHCF, v_BHCP, kernel.coefficients, keep_B1C)
-  return _carry(state, new, masks)
+  return state_lib.key_state(
+    k_BHCF, v_BHCP, call.coefficients, keep_B1C, call.products
+  )
 
 
-def _add_queries(dstate, q_BHCF, g_BHCP, dz_BHC, masks, kernel):
-  """Return the cotangent of the state before the chunk."""
+def _sum_queries(q_BHCF, g_BHCP, dz_BHC, masks, call):
+  """Return what a chunk adds to the cotangent of the state before it."""
   if masks is not None:
     first_B1C = masks.first_B1C
     q_BHCF = jnp.where(first_B1C[..., None], q_BHCF, 0)
@@ -431,7 +660,7 @@ def _add_queries(dstate, q_BHCF, g_BHCP, dz_BHC, masks, kernel):
     H,
     F,
     g_BHCP.shape[-1],
-    coefficients=kernel.coefficients,
+    coefficients=call.coefficients,
     dtype=dz_BHC.dtype,
   )
   # A state that is the same on every device would get a cotangent that is
@@ -439,7 +668,9 @@ def _add_queries(dstate, q_BHCF, g_BHCP, dz_BHC, masks, kernel):
   zero, _ = vary_alike(zero, g_BHCP)
 
   def sums(state):
-    return state_lib.query_state(q_BHCF, state, kernel.coefficients)
+    return state_lib.query_state(
+      q_BHCF, state, call.coefficients, call.products
+    )
 
   (new,) = jax.vjp(sums, zero)[1]((g_BHCP, dz_BHC))
-  return _carry(dstate, new, masks)
+  return new

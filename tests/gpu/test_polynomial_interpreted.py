@@ -81,7 +81,7 @@ def assert_equals_xla(T, P, coefficients, dtype, boundaries):
     runs_BT = documents_lib.document_runs(jnp.cumsum(steps, axis=1))
   wide = [x.astype(jnp.float32) for x in arrays]
   reference = functools.partial(_all, xla, kernel)
-  _, state, _ = xla.forward(
+  _, state, _ = xla.CHUNKS.forward(
     *(x[:, ::-1] for x in wide[:3]), None, None, kernel, return_state=True
   )
   dstate = jax.tree.map(jnp.cos, state)
@@ -119,7 +119,7 @@ def test_states_of_slices_equal_xla(F, boundaries):
   r_BTH, dz_BTH = 0.01 * (across**2)[..., 0], 0.01 * across[..., 1]
   wide = [x.astype(jnp.float32) for x in (q, k, v, do)]
   expected = (
-    xla.key_state(*wide[1:3], runs_BT, kernel),
+    xla.CHUNKS.key_state(*wide[1:3], runs_BT, kernel),
     xla.query_cotangent(wide[0], wide[3], r_BTH, dz_BTH, runs_BT, kernel),
   )
   # The kernels divide sim by c2, and hold r and dz as (B, H, whole chunks).

@@ -90,7 +90,7 @@ def backward_queries(
     launch: the static record of the launch.
 
   Returns:
-    Of a fused launch [dq (B, T, walks, 16), r, dz (B, walks, T padded)]. dq and
+    A fused launch: [dq (B, T, walks, 16), r, dz (B, walks, T padded)]. dq and
     dz are sums over the values, of which each value tile has its share.
     Else the sums through the states, float32: dnum and dden of x_i for squares,
     dnum of x_i and x_j and dden of x_i and x_j for pairs, each (B, walks, T,

@@ -157,7 +157,7 @@ def mask(work: Work, slot, bit: int, x):
   """Set x to 0 for the tokens whose code lacks a bit.
 
   Args:
-    work: of the warpgroup.
+    work: the work of the warpgroup.
     slot: the stage that holds the chunk's inputs.
     bit: OF_STATE_BEFORE or OF_STATE_AFTER.
     x: (C,) or (C, ·), one value or line of values for each token.
@@ -175,7 +175,7 @@ def causal_mask(work: Work, slot, start: int, width: int, *, query_axis: int):
   """Whether a query attends to a key of its chunk, for some columns of scores.
 
   Args:
-    work: of the warpgroup.
+    work: the work of the warpgroup.
     slot: the stage that holds the chunk's inputs.
     start: the first column.
     width: the number of columns.
@@ -212,7 +212,7 @@ def load_masked(work: Work, slot, bit: int, x_name: str, values_name: str):
   values to shared memory, where `summed_tiles` finds them.
 
   Args:
-    work: of the warpgroup.
+    work: the work of the warpgroup.
     slot: the stage that holds the chunk's inputs.
     bit: the tokens whose code lacks it become 0.
     x_name: the input of queries or keys.

@@ -233,7 +233,7 @@ def through_features(work: Work, values_s, x_s, blocks: range):
   u is the cotangent of the features through the state.
 
   Args:
-    work: of the warpgroup.
+    work: the work of the warpgroup.
     values_s: do or v of the chunk (C, TILE).
     x_s: the queries or keys that are rolled (C, PART).
     blocks: which blocks.
@@ -263,7 +263,7 @@ def add_square_gradient(
   whose second sum is a product on the tensor core.
 
   Args:
-    work: of the warpgroup.
+    work: the work of the warpgroup.
     gradient: what is added to, float32.
     u: the cotangent of the features, as `through_features` returns it.
     rolled: x Π, likewise.
@@ -291,7 +291,7 @@ def pair_gradients(work: Work, u, rolled, x_i, blocks: range):
       J(x_i)ᵀ u = Σ_r u_r ∘ (x_j Π_r),    J(x_j)ᵀ u = Σ_r (u_r ∘ x_i) Π_rᵀ
 
   Args:
-    work: of the warpgroup.
+    work: the work of the warpgroup.
     u: the cotangent of the features, as `through_features` returns it.
     rolled: x_j Π, likewise.
     x_i: the first part of the queries or keys, (C, PART).

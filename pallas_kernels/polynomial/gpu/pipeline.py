@@ -282,7 +282,7 @@ def _state_warpgroup(
   """Keep the state in registers, and add each chunk to it.
 
   Args:
-    work: of this warpgroup.
+    work: the work of this warpgroup.
     steps: what the kernel does with a chunk.
     chunk_at: the chunk of each step of the walk.
     fetch: starts the copies of a chunk's inputs into a stage.

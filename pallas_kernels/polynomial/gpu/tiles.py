@@ -83,7 +83,7 @@ def two_columns(dtype, first, second=None):
   """Make a tile (C, PART): one or two columns of values, and zeros.
 
   Args:
-    dtype: of the result.
+    dtype: the dtype of the result.
     first: the value of column 0, a scalar or (C, PART).
     second: the value of column 1; None takes `first` there too.
   """

@@ -43,7 +43,7 @@ def states_before(
   Args:
     k: (B, T, H, 16 · parts), padded.
     v: (B, T, H, P), padded.
-    masks: of documents.
+    masks: the masks of documents.
     initial: the state before the first slice; None for zeros.
     state: the same in the public form, which has the count of its tokens.
     launch: the launch that has the slices.
@@ -85,7 +85,7 @@ def cotangents_after(
     do: (B, T, H, P), padded.
     per_token: r, dz and the codes of documents, as `backward.backward_keys`
       takes them.
-    masks: of documents.
+    masks: the masks of documents.
     final: the cotangent of the state after the last token; None for zeros.
     launch: the launch that has the slices.
 

@@ -364,7 +364,7 @@ def _terms_of_part(
   """List the walks that have a gradient of x_i.
 
   Args:
-    work: of the warpgroup.
+    work: the work of the warpgroup.
     square_ref: gradients of the squares.
     first_ref: gradients of the first part of pairs.
     second_ref: gradients of the second part of pairs.
