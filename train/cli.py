@@ -19,7 +19,9 @@ import threading
 from types import FrameType
 from typing import Any, NoReturn
 
+import rebased_jax
 from train import console
+from train.presets import catalogue
 
 # The table in docs/training.md says more.
 _EXIT_CODES = """\
@@ -39,6 +41,7 @@ class Verb:
     summary: what it does, in a few words.
     module: the module that holds its `run`.
     uses_jax: whether it imports jax.
+    takes_preset: whether its first argument is the name of a preset.
     environment: environment variables to set, unless they are set. jax and
       libtpu read them when they are imported.
   """
@@ -47,6 +50,7 @@ class Verb:
   summary: str
   module: str
   uses_jax: bool = True
+  takes_preset: bool = False
   environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -55,6 +59,13 @@ VERBS = {
     "PRESET [--options]",
     "train a preset, or resume its --run-dir",
     "train.commands.train",
+    takes_preset=True,
+  ),
+  "presets": Verb(
+    "",
+    "list the presets: size, needs, time",
+    "train.commands.presets",
+    uses_jax=False,
   ),
   "resume": Verb(
     "RUN", "resume a run with the config it has", "train.commands.resume"
@@ -96,6 +107,7 @@ VERBS = {
     "PRESET",
     "compile the step for TPUs not attached",
     "train.commands.compile",
+    takes_preset=True,
     # libtpu must neither look for TPUs nor lock them; jax computes on the CPU.
     environment={
       "JAX_PLATFORMS": "cpu",
@@ -131,6 +143,7 @@ VERBS = {
     "PRESET --rates R …",
     "train at many rates, seeds and widths",
     "train.commands.sweep",
+    takes_preset=True,
   ),
   "doctor": Verb(
     "",
@@ -179,14 +192,46 @@ def _exit_code_of_lost_output(error: console.OutputLost) -> int:
 
 def _find_and_run(args: list[str]) -> int:
   """Run the verb that the arguments begin with, and return the exit code."""
-  if not args or args[0] in ("-h", "--help"):
+  if not args or args[0] in ("-h", "--help", "help"):
     print(_help())
     return 0 if args else 2
+  if args[0] in ("--version", "-V", "version"):
+    print(f"rebased {rebased_jax.__version__}")
+    return 0
   verb = VERBS.get(args[0])
   if verb is None:
     _print_error(console.unknown("command", args[0], VERBS))
     return 2
+  if verb.takes_preset:
+    code = _check_preset(args[0], args[1:])
+    if code is not None:
+      return code
   return _run_among_peers(verb, args[1:])
+
+
+def _check_preset(verb: str, args: list[str]) -> int | None:
+  """Return the exit code if the arguments name no preset, None if they do.
+
+  The catalogue needs no jax, so that a wrong name is answered at once.
+  """
+  if args and args[0] in ("-h", "--help"):
+    print(f"usage: rebased {verb} PRESET [--options]\n\npresets:")
+    print("\n".join(f"  {name}" for name in catalogue.PRESETS))
+    print(f"\n`rebased {verb} PRESET --help` shows the options of a preset.")
+    return 0
+  if not args or args[0].startswith("-"):
+    found = f", not {args[0]!r}" if args else ""
+    _print_error(
+      f"expected a preset after `rebased {verb}`{found}: as in `rebased {verb} "
+      "mqar`. `rebased presets` lists all"
+    )
+    return 2
+  try:
+    catalogue.check_name(args[0])
+  except ValueError as error:
+    _print_error(str(error))
+    return 2
+  return None
 
 
 def _help() -> str:

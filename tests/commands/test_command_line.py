@@ -20,6 +20,7 @@ from train_cases import (
   trainer as trainer,
 )
 
+import rebased_jax
 from rebased_jax import parameter_count
 from train import compiled_steps
 from train.records.run_folder import RunFolder
@@ -36,27 +37,27 @@ def _train(*options: str) -> tuple[str, ...]:
 
 _REFUSED = {
   "unknown command": (("trian",), ["command 'trian'", "mean 'train'? Known"]),
-  "unknown preset": (("train", "mqarr"), ["preset 'mqarr'", "mean 'mqar'"]),
-  "no preset": (("train",), ["usage: rebased train PRESET", "mqar"]),
+  "unknown preset": (("train", "mqarr"), ["preset 'mqarr'", "mean mqar"]),
+  "no preset": (("train",), ["expected a preset", "rebased train mqar"]),
   "unknown option": (_train("--step", "3"), ["--step", "--steps"]),
   "not a number": (_train("--steps", "many"), ["--steps", "many"]),
   "steps": (_train("--steps", "0"), ["steps=0"]),
   "warm-up": (
     _train("--steps", "2"),
-    ["optimizer.warmup_steps=2", "below steps=2"],
+    ["--optimizer.warmup-steps=2", "below --steps=2"],
   ),
   "odd length": (_train("--data.length", "15"), ["length=15", "even"]),
   "too many pairs": (
     _train("--data.pairs", "5"),
-    ["pairs=5", "at most length/4=4"],
+    ["--data.pairs=5", "at most length/4=4"],
   ),
   "positions": (
     _train("--data.length", "18"),
-    ["model.positions=16", "at least data.length=18"],
+    ["--model.positions=16", "at least --data.length=18"],
   ),
   "vocabulary": (
     _train("--data.vocab-size", "64"),
-    ["model.vocab_size=32", "at least data.vocab_size=64"],
+    ["--model.vocab-size=32", "at least --data.vocab-size=64"],
   ),
   "accumulate": (_train("--accumulate", "3"), ["batch=8", "accumulate=3"]),
   "devices": (
@@ -109,6 +110,11 @@ def test_a_wrong_argument_is_an_error_that_names_it(call, name: str) -> None:
   assert list(Path.cwd().iterdir()) == []
 
 
+@pytest.mark.parametrize("word", ["--version", "version", "-V"])
+def test_version(call, word: str) -> None:
+  assert call(word) == (0, f"rebased {rebased_jax.__version__}\n", "")
+
+
 def test_no_command(call) -> None:
   code, out, _ = call()
   assert code == 2 and "rebased train PRESET" in out
@@ -116,7 +122,7 @@ def test_no_command(call) -> None:
 
 @pytest.mark.quick
 def test_help(call) -> None:
-  for args in (["--help"], ["-h"], ["train", "--help"]):
+  for args in (["--help"], ["-h"], ["help"], ["train", "--help"]):
     code, out, err = call(*args)
     assert (code, err) == (0, "") and "rebased train PRESET" in out
   for args, option in (

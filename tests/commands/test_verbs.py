@@ -24,6 +24,8 @@ assert not {"jax", "flax", "grain"} & set(sys.modules), "jax was imported"
   [
     (["--help"], 0),
     (["trian"], 2),
+    (["train", "mqarr"], 2),
+    (["presets"], 0),
     (["prepare", "--help"], 0),
     (["tokenizer", "train", "--help"], 0),
     (["tokenizer", "learn"], 2),

@@ -2,12 +2,11 @@
 
 import dataclasses
 import os
-import sys
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from train import console
+from train.commands.parsing import option_names, parse
 from train.config import DataConfig, RunConfig, TextData
 from train.presets import make_presets
 from train.records.run_folder import RunFolder
@@ -38,34 +37,30 @@ def parse_preset(
 ) -> tuple[str, _Args]:
   """Parse the arguments of a verb that takes a preset and changes its fields.
 
-  Without a preset it prints the presets, and ends the process.
-
   Args:
     kind: a dataclass whose first field `run` is the RunConfig.
     verb: the name of the verb.
-    args: the arguments after the verb.
+    args: the arguments after the verb. The command has found the preset, the
+      first of them, in the catalogue.
 
   Returns:
     The name of the preset, and the parsed arguments.
 
   Raises:
-    ValueError: there is no such preset.
+    ValueError: an option is wrong.
   """
-  presets = make_presets()
-  if not args or args[0].startswith("-"):
-    print(f"usage: rebased {verb} PRESET [--options]\n\npresets:")
-    print("\n".join(f"  {name}" for name in presets))
-    sys.exit(0 if args else 2)
-  name = args[0]
-  if name not in presets:
-    raise ValueError(console.unknown("preset", name, presets))
-  parsed = tyro.cli(
-    kind,
-    prog=f"rebased {verb} {name}",
-    args=args[1:],
-    default=kind(presets[name]),
-  )
-  return name, parsed
+  name, presets = args[0], make_presets()
+
+  def elsewhere(option: str) -> str:
+    have = [x for x in presets if option in option_names(presets[x])]
+    if not have:
+      return ""
+    shown = ", ".join(have[:3]) + (", …" if have[3:] else "")
+    return f" with the preset {name!r}: expected a preset such as {shown}"
+
+  prog = f"rebased {verb} {name}"
+  default = kind(presets[name])
+  return name, parse(kind, prog, args[1:], default, elsewhere)
 
 
 def parse_run(
@@ -86,12 +81,12 @@ def parse_run(
     ValueError: there is no such run, or its data is not there.
   """
   prog = f"rebased {verb}"
-  run_dir = tyro.cli(kind, prog=prog, args=args).run_dir
+  run_dir = parse(kind, prog, args).run_dir
   config = RunFolder(run_dir).read_config()
   # Parse again with the run's mesh as the default, so that axes which the
   # command does not name stay as the run has them.
   default = kind(run_dir, mesh=config.mesh)
-  parsed = tyro.cli(kind, prog=prog, args=args, default=default)
+  parsed = parse(kind, prog, args, default)
   config = dataclasses.replace(
     config, data=_moved(config.data, parsed.data), mesh=parsed.mesh
   )

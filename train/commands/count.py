@@ -6,6 +6,7 @@ from typing import Annotated
 from rich.console import Console
 import tyro
 
+from train.commands.parsing import parse
 from train.console import say
 from train.data.text import bigram_counts
 
@@ -34,7 +35,7 @@ def run(args: list[str]) -> int:
     ValueError: there is no data set, or it cannot be used.
     OSError: the counts cannot be written.
   """
-  parsed = tyro.cli(CountArgs, prog="rebased count", args=args)
+  parsed = parse(CountArgs, "rebased count", args)
   console = Console()
   with console.status("counting"):
     kept, total = bigram_counts.write(parsed.path, parsed.least)

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 import dataclasses
 
 from rich.console import Console
-import tyro
 
 from rebased_jax import model_files
 from train import text_completion
 from train.commands import evaluate_documents
 from train.commands.arguments import DataPlaces, RunArg, parse_run
+from train.commands.parsing import parse
 from train.config import RunConfig, TextData
 from train.data.checks import require
 from train.data.recall import Recall
@@ -86,7 +86,7 @@ def run(args: list[str]) -> int:
     ValueError: an argument is wrong, or the run's data is not what it was.
     CheckpointError: there is no such checkpoint, or it is unreadable.
   """
-  asked = tyro.cli(EvaluateArgs, prog="rebased evaluate", args=args)
+  asked = parse(EvaluateArgs, "rebased evaluate", args)
   paths = asked.data.path
   require(asked.text != (), "text", (), "one file or more")
   if asked.text or (

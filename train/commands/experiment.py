@@ -11,6 +11,7 @@ from rich.table import Table
 import tyro
 
 from train import console as lines
+from train.commands.parsing import parse
 from train.commands.run_cells import run_cells
 from train.experiments import page, paper, record as records, results
 from train.experiments.paper import Experiment
@@ -84,19 +85,15 @@ def run(args: list[str]) -> int:
   console = Console()
   word = args[0] if args else "--help"
   if word == "list":
-    return _list(
-      tyro.cli(ListArgs, prog="rebased experiment list", args=args[1:]), console
-    )
+    return _list(parse(ListArgs, "rebased experiment list", args[1:]), console)
   if word == "page":
-    return _page(
-      tyro.cli(PageArgs, prog="rebased experiment page", args=args[1:]), console
-    )
+    return _page(parse(PageArgs, "rebased experiment page", args[1:]), console)
   if word == "verify":
     return _verify(
-      tyro.cli(VerifyArgs, prog="rebased experiment verify", args=args[1:]),
+      parse(VerifyArgs, "rebased experiment verify", args[1:]),
       console,
     )
-  parsed = tyro.cli(RunArgs, prog="rebased experiment", args=args)
+  parsed = parse(RunArgs, "rebased experiment", args)
   return _run(parsed, console)
 
 

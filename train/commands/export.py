@@ -4,12 +4,12 @@ import dataclasses
 from pathlib import Path
 
 from rich.console import Console
-import tyro
 
 from rebased_jax import parameter_count
 from rebased_jax.model_files import read_info
 from train import export_model
 from train.commands.arguments import RunArg
+from train.commands.parsing import parse
 from train.console import say
 from train.text_completion import ModelSource
 
@@ -47,7 +47,7 @@ def run(args: list[str]) -> int:
     CheckpointError: there is no such checkpoint, or it is unreadable.
     OSError: the folder cannot be written.
   """
-  parsed = tyro.cli(ExportArgs, prog="rebased export", args=args)
+  parsed = parse(ExportArgs, "rebased export", args)
   model, step = export_model.export(
     parsed.run_dir,
     parsed.out,

@@ -5,10 +5,9 @@ The text is printed as the model makes it.
 
 import dataclasses
 
-import tyro
-
 from train import text_completion
 from train.commands.arguments import RunArg
+from train.commands.parsing import parse
 from train.devices import backend
 
 
@@ -53,7 +52,7 @@ def run(args: list[str]) -> int:
     ValueError: an argument is wrong, or the run is not a language model's.
     CheckpointError: there is no such checkpoint, or it is unreadable.
   """
-  parsed = tyro.cli(GenerateArgs, prog="rebased generate", args=args)
+  parsed = parse(GenerateArgs, "rebased generate", args)
   backend.devices()  # says so if there are none
   sampling = text_completion.Sampling(
     tokens=parsed.tokens,

@@ -9,6 +9,7 @@ import tyro
 from rebased_jax import model_files, parameter_count, pytorch
 from train import export_model
 from train.commands.export import describe
+from train.commands.parsing import parse
 from train.console import say
 from train.data.prepare import tokenizer as tokenizer_lib
 
@@ -48,7 +49,7 @@ def run(args: list[str]) -> int:
     ValueError: an argument is wrong, or the arrays do not fit the system.
     OSError: the folder cannot be written.
   """
-  parsed = tyro.cli(ImportArgs, prog="rebased import", args=args)
+  parsed = parse(ImportArgs, "rebased import", args)
   model_files.check_new(parsed.out)
   name, eos = None, None
   if parsed.tokenizer is not None:

@@ -17,6 +17,7 @@ from rebased_jax.presets import make_models
 from train import compiled_steps, stored_config
 from train.checkpoint.checkpoints import NoCheckpointError, read_meta
 from train.commands import inspect_data
+from train.commands.parsing import parse
 from train.config import RunConfig
 from train.console import near, rows, say
 from train.devices import backend, mesh_report
@@ -53,7 +54,7 @@ def run(args: list[str]) -> int:
   # `inspect data` alone means a run folder of that name, if there is one.
   if args[:1] == ["data"] and (len(args) > 1 or not os.path.isdir("data")):
     return inspect_data.run(args[1:])
-  parsed = tyro.cli(InspectArgs, prog="rebased inspect", args=args)
+  parsed = parse(InspectArgs, "rebased inspect", args)
   backend.devices()  # says so if there are none
   what, mesh, console = parsed.what, parsed.mesh, Console()
   presets, models = make_presets(), make_models()

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 import tyro
 
+from train.commands.parsing import parse
 from train.console import rows, say
 from train.data.prepare.tokenizer import load_recorded
 from train.data.text.megatron_source import MegatronSource
@@ -52,7 +53,7 @@ def run(args: list[str]) -> int:
     DataError: there is no data set, or it is damaged.
     ValueError: an argument is wrong.
   """
-  parsed = tyro.cli(InspectDataArgs, prog="rebased inspect data", args=args)
+  parsed = parse(InspectDataArgs, "rebased inspect data", args)
   show(parsed.path, Console(), length=parsed.length, verify=parsed.verify)
   return 0
 

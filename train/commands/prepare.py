@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from train.commands.parsing import parse
 from train.console import to_stdout
 from train.data.prepare.prepare_dataset import PrepareConfig, prepare
 from train.stop_signals import polite_signals
@@ -39,7 +40,7 @@ def run(args: list[str]) -> int:
     KeyboardInterrupt: SIGINT, SIGTERM, SIGHUP or SIGUSR1 came; finished
       shards stay.
   """
-  parsed = tyro.cli(PrepareArgs, prog="rebased prepare", args=args)
+  parsed = parse(PrepareArgs, "rebased prepare", args)
   numbers = (signal.SIGTERM, *polite_signals())
   before = {number: signal.signal(number, _interrupt) for number in numbers}
   try:

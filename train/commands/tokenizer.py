@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from train.commands.parsing import parse
 from train.console import say, to_stdout
 from train.data.prepare.train_tokenizer import (
   TokenizerTraining,
@@ -49,9 +50,7 @@ def run(args: list[str]) -> int:
     return 0 if args else 2
   if args[0] != "train":
     raise ValueError(f"there is no command tokenizer {args[0]!r}: only train")
-  parsed = tyro.cli(
-    TokenizerArgs, prog="rebased tokenizer train", args=args[1:]
-  )
+  parsed = parse(TokenizerArgs, "rebased tokenizer train", args[1:])
   console = to_stdout()
   try:
     with console.status("reading, then merging"):

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import tyro
 
-from train import start_run
 from train.commands.arguments import parse_preset
 from train.config import RunConfig
 from train.devices import processes
@@ -45,6 +44,9 @@ def run(args: list[str]) -> int:
     OSError, CheckpointError or TrainingFailed: the run failed.
   """
   name, parsed = parse_preset(TrainArgs, "train", args)
+  # Imported after the options are right: it needs orbax, which takes seconds.
+  from train import start_run
+
   processes.start(parsed.distributed, parsed.join_timeout)
   if parsed.run_dir is None and parsed.distributed != "off":
     raise ValueError(
