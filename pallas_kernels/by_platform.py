@@ -1,4 +1,4 @@
-"""Choosing kernels where a program is lowered, not where Python traces it.
+"""Choose kernels where a program is lowered, not where Python traces it.
 
 When Python traces a call, nobody knows where the program will run: its arrays
 may lie on another device than the default one, and `jax.export` lowers one
@@ -24,9 +24,9 @@ class Kernels(NamedTuple):
   """The platforms that the kernels of an implementation run on.
 
   Attributes:
-    name: of the implementation, for messages.
-    platforms: those that its kernels lower for, by jax's names of lowering
-      platforms, such as ("cuda",).
+    name: the implementation's name, for messages.
+    platforms: the platforms that its kernels lower for, by jax's names, such
+      as ("cuda",).
     needs: the device that its kernels need, for messages.
   """
 
@@ -63,7 +63,9 @@ def by_platform(
   flat, structure = jax.tree.flatten(arrays)
 
   def trace(function):
-    run = lambda *flat: function(*jax.tree.unflatten(structure, flat))
+    def run(*flat):
+      return function(*jax.tree.unflatten(structure, flat))
+
     return jax.make_jaxpr(run, return_shape=True)(*flat)
 
   kernel_jaxpr, shapes = trace(kernel)
@@ -114,15 +116,21 @@ def forward_by_platform(
     return by_platform(kernels, kernel, None, *arrays, is_split=is_split)
   kept_types = []
 
-  def noted(*arrays):
+  def kernel_noting_types(*arrays):
     results, kept = kernel(*arrays)
     kept_types.append(jax.tree.map(jax.typeof, kept))
     return results, kept
 
-  def filled(*arrays):
+  def elsewhere_with_nans(*arrays):
     return elsewhere(*arrays), jax.tree.map(_unreadable, kept_types[0])
 
-  return by_platform(kernels, noted, filled, *arrays, is_split=is_split)
+  return by_platform(
+    kernels,
+    kernel_noting_types,
+    elsewhere_with_nans,
+    *arrays,
+    is_split=is_split,
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

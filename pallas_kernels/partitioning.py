@@ -1,4 +1,4 @@
-"""Splitting kernels over a mesh whose Auto axes nobody assigned.
+"""Split kernels over a mesh whose Auto axes nobody assigned.
 
 A kernel is one operation to XLA, which would run the whole of it on each
 device. A rule tells XLA that rows and heads are independent, so each device
@@ -33,7 +33,10 @@ def over_rows_and_heads(
 
   def call(*trees):
     arrays, structure = jax.tree.flatten(trees)
-    flat = lambda *arrays: run(*jax.tree.unflatten(structure, arrays))
+
+    def flat(*arrays):
+      return run(*jax.tree.unflatten(structure, arrays))
+
     shapes = jax.eval_shape(flat, *arrays)
     split = _split(
       lambda *arrays: tuple(jax.tree.leaves(flat(*arrays))),

@@ -163,7 +163,7 @@ def longest_text(model: LM) -> int | None:
     model: the language model.
   """
   rows = (model.config.positions, *(x.longest_row for x in _mixers(model)))
-  limits = [rows for rows in rows if rows is not None]
+  limits = [limit for limit in rows if limit is not None]
   # The last token is predicted, but never read.
   return min(limits) + 1 if limits else None
 
@@ -362,11 +362,13 @@ def _programs(
     model = make(params)
     if first is not None:
       # A document that begins with the piece sees nothing before it. Positions
-      # of the table go on, as they do inside a row.
+      # of the table continue, as they do inside a row.
       is_new_B = batch["is_new"]
-      choose = lambda new_NB, old_NB: jnp.where(
-        is_new_B.reshape(1, -1, *(1,) * (old_NB.ndim - 2)), new_NB, old_NB
-      )
+
+      def choose(new_NB: Array, old_NB: Array) -> Array:
+        other_axes = (1,) * (old_NB.ndim - 2)
+        return jnp.where(is_new_B.reshape(1, -1, *other_axes), new_NB, old_NB)
+
       pairs = jax.tree.map(choose, first.pairs, state.pairs)
       state = state._replace(pairs=pairs)
     x_BTD, state = model.prefill_features(

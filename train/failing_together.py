@@ -97,7 +97,7 @@ def make_stand_in(
   Args:
     fields: shape and dtype of each array of a batch.
     rows: rows of a batch.
-    mesh: that of the run.
+    mesh: the mesh of the run.
   """
   local = batch_sharding.local_rows(rows, mesh)
   count = local.stop - local.start

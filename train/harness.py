@@ -72,7 +72,7 @@ class RebasedLM(TemplateLM):
     max_length: the most tokens of a text, with the predicted ones. None: as
       many as the model can read.
     max_gen_toks: new tokens, where a task does not say how many.
-    seed: of sampled tokens.
+    seed: the seed of sampled tokens.
     max_batch_size: not used; the harness passes it on.
     device: not used: JAX_PLATFORMS chooses the devices.
 
@@ -201,7 +201,10 @@ class RebasedLM(TemplateLM):
 
     Long texts come first, so that texts of a batch have about one length.
     """
-    length = lambda i: len(texts[i].context) + len(texts[i].continuation)
+
+    def length(i: int) -> int:
+      return len(texts[i].context) + len(texts[i].continuation)
+
     order = iter(sorted(range(len(texts)), key=length, reverse=True))
     with tqdm(total=len(texts), disable=disable_tqdm) as bar:
       while part := list(itertools.islice(order, self.batch_size * _BATCHES)):

@@ -43,8 +43,8 @@ def restore_or_create(
   Args:
     config: the run.
     built: the run on its devices.
-    checkpoints: those of the run.
-    folder: that of the run.
+    checkpoints: the checkpoints of the run.
+    folder: the folder of the run.
     weights: what `source_weights` returned. None: it is called here, if
       `init_from` is set and there is no checkpoint.
     allow_data_change: restore although the data is not that of the checkpoint.

@@ -80,7 +80,7 @@ def _identity(batches: Batches) -> dict[str, Any]:
 def _names(run: str | None) -> list[str] | None:
   """Return the names in a run's checkpoint folder; None if there is none.
 
-  Of an exported model, return the names and sizes of its files.
+  For an exported model, return the names and sizes of its files.
   """
   if run is None:
     return None

@@ -127,7 +127,7 @@ def is_about_mesh(difference: str) -> bool:
 def is_about_paths(difference: str) -> bool:
   """Whether one of `differences` is about the places of files, or their check.
 
-  What the files hold is another matter: their fingerprint must be the same.
+  The content of the files does not count: the fingerprint compares it.
   """
   field = difference.partition(":")[0]
   places = ("data.path", "data.eval_path", "data.cache_dir")

@@ -35,7 +35,7 @@ _LONGEST = 1 << 40
 class Document:
   """A document as a model reads it."""
 
-  #: For messages and records.
+  #: The name in messages and records.
   name: str
   #: The data set or file that it comes from.
   source: str
@@ -97,11 +97,12 @@ class Found:
   documents: int = 0
   #: Documents without one, such as empty ones.
   left_out: int = 0
-  #: Of all predicted tokens.
+  #: Sums over all predicted tokens.
   total: Sums = dataclasses.field(default_factory=Sums)
-  #: By the name of the source.
+  #: Sums by the name of the source.
   sources: dict[str, Sums] = dataclasses.field(default_factory=dict)
-  #: By place: entry i has the tokens with 2^i to 2^(i+1) − 1 tokens before.
+  #: Sums by place: entry i has the tokens that 2^i to 2^(i+1) − 1 others
+  #: precede.
   positions: dict[int, Sums] = dataclasses.field(default_factory=dict)
 
 

@@ -263,7 +263,7 @@ def main() -> None:
   for seed, name in todo:
     seconds = time.perf_counter() - began
     if args.minutes is not None and seconds > 60 * args.minutes:
-      print(f"stopped after {seconds:.0f} s; the same command goes on")
+      print(f"stopped after {seconds:.0f} s; the same command continues")
       break
     row = programs.run(name, seed, tokens)
     record["runs"].setdefault(name, {})[str(seed)] = row

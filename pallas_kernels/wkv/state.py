@@ -35,8 +35,8 @@ def empty_wkv_state(
   """Return the state before a document's first token.
 
   Args:
-    shape: of each array, (B, D) for `wkv` and `wkv_step`.
-    dtype: of the sums.
+    shape: the shape of each array, (B, D) for `wkv` and `wkv_step`.
+    dtype: the dtype of the sums.
   """
   # Two arrays: one that is used twice could not be donated.
   numerator, denominator = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)

@@ -1,4 +1,4 @@
-"""Run cells one after the other and say how they go, for two verbs."""
+"""Run cells one after another and print their progress, for two verbs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,9 +24,9 @@ def run_cells(
   """Run cells that have no record yet; a cell that was stopped continues.
 
   Args:
-    cells: by name, in the order of running.
+    cells: the cells by name, in the order of running.
     recorded: the records that the folder has, by name.
-    folder: of the records.
+    folder: the folder of the records.
     minutes: stop after this time, at the end of an epoch. None: no limit.
     console: where the progress is printed.
 

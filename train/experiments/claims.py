@@ -32,11 +32,12 @@ class Finding:
   """A claim, and what was found."""
 
   claim: Claim
-  #: Ours of `above` and `below`. None: not run.
+  #: Our accuracy of `claim.above`. None: not run.
   above: float | None
+  #: Our accuracy of `claim.below`. None: not run.
   below: float | None
-  #: p-value that the means differ, of Welch's test over seeds. None: a side is
-  #: a number or has one seed.
+  #: p-value of equal means, by Welch's test over seeds. None: a side is a
+  #: number or has one seed.
   p: float | None
 
   @property
@@ -79,7 +80,7 @@ def verdict(findings: Sequence[Finding]) -> str:
   "reproduced so far" means that each claim that was checked holds.
 
   Args:
-    findings: of all claims of an experiment.
+    findings: the findings about all claims of an experiment.
   """
   verdicts = {finding.verdict for finding in findings}
   checked = verdicts - {"not run"}

@@ -72,7 +72,7 @@ def moments(
     letter: "gamma" or "beta".
 
   Returns:
-    Of the last layer that has them; None if the model has none.
+    The moments in the last layer that has them; None if the model has none.
   """
   ending = f".{side}_affine.{letter}"
   names = [name for name in run["affine"] if name.endswith(ending)]

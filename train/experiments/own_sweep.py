@@ -21,7 +21,7 @@ def write(preset: str, found: Mapping[str, Any], folder: Path) -> list[Path]:
   """Write the table and the plot of a sweep.
 
   Args:
-    preset: its name.
+    preset: the name of the preset.
     found: the records by name, in the order of the table.
     folder: gets the two files.
 
@@ -38,7 +38,7 @@ def table(preset: str, found: Mapping[str, Any]) -> str:
   """Return the results as a page in Markdown.
 
   Args:
-    preset: its name.
+    preset: the name of the preset.
     found: the records by name.
   """
   lines = [

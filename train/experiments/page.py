@@ -44,8 +44,9 @@ cells, and a test compares the two. Where a number is missing, nothing was run.
 - The paper has four learning rates and five seeds everywhere. Where a cell of
   ours has fewer, the table says so: the rates tried, the best in bold, and the
   number of seeds.
-- p is of Welch's test over seeds. With two or three seeds it says little.
-  *Same order* means that ours are in the paper's order with p above 0.05.
+- p is the p-value of Welch's test over seeds. With two or three seeds it says
+  little. *Same order* means that ours are in the paper's order with p above
+  0.05.
 - Numbers with ≈ are read off the paper's plots.
 
 This runs a cell again, and compares its first epochs:
@@ -142,7 +143,7 @@ def write(folder: Path, docs: Path) -> list[Path]:
   """Write the page and its pictures.
 
   Args:
-    folder: of the records, as in `text`.
+    folder: the folder of the records, as in `text`.
     docs: gets `results.md`, and pictures in `figures/`.
 
   Returns:

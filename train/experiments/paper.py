@@ -59,7 +59,7 @@ class Experiment:
   #: What we expected before the runs, with the date. The four cells of Figure 1
   #: at 128 tokens were run earlier on that day.
   hypothesis: str = ""
-  #: What of the statement can be checked.
+  #: The parts of the statement that can be checked.
   claims: tuple[Claim, ...] = ()
 
 

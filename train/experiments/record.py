@@ -98,10 +98,10 @@ def make(
 
   Args:
     cell: the runs.
-    history: of every epoch that was trained.
-    name: of the cell.
-    commit: of the code. None: unknown.
-    seconds: of training, evaluation, compilation and saving together.
+    history: the history of every epoch that was trained.
+    name: the name of the cell.
+    commit: the commit of the code. None: unknown.
+    seconds: the time of training, evaluation, compilation and saving together.
   """
   trained_ER = np.isfinite(history.runs_ER)
   # Time of a step of one run, in each epoch.
@@ -220,7 +220,7 @@ def is_cut(record: dict[str, Any], run: dict[str, Any]) -> bool:
   Otherwise somebody ended its cell.
 
   Args:
-    record: of the cell.
+    record: the record of the cell.
     run: one of its runs.
   """
   limit = record["run"]["stop_accuracy"]
@@ -235,7 +235,7 @@ def best_rate(record: dict[str, Any]) -> dict[str, float]:
   The rate is the one with the highest mean over seeds of the best accuracy.
 
   Args:
-    record: of the cell.
+    record: the record of the cell.
 
   Returns:
     learning_rate, mean, std (over seeds, n − 1; 0 of a single seed) and seeds.
@@ -255,7 +255,7 @@ def accuracy_by_rate(record: dict[str, Any]) -> dict[float, list[float]]:
   """Return the best epoch's accuracy of each seed, by learning rate.
 
   Args:
-    record: of the cell.
+    record: the record of the cell.
   """
   rates: dict[float, list[float]] = {}
   for run in record["runs"]:

@@ -184,7 +184,7 @@ class Sweep:
     epoch: the next epoch.
     active_R: which of `runs` have not stopped.
     state_R: the state of each run, stacked.
-    compile_seconds: of each compilation so far.
+    compile_seconds: the time of each compilation so far.
   """
 
   def __init__(

@@ -122,7 +122,7 @@ class Window:
     """Add one step.
 
     Args:
-      metrics: those of the step.
+      metrics: the metrics of the step.
       tokens: its input tokens.
       wait: seconds that the step waited for its batch.
     """

@@ -151,7 +151,7 @@ class StreamRows(RowPlan):
       begin_R: the places where the rows begin, int64.
 
     Returns:
-      What `pieces` returns.
+      The same arrays as `pieces`.
     """
     end_R = begin_R + self.width
     first_R = np.searchsorted(self.start_n, begin_R, side="right") - 1
