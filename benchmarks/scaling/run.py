@@ -1,13 +1,12 @@
 """Compile training steps for TPU slices that are not attached.
 
     JAX_PLATFORMS=cpu python benchmarks/scaling/run.py [--only NAME …] [--again]
-    python benchmarks/scaling/run.py --report
 
 Every figure comes from XLA's TPU compiler; nothing is run or measured. Each row
 is one `rebased compile`, which needs `pip install libtpu` and one to ten
 minutes. Rows are saved at once to `benchmarks/results/scaling.json`. A row that
 is there is not compiled again, unless its options changed or --again is given.
---report prints the tables of `docs/scaling.md` from that file.
+`benchmarks/pages.py` writes the tables of `docs/scaling.md` from that file.
 """
 
 import argparse
@@ -230,12 +229,8 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
   parser.add_argument("--again", action="store_true")
-  parser.add_argument("--report", action="store_true")
   options = parser.parse_args()
   rows = json.loads(PATH.read_text()) if PATH.exists() else {}
-  if options.report:
-    print(tables(rows), end="")
-    return
   for name in options.only:
     known = rows.get(name, {}).get("command") == CASES[name].command
     if known and not options.again:
