@@ -23,8 +23,9 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from train import compiled_steps, evaluate, metrics
+from train import compiled_steps, evaluate, metrics, optimizer
 from train.checkpoint.checkpoints import CheckpointError, Checkpoints
 from train.compiled_steps import Built
 from train.config import RunConfig
@@ -140,6 +141,7 @@ class Loop:
       data=self._train_data,
       meta=meta,
     )
+    self._rate = optimizer.schedule(config.optimizer, config.steps, np)
     self._usage = DeviceUsage(built.abstract.params)
     self._profile = Profile(config.profile, folder.path)
 
@@ -464,6 +466,13 @@ class Loop:
     means = self._with_derived(means)
     means |= self._usage.read(means["tokens_per_second"])
     means["goodput"] = self._watch.goodput()
+    config = self._config
+    means["tokens_seen"] = step * config.batch * self._train_data.length
+    # The optimiser counts no skipped steps.
+    means["learning_rate"] = float(
+      self._rate(step - 1 - self._nonfinite.skipped)
+    )
+    means["unix_time"] = time.time()
     if self._config.nan == "skip":
       means["skipped_steps"] = self._nonfinite.skipped
     with self._recording():

@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
+from types import ModuleType
 from typing import Any, Literal
 
 import jax
-from jax import Array
 import jax.numpy as jnp
 import optax
 
@@ -68,7 +68,9 @@ class OptimizerConfig:
     check(self.decay in ("all", "matrices"), "decay", "'all' or 'matrices'")
 
 
-def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def schedule(
+  config: OptimizerConfig, steps: int, numpy: ModuleType = jnp
+) -> optax.Schedule:
   """Return the learning rate as a function of the step.
 
   With `epoch_steps` the cosine is evaluated at the first step of each epoch:
@@ -77,18 +79,19 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   Args:
     config: the optimiser.
     steps: the steps of the run, where the cosine ends.
+    numpy: what computes it: `jax.numpy`, or NumPy on the host.
   """
   warmup, epoch = config.warmup_steps, config.epoch_steps
   last = float(steps if epoch is None else epoch * math.ceil(steps / epoch))
 
-  def rate(step: Array) -> Array:
-    step = jnp.asarray(step, jnp.float32)
-    at = step if epoch is None else jnp.floor(step / epoch) * epoch
-    done = jnp.clip((at - warmup) / (last - warmup), 0, 1)
-    cosine = (1 + jnp.cos(jnp.pi * done)) / 2
+  def rate(step: Any) -> Any:
+    step = numpy.asarray(step, numpy.float32)
+    at = step if epoch is None else numpy.floor(step / epoch) * epoch
+    done = numpy.clip((at - warmup) / (last - warmup), 0, 1)
+    cosine = (1 + numpy.cos(numpy.pi * done)) / 2
     factor = config.final_fraction + (1 - config.final_fraction) * cosine
     if warmup:
-      factor = jnp.where(step < warmup, (step + 1) / warmup, factor)
+      factor = numpy.where(step < warmup, (step + 1) / warmup, factor)
     return config.learning_rate * factor
 
   return rate

@@ -1,5 +1,6 @@
 """Show the progress of a run: a bar on a terminal, lines elsewhere."""
 
+import threading
 import time
 from typing import Self
 
@@ -17,14 +18,28 @@ class Display:
     start: the step that the run starts from.
     steps: the steps of the run.
     active: whether anything is shown. In one process of a run it is.
+    every: seconds after which a line says that the run still works, if no other
+      line has come. A bar shows that itself.
   """
 
-  def __init__(self, console: Console, *, start: int, steps: int, active: bool):
+  def __init__(
+    self,
+    console: Console,
+    *,
+    start: int,
+    steps: int,
+    active: bool,
+    every: float = 30.0,
+  ):
     self.console = console
     self._active = active
     self._steps = steps
     self._held_out = "–"
-    self._begin, self._start = time.perf_counter(), start
+    self._done = start
+    # When the first step ended: its compilation is in no rate.
+    self._first: tuple[int, float] | None = None
+    self._every, self._said = every, time.monotonic()
+    self._closed = threading.Event()
     self._bar = None
     if active and console.is_terminal:
       self._bar = progress.Progress(
@@ -50,6 +65,9 @@ class Display:
     """
     if not self._active:
       return
+    self._done = step
+    if self._first is None:
+      self._first = step, time.perf_counter()
     text = None
     if values is not None:
       text = (
@@ -81,20 +99,44 @@ class Display:
 
   def line(self, text: str) -> None:
     """Show a line of text, above the bar."""
+    self._said = time.monotonic()
     if self._active:
       console_lib.say(self.console, text)
 
   def _left(self, step: int) -> str:
-    seconds = time.perf_counter() - self._begin
-    left = int(seconds / max(step - self._start, 1) * (self._steps - step))
+    """Return the time that is left at the pace since the first step."""
+    if self._first is None or step <= self._first[0]:
+      return "–"
+    first, then = self._first
+    pace = (time.perf_counter() - then) / (step - first)
+    left = int(pace * (self._steps - step))
     return f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+
+  def _say_alive(self) -> None:
+    """Show a line whenever there was none for a while, until the end."""
+    begin = time.monotonic()
+    while not self._closed.wait(self._every / 10):
+      now = time.monotonic()
+      if now - self._said < self._every:
+        continue
+      if self._first is None:
+        self.line(f"compiling the step for {now - begin:.0f} s")
+      else:
+        self.line(
+          f"step {self._done}/{self._steps}  left {self._left(self._done)}"
+        )
 
   def __enter__(self) -> Self:
     if self._bar is not None:
       self._bar.start()
+    elif self._active:
+      threading.Thread(
+        target=self._say_alive, name="progress", daemon=True
+      ).start()
     return self
 
   def __exit__(self, *_: object) -> None:
+    self._closed.set()
     if self._bar is not None:
       self._bar.stop()
 

@@ -113,7 +113,7 @@ def test_a_window_holds_means_and_rates(monkeypatch) -> None:
       accuracy=0.25,
       tokens_per_second=40 / 10,
       step_time=10 / 2,
-      data_wait=2 / 10,
+      data_wait_fraction=2 / 10,
     )
     assert window.flush() is None
     now = 200.0

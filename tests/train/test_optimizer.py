@@ -202,3 +202,15 @@ def test_kernels_of_projections_decay(mixer, kernels) -> None:
 
 def _true(mask) -> set[str]:
   return {path for path, value in _flat(mask).items() if value}
+
+
+def test_the_recorded_rate_is_the_schedule_on_the_host() -> None:
+  for config in (
+    optimizer.OptimizerConfig(warmup_steps=3, final_fraction=0.1),
+    optimizer.OptimizerConfig(epoch_steps=4),
+  ):
+    on_host = optimizer.schedule(config, 20, np)
+    on_device = optimizer.schedule(config, 20)
+    for step in (0, 2, 3, 11, 19):
+      assert not isinstance(on_host(step), jax.Array)
+      np.testing.assert_allclose(on_host(step), on_device(step), rtol=1e-6)

@@ -114,7 +114,8 @@ def test_the_records_of_a_run(learned: Path) -> None:
     "eval": {"loss", "accuracy", "tokens"},
     "train": {
       *("loss", "accuracy", "grad_norm", "param_norm", "update_norm"),
-      *("tokens_per_second", "step_time", "data_wait", "goodput"),
+      *("tokens_per_second", "step_time", "data_wait_fraction", "goodput"),
+      *("learning_rate", "tokens_seen", "unix_time"),
       *(
         f"layer1/{side}_{name}_{kind}"
         for side in ("query", "key")
@@ -135,7 +136,8 @@ def test_the_records_of_a_run(learned: Path) -> None:
     else:
       rate = record["tokens_per_second"] * record["step_time"]
       np.testing.assert_allclose(rate, 32 * 8)
-      assert record["data_wait"] <= 1 >= record["accuracy"]
+      assert record["tokens_seen"] == record["step"] * 32 * 8
+      assert record["data_wait_fraction"] <= 1 >= record["accuracy"]
   steps = [x["step"] for x in records if x["kind"] == "train"]
   assert steps == [*range(5, steps[-1] + 1, 5)]
 

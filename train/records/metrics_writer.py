@@ -139,8 +139,8 @@ class Window:
   def flush(self) -> dict[str, float] | None:
     """Return the means and start a new window; None if there was no step.
 
-    Beside the metrics: tokens_per_second, step_time in seconds, and data_wait,
-    the fraction of the time spent waiting for batches.
+    Beside the metrics: tokens_per_second, step_time in seconds, and
+    data_wait_fraction, the share of the time spent waiting for batches.
     """
     if not self._steps:
       return None
@@ -149,7 +149,7 @@ class Window:
     rates = dict(
       tokens_per_second=self._tokens / seconds,
       step_time=seconds / self._steps,
-      data_wait=self._wait / seconds,
+      data_wait_fraction=self._wait / seconds,
     )
     self._restart()
     return means | rates
