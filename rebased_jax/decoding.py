@@ -22,6 +22,7 @@ from rebased_jax.explicit_mesh import layouts, method_on_any_mesh
 from rebased_jax.integers import integer_rows, to_int32
 from rebased_jax.layer_norm import LayerNorm
 from rebased_jax.mixers.attention import Attention
+from rebased_jax.mixers.base import Mixer
 
 
 class LMState(NamedTuple):
@@ -64,6 +65,11 @@ class Decoder(nnx.Module):
   @abc.abstractmethod
   def head(self, x_D: Array) -> Array:
     """Return logits (…, V) of LN(x) (…, D)."""
+
+  @property
+  def mixers(self) -> tuple[Mixer, Mixer]:
+    """The two mixers, whose parameters are stacked over the pairs."""
+    return self.pairs.first.mixer, self.pairs.second.mixer
 
   def init_state(self, batch: int) -> LMState:
     """Return the state of `batch` rows before their first token."""
@@ -169,7 +175,7 @@ def enlarge_caches(model: Decoder, tokens: int) -> None:
     model: the language model, which is changed.
     tokens: tokens of the longest row.
   """
-  for mixer in (model.pairs.first.mixer, model.pairs.second.mixer):
+  for mixer in model.mixers:
     if not isinstance(mixer, Attention):
       continue
     if mixer.length is None or mixer.length < tokens:

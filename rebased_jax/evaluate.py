@@ -31,7 +31,6 @@ from pallas_kernels.compile_once import keep_programs
 from rebased_jax.config_checks import is_positive_integer
 from rebased_jax.decoding import LMState, enlarge_caches
 from rebased_jax.mixers.attention import Attention
-from rebased_jax.mixers.base import Mixer
 from rebased_jax.model import LM
 
 #: The fewest tokens of a batch: shorter texts share one program.
@@ -162,7 +161,7 @@ def longest_text(model: LM) -> int | None:
   Args:
     model: the language model.
   """
-  rows = (model.config.positions, *(x.longest_row for x in _mixers(model)))
+  rows = (model.config.positions, *(x.longest_row for x in model.mixers))
   limits = [limit for limit in rows if limit is not None]
   # The last token is predicted, but never read.
   return min(limits) + 1 if limits else None
@@ -295,10 +294,6 @@ def _check_lengths(model: LM, texts: list[_Text]) -> int | None:
   return longest - 1
 
 
-def _mixers(model: LM) -> tuple[Mixer, Mixer]:
-  return model.pairs.first.mixer, model.pairs.second.mixer
-
-
 class _Programs(NamedTuple):
   """The compiled programs of a model."""
 
@@ -420,7 +415,7 @@ def _run(
       part, batch = _batch(texts, rows, 0, length)
       yield part, _programs(graph, axes, 0).whole(params, batch)
     return
-  has_cache = any(isinstance(x, Attention) for x in _mixers(model))
+  has_cache = any(isinstance(x, Attention) for x in model.mixers)
   room = _power_of_two(most + piece) if has_cache else 0
   programs = _programs(graph, axes, room)
   begin = functools.partial(programs.start, params, rows=rows)

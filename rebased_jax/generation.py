@@ -373,7 +373,7 @@ def _check_vocabulary(row: int, prompt_BT: Array, size: int) -> Array:
 def _check_room(model: LM, tokens: int) -> None:
   """Raise ValueError if the model cannot read so many tokens of a row."""
   check_length(model.config, tokens)
-  for mixer in (model.pairs.first.mixer, model.pairs.second.mixer):
+  for mixer in model.mixers:
     longest = mixer.longest_row
     if longest is not None and tokens > longest:
       raise ValueError(

@@ -122,8 +122,7 @@ def merge(model: LM | Mixer, states: Sequence[Any]) -> Any:
   """
   if not states:
     raise ValueError("states is empty: expected at least one state")
-  add = lambda *x: functools.reduce(jnp.add, x)
-  return _combine(model, add, list(states))
+  return _combine(model, jnp.add, list(states))
 
 
 def forget(model: LM | Mixer, state: Any, *others: Any) -> Any:
@@ -138,8 +137,7 @@ def forget(model: LM | Mixer, state: Any, *others: Any) -> Any:
     ValueError: a state is not one of the model.
     NotImplementedError: states of the model cannot be subtracted.
   """
-  subtract = lambda *x: functools.reduce(jnp.subtract, x)
-  return _combine(model, subtract, [state, *others])
+  return _combine(model, jnp.subtract, [state, *others])
 
 
 def save(model: LM | Mixer, state: Any, path: str | os.PathLike[str]) -> None:
@@ -241,13 +239,9 @@ def _programs(
   return start, run
 
 
-def _mixers(model: LM) -> tuple[Mixer, Mixer]:
-  return model.pairs.first.mixer, model.pairs.second.mixer
-
-
 def _check_model(model: LM | Mixer) -> None:
   """Raise an error if states of the model cannot be added."""
-  for mixer in _mixers(model) if isinstance(model, LM) else [model]:
+  for mixer in model.mixers if isinstance(model, LM) else [model]:
     if mixer.state_rule is None:
       raise NotImplementedError(
         f"{type(mixer).__name__}: its state is not a sum over tokens: expected "
@@ -284,11 +278,16 @@ def _check_states(model: LM | Mixer, states: Sequence[Any]) -> int:
 
 
 def _combine(
-  model: LM | Mixer, join: Callable[..., Array], states: list[Any]
+  model: LM | Mixer,
+  operation: Callable[[Array, Array], Array],
+  states: list[Any],
 ) -> Any:
-  """Return the states joined leaf by leaf, by the rule of each mixer."""
+  """Combine states from the left, array by array, by the rule of each mixer."""
   _check_model(model)
   first = model.init_state(_check_states(model, states))
+
+  def join(*arrays: Array) -> Array:
+    return functools.reduce(operation, arrays)
 
   def apply(mixer: Mixer, parts: list[Any], beginning: Any) -> Any:
     if mixer.state_rule == "window":
@@ -305,7 +304,7 @@ def _combine(
     )
   pairs = tuple(
     apply(mixer, [state.pairs[i] for state in states], first.pairs[i])
-    for i, mixer in enumerate(_mixers(model))
+    for i, mixer in enumerate(model.mixers)
   )
   return LMState(position_B, pairs)
 
