@@ -9,7 +9,6 @@ optimizer.py makes the update: clipping, AdamW and its learning-rate schedule.
 Gradient accumulation splits the rows of a batch into micro-batches, which run
 one after another. Their Σ w·nll, its gradient and Σ w are added up, and divided
 once, at the end. So every target weighs the same in whichever micro-batch.
-
 compiled_steps.py compiles the steps. loop.py calls them, and stops when a state
 is no longer `ok`.
 """
@@ -105,9 +104,7 @@ def train_step(
   )
   step = updated.step if program.skip else state.step
   refused = state._replace(ok=updated.ok, step=step)
-  kept = jax.tree.map(
-    lambda new, old: jnp.where(applies, new, old), updated, refused
-  )
+  kept = jax.tree.map(lambda a, b: jnp.where(applies, a, b), updated, refused)
   return kept, found
 
 

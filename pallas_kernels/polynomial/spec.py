@@ -78,10 +78,7 @@ def similarities(
   mask_BTS: Array,
   coefficients: Coefficients,
 ) -> Array:
-  """Compute sim_BHTS, which is 0 where the mask is False.
-
-  Its dtype is that of sums, float32, or float64 for float64 inputs.
-  """
+  """Compute sim_BHTS in float32 or float64; it is 0 where the mask is False."""
   acc = sum_dtype(q_BTHF.dtype)
   product_BHTS = jnp.einsum(
     "bthf,bshf->bhts",
