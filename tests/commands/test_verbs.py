@@ -1,6 +1,8 @@
 """Test the table of verbs: each is documented and imports what it needs."""
 
+import ast
 import importlib
+from pathlib import Path
 import subprocess
 import sys
 
@@ -53,3 +55,14 @@ def test_every_verb_is_a_module_and_in_the_help(capsys) -> None:
     assert f"rebased {name}" in shown
     if name != "compile":  # its environment is for its own process
       assert callable(importlib.import_module(verb.module).run)
+
+
+def test_only_drawing_imports_matplotlib() -> None:
+  """A run that is refused, or ends without a picture, does not wait for it."""
+  root = Path(cli.__file__).parent
+  files = [x for x in root.rglob("*.py") if x.parent != root / "experiments"]
+  assert len(files) > 50
+  for file in files:
+    for node in ast.parse(file.read_text()).body:
+      if isinstance(node, ast.Import | ast.ImportFrom):
+        assert "matplotlib" not in ast.unparse(node), file

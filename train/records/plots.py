@@ -1,15 +1,20 @@
 """The pictures of a run: its learning curves and its attention matrix."""
 
+from __future__ import annotations
+
 import io
+import typing
 from typing import Any
 
 from etils import epath
-from matplotlib import figure
-from matplotlib.figure import Figure
 import numpy as np
 
 from train import atomic, metrics
 from train.config import RunConfig
+
+# Imported when a picture is drawn: matplotlib takes a second.
+if typing.TYPE_CHECKING:
+  from matplotlib.figure import Figure
 
 
 def save(drawing: Figure, path: epath.PathLike) -> None:
@@ -29,6 +34,8 @@ def learning(
     config: the run.
     path: the PNG to write.
   """
+  from matplotlib import figure
+
   shown = metrics.plotted()
   drawing = figure.Figure(figsize=(4 * len(shown), 3.2), layout="constrained")
   panels = drawing.subplots(1, len(shown), squeeze=False)[0]
@@ -65,6 +72,8 @@ def attention(
     batch: one row: tokens (1, T), positions (1, M), targets (1, M).
     path: the PNG to write.
   """
+  from matplotlib import figure
+
   tokens_T, positions_M = batch["tokens"][0], batch["positions"][0]
   columns_M = true_columns(tokens_T, positions_M)
   drawing = figure.Figure(figsize=(6, 5), layout="constrained")
