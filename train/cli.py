@@ -103,6 +103,12 @@ VERBS = {
     "`inspect data PATH` shows a data set",
     "train.commands.inspect",
   ),
+  "checkpoints": Verb(
+    "RUN",
+    "list a run's checkpoints",
+    "train.commands.checkpoints",
+    environment={"JAX_PLATFORMS": "cpu"},  # nothing is computed
+  ),
   "compile": Verb(
     "PRESET",
     "compile the step for TPUs not attached",

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 import re
+import shutil
 import subprocess
 import sys
 
@@ -281,6 +282,33 @@ def test_inspect_shows_presets_runs_and_checkpoints(
   assert "token_embedding: tensor: 32 is not a multiple of 5" in out
   code, _, err = call("inspect", str(finished / "checkpoints" / "5"))
   assert code == 2 and "no step 5" in err
+
+
+def test_checkpoints_are_listed_with_their_metrics(
+  call, finished: Path, tmp_path: Path
+) -> None:
+  losses = {
+    x["step"]: x["loss"]
+    for x in RunFolder(finished).read_metrics()
+    if x["kind"] == "eval"
+  }
+  before = files(finished)
+  code, out, _ = call("checkpoints", str(finished))
+  assert code == 0 and "held-out accuracy" in out
+  for step, state in ((2, "can be resumed"), (4, "can be"), (6, "finished")):
+    row = next(x for x in out.splitlines() if x.startswith(f"│    {step} │"))
+    assert f" {losses[step]:.4f} " in row and state in row
+  assert files(finished) == before
+
+  copy = tmp_path / "copy"
+  shutil.copytree(finished, copy)
+  shutil.rmtree(copy / "checkpoints" / "4" / "record")
+  code, out, _ = call("checkpoints", str(copy))
+  assert code == 1 and re.search(r"│ +4 │ +– │ +– │ unreadable", out)
+  assert "checkpoint: step 4: " in out and "finished" in out
+
+  code, _, err = call("checkpoints", str(tmp_path))
+  assert code == 2 and "no run folder" in err
 
 
 def test_doctor_shows_versions_and_devices(call) -> None:

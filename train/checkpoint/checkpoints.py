@@ -226,6 +226,19 @@ class Checkpoints:
       self._writer.close()
 
 
+def saved_steps(directory: epath.PathLike) -> list[int]:
+  """Return the steps that are saved in a directory, ascending.
+
+  Args:
+    directory: where the steps are; nothing in it is changed.
+
+  Raises:
+    CheckpointError: the directory cannot be listed, or only damaged steps are
+      left in it.
+  """
+  return storage.steps(_absolute(directory))
+
+
 def read_meta(
   directory: epath.PathLike, step: int | None = None, *, run: str | None = None
 ) -> tuple[int, dict[str, Any]]:
