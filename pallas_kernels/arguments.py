@@ -61,8 +61,10 @@ def integer_array(name: str, x: Any, shape: Shape) -> Array:
   outside of their range, and a comparison with it would wrap.
 
   Raises:
-    ValueError: x is no array, or has another shape or no integer dtype.
+    ValueError: x is no array, or has another shape or no integer dtype, or jax
+      would cut its values.
   """
+  check_not_cut(name, x)
   x = as_array(name, x)
   _check_shape(name, x, shape, nonempty=False)
   check_integers(name, x)
@@ -83,6 +85,28 @@ def check_integers(name: str, x: Any) -> None:
     raise ValueError(f"{name} is {name_type(x)}: expected {_AN_ARRAY}")
   if not jnp.issubdtype(x.dtype, jnp.integer):
     raise ValueError(f"{name} has dtype {x.dtype}: expected integers")
+
+
+def check_not_cut(name: str, x: Any) -> None:
+  """Check that jax keeps the values of a NumPy array of integers.
+
+  Without `jax_enable_x64` jax keeps the low 32 bits of 64 alone, so that two
+  values could become one. Anything but a NumPy array of integers passes.
+
+  Raises:
+    ValueError: a value lies outside the range of the dtype that jax makes.
+  """
+  if not isinstance(x, np.ndarray) or x.dtype.kind not in "iu" or not x.size:
+    return
+  limits = np.iinfo(jax.dtypes.canonicalize_dtype(x.dtype))
+  if limits.bits == np.iinfo(x.dtype).bits:
+    return
+  for value in (int(x.min()), int(x.max())):
+    if not limits.min <= value <= limits.max:
+      raise ValueError(
+        f"{name} holds {value}: expected values of {limits.dtype}, {limits.min}"
+        f" to {limits.max}; number them anew, or set jax_enable_x64"
+      )
 
 
 def as_array(name: str, x: Any) -> Array:

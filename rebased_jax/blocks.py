@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import ShardAxes, devices
+from pallas_kernels.arguments import check_not_cut
 from rebased_jax.layer_norm import LayerNorm, Stream
 from rebased_jax.linear import output_stddev
 from rebased_jax.mixers.base import (
@@ -449,7 +450,12 @@ def run_pairs(
     axes: as in a call of a `Block`.
     query_positions: as in a call of a `Block`, for the last pair.
     dropout_key: a PRNG key for the mixers' dropout. None: no dropout.
+
+  Raises:
+    ValueError: an argument does not fit.
   """
+  # Inside the compiled program the values are cut already.
+  check_not_cut("segment_ids", segment_ids)
   program, parameters = _split_program(pairs, axes=axes, scan=scan, remat=remat)
   if not pairs.has_dropout:
     dropout_key = None
@@ -564,6 +570,7 @@ def prefill_pairs(
   axes: ShardAxes | None = None,
 ) -> tuple[Array, Any]:
   """Return the residual stream of T more tokens, and all pairs' states."""
+  check_not_cut("segment_ids", segment_ids)
   program, parameters = _split_program(pairs, axes=axes)
   return _compiled(
     _prefill_pairs, program, parameters, x_BTD, states, segment_ids

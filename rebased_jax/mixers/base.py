@@ -42,7 +42,11 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes
-from pallas_kernels.arguments import check_integers, name_type
+from pallas_kernels.arguments import (
+  check_integers,
+  check_not_cut,
+  name_type,
+)
 from pallas_kernels.numerics import PRECISIONS
 from rebased_jax.config_checks import (
   check_one_of,
@@ -354,6 +358,7 @@ class Mixer(nnx.Module):
       )
     B, T = x_BTD.shape[:2]
     check_integers(f"{self._name}: segment_ids", segment_ids)
+    check_not_cut(f"{self._name}: segment_ids", segment_ids)
     if segment_ids.shape != (B, T):
       raise self._wrong_shape("segment_ids", segment_ids, f"(B, T) = {(B, T)}")
 

@@ -108,6 +108,24 @@ def test_ids_that_differ_in_their_high_bits_are_other_documents():
   np.testing.assert_array_equal(runs, [[0, 0, 1, 2, 3]])
 
 
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_numpy_integers_that_jax_would_cut_are_named(dtype):
+  """Without 64 bits jax makes 2³² + 1 to 1, another document to the same."""
+  ids = np.array([[1, 1, 1, 2**32 + 1]], dtype)
+  x = draw(1, 4, 1, 2)
+  calls = {
+    "segment_ids_BT": lambda: pk.document_runs(ids),
+    "segment_ids": lambda: pk.polynomial_attention(x, x, x, segment_ids=ids),
+    "positions": lambda: pk.polynomial_attention_at(x, x, x, ids),
+    "targets": lambda: pk.cross_entropy(x[:, :, 0], draw(V, 2), ids),
+  }
+  for name, call in calls.items():
+    with pytest.raises(ValueError, match=rf"^{name} holds 4294967297: exp"):
+      call()
+  runs = pk.document_runs(ids % 2**32)
+  np.testing.assert_array_equal(runs, [[0, 0, 0, 0]])
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(
   "dtype, target",

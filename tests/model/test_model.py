@@ -219,6 +219,18 @@ def test_a_token_of_64_bits_is_not_cut_to_32(token) -> None:
   assert np.isfinite(found_BTV[1]).all()
 
 
+def test_segment_ids_of_64_bits_are_not_cut_to_32() -> None:
+  model = nnx.merge(*make(CONFIG))
+  ids_BT = TOKENS_BT.astype(np.int64) + 2**32
+  calls = (
+    lambda: model(TOKENS_BT, segment_ids=ids_BT),
+    lambda: model.prefill(TOKENS_BT, model.init_state(B), segment_ids=ids_BT),
+  )
+  for call in calls:
+    with pytest.raises(ValueError, match=r"^segment_ids holds 4294967\d+: exp"):
+      call()
+
+
 @pytest.mark.parametrize(
   ("tokens", "message"),
   [
