@@ -228,6 +228,8 @@ def _experiment(
       "|---|---|---|---|",
     ]
     lines += [*map(_finding_row, checked), ""]
+  if 0 < len(checked) < len(findings):
+    verdict += f": {len(checked)} of {len(findings)} claims checked"
   return _Section("\n".join(lines), verdict)
 
 
