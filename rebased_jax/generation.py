@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
-from pallas_kernels.arguments import check_integers, plain_scalar
+from pallas_kernels.arguments import check_integers, name_type, plain_scalar
 from pallas_kernels.compile_once import keep_programs
 from pallas_kernels.explicit_mesh import explicit_axes, layout
 from pallas_kernels.sharding import Axis
@@ -270,7 +270,7 @@ def _check(
   choice = _check_sampling(model, temperature, top_k, top_p, key, rows)
   stops_K = _check_stop_tokens(model, stop_tokens)
   prompts = [
-    _check_vocabulary(row, to_int32(prompt), model.config.vocab_size)
+    _check_vocabulary(row, prompt, model.config.vocab_size)
     for row, prompt in enumerate(prompts)
   ]
   before = _tokens_before(state, rows)
@@ -318,6 +318,10 @@ def _check_sampling(
         f"{name}={value} samples: expected temperature > 0, or {name}=None"
       )
   if temperature > 0:
+    if not isinstance(key, Array | np.ndarray):
+      raise ValueError(
+        f"key is {name_type(key)}: expected a PRNG key, as jax.random.key(0)"
+      )
     shape = _typed(key).shape
     if shape not in ((), (rows,)):
       raise ValueError(
@@ -344,7 +348,7 @@ def _check_stop_tokens(model: LM, stop_tokens: Sequence[int]) -> np.ndarray:
 
 
 def _check_vocabulary(row: int, prompt_BT: Array, size: int) -> Array:
-  """Return a prompt, in this process's memory if its values are known.
+  """Return a prompt as int32, in this process's memory if values are known.
 
   NumPy cuts it into parts without a compiled program for each length.
 
@@ -357,9 +361,10 @@ def _check_vocabulary(row: int, prompt_BT: Array, size: int) -> Array:
     ValueError: a token is outside the vocabulary.
   """
   if not _has_values(prompt_BT):
-    return prompt_BT
+    return to_int32(prompt_BT)
   found_BT = jax.device_get(prompt_BT)
-  wrong = np.argwhere((found_BT < 0) | (found_BT >= size))
+  tokens_BT = to_int32(found_BT)
+  wrong = np.argwhere((tokens_BT < 0) | (tokens_BT >= size))
   if wrong.size:
     own_row, place = wrong[0]
     raise ValueError(
@@ -367,7 +372,7 @@ def _check_vocabulary(row: int, prompt_BT: Array, size: int) -> Array:
       f"{found_BT[own_row, place]}: expected one of the vocabulary, 0 to "
       f"{size - 1}"
     )
-  return found_BT
+  return tokens_BT
 
 
 def _check_room(model: LM, tokens: int) -> None:
@@ -386,6 +391,8 @@ def _tokens_before(state: LMState | None, rows: int) -> int:
   """Return the most tokens that a row of a state has read, 0 if unknown."""
   if state is None:
     return 0
+  if not isinstance(state, LMState):
+    raise ValueError(f"state is {name_type(state)}: expected an LMState")
   if state.position_B.shape != (rows,):
     raise ValueError(
       f"state has {len(state.position_B)} rows: expected {rows}, one for each "

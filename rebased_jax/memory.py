@@ -43,6 +43,7 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.arguments import name_type
 from pallas_kernels.compile_once import keep_programs
 from rebased_jax import tensor_files
 from rebased_jax.config_checks import is_positive_integer
@@ -256,8 +257,11 @@ def _check_model(model: LM | Mixer) -> None:
 
 def _check_states(model: LM | Mixer, states: Sequence[Any]) -> int:
   """Return the number of rows; ValueError if a state is not of the model."""
-  leaves = jax.tree.leaves(states[0])
-  rows = len(states[0].position_B) if isinstance(model, LM) else len(leaves[0])
+  for i, state in enumerate(states):
+    if isinstance(model, LM) and not isinstance(state, LMState):
+      raise ValueError(f"state {i} is {name_type(state)}: expected an LMState")
+  # Leaves of an LMState begin with position_B, those of a mixer have rows too.
+  rows = len(jax.tree.leaves(states[0])[0])
   wanted = jax.eval_shape(lambda: model.init_state(rows))
   for i, state in enumerate(states):
     if jax.tree.structure(state) != jax.tree.structure(wanted):

@@ -146,7 +146,9 @@ def test_a_token_past_the_table_is_named() -> None:
       dict(key=jax.random.split(jax.random.key(0), 3), temperature=1.0),
       r"key holds PRNG keys of shape \(3,\): expected one key, or \(2,\)",
     ),
+    (dict(key="a", temperature=1.0), "key is a str: expected a PRNG key"),
     (dict(state=make().init_state(3)), "state has 3 rows: expected 2"),
+    (dict(state=()), "state is a tuple: expected an LMState"),
     (dict(temperature=1e-46), "temperature=1e-46"),
   ],
 )
@@ -237,7 +239,7 @@ def test_a_prompt_of_any_integer_dtype(dtype) -> None:
 def test_a_token_out_of_the_vocabulary_is_named(token) -> None:
   prompt_BT = np.array(PROMPT_BT, np.int64)
   prompt_BT[1, 2] = token
-  words = rf"prompt\[1, 2\] is the token -?\d+: .* 0 to {V - 1}"
+  words = rf"prompt\[1, 2\] is the token {token}: .* 0 to {V - 1}"
   with pytest.raises(ValueError, match=words):
     generate(make(), prompt_BT, steps=2)
 

@@ -159,6 +159,7 @@ def test_what_cannot_be_added_is_refused(lm, states) -> None:
   pair, array, bad = lm.init_state(2), jnp.zeros((1, 2)), [[1], [1, 2, V]]
   for words, call in (
     ("states is empty", lambda: memory.merge(lm, [])),
+    ("state 1 is a list", lambda: memory.merge(lm, [states[0], [array]])),
     ("state 1 has position_B", lambda: memory.merge(lm, [states[0], pair])),
     ("state 0 has the structure", lambda: memory.merge(based, [array])),
     ("would have -14 tokens", lambda: memory.forget(lm, states[1], states[3])),
