@@ -221,10 +221,14 @@ def _check_preset(verb: str, args: list[str]) -> int | None:
   The catalogue needs no jax, so that a wrong name is answered at once.
   """
   if args and args[0] in ("-h", "--help"):
-    print(f"usage: rebased {verb} PRESET [--options]\n\npresets:")
+    print(f"usage: rebased {verb} PRESET [--options]")
+    print(f"       rebased {verb} --config RUN/config.json [--options]\n")
+    print("presets:")
     print("\n".join(f"  {name}" for name in catalogue.PRESETS))
     print(f"\n`rebased {verb} PRESET --help` shows the options of a preset.")
     return 0
+  if args and args[0].partition("=")[0] == "--config":
+    return None  # a file stands instead of the preset
   if not args or args[0].startswith("-"):
     found = f", not {args[0]!r}" if args else ""
     _print_error(

@@ -1,9 +1,13 @@
 """Test the messages about wrong options: one line that names what to type."""
 
 import pytest
+from train_cases import tiny
 
 from train import cli
 from train.commands import parsing
+from train.commands.arguments import parse_preset
+from train.commands.train import TrainArgs
+from train.stored_config import to_json
 
 _WRONG = {
   "synonym": (["--lr", "1e-3"], "no option --lr; did you mean --optimizer."),
@@ -13,7 +17,7 @@ _WRONG = {
   "two": (["--batch-size", "4", "--lr", "1"], "--batch-size; did you mean --b"),
   "other preset": (
     ["--data.path", "x"],
-    "--data.path with the preset 'mqar': expected a preset such as lm-tiny",
+    "--data.path with mqar: expected a preset such as lm-tiny",
   ),
   "nothing alike": (["--zzzz", "x"], "there is no option --zzzz\n"),
   "argument": (["more"], "'more' is one argument too many"),
@@ -65,3 +69,25 @@ def test_names_of_fields_become_options() -> None:
     ("other=2", "other=2"),
   ):
     assert parsing.as_options(message, options) == expected
+
+
+def test_the_config_of_a_run_stands_instead_of_a_preset(
+  tmp_path, capsys
+) -> None:
+  file = tmp_path / "mine" / "config.json"
+  file.parent.mkdir()
+  file.write_text(to_json(tiny(seed=7)))
+  for words in (["--config", str(file)], [f"--config={file}"]):
+    name, parsed = parse_preset(TrainArgs, "train", [*words, "--steps", "9"])
+    assert name == "mine" and parsed.run == tiny(seed=7, steps=9)
+  file.write_text("{}")
+  for args, expected in (
+    (["--config"], "--config: expected a file"),
+    (["--config", "none"], "--config none: "),
+    (["--config", str(tmp_path)], "expected the config.json of a run"),
+    (["--config", str(file)], "version=None: expected 2"),
+  ):
+    with pytest.raises(SystemExit) as stop:
+      cli.main(["train", *args])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and expected in err, err

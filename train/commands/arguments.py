@@ -4,12 +4,14 @@ import dataclasses
 import os
 from typing import Annotated, Any, TypeVar
 
+from etils import epath
 import tyro
 
 from train.commands.parsing import option_names, parse
 from train.config import DataConfig, RunConfig, TextData
 from train.presets import make_presets
 from train.records.run_folder import RunFolder
+from train.stored_config import ConfigError, from_json
 
 #: A positional argument: the folder of a run.
 RunArg = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -41,26 +43,50 @@ def parse_preset(
     kind: a dataclass whose first field `run` is the RunConfig.
     verb: the name of the verb.
     args: the arguments after the verb. The command has found the preset, the
-      first of them, in the catalogue.
+      first of them, in the catalogue. `--config FILE` stands instead of it.
 
   Returns:
-    The name of the preset, and the parsed arguments.
+    The name of the preset, or of the file's folder, and the parsed arguments.
 
   Raises:
-    ValueError: an option is wrong.
+    ValueError: an option is wrong, or the file is no config of a run.
   """
-  name, presets = args[0], make_presets()
+  presets = make_presets()
+  if args[0].partition("=")[0] == "--config":
+    if "=" in args[0]:
+      args = ["--config", args[0].partition("=")[2], *args[1:]]
+    if not args[1:]:
+      raise ValueError("--config: expected a file, such as RUN/config.json")
+    name, config = _read_config(args[1])
+    words, args = f"--config {args[1]}", args[2:]
+  else:
+    name = words = args[0]
+    config, args = presets[name], args[1:]
 
   def elsewhere(option: str) -> str:
     have = [x for x in presets if option in option_names(presets[x])]
     if not have:
       return ""
     shown = ", ".join(have[:3]) + (", …" if have[3:] else "")
-    return f" with the preset {name!r}: expected a preset such as {shown}"
+    return f" with {words}: expected a preset such as {shown}"
 
-  prog = f"rebased {verb} {name}"
-  default = kind(presets[name])
-  return name, parse(kind, prog, args[1:], default, elsewhere)
+  prog = f"rebased {verb} {words}"
+  return name, parse(kind, prog, args, kind(config), elsewhere)
+
+
+def _read_config(file: str) -> tuple[str, RunConfig]:
+  """Return the name of the folder of a run's config.json, and the config."""
+  path = epath.Path(file)
+  try:
+    text = path.read_text()
+  except (OSError, UnicodeDecodeError) as error:
+    raise ValueError(
+      f"--config {file}: {error}: expected the config.json of a run"
+    ) from error
+  try:
+    return epath.Path(os.path.abspath(file)).parent.name, from_json(text)
+  except ConfigError as error:
+    raise ValueError(f"--config {file}: {error}") from error
 
 
 def parse_run(
