@@ -33,8 +33,9 @@ def _code_without_reader(*words: str) -> int:
   "words",
   [
     ("--help",),
-    ("train",),
+    ("train", "--help"),
     ("train", "mqar", "--help"),
+    ("presets",),
     ("tokenizer",),
     ("inspect", "mqar"),
     ("doctor",),

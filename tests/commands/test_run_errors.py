@@ -40,9 +40,9 @@ def _code(*words: str) -> int:
 @pytest.mark.parametrize(
   "option, value, named",
   [
-    ("stop-accuracy", "nan", "stop_accuracy=nan"),
-    ("stop-accuracy", "2", "stop_accuracy=2"),
-    ("optimizer.weight-decay", "inf", "weight_decay=inf"),
+    ("stop-accuracy", "nan", "--stop-accuracy=nan"),
+    ("stop-accuracy", "2", "--stop-accuracy=2"),
+    ("optimizer.weight-decay", "inf", "--optimizer.weight-decay=inf"),
     ("model.second.eps", "inf", "eps=inf"),
     ("model.second.implementation", "foo", "implementation='foo'"),
   ],

@@ -78,7 +78,7 @@ slow = types.ModuleType("slow")
 slow.run = run
 sys.modules["slow"] = slow
 cli.VERBS["train"] = dataclasses.replace(cli.VERBS["train"], module="slow")
-cli.main(["train"])
+cli.main(["train", "mqar"])
 """
 
 
