@@ -88,10 +88,10 @@ def test_the_operators_states_add_and_subtract() -> None:
 def test_documents_are_read_as_each_alone(lm, states) -> None:
   read = jax.jit(lambda tokens: lm.prefill(tokens, lm.init_state(1))[1])
   for tokens, state in zip(DOCUMENTS[:2], states, strict=False):
-    chex.assert_trees_all_close(state, read(tokens[None]), rtol=1e-5, atol=1e-6)
+    assert error(state, read(tokens[None])) < 1e-5
   assert [int(x.position_B[0]) for x in states] == list(LENGTHS)
   pieces = memory.read(lm, DOCUMENTS, rows=2, piece=8)
-  chex.assert_trees_all_close(states, pieces, rtol=1e-5, atol=1e-6)
+  assert error(states, pieces) < 1e-5
 
 
 def test_a_model_answers_from_any_subset_and_forgets(lm, states) -> None:
