@@ -83,6 +83,11 @@ class Tiling(NamedTuple):
   S: int
   C: int
 
+  @property
+  def is_one_chunk(self) -> bool:
+    """Whether a row is one chunk; False where its length is open."""
+    return self.M == 1 and self.S == 1
+
 
 class _Call(NamedTuple):
   """The static numbers that the terms of a chunk take."""
@@ -309,6 +314,8 @@ class PlainPasses:
   def tiling(self, B: int, T: int, state_BH: State) -> Tiling:
     """Cut B rows of T tokens, as evenly as can be.
 
+    Where `jax.export` leaves B or T open, a span is one chunk.
+
     Args:
       B: rows.
       T: tokens of a row.
@@ -316,6 +323,9 @@ class PlainPasses:
     """
     N = -(-T // self.chunk)
     C = -(-T // N)
+    is_open = not (isinstance(B, int) and isinstance(T, int))
+    if self.span_bytes == 0 or is_open:
+      return Tiling(N, 1, C)
     H = state_BH.kv_BHEP.shape[1]
     # Of two float32 arrays (C, C) a chunk holds: products, and similarities.
     similarities = 2 * 4 * B * H * C * C
@@ -473,7 +483,7 @@ def _sweep(
     )
     return state, swap_time_and_heads(outputs(chunk, masks, entering))
 
-  if state is None and tiling.M * tiling.S > 1:
+  if state is None and not tiling.is_one_chunk:
     state = zero
   if tiling.M == 1:
     state, results = span(state, jax.tree.map(lambda x: x[0], inputs))
