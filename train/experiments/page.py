@@ -175,7 +175,7 @@ def _parameters(path: Path) -> _Section:
     "models have position tables of different sizes, and ours have the same.",
     "",
     "| MQAR model | " + " | ".join(f"width {x}" for x in presets.WIDTHS) + " |",
-    "|---|" + "---|" * len(presets.WIDTHS),
+    results.rule(1 + len(presets.WIDTHS)),
   ]
   for system in presets.TABLE_4:
     row = [f"{counts[f'table-4-{system}-{x}']:,}" for x in presets.WIDTHS]
@@ -266,7 +266,7 @@ def _figure_4(found: _Records) -> _Section:
   counts = range(1, most + 1)
   lines += [
     "| cell | seeds | " + " | ".join(f"n = {n}" for n in counts) + " |",
-    "|---|---|" + "---|" * most,
+    results.rule(2 + most),
   ]
   for name, record in several.items():
     rates = records.accuracy_by_rate(record)
@@ -307,7 +307,7 @@ def _table_3(experiment: Experiment, cells: _Records) -> _Section:
     lines += [
       "| cell | paper's IoU | soft | largest | paper's accuracy | accuracy | "
       "seeds | rates | epochs | seconds, device |",
-      "|---|" + "---|" * 9,
+      results.rule(10),
     ]
   for name, record in cells.items():
     theirs = paper.TABLE_3[results.place(name).system.removeprefix("iou-")]

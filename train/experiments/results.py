@@ -99,6 +99,11 @@ def rows(
   return lines
 
 
+def rule(columns: int) -> str:
+  """Return the line of a Markdown table below its head."""
+  return "|" + "---|" * columns
+
+
 def grid(experiment: Experiment, found: Mapping[str, Any]) -> list[str]:
   """Return the lines of a table of systems by width: ours / the paper's.
 
@@ -118,7 +123,7 @@ def grid(experiment: Experiment, found: Mapping[str, Any]) -> list[str]:
     "| tokens | system | "
     + "".join(f"width {x} | " for x in widths)
     + "mean |",
-    "|---|---|" + "---|" * (len(widths) + 1),
+    rule(len(widths) + 3),
   ]
   for length, system in sorted(rows, key=lambda row: row[0]):
     mine, theirs, entries = [], [], []
