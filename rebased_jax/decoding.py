@@ -19,7 +19,7 @@ from pallas_kernels import ShardAxes
 from pallas_kernels.arguments import check_integers
 from rebased_jax import blocks
 from rebased_jax.explicit_mesh import layouts, method_on_any_mesh
-from rebased_jax.integers import integer_rows, to_int32
+from rebased_jax.integers import integer_rows, power_of_two, to_int32
 from rebased_jax.layer_norm import LayerNorm
 from rebased_jax.mixers.attention import Attention
 from rebased_jax.mixers.base import Mixer
@@ -179,4 +179,4 @@ def enlarge_caches(model: Decoder, tokens: int) -> None:
     if not isinstance(mixer, Attention):
       continue
     if mixer.length is None or mixer.length < tokens:
-      mixer.length = 1 << (tokens - 1).bit_length()
+      mixer.length = power_of_two(tokens)

@@ -30,6 +30,7 @@ from pallas_kernels import ShardAxes, cross_entropy
 from pallas_kernels.compile_once import keep_programs
 from rebased_jax.config_checks import is_positive_integer
 from rebased_jax.decoding import LMState, enlarge_caches
+from rebased_jax.integers import power_of_two
 from rebased_jax.mixers.attention import Attention
 from rebased_jax.model import LM
 
@@ -416,7 +417,7 @@ def _run(
       yield part, _programs(graph, axes, 0).whole(params, batch)
     return
   has_cache = any(isinstance(x, Attention) for x in model.mixers)
-  room = _power_of_two(most + piece) if has_cache else 0
+  room = power_of_two(most + piece) if has_cache else 0
   programs = _programs(graph, axes, room)
   begin = functools.partial(programs.start, params, rows=rows)
   state, first = begin(), None
@@ -432,13 +433,8 @@ def _run(
 
 def _bucket(tokens: int, piece: int, limit: int | None) -> int:
   """Return the length that tokens of a row are padded to."""
-  length = min(max(_SHORTEST, _power_of_two(tokens)), piece)
+  length = min(max(_SHORTEST, power_of_two(tokens)), piece)
   return length if limit is None else min(length, limit)
-
-
-def _power_of_two(least: int) -> int:
-  """Return the smallest power of two that is at least `least`."""
-  return 1 << (least - 1).bit_length()
 
 
 def _batch(

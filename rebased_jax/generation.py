@@ -31,7 +31,7 @@ from pallas_kernels.explicit_mesh import explicit_axes, layout
 from pallas_kernels.sharding import Axis
 from rebased_jax.config_checks import is_positive_integer
 from rebased_jax.decoding import LMState, enlarge_caches
-from rebased_jax.integers import to_int32
+from rebased_jax.integers import power_of_two, to_int32
 from rebased_jax.model import LM
 from rebased_jax.model_config import check_length
 
@@ -146,7 +146,7 @@ def generate(
   split = layout(prompt)[0] if explicit_axes() else None
   graph, params = _split(model, request, state)
   logits_BV, state = _read(graph, params, prompt_BT, state, piece, rows)
-  slots = max(_FEWEST_SLOTS, _power_of_two(steps))
+  slots = max(_FEWEST_SLOTS, power_of_two(steps))
   write = _writer(graph, len(prompt_BT), slots, request.choice, split).whole
   tokens_BS = write(
     params, logits_BV, state, _put(np.int32(steps)), request.settings
@@ -455,11 +455,6 @@ def _parts(length: int, piece: int) -> list[tuple[int, int]]:
   stops = [*range(piece, whole + 1, piece)]
   stops += [whole + (rest & -size) for size in sizes if rest & size]
   return list(zip([0, *stops], stops, strict=False))
-
-
-def _power_of_two(least: int) -> int:
-  """Return the smallest power of two that is at least `least`."""
-  return 1 << (least - 1).bit_length()
 
 
 def _put(x: np.ndarray) -> Array:

@@ -1,4 +1,4 @@
-"""Tokens and positions: integer arguments that index a table or a row."""
+"""Tokens and positions, and the sizes that rows are padded to."""
 
 from jax import Array
 import jax.numpy as jnp
@@ -43,3 +43,8 @@ def integer_rows(name: str, x: Array) -> Array:
   if x.ndim != 2 or 0 in x.shape:
     raise ValueError(f"{name} has shape {x.shape}: expected (B, T), both > 0")
   return to_int32(x)
+
+
+def power_of_two(least: int) -> int:
+  """Return the smallest power of two that is at least `least`."""
+  return 1 << (least - 1).bit_length()

@@ -48,6 +48,7 @@ from pallas_kernels.compile_once import keep_programs
 from rebased_jax import tensor_files
 from rebased_jax.config_checks import is_positive_integer
 from rebased_jax.decoding import LMState
+from rebased_jax.integers import power_of_two
 from rebased_jax.mixers.base import Mixer
 from rebased_jax.model import LM
 from rebased_jax.model_files import by_name
@@ -213,7 +214,7 @@ def _padded(length: int, piece: int) -> int:
   """
   if length > piece:
     return -(-length // piece) * piece
-  return min(piece, max(_SHORTEST, 1 << (length - 1).bit_length()))
+  return min(piece, max(_SHORTEST, power_of_two(length)))
 
 
 @keep_programs(most=32)

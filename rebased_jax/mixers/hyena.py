@@ -33,6 +33,7 @@ import numpy as np
 from pallas_kernels import ShardAxes
 from pallas_kernels.numerics import sum_dtype
 from rebased_jax.config_checks import check_positive
+from rebased_jax.integers import power_of_two
 from rebased_jax.linear import linear, output_stddev
 from rebased_jax.mixers.base import Mixer, MixerConfig, Site, take_positions
 from rebased_jax.mixers.conv import ShortConv
@@ -318,7 +319,7 @@ def convolve(x_BSD: Array, h_LD: Array) -> Array:
   last_BSD = jax.lax.cummax(jnp.where(is_finite_BSD, -L, s_1S1), axis=1)
   has_nonfinite_BSD = s_1S1 - last_BSD < L
   x_BSD = jnp.where(is_finite_BSD, x_BSD, 0)
-  points = 1 << (S + L - 1).bit_length()
+  points = power_of_two(S + L)
   spectrum = jnp.fft.rfft(x_BSD, points, axis=1)
   spectrum = spectrum * jnp.fft.rfft(h_LD, points, axis=0)[None]
   sums_BSD = jnp.fft.irfft(spectrum, points, axis=1)[:, :S]

@@ -1,11 +1,43 @@
 """The golden arrays of the official models, as parameters of our `LM`."""
 
+import functools
+from pathlib import Path
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rebased_jax import LM, ModelConfig, pytorch_names
+
+# The golden files of the paper's kernels, which follow the short convolution,
+# and the names of these kernels among the presets.
+KERNELS = {
+  "rebased": "rebased",
+  "rebased_gx": "gamma",
+  "rebased_gxb": "gamma-beta",
+  "rebased_x2": "x2",
+  "based": "based",
+}
+# The golden files of other systems, and their names among the presets.
+SYSTEMS = {
+  "attention": "attention",
+  "conv_attention": "conv-attention",
+  "rwkv": "rwkv",
+  "conv_rwkv": "conv-rwkv",
+  "mamba": "mamba",
+  "hyena": "hyena",
+  "double_based": "double-based",
+  "double_rebased": "double-rebased",
+}
+_DIRECTORY = Path(__file__).parents[1] / "golden"
+
+
+@functools.cache
+def read(name: str) -> dict[str, np.ndarray]:
+  """Return the arrays of a golden file by name; do not change them."""
+  with np.load(_DIRECTORY / f"{name}.npz") as file:
+    return dict(file)
 
 
 def ours(

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-from pathlib import Path
 
 from flax import nnx
 import golden_map
@@ -13,37 +12,11 @@ import pytest
 
 from rebased_jax import LM, MixerConfig, ModelConfig, RWKVConfig, presets
 
-_DIRECTORY = Path(__file__).parents[1] / "golden"
-# The golden files of the paper's kernels, which follow the short convolution,
-# and the names of these kernels among the presets.
-_KERNELS = {
-  "rebased": "rebased",
-  "rebased_gx": "gamma",
-  "rebased_gxb": "gamma-beta",
-  "rebased_x2": "x2",
-  "based": "based",
-}
-# The golden files of other systems, and their names among the presets.
-_SYSTEMS = {
-  "attention": "attention",
-  "conv_attention": "conv-attention",
-  "rwkv": "rwkv",
-  "conv_rwkv": "conv-rwkv",
-  "mamba": "mamba",
-  "hyena": "hyena",
-  "double_based": "double-based",
-  "double_rebased": "double-rebased",
-}
 _WORDS = "backbone.embeddings.word_embeddings.weight"
 # Of ‖ours − theirs‖ / ‖theirs‖, the Frobenius norm over each whole array.
 # The same formulas in another order: roundings of 1e-16 in float64, of 6e-8 in
 # float32. Measured, at most 2e-15 and 6e-7; the rest is room for other orders.
 _TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
-
-
-def _golden(name: str) -> dict[str, np.ndarray]:
-  with np.load(_DIRECTORY / f"{name}.npz") as file:
-    return dict(file)
 
 
 def _difference(ours, theirs: np.ndarray) -> float:
@@ -91,7 +64,7 @@ def _without_rounding(mixer: MixerConfig) -> MixerConfig:
 
 def _check(name: str, system: presets.System, dtype: str) -> None:
   """Compare logits, loss and all gradients with the golden file's."""
-  golden = _golden(name)
+  golden = golden_map.read(name)
   config = _mqar(system, dtype, golden)
   arrays = golden_map.ours(golden, "param", config)
   with _float64() if dtype == "float64" else contextlib.nullcontext():
@@ -125,17 +98,17 @@ def _check(name: str, system: presets.System, dtype: str) -> None:
     pytest.param("float32", "reference", marks=pytest.mark.slow),
   ],
 )
-@pytest.mark.parametrize("name", _KERNELS)
+@pytest.mark.parametrize("name", golden_map.KERNELS)
 def test_logits_loss_and_every_gradient(name, dtype, implementation) -> None:
   mixer = dataclasses.replace(
-    presets.VARIANTS[_KERNELS[name]], implementation=implementation
+    presets.VARIANTS[golden_map.KERNELS[name]], implementation=implementation
   )
   assert (mixer.heads, mixer.features, mixer.eps) == (12, 16, 1e-12)
   _check(name, presets.hybrid(mixer), dtype)
 
 
 def _cases():
-  for name in _SYSTEMS:
+  for name in golden_map.SYSTEMS:
     quick = name in ("attention", "conv_attention")
     yield name, "float64"
     yield pytest.param(name, "float32", marks=[] if quick else pytest.mark.slow)
@@ -148,6 +121,6 @@ def test_the_other_systems(name, dtype) -> None:
   The official mask of attention adds −10,000, and e^−10,000 is 0 in every
   dtype.
   """
-  system = presets.SYSTEMS[_SYSTEMS[name]]
+  system = presets.SYSTEMS[golden_map.SYSTEMS[name]]
   first, second = map(_without_rounding, (system.first, system.second))
   _check(name, system._replace(first=first, second=second), dtype)

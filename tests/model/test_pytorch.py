@@ -1,7 +1,6 @@
 """Checkpoints of PyTorch models: the official code's, Zoology's and FLA's."""
 
 import dataclasses
-import functools
 from pathlib import Path
 import re
 import sys
@@ -24,36 +23,15 @@ from rebased_jax import (
   tensor_files,
 )
 
-_DIRECTORY = Path(__file__).parents[1] / "golden"
 # The golden files, and the names of their systems.
-_SYSTEMS = {
-  "rebased": "rebased",
-  "rebased_gx": "gamma",
-  "rebased_gxb": "gamma-beta",
-  "rebased_x2": "x2",
-  "based": "based",
-  "attention": "attention",
-  "conv_attention": "conv-attention",
-  "rwkv": "rwkv",
-  "conv_rwkv": "conv-rwkv",
-  "mamba": "mamba",
-  "hyena": "hyena",
-  "double_based": "double-based",
-  "double_rebased": "double-rebased",
-}
+_SYSTEMS = golden_map.KERNELS | golden_map.SYSTEMS
 # The same formulas in float32: roundings of 6e-8, measured at most 6e-7.
 _TOLERANCE = 1e-5
 
 
-@functools.cache
-def _golden(name: str) -> dict[str, np.ndarray]:
-  with np.load(_DIRECTORY / f"{name}.npz") as file:
-    return dict(file)
-
-
 def _arrays(name: str) -> dict[str, np.ndarray]:
   """Return what `state_dict` of the official model holds, in float32."""
-  found = golden_map.official(_golden(name), "param")
+  found = golden_map.official(golden_map.read(name), "param")
   arrays = {key: x.astype(np.float32) for key, x in found.items()}
   words = arrays["backbone.embeddings.word_embeddings.weight"]
   arrays["lm_head.weight"] = words.copy()
@@ -87,7 +65,7 @@ def test_an_official_checkpoint_gives_the_official_logits(
   name: str, tmp_path: Path
 ) -> None:
   """Import from a file, write it as our own, and read that."""
-  golden = _golden(name)
+  golden = golden_map.read(name)
   save_file(_arrays(name), tmp_path / "official.safetensors")
   model = pytorch.load(tmp_path / "official.safetensors", system=_SYSTEMS[name])
   rebased_jax.save(model, tmp_path / "model")
@@ -105,7 +83,7 @@ def test_an_official_checkpoint_gives_the_official_logits(
 
 
 def _fla(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-  golden = _golden(name)
+  golden = golden_map.read(name)
   prefix = "param/"
   arrays = {
     f"model.layers.3.attn.{key.removeprefix(prefix)}": x.astype(np.float32)
@@ -230,7 +208,7 @@ def test_every_row_of_the_table_is_used() -> None:
       key = re.sub(r"^backbone\.(layers\.\d\.)?", "", key)
       used.add(pytorch_names.MIXER.sub("", key))
   for name in _FLA:
-    used |= {key.removeprefix("param/") for key in _golden(name)}
+    used |= {key.removeprefix("param/") for key in golden_map.read(name)}
   rows = {row.name for row in (*pytorch_names.MODEL, *pytorch_names.BLOCK)}
   for table in pytorch_names.MIXERS.values():
     rows |= {row.name for row in table}
