@@ -30,7 +30,7 @@ from pallas_kernels import ShardAxes, cross_entropy
 from pallas_kernels.compile_once import keep_programs
 from rebased_jax.config_checks import is_positive_integer
 from rebased_jax.decoding import LMState, enlarge_caches
-from rebased_jax.integers import power_of_two
+from rebased_jax.integers import check_vocabulary, power_of_two
 from rebased_jax.mixers.attention import Attention
 from rebased_jax.model import LM
 
@@ -233,17 +233,12 @@ def _check_texts(
         f"{name} has {len(values)} entries: expected {len(texts)}, one for "
         "each text"
       )
-  V, found = model.config.vocab_size, []
+  found = []
   for i, text in enumerate(texts):
     tokens = _integers(f"texts[{i}]", text)
     if not len(tokens):
       raise ValueError(f"texts[{i}] is empty: expected at least one token")
-    wrong = np.flatnonzero((tokens < 0) | (tokens >= V))
-    if wrong.size:
-      raise ValueError(
-        f"texts[{i}][{wrong[0]}] is the token {tokens[wrong[0]]}: expected one "
-        f"of the model's vocabulary, 0 to {V - 1}"
-      )
+    check_vocabulary(f"texts[{i}]", tokens, model.config.vocab_size)
     start = 1 if starts is None else starts[i]
     if not is_positive_integer(start):
       raise ValueError(

@@ -45,6 +45,25 @@ def integer_rows(name: str, x: Array) -> Array:
   return to_int32(x)
 
 
+def check_vocabulary(name: str, tokens_T: np.ndarray, size: int) -> None:
+  """Check that the tokens of a text are of the vocabulary.
+
+  Args:
+    name: the text's name, for the message.
+    tokens_T: integers of any dtype.
+    size: V, the size of the vocabulary.
+
+  Raises:
+    ValueError: a token is not in [0, V). The message names its place.
+  """
+  wrong = np.flatnonzero((tokens_T < 0) | (tokens_T >= size))
+  if wrong.size:
+    raise ValueError(
+      f"{name}[{wrong[0]}] is the token {tokens_T[wrong[0]]}: expected one of "
+      f"the model's vocabulary, 0 to {size - 1}"
+    )
+
+
 def power_of_two(least: int) -> int:
   """Return the smallest power of two that is at least `least`."""
   return 1 << (least - 1).bit_length()

@@ -48,7 +48,7 @@ from pallas_kernels.compile_once import keep_programs
 from rebased_jax import tensor_files
 from rebased_jax.config_checks import is_positive_integer
 from rebased_jax.decoding import LMState
-from rebased_jax.integers import power_of_two
+from rebased_jax.integers import check_vocabulary, power_of_two
 from rebased_jax.mixers.base import Mixer
 from rebased_jax.model import LM
 from rebased_jax.model_files import by_name
@@ -197,13 +197,7 @@ def _document(model: LM, i: int, document: Any) -> np.ndarray:
       f"documents[{i}] is {tokens.dtype}{list(tokens.shape)}: expected "
       "integers (length,), length ≥ 1"
     )
-  V = model.config.vocab_size
-  wrong = np.flatnonzero((tokens < 0) | (tokens >= V))
-  if wrong.size:
-    raise ValueError(
-      f"documents[{i}][{wrong[0]}] is the token {tokens[wrong[0]]}: expected "
-      f"one of the vocabulary, 0 to {V - 1}"
-    )
+  check_vocabulary(f"documents[{i}]", tokens, model.config.vocab_size)
   return tokens.astype(np.int32)
 
 
