@@ -80,7 +80,7 @@ def assert_equals_xla(T, P, coefficients, dtype, boundaries):
     steps = jnp.zeros((1, T), jnp.int32).at[0, jnp.array(boundaries)].set(1)
     runs_BT = documents_lib.document_runs(jnp.cumsum(steps, axis=1))
   wide = [x.astype(jnp.float32) for x in arrays]
-  reference = functools.partial(_all, xla, kernel)
+  reference = functools.partial(_all, xla.CHUNKS, kernel)
   _, state, _ = xla.CHUNKS.forward(
     *(x[:, ::-1] for x in wide[:3]), None, None, kernel, return_state=True
   )
@@ -120,7 +120,9 @@ def test_states_of_slices_equal_xla(F, boundaries):
   wide = [x.astype(jnp.float32) for x in (q, k, v, do)]
   expected = (
     xla.CHUNKS.key_state(*wide[1:3], runs_BT, kernel),
-    xla.query_cotangent(wide[0], wide[3], r_BTH, dz_BTH, runs_BT, kernel),
+    xla.CHUNKS.query_cotangent(
+      wide[0], wide[3], r_BTH, dz_BTH, runs_BT, kernel
+    ),
   )
   # The kernels divide sim by c2, and hold r and dz as (B, H, whole chunks).
   rows = lambda x: (
