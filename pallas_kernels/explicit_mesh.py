@@ -18,7 +18,7 @@ import jax
 from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 
-from pallas_kernels.arguments import plain_scalar
+from pallas_kernels.arguments import check_not_cut, plain_scalar
 from pallas_kernels.compile_once import keep_programs
 from pallas_kernels.sharding import Axis, ShardAxes
 
@@ -115,6 +115,8 @@ def on_any_mesh(
       if not explicit_axes():
         return function(*args, **kwargs)
       given = signature.bind(*args, **kwargs).arguments
+      for name, x in given.items():
+        check_not_cut(name, x)  # jax.jit cuts 64 bits before the call looks
       arrays = {name: x for name, x in given.items() if _has_arrays(x)}
       options = {
         # An array of one number is an option, such as eps.

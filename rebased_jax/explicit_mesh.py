@@ -15,8 +15,10 @@ from flax import nnx
 import jax
 from jax import Array
 from jax.sharding import PartitionSpec
+import numpy as np
 
 from pallas_kernels import ShardAxes
+from pallas_kernels.arguments import as_array, check_not_cut
 from pallas_kernels.explicit_mesh import (
   Outputs,
   explicit_axes,
@@ -54,7 +56,11 @@ def method_on_any_mesh(
         return method(*args, **kwargs)
       module, *given = signature.bind(*args, **kwargs).arguments.items()
       arguments = dict(given)
-      x = next(iter(arguments.values()), None)
+      for name, x in arguments.items():
+        check_not_cut(name, x)  # jax.jit cuts 64 bits before the method looks
+      first, x = next(iter(arguments.items()), ("", None))
+      if isinstance(x, np.ndarray):
+        x = arguments[first] = as_array(first, x)
       if not isinstance(x, Array) or x.ndim != len(letters):
         return method(*args, **kwargs)  # which says what is wrong
       graph, parameters = nnx.split(module[1])

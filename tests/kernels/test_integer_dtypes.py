@@ -3,10 +3,12 @@
 Sizes lie outside the range of the narrow dtypes: T and V above 255.
 """
 
+import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 import numpy as np
 import pytest
 
@@ -119,9 +121,12 @@ def test_numpy_integers_that_jax_would_cut_are_named(dtype):
     "positions": lambda: pk.polynomial_attention_at(x, x, x, ids),
     "targets": lambda: pk.cross_entropy(x[:, :, 0], draw(V, 2), ids),
   }
-  for name, call in calls.items():
-    with pytest.raises(ValueError, match=rf"^{name} holds 4294967297: exp"):
-      call()
+  explicit = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
+  for mesh in (contextlib.nullcontext(), jax.set_mesh(explicit)):
+    with mesh:
+      for name, call in calls.items():
+        with pytest.raises(ValueError, match=rf"^{name} holds 4294967297: exp"):
+          call()
   runs = pk.document_runs(ids % 2**32)
   np.testing.assert_array_equal(runs, [[0, 0, 0, 0]])
 

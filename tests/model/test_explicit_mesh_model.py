@@ -121,6 +121,8 @@ def test_a_model_outside_jit(mesh, lm):
     lm(tokens, positions_to_predict=at),
     lm.prefill(prompt, lm.init_state(B), all_positions=True)[0],
   )
+  token = np.asarray(tokens[:, 0])  # NumPy's integers have no layout
+  first_BV, _ = lm.step(token, lm.init_state(B))
   continued = generate(lm, prompt, steps=4)
   with jax.set_mesh(mesh):
     rows = jax.device_put(tokens, NamedSharding(mesh, P("data")))
@@ -131,10 +133,13 @@ def test_a_model_outside_jit(mesh, lm):
       lm.prefill(prompt, lm.init_state(B), all_positions=True)[0],
     )
     tokens_BS = generate(lm, prompt, steps=4)
+    found_BV, _ = lm.step(token, lm.init_state(B))
   for x in (*found, tokens_BS):
     assert x.sharding.spec[0] == "data"
   chex.assert_trees_all_close(
-    *map(jax.device_get, (found, wanted)), rtol=1e-4, atol=1e-5
+    *map(jax.device_get, ((*found, found_BV), (*wanted, first_BV))),
+    rtol=1e-4,
+    atol=1e-5,
   )
   np.testing.assert_array_equal(tokens_BS, continued)
 

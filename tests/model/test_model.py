@@ -1,5 +1,6 @@
 """Tests of the language model: causality, documents, positions, dropout."""
 
+import contextlib
 import dataclasses
 
 import chex
@@ -226,9 +227,14 @@ def test_segment_ids_of_64_bits_are_not_cut_to_32() -> None:
     lambda: model(TOKENS_BT, segment_ids=ids_BT),
     lambda: model.prefill(TOKENS_BT, model.init_state(B), segment_ids=ids_BT),
   )
-  for call in calls:
-    with pytest.raises(ValueError, match=r"^segment_ids holds 4294967\d+: exp"):
-      call()
+  explicit = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
+  for mesh in (contextlib.nullcontext(), jax.set_mesh(explicit)):
+    with mesh:
+      for call in calls:
+        with pytest.raises(
+          ValueError, match=r"^segment_ids holds 42949\d+: ex"
+        ):
+          call()
 
 
 @pytest.mark.parametrize(
