@@ -9,22 +9,20 @@ A parameter's name in the files is its path with dots, as
 the pairs. docs/weights.md has all names.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 from pathlib import Path
-import shutil
-import socket
 from typing import Any, Literal
 
 from flax import nnx
 import jax
 from jax.sharding import Sharding
 
-from rebased_jax import tensor_files
+from rebased_jax import atomic, tensor_files
 from rebased_jax.config_json import (
   ConfigError,
   from_dict,
@@ -34,6 +32,7 @@ from rebased_jax.config_json import (
 from rebased_jax.find_trainer import import_trainer
 from rebased_jax.model import LM
 from rebased_jax.model_config import ModelConfig
+from rebased_jax.one_writer import failing_together, is_split
 from rebased_jax.tensor_files import MAX_FILE_BYTES, WeightsError
 
 CONFIG = "config.json"
@@ -76,8 +75,11 @@ def save(
 ) -> None:
   """Write a model to a new folder, which appears whole or not at all.
 
+  If the model is split over several processes, all of them call the function.
+  Process 0 writes. Each array is gathered on every device in turn.
+
   Args:
-    model: the model. Its arrays may be split over devices of this process.
+    model: the model. Its arrays may be split over devices.
     folder: a path where nothing is yet, or an empty folder.
     tokenizer: "bytes", or a tokenizer.json, which is copied. None: none.
     eos: the token that ends a document. None: no token does.
@@ -90,22 +92,30 @@ def save(
     ConfigError: the model's config cannot be stored; it needs the classes of
       its mixers at the top of a module.
     OSError: the disk failed.
+    OtherProcessFailed: another process raised one of these.
   """
-  path = check_new(folder)
   arrays = _parameters(model)
-  text = None if tokenizer in (None, "bytes") else _read_bytes(tokenizer)
-  info = _tokenizer_info(tokenizer, text, eos, model.config.vocab_size)
-  data = {
-    "format": _FORMAT,
-    "version": _VERSION,
-    "model": _stored(model.config),
-    "tokenizer": None if info is None else dataclasses.asdict(info),
-  }
-  with _new_folder(path) as temporary:
+  together = is_split(arrays.values())
+  is_writer = not together or jax.process_index() == 0
+  with failing_together(together), contextlib.ExitStack() as files:
+    temporary = None
+    with failing_together(together):
+      if is_writer:
+        path = check_new(folder)
+        text = None if tokenizer in (None, "bytes") else _read_bytes(tokenizer)
+        info = _tokenizer_info(tokenizer, text, eos, model.config.vocab_size)
+        data = {
+          "format": _FORMAT,
+          "version": _VERSION,
+          "model": _stored(model.config),
+          "tokenizer": None if info is None else dataclasses.asdict(info),
+        }
+        temporary = _new_folder(path, files)
     tensor_files.write(temporary, arrays, max_file_bytes)
-    if text is not None:
-      (temporary / TOKENIZER).write_bytes(text)
-    (temporary / CONFIG).write_text(json.dumps(data, indent=2) + "\n")
+    if temporary is not None:
+      if text is not None:
+        (temporary / TOKENIZER).write_bytes(text)
+      (temporary / CONFIG).write_text(json.dumps(data, indent=2) + "\n")
 
 
 def load(
@@ -374,19 +384,9 @@ def _local(folder: str | os.PathLike[str]) -> Path:
   return Path(os.path.abspath(folder))
 
 
-@contextlib.contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-  """Yield a temporary folder that becomes `path` if the context succeeds."""
-  name = f"{path.name}.tmp-{socket.gethostname()}-{os.getpid()}"
-  temporary = path.with_name(name)
+def _new_folder(path: Path, files: contextlib.ExitStack) -> Path:
+  """Return a temporary folder that becomes `path` when `files` is closed."""
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir()
+    return files.enter_context(atomic.new_folder(path))
   except OSError as error:
     raise WeightsError(f"{path} cannot be made: {error}") from error
-  try:
-    yield temporary
-    temporary.rename(path)  # fails if files came into `path` meanwhile
-  except BaseException:
-    shutil.rmtree(temporary, ignore_errors=True)
-    raise

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 import contextlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from rebased_jax import atomic
 from rebased_jax.config_json import ConfigError, load_json
+from rebased_jax.one_writer import failing_together, gather, is_split
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -46,37 +47,44 @@ class WeightsError(ValueError):
 
 
 def write(
-  folder: Path,
+  folder: Path | None,
   arrays: Mapping[str, Any],
   max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
   """Write arrays to a folder.
 
+  If an array is split over several processes, all of them call the function,
+  with the same arrays. Each such array is gathered on every device in turn.
+
   Args:
-    folder: an existing folder without such files.
-    arrays: the arrays by name. Each is copied to this process's memory when
-      its file is written.
+    folder: an existing folder without such files. None: another process writes
+      the arrays.
+    arrays: the arrays by name. Each is copied to the memory of the process that
+      writes when its file is written.
     max_file_bytes: the size above which arrays are put into several files.
 
   Raises:
-    WeightsError: an array has a value that is not finite, lies on devices of
-      other processes, or has a dtype that the files cannot hold.
+    WeightsError: an array has a value that is not finite, or a dtype that the
+      files cannot hold.
     ValueError: `max_file_bytes` is not an integer ≥ 1.
     OSError: a file cannot be written.
+    OtherProcessFailed: another process raised one of these.
   """
   if not isinstance(max_file_bytes, int) or max_file_bytes < 1:
     raise ValueError(
       f"max_file_bytes={max_file_bytes!r}: expected an integer ≥ 1"
     )
   groups = _group(arrays, max_file_bytes)
-  if len(groups) == 1:
-    _write_file(folder / FILE, groups[0], arrays)
-    return
   files = {}
   for number, names in enumerate(groups, start=1):
     file = f"model-{number:05}-of-{len(groups):05}.safetensors"
-    _write_file(folder / file, names, arrays)
+    if len(groups) == 1:
+      file = FILE
+    path = None if folder is None else folder / file
+    _write_file(path, {name: arrays[name] for name in names})
     files |= dict.fromkeys(names, file)
+  if folder is None or len(groups) == 1:
+    return
   total = sum(_bytes(x) for x in arrays.values())
   index = {"metadata": {"total_size": total}, "weight_map": files}
   (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -87,6 +95,9 @@ def write_file(
 ) -> None:
   """Write arrays to one file, which appears whole or not at all.
 
+  If an array is split over several processes, all of them call the function,
+  and process 0 writes.
+
   Args:
     path: the file. An existing one is replaced.
     arrays: the arrays by name.
@@ -95,13 +106,15 @@ def write_file(
   Raises:
     WeightsError: as `write`.
     OSError: the file cannot be written.
+    OtherProcessFailed: as `write`.
   """
-  temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-  try:
-    _write_file(temporary, list(arrays), arrays, notes)
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  together = is_split(arrays.values())
+  if together and jax.process_index() != 0:
+    with failing_together(together):
+      _write_file(None, arrays, notes)
+    return
+  with failing_together(together), atomic.replacing(path) as temporary:
+    _write_file(temporary, arrays, notes)
 
 
 def read_notes(path: Path) -> dict[str, str]:
@@ -186,44 +199,42 @@ def _group(arrays: Mapping[str, Any], limit: int) -> list[list[str]]:
 
 
 def _write_file(
-  path: Path,
-  names: list[str],
+  path: Path | None,
   arrays: Mapping[str, Any],
   notes: Mapping[str, str] | None = None,
 ) -> None:
-  found = {name: _on_host(name, arrays[name]) for name in names}
+  """Write one file, or help another process to write it if `path` is None."""
+  for name, x in arrays.items():
+    if str(x.dtype) not in _DTYPES.values():
+      raise WeightsError(
+        f"{name} has the dtype {x.dtype}: expected one of "
+        f"{', '.join(_DTYPES.values())}"
+      )
+  together = is_split(arrays.values())
+  found = {}
+  for name, x in arrays.items():
+    whole = gather(x)
+    if path is not None:
+      # safetensors would write any other order as if it were C order.
+      found[name] = np.asarray(jax.device_get(whole), order="C")
+    del whole  # or each array would stay on the devices until the last one
+  with failing_together(together):
+    if path is not None:
+      _save(path, found, {"format": "flax", **(notes or {})})
+
+
+def _save(
+  path: Path, arrays: dict[str, np.ndarray], notes: dict[str, str]
+) -> None:
+  for name, array in arrays.items():
+    _check_finite(name, array, [0] * array.ndim)
   try:
-    save_file(found, path, metadata={"format": "flax", **(notes or {})})
+    save_file(arrays, path, metadata=notes)
   except SafetensorError as error:  # a full disk, for example
     raise OSError(f"{path} cannot be written: {error}") from error
   # The library makes a file that only its owner can read.
   path.chmod(path.parent.stat().st_mode & 0o666)
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
-
-
-def _on_host(name: str, x: Any) -> np.ndarray:
-  """Return an array in this process's memory, in C order.
-
-  safetensors would write any other order as if it were C order.
-  """
-  if isinstance(x, jax.Array) and not x.is_fully_addressable:
-    raise WeightsError(
-      f"{name} lies on devices of other processes too: expected an array of "
-      "this process; gather it first "
-      "(jax.experimental.multihost_utils.process_allgather)"
-    )
-  if str(x.dtype) not in _DTYPES.values():
-    raise WeightsError(
-      f"{name} has the dtype {x.dtype}: expected one of "
-      f"{', '.join(_DTYPES.values())}"
-    )
-  array = np.asarray(jax.device_get(x), order="C")
-  _check_finite(name, array, [0] * array.ndim)
-  return array
+  atomic.sync(path)
 
 
 def _open(path: Path) -> Any:

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from rebased_jax import parameter_count
-from train import atomic, compiled_steps
+from rebased_jax import atomic, parameter_count
+from train import compiled_steps
 from train.devices import peaks
 from train.records.run_folder import RunFolder
 

@@ -25,7 +25,7 @@ with import_trainer() as trainer:
   both_inside.wait()
   first_left.wait()
   assert sys.modules["train"] is trainer
-  import train.atomic  # a module that nobody has imported so far
+  import train.data.checks  # a module that nobody has imported so far
 thread.join()
 import train
 assert train is users, train
@@ -52,7 +52,7 @@ except MemoryError:
 assert sys.modules["train"] is users
 importlib.machinery.SourceFileLoader.exec_module = real
 with find_trainer.import_trainer() as trainer:
-  import train.atomic
+  import train.data.checks
 assert sys.modules["train"] is users
 print("ok")
 """

@@ -11,7 +11,8 @@ import threading
 import pytest
 from train_cases import tiny
 
-from train import atomic, initial_state, start_run, stored_config
+from rebased_jax import atomic
+from train import initial_state, start_run, stored_config
 from train.config import ProfileConfig
 from train.devices.mesh import MeshConfig
 from train.records import run_folder

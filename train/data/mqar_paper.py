@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.atomic import replacing, sync
+from rebased_jax.atomic import replacing, sync
 from train.data.batches import Batch, Batches, Fingerprint
 from train.data.cache_folder import cache_folder
 from train.data.checks import require

@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib import figure
 import numpy as np
 
-from train import atomic
+from rebased_jax import atomic
 from train.experiments import record as records
 from train.records import plots
 

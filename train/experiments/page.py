@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rebased_jax import parameter_count, presets
-from train import atomic, compiled_steps
+from rebased_jax import atomic, parameter_count, presets
+from train import compiled_steps
 from train.experiments import (
   attention_iou,
   claims,

@@ -13,7 +13,8 @@ from flax import nnx
 import jax
 import numpy as np
 
-from train import atomic, compiled_steps, stored_config
+from rebased_jax import atomic
+from train import compiled_steps, stored_config
 from train.experiments import attention_iou
 from train.experiments.sweep import Cell, Epoch, affine_moments
 

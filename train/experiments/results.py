@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from matplotlib import figure
 import numpy as np
 
-from train import atomic
+from rebased_jax import atomic
 from train.experiments import record as records
 from train.experiments.paper import Experiment
 from train.records import plots

@@ -9,7 +9,8 @@ from typing import Any
 from etils import epath
 import numpy as np
 
-from train import atomic, metrics
+from rebased_jax import atomic
+from train import metrics
 from train.config import RunConfig
 
 # Imported when a picture is drawn: matplotlib takes a second.

@@ -19,7 +19,8 @@ import uuid
 
 from etils import epath
 
-from train import atomic, stored_config
+from rebased_jax import atomic
+from train import stored_config
 from train.config import RunConfig
 
 _T = TypeVar("_T")

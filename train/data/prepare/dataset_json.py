@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from rich.console import Console
 
-from train.atomic import sync
+from rebased_jax.atomic import sync
 from train.console import say
 from train.data.prepare.output_folder import (
   DATASET,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train import atomic
+from rebased_jax import atomic
 
 WORK = "prepare"
 DATASET = "dataset.json"

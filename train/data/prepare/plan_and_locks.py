@@ -18,7 +18,7 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from train.atomic import named_errors, temporary
+from rebased_jax.atomic import named_errors, temporary
 from train.data.prepare.input_files import Source, part_of
 from train.data.prepare.output_folder import WORK
 from train.data.prepare.read_documents import Fields

@@ -18,7 +18,7 @@ import stat
 from typing import BinaryIO, Self
 import zlib
 
-from train.atomic import named_errors
+from rebased_jax.atomic import named_errors
 
 READ_BYTES = 1 << 20
 # A call of zstd returns at most 128 KiB for every 4 bytes of its input: 32 MiB.

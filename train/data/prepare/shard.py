@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from train.atomic import sync, temporary
+from rebased_jax.atomic import sync, temporary
 from train.data.file_hashes import file_hash
 from train.data.prepare import read_documents, tokenizer as tokenizer_lib
 from train.data.prepare.input_files import (

@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from train.atomic import write_text
+from rebased_jax.atomic import write_text
 from train.data.checks import check_local, require
 from train.data.prepare import tokenizer
 from train.data.prepare.input_files import TEXT_SUFFIXES, Source, find_sources

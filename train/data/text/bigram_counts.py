@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from train.atomic import write_bytes
+from rebased_jax.atomic import write_bytes
 from train.data.batches import Batch, Fingerprint, check_fingerprint
 from train.data.checks import require
 from train.data.text.open_files import file_size

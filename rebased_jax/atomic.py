@@ -1,11 +1,12 @@
-"""Write files so that each is there whole, or not at all.
+"""Write files and folders so that each is there whole, or not at all.
 
 The content is written under a temporary name in the same folder, which then
 gets the final name in one step. A killed process leaves the temporary file:
 
     FOLDER/NAME.tmp-HOST-PID-THREAD   →   FOLDER/NAME
 
-The functions take `pathlib.Path`, and `epath.Path` for folders in a bucket.
+Functions of files take `pathlib.Path`, and `epath.Path` for folders in a
+bucket.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import contextlib
 import json
 import os
 from pathlib import Path
+import shutil
 import socket
 import threading
 from typing import Any, TypeVar
@@ -29,8 +31,7 @@ def temporary(folder: _Path, name: str) -> Iterator[_Path]:
     name: the name that the file will get. The caller renames the file when it
       is complete; a renamed file stays.
   """
-  owner = f"{socket.gethostname()}-{os.getpid()}-{threading.get_native_id()}"
-  path = folder / f"{name}.tmp-{owner}"
+  path = folder / _temporary_name(name)
   try:
     yield path
   finally:
@@ -49,6 +50,28 @@ def replacing(path: _Path, folder: _Path | None = None) -> Iterator[_Path]:
   with temporary(path.parent if folder is None else folder, path.name) as temp:
     yield temp
     temp.replace(path)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+  """Yield a temporary folder that becomes `path` if the context succeeds.
+
+  Args:
+    path: the final path: nothing is there yet, or an empty folder. Missing
+      folders above it are made.
+
+  Raises:
+    OSError: the folder cannot be made, or `path` has files by now.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  folder = path.with_name(_temporary_name(path.name))
+  folder.mkdir()
+  try:
+    yield folder
+    folder.rename(path)  # fails if files came into `path` meanwhile
+  except BaseException:
+    shutil.rmtree(folder, ignore_errors=True)
+    raise
 
 
 @contextlib.contextmanager
@@ -118,3 +141,9 @@ def sync(path: Path) -> None:
     os.fsync(descriptor)
   finally:
     os.close(descriptor)
+
+
+def _temporary_name(name: str) -> str:
+  """Return a name that no other process or thread gives a file."""
+  owner = f"{socket.gethostname()}-{os.getpid()}-{threading.get_native_id()}"
+  return f"{name}.tmp-{owner}"
