@@ -27,24 +27,26 @@ with epy.lazy_api_imports(globals()):
   from rebased_jax.decoding import LMState
   from rebased_jax.find_trainer import import_trainer
   from rebased_jax.generation import generate
-  from rebased_jax.mixers import (
-    RWKV,
-    Attention,
+  from rebased_jax.mixer_configs import (
     AttentionConfig,
-    BaseConv,
     BaseConvConfig,
-    Based,
     BasedConfig,
-    Hyena,
     HyenaConfig,
-    Mamba,
     MambaConfig,
-    Mixer,
     MixerConfig,
-    ReBased,
     ReBasedConfig,
     RWKVConfig,
     Site,
+  )
+  from rebased_jax.mixers import (
+    RWKV,
+    Attention,
+    BaseConv,
+    Based,
+    Hyena,
+    Mamba,
+    Mixer,
+    ReBased,
   )
   from rebased_jax.model import LM, parameter_count
   from rebased_jax.model_config import ModelConfig

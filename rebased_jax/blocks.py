@@ -19,7 +19,7 @@ import abc
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -39,11 +39,11 @@ from rebased_jax.mixers.base import (
   take_positions,
 )
 from rebased_jax.mlp import MLP
+from rebased_jax.model_config import Remat
 
 NORM_EPS = 1e-5  # PyTorch's default
 
 Place = Callable[[Array], Array]
-Remat = Literal["none", "dots", "full"]
 
 
 class Block(nnx.Module):

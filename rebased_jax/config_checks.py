@@ -1,16 +1,23 @@
-"""Check the fields of configs; each error names the class, field and value."""
+"""Check the fields of configs; each error names the class, field and value.
+
+Configs are plain Python. jax is imported only for a value that needs it, so
+that the command answers a wrong option at once.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import difflib
 import numbers
+import typing
 
-import jax
-import jax.numpy as jnp
-
-from pallas_kernels.arguments import plain_scalar
+if typing.TYPE_CHECKING:
+  import jax.numpy as jnp
 
 #: Dtypes that a model or a mixer can compute in. Parameters are float32.
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+#: Precisions of float32 products, as `pallas_kernels.numerics` has them.
+PRECISIONS = ("default", "high", "highest")
 
 
 def make_scalars_plain(config: object) -> None:
@@ -24,7 +31,10 @@ def make_scalars_plain(config: object) -> None:
   """
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
-    object.__setattr__(config, field.name, plain_scalar(value))
+    if hasattr(value, "ndim"):  # of NumPy or jax
+      from pallas_kernels.arguments import plain_scalar
+
+      object.__setattr__(config, field.name, plain_scalar(value))
 
 
 def check_positive(config: object, *names: str) -> None:
@@ -74,6 +84,9 @@ def compute_dtype(name: str) -> jnp.dtype:
   """
   if name not in DTYPES:
     raise ValueError(f"dtype={name!r}: expected one of {DTYPES}")
+  import jax
+  import jax.numpy as jnp
+
   if name == "float64" and not jax.config.jax_enable_x64:
     raise ValueError("dtype='float64': expected jax_enable_x64 to be set")
   return jnp.dtype(name)

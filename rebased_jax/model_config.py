@@ -1,21 +1,25 @@
 """The config of the language model, and the blocks that it makes."""
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from flax import nnx
-
-from pallas_kernels import devices
-from pallas_kernels.numerics import PRECISIONS
-from rebased_jax.blocks import Block, MambaBlock, Pair, PreNormBlock, Remat
 from rebased_jax.config_checks import (
   DTYPES,
+  PRECISIONS,
   check_one_of,
   check_positive,
   make_scalars_plain,
 )
-from rebased_jax.mixers.base import MixerConfig, Site
+from rebased_jax.mixer_configs import MixerConfig, Site
 
+# Imported where they are used: a config is plain Python.
+if TYPE_CHECKING:
+  from flax import nnx
+
+  from rebased_jax.blocks import Block, Pair
+
+#: What the backward pass computes again; see `ModelConfig.remat`.
+Remat = Literal["none", "dots", "full"]
 # A wrong number would otherwise build pairs for hours.
 _MOST_PAIRS = 10_000
 
@@ -93,13 +97,17 @@ class ModelConfig:
   def scans(self) -> bool:
     """Whether pairs are scanned over, on the device that calls run on."""
     if self.scan_layers is None:
+      from pallas_kernels import devices
+
       return devices.platform() != "gpu"
     return self.scan_layers
 
   def make_block(
-    self, mixer: MixerConfig, layer: int, *, rngs: nnx.Rngs
-  ) -> Block:
+    self, mixer: MixerConfig, layer: int, *, rngs: "nnx.Rngs"
+  ) -> "Block":
     """Return a block of this model around a mixer, with fresh parameters."""
+    from rebased_jax.blocks import MambaBlock, PreNormBlock
+
     site = Site(
       self.width,
       layer,
@@ -112,8 +120,10 @@ class ModelConfig:
       return MambaBlock(mixer, site, rngs=rngs)
     return PreNormBlock(mixer, site, mlp_width=self.mlp_width, rngs=rngs)
 
-  def make_pair(self, index: int, *, rngs: nnx.Rngs) -> Pair:
+  def make_pair(self, index: int, *, rngs: "nnx.Rngs") -> "Pair":
     """Return a pair of blocks of this model, with fresh parameters."""
+    from rebased_jax.blocks import Pair
+
     first = self.make_block(self.first, 2 * index, rngs=rngs)
     return Pair(first, self.make_block(self.second, 2 * index + 1, rngs=rngs))
 

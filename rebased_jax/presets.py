@@ -3,17 +3,17 @@
 import dataclasses
 from typing import Literal, NamedTuple
 
-from rebased_jax.mixers import (
+from rebased_jax.mixer_configs import (
   AttentionConfig,
   BaseConvConfig,
   BasedConfig,
   HyenaConfig,
   MambaConfig,
   MixerConfig,
+  PolynomialConfig,
   ReBasedConfig,
   RWKVConfig,
 )
-from rebased_jax.mixers.polynomial import PolynomialConfig
 from rebased_jax.model_config import ModelConfig
 
 EPS = 1e-12  # that of the official code

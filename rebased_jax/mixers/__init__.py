@@ -1,7 +1,7 @@
-"""The mixers: one file each, its config included.
+"""The mixers, one file each. Their configs are in `rebased_jax.mixer_configs`.
 
-`base.py` has the interface. A new mixer is one file here, one line below, and
-one entry in `tests/helpers/mixer_registry.py`.
+`base.py` has the interface. A new mixer is one config, one file here, one line
+below, and one entry in `tests/helpers/mixer_registry.py`.
 """
 
 from rebased_jax.mixers.attention import (

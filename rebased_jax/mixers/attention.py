@@ -12,7 +12,6 @@ The state is a cache of fixed length. Attention takes quadratic time and linear
 memory, and is the baseline that linear attention is measured against.
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -21,69 +20,10 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes, devices
-from rebased_jax.config_checks import check_one_of, check_positive
 from rebased_jax.linear import linear, output_stddev
+from rebased_jax.mixer_configs import AttentionConfig as AttentionConfig
 from rebased_jax.mixers import softmax
-from rebased_jax.mixers.base import (
-  Mixer,
-  MixerConfig,
-  Site,
-  take_positions,
-  tree_bytes,
-)
-
-IMPLEMENTATIONS = ("xla", "cudnn")
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionConfig(MixerConfig):
-  """Choices of softmax attention.
-
-  The defaults are the ReBased paper's, but for `dropout`, which is 0.1 there.
-  """
-
-  #: H, the number of heads. The paper has one.
-  heads: int = 1
-  #: Whether q, k and v have a bias. The output always has one.
-  use_bias: bool = True
-  #: Whether queries and keys have rotary position embedding.
-  rotary: bool = False
-  #: Tokens that the cache of a state holds. None: the model's longest row.
-  length: int | None = None
-  #: "xla" or "cudnn", for calls with whole rows and no documents; states and
-  #: documents always use "xla". None: "cudnn" where the GPU, the dtype and the
-  #: width of a head allow it, else "xla". With "cudnn" an Inf or NaN may reach
-  #: earlier tokens of its row.
-  implementation: str | None = None
-  #: Probability of dropping each attention weight a_ts in a call that gets a
-  #: `dropout_key`. Such a call uses "xla": cuDNN's form has no dropout.
-  dropout: float = 0.0
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    check_positive(self, "heads", "length")
-    check_one_of(self, "implementation", None, *IMPLEMENTATIONS)
-    if not 0 <= self.dropout < 1:
-      raise ValueError(
-        f"AttentionConfig.dropout={self.dropout!r}: expected a number in [0, 1)"
-      )
-    if self.dropout > 0 and self.implementation == "cudnn":
-      raise ValueError(
-        f"AttentionConfig.dropout={self.dropout!r} with implementation='cudnn',"
-        " which has no dropout: expected implementation=None or 'xla'"
-      )
-
-  def make(self, site: Site, *, rngs: nnx.Rngs) -> "Attention":
-    """Return softmax attention for a place in a model."""
-    return Attention(
-      site.width,
-      self,
-      layers=site.layers,
-      length=site.length,
-      dtype=site.dtype,
-      precision=site.precision,
-      rngs=rngs,
-    )
+from rebased_jax.mixers.base import Mixer, take_positions, tree_bytes
 
 
 class AttentionState(NamedTuple):

@@ -32,7 +32,6 @@ begins a new document starts from `init_state`.
 
 import abc
 from collections.abc import Callable
-import dataclasses
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
@@ -47,62 +46,12 @@ from pallas_kernels.arguments import (
   check_not_cut,
   name_type,
 )
-from pallas_kernels.numerics import PRECISIONS
-from rebased_jax.config_checks import (
-  check_one_of,
-  check_positive,
-  compute_dtype,
-  is_positive_integer,
-  make_scalars_plain,
-)
+from rebased_jax.config_checks import compute_dtype, is_positive_integer
 from rebased_jax.explicit_mesh import layouts, method_on_any_mesh
 from rebased_jax.integers import to_int32
+from rebased_jax.mixer_configs import MixerConfig as MixerConfig, Site as Site
 
 MixerState = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-  """The place in a model that a mixer is made for."""
-
-  #: D, the width of the model.
-  width: int
-  #: Index of the layer, from 0.
-  layer: int = 0
-  #: Number of layers of the model.
-  layers: int = 1
-  #: Compute dtype. Parameters are float32.
-  dtype: str = "float32"
-  #: Tokens of the longest row that the model takes. None: no limit.
-  length: int | None = None
-  #: Precision of float32 products: "default", "high" or "highest". None: jax's
-  #: setting.
-  precision: str | None = None
-
-  def __post_init__(self) -> None:
-    make_scalars_plain(self)
-    check_positive(self, "width", "layers", "length")
-    if not 0 <= self.layer < self.layers:
-      raise ValueError(
-        f"Site.layer={self.layer!r}: expected 0 to {self.layers - 1}"
-      )
-    compute_dtype(self.dtype)
-    check_one_of(self, "precision", None, *PRECISIONS)
-
-
-@dataclasses.dataclass(frozen=True)
-class MixerConfig(abc.ABC):
-  """Abstract: all choices of a mixer except its place in a model.
-
-  A subclass with a `__post_init__` calls that of its base class first.
-  """
-
-  def __post_init__(self) -> None:
-    make_scalars_plain(self)
-
-  @abc.abstractmethod
-  def make(self, site: Site, *, rngs: nnx.Rngs) -> "Mixer":
-    """Return the mixer for a place in a model, with fresh parameters."""
 
 
 def _mix_outputs(arguments: dict[str, Any]) -> str:

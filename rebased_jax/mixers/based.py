@@ -6,25 +6,11 @@ Queries, keys and values are plain projections of the tokens; `polynomial.py`
 has the rest of the mixer.
 """
 
-import dataclasses
-
-from flax import nnx
 from jax import Array
 
 from pallas_kernels import BASED
-from rebased_jax.mixers.base import Site
-from rebased_jax.mixers.polynomial import PolynomialConfig, PolynomialMixer
-
-
-@dataclasses.dataclass(frozen=True)
-class BasedConfig(PolynomialConfig):
-  """Choices of Based. All defaults but eps are those of the ReBased paper."""
-
-  def make(self, site: Site, *, rngs: nnx.Rngs) -> "Based":
-    """Return a Based layer for a place in a model."""
-    return Based(
-      site.width, self, dtype=site.dtype, precision=site.precision, rngs=rngs
-    )
+from rebased_jax.mixer_configs import BasedConfig as BasedConfig
+from rebased_jax.mixers.polynomial import PolynomialMixer
 
 
 class Based(PolynomialMixer):

@@ -10,8 +10,6 @@ On a Hopper GPU the backward pass of whole rows of one document each is a
 kernel. It has no forward-mode derivative and no second derivative.
 """
 
-import dataclasses
-
 from flax import nnx
 import jax
 from jax import Array
@@ -19,27 +17,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes, causal_conv, gated_conv
 from pallas_kernels.gated_conv import has_kernel
-from rebased_jax.config_checks import check_positive
 from rebased_jax.linear import linear
-from rebased_jax.mixers.base import Mixer, MixerConfig, Site, take_positions
-
-
-@dataclasses.dataclass(frozen=True)
-class BaseConvConfig(MixerConfig):
-  """Choices of the short convolution; the defaults are the paper's."""
-
-  #: K, the number of taps: y_t depends on the K tokens up to t.
-  taps: int = 3
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    check_positive(self, "taps")
-
-  def make(self, site: Site, *, rngs: nnx.Rngs) -> "BaseConv":
-    """Return a short convolution for a place in a model."""
-    return BaseConv(
-      site.width, self, dtype=site.dtype, precision=site.precision, rngs=rngs
-    )
+from rebased_jax.mixer_configs import BaseConvConfig as BaseConvConfig
+from rebased_jax.mixers.base import Mixer, take_positions
 
 
 class BaseConv(Mixer):

@@ -18,7 +18,6 @@ linear layers, the filter's too, start from N(0, 0.02²), so that h starts near
 """
 
 from collections.abc import Callable
-import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -32,44 +31,16 @@ import numpy as np
 
 from pallas_kernels import ShardAxes
 from pallas_kernels.numerics import sum_dtype
-from rebased_jax.config_checks import check_positive
 from rebased_jax.integers import power_of_two
 from rebased_jax.linear import linear, output_stddev
-from rebased_jax.mixers.base import Mixer, MixerConfig, Site, take_positions
+from rebased_jax.mixer_configs import HyenaConfig as HyenaConfig
+from rebased_jax.mixers.base import Mixer, take_positions
 from rebased_jax.mixers.conv import ShortConv
 
 # The window of the fastest channel has fallen to TARGET at p = FAST · L, that
 # of the slowest at p = SLOW · L.
 FAST, SLOW, TARGET = 0.3, 1.5, 1e-2
 FREQUENCY = 1e-4  # of the one sine and cosine in z
-
-
-@dataclasses.dataclass(frozen=True)
-class HyenaConfig(MixerConfig):
-  """Choices of Hyena; the defaults are zoology's."""
-
-  #: L, the lags of the filter. None: the model's longest row.
-  length: int | None = None
-  #: K, the taps of the short convolution.
-  taps: int = 3
-  #: Hidden width of the network that computes the filter.
-  filter_width: int = 64
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    check_positive(self, "length", "taps", "filter_width")
-
-  def make(self, site: Site, *, rngs: nnx.Rngs) -> "Hyena":
-    """Return Hyena for a place in a model."""
-    return Hyena(
-      site.width,
-      self,
-      layers=site.layers,
-      length=site.length,
-      dtype=site.dtype,
-      precision=site.precision,
-      rngs=rngs,
-    )
 
 
 class HyenaState(NamedTuple):

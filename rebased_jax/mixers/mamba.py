@@ -15,10 +15,9 @@ every linear layer, W_Δ and b_Δ included. So Δ starts at softplus(0) = 0.69, 
 a state forgets within two tokens.
 """
 
-import dataclasses
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -27,46 +26,13 @@ import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes, selective_scan
 from pallas_kernels.numerics import asked_precision, sum_dtype
-from rebased_jax.config_checks import check_one_of, check_positive
 from rebased_jax.linear import Linear, linear, output_stddev
-from rebased_jax.mixers.base import Mixer, MixerConfig, Site, take_positions
+from rebased_jax.mixer_configs import MambaConfig as MambaConfig
+from rebased_jax.mixers.base import Mixer, take_positions
 from rebased_jax.mixers.conv import ShortConv
 
 #: The range of Δ at zero input that the intended initial values have.
 DELTA_RANGE = (1e-3, 0.1)
-
-
-@dataclasses.dataclass(frozen=True)
-class MambaConfig(MixerConfig):
-  """Choices of Mamba's mixer; the defaults are the ReBased paper's."""
-
-  #: N, the states of a channel.
-  state: int = 16
-  #: K, the taps of the convolution.
-  taps: int = 4
-  #: I / D, the channels for each channel of the model.
-  expand: int = 2
-  #: "published" draws every projection from N(0, 0.02²), W_o from
-  #: N(0, 0.02² / (2 · layers)), and sets b_Δ to 0. "intended" draws W_Δ
-  #: uniformly within ±1/√R, and b_Δ such that softplus(b_Δ) is log-uniform in
-  #: [0.001, 0.1].
-  initialization: Literal["published", "intended"] = "published"
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    check_positive(self, "state", "taps", "expand")
-    check_one_of(self, "initialization", "published", "intended")
-
-  def make(self, site: Site, *, rngs: nnx.Rngs) -> "Mamba":
-    """Return Mamba's mixer for a place in a model."""
-    return Mamba(
-      site.width,
-      self,
-      layers=site.layers,
-      dtype=site.dtype,
-      precision=site.precision,
-      rngs=rngs,
-    )
 
 
 class MambaState(NamedTuple):

@@ -9,16 +9,13 @@ and no gate or norm follows the operator, as in the paper's code.
 """
 
 import abc
-import dataclasses
 import functools
-import math
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from flax import nnx
 from jax import Array
 
 from pallas_kernels import (
-  IMPLEMENTATIONS,
   Coefficients,
   ShardAxes,
   State,
@@ -28,61 +25,13 @@ from pallas_kernels import (
   polynomial_attention_weights,
   zero_state,
 )
-from rebased_jax.config_checks import check_one_of, check_positive
 from rebased_jax.linear import linear
-from rebased_jax.mixers.base import Mixer, MixerConfig, take_positions
+from rebased_jax.mixer_configs import HeadShape, PolynomialConfig
+from rebased_jax.mixers.base import Mixer, take_positions
 
 #: Up to this many `query_positions` a row, quadratic attention of them alone
 #: is faster than the linear operator over the whole row.
 FEW_QUERIES = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class PolynomialConfig(MixerConfig):
-  """Abstract: the choices that ReBased and Based share."""
-
-  #: H, the number of heads.
-  heads: int = 12
-  #: F, the width of queries and keys a head.
-  features: int = 16
-  #: P, the width of values a head. None: floor(width / heads).
-  value_features: int | None = None
-  #: Added to the denominator Σ sim. The paper's code has 1e-12.
-  eps: float = 1e-6
-  #: Implementation of the operator: "gpu", "tpu", "xla" or
-  #: "reference". None: the fastest that can do the call.
-  implementation: str | None = None
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    check_positive(self, "heads", "features", "value_features")
-    if not 0 <= self.eps < math.inf:
-      raise ValueError(
-        f"{type(self).__name__}.eps={self.eps!r}: expected a number ≥ 0"
-      )
-    check_one_of(self, "implementation", None, *IMPLEMENTATIONS)
-
-  def shape(self, width: int) -> "HeadShape":
-    """Return the sizes of a head at model width `width`.
-
-    Raises:
-      ValueError: there are more heads than the width has channels.
-    """
-    P = self.value_features or width // self.heads
-    if P == 0:
-      raise ValueError(
-        f"{type(self).__name__}.heads={self.heads} at width {width}: expected "
-        "heads ≤ width, for a value width of floor(width / heads) ≥ 1"
-      )
-    return HeadShape(self.heads, self.features, P)
-
-
-class HeadShape(NamedTuple):
-  """The sizes of the heads of a polynomial mixer."""
-
-  heads: int  # H
-  features: int  # F
-  value_features: int  # P
 
 
 class Projections(nnx.Module):

@@ -45,9 +45,6 @@ The ablations of the paper's Table 1 are switches. z stands for x W:
     ReBased            yes        yes        yes
 """
 
-import dataclasses
-from typing import Literal
-
 from flax import nnx
 from jax import Array
 import jax.numpy as jnp
@@ -55,39 +52,10 @@ import jax.numpy as jnp
 from pallas_kernels import REBASED, layer_norm
 from pallas_kernels.layer_norm import reference_layer_norm
 from pallas_kernels.numerics import broadcast_parameter, sum_dtype
-from rebased_jax.config_checks import check_one_of
-from rebased_jax.mixers.base import Site
-from rebased_jax.mixers.polynomial import PolynomialConfig, PolynomialMixer
+from rebased_jax.mixer_configs import ReBasedConfig as ReBasedConfig
+from rebased_jax.mixers.polynomial import PolynomialMixer
 
 NORM_EPS = 1e-5
-
-
-@dataclasses.dataclass(frozen=True)
-class ReBasedConfig(PolynomialConfig):
-  """Choices of ReBased; the defaults are the paper's, except eps.
-
-  `heads` is H, `features` F, `value_features` P.
-  """
-
-  #: Whether φ normalises its input.
-  normalize: bool = True
-  #: Whether φ has the scale γ. Without it γ is 1.
-  use_gamma: bool = True
-  #: Whether φ has the shift β. Without it β is 0.
-  use_beta: bool = True
-  #: Which features share a mean and a variance. "joint": those of all heads.
-  #: "head": those of one head.
-  norm_scope: Literal["joint", "head"] = "joint"
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    check_one_of(self, "norm_scope", "joint", "head")
-
-  def make(self, site: Site, *, rngs: nnx.Rngs) -> "ReBased":
-    """Return a ReBased layer of the width and dtype that `site` names."""
-    return ReBased(
-      site.width, self, dtype=site.dtype, precision=site.precision, rngs=rngs
-    )
 
 
 class KernelAffine(nnx.Module):

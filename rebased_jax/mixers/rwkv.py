@@ -15,8 +15,7 @@ that the official CUDA kernel has. A decay above 40 counts as 40, where e^w has
 long been 0.
 """
 
-import dataclasses
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -34,43 +33,11 @@ from pallas_kernels import (
 )
 from pallas_kernels.numerics import asked_precision, sum_dtype
 from pallas_kernels.plain_derivatives import OwnDerivative
-from rebased_jax.config_checks import check_one_of
 from rebased_jax.linear import Linear
-from rebased_jax.mixers.base import Mixer, MixerConfig, Site, take_positions
+from rebased_jax.mixer_configs import RWKVConfig as RWKVConfig
+from rebased_jax.mixers.base import Mixer, take_positions
 
 _LARGEST_DECAY = 40.0
-
-
-@dataclasses.dataclass(frozen=True)
-class RWKVConfig(MixerConfig):
-  """Choices of RWKV; the defaults are those of the ReBased paper's code."""
-
-  #: "published" draws all four projections from U(±1/√D), because the code's
-  #: own initialisation never reaches them. "intended" sets those of k, r and
-  #: the output to 0, as the code marks them, and draws v's from N(0, 0.02²).
-  #: Then only the output projection has a gradient until it has moved.
-  initialization: Literal["published", "intended"] = "published"
-  #: "bfloat16" rounds the outputs of the recurrence, and its gradients of k,
-  #: v, decay and first, as the code's float mode does; the recurrence itself is
-  #: computed in float32. "float32" rounds nothing.
-  wkv_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    check_one_of(self, "initialization", "published", "intended")
-    check_one_of(self, "wkv_dtype", "bfloat16", "float32")
-
-  def make(self, site: Site, *, rngs: nnx.Rngs) -> "RWKV":
-    """Return RWKV's time-mix for a place in a model."""
-    return RWKV(
-      site.width,
-      self,
-      layer=site.layer,
-      layers=site.layers,
-      dtype=site.dtype,
-      precision=site.precision,
-      rngs=rngs,
-    )
 
 
 class RWKVState(NamedTuple):
