@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 import jax_settings
 
@@ -16,6 +17,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+# A shell ignores SIGINT in `pytest … &`, and nohup ignores SIGHUP. The programs
+# that tests start would inherit that, but not a handler that does nothing.
+for number in (signal.SIGINT, signal.SIGHUP):
+  if signal.getsignal(number) == signal.SIG_IGN:
+    signal.signal(number, lambda *_: None)
 # A full collection walks the millions of objects that compiling leaves behind.
 gc.set_threshold(200_000, 50, 100)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -130,16 +130,20 @@ def test_an_ignored_hangup_stays_ignored() -> None:
 
 def test_handlers_are_restored() -> None:
   numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-  old = [signal.getsignal(n) for n in numbers]
-  wakeup = signal.set_wakeup_fd(-1)
-  signal.set_wakeup_fd(wakeup)
-  with StopSignals() as stop:
-    assert all(signal.getsignal(n) not in old for n in numbers)
-    assert not stop.requested and stop.exit_code == 0
-    assert stop.signal_name is None
-  now = [signal.getsignal(n) for n in numbers]
-  assert now == old
-  assert signal.set_wakeup_fd(wakeup) == wakeup
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+  try:
+    old = [signal.getsignal(n) for n in numbers]
+    wakeup = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup)
+    with StopSignals() as stop:
+      assert all(signal.getsignal(n) not in old for n in numbers)
+      assert not stop.requested and stop.exit_code == 0
+      assert stop.signal_name is None
+    now = [signal.getsignal(n) for n in numbers]
+    assert now == old
+    assert signal.set_wakeup_fd(wakeup) == wakeup
+  finally:
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_handlers_are_restored_after_an_error() -> None:
