@@ -162,8 +162,14 @@ def read(
   Raises:
     WeightsError: a file cannot be read, the arrays are not those that are
       wanted, or a value is not finite.
+    OtherProcessFailed: another process raised this error. That is noticed if an
+      array is split over processes.
   """
-  with _opened(folder) as slices:
+  together = any(
+    x.sharding is not None and not x.sharding.is_fully_addressable
+    for x in wanted.values()
+  )
+  with failing_together(together), _opened(folder) as slices:
     _check(folder, slices, wanted)
     return {
       name: _read_array(folder, name, slices[name], target)
