@@ -145,21 +145,32 @@ def abstract_lm(config: ModelConfig) -> LM:
 
 
 def fresh_state(config: RunConfig, built: Built) -> step.State:
-  """Return the state before step 0, computed on the devices that hold it."""
+  """Return the state before step 0, computed on the devices that hold it.
 
-  def make() -> step.State:
-    return new_state(config.model, config.seed, built.program.tx)
+  The optimiser's part is made after the parameters. The memory that drawing
+  them takes is free by then, so that the state itself is the peak.
+  """
 
-  return jax.jit(make, out_shardings=_shardings(built))()
+  def draw() -> Any:
+    return new_parameters(config.model, config.seed)
+
+  params = jax.jit(draw, out_shardings=_shardings(built).params)()
+  return warm_state(params, built)
 
 
 def warm_state(params: Any, built: Built) -> step.State:
-  """Return the state before step 0 with the parameters of another run."""
+  """Return the state before step 0 with given parameters.
+
+  Args:
+    params: placed as the state has them. They are donated.
+    built: the run on its devices.
+  """
 
   def make(params: Any) -> step.State:
     return step.init_state(params, built.program.tx)
 
-  return jax.jit(make, out_shardings=_shardings(built))(params)
+  placed = _shardings(built)
+  return jax.jit(make, out_shardings=placed, donate_argnums=0)(params)
 
 
 def new_state(
@@ -168,8 +179,13 @@ def new_state(
   tx: optax.GradientTransformation,
 ) -> step.State:
   """Return the state before step 0, with parameters drawn from the seed."""
+  return step.init_state(new_parameters(config, seed), tx)
+
+
+def new_parameters(config: ModelConfig, seed: int | jax.Array) -> Any:
+  """Return parameters drawn from the seed, as nested dicts."""
   model = LM(config, rngs=nnx.Rngs(jax.random.key(seed)))
-  return step.init_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), tx)
+  return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 def dropout_key(seed: int | jax.Array) -> jax.Array:

@@ -99,6 +99,14 @@ def eight() -> Run:
   return _five_steps(mesh_lib.make_mesh())
 
 
+def test_a_first_state_takes_over_its_parameters(eight: Run) -> None:
+  params = jax.tree.map(jnp.copy, eight.placed.params)
+  with jax.set_mesh(eight.mesh):
+    state = compiled_steps.warm_state(params, eight.built)
+  assert all(x.is_deleted() for x in jax.tree.leaves(params))
+  assert bits(state.params) == bits(eight.placed.params)
+
+
 def _batch(seed: int = 0) -> dict[str, np.ndarray]:
   """Return eight rows with weights 0 and 1, some of them padding."""
   batch = _CONFIG.data.train_batches(8, seed).read(0)
