@@ -291,9 +291,8 @@ def _run(verb: Verb, args: list[str]) -> int:
   except MemoryError as error:
     _print_error(f"out of memory: {error}")
     return 1
-  except _failures(verb) as error:
-    if verb.uses_jax:
-      _exit_if_hung(error)
+  except _failures() as error:
+    _exit_if_hung(error)
     _print_error(str(error))
     return 1
   except _peer_lost() as error:
@@ -331,25 +330,34 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
   os._exit(128 + number)
 
 
-def _failures(verb: Verb) -> tuple[type[Exception], ...]:
-  """Return the errors that mean that a verb failed, exit code 1.
+#: Exceptions that mean that a verb failed, exit code 1, by their modules.
+_FAILURES = {
+  "train.data.prepare.shard": "PrepareError",
+  "train.checkpoint.checkpoints": "CheckpointError",
+  "train.nonfinite_steps": "TrainingFailed",
+}
 
-  It is called after an error, when the verb has imported what it needs.
-  """
-  if not verb.uses_jax:
-    from train.data.prepare.shard import PrepareError
 
-    return OSError, PrepareError
-  from train.checkpoint.checkpoints import CheckpointError
-  from train.nonfinite_steps import TrainingFailed
-
-  return OSError, CheckpointError, TrainingFailed
+def _failures() -> tuple[type[Exception], ...]:
+  """Return the errors that mean that a verb failed."""
+  return OSError, *_imported(_FAILURES)
 
 
 def _peer_lost() -> tuple[type[Exception], ...]:
-  """Return the error of a run that lost a process; none if there are none."""
-  processes = sys.modules.get("train.devices.processes")
-  return () if processes is None else (processes.PeerLost,)
+  """Return the error of a run that lost a process."""
+  return _imported({"train.devices.processes": "PeerLost"})
+
+
+def _imported(names: Mapping[str, str]) -> tuple[type[Exception], ...]:
+  """Return exceptions of the modules that are imported; no other is raised.
+
+  Importing the rest here would import jax after `--help`.
+  """
+  return tuple(
+    getattr(sys.modules[module], name)
+    for module, name in names.items()
+    if module in sys.modules
+  )
 
 
 def _exit_if_hung(error: Exception) -> None:
@@ -357,9 +365,8 @@ def _exit_if_hung(error: Exception) -> None:
 
   `sys.exit` would wait for that thread.
   """
-  from train.data.prefetch import DataTimeout
-
-  if not isinstance(error, DataTimeout):
+  timeout = _imported({"train.data.prefetch": "DataTimeout"})
+  if not isinstance(error, timeout):
     return
   _print_error(str(error))
   sys.stdout.flush()

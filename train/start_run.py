@@ -42,7 +42,8 @@ from train.records.run_folder import (
   default_folder,
 )
 from train.stop_signals import StopSignals
-from train.watchdog import STEP_TIMEOUT, Watchdog
+from train.timeouts import STEP_TIMEOUT
+from train.watchdog import Watchdog
 
 
 def run(

@@ -15,8 +15,6 @@ from train.devices.peers import end_process
 
 #: The exit code of a process that made no progress within the limit.
 EXIT_HUNG = 4
-#: Seconds without progress after which a run ends, unless it says otherwise.
-STEP_TIMEOUT = 1800.0
 
 
 class Watchdog:

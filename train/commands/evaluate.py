@@ -9,19 +9,14 @@ import dataclasses
 
 from rich.console import Console
 
-from rebased_jax import model_files
-from train import text_completion
-from train.commands import evaluate_documents
 from train.commands.arguments import DataPlaces, RunArg, parse_run
 from train.commands.parsing import parse
 from train.config import RunConfig, TextData
 from train.data.checks import require
-from train.data.recall import Recall
-from train.devices import backend, processes
-from train.devices.mesh import MeshConfig
-from train.records import report
+from train.data.config import Recall
+from train.devices.mesh_config import MeshConfig
 from train.records.run_folder import RunFolder
-from train.watchdog import STEP_TIMEOUT, Watchdog
+from train.timeouts import JOIN_TIMEOUT, STEP_TIMEOUT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +65,7 @@ class EvaluateArgs:
   #: the cluster, or HOST:PORT,N,I for process I of N.
   distributed: str = "off"
   #: Seconds to wait for the other processes at the start.
-  join_timeout: float = processes.JOIN_TIMEOUT
+  join_timeout: float = JOIN_TIMEOUT
   #: Seconds without any progress after which the process ends with exit code 4.
   #: None: never.
   step_timeout: float | None = STEP_TIMEOUT
@@ -89,6 +84,13 @@ def run(args: list[str]) -> int:
   asked = parse(EvaluateArgs, "rebased evaluate", args)
   paths = asked.data.path
   require(asked.text != (), "text", (), "one file or more")
+  # Imported when the options are right: jax takes seconds.
+  from rebased_jax import model_files
+  from train.commands import evaluate_documents
+  from train.devices import backend, processes
+  from train.records import report
+  from train.watchdog import Watchdog
+
   if asked.text or (
     paths
     and not asked.allow_data_change
@@ -132,6 +134,11 @@ def _evaluate_documents(asked: EvaluateArgs) -> int:
   _check_unused(asked, names, "documents")
   held_out = asked.data.eval_path
   require(not held_out, "data.eval_path", held_out, "none: --data.path has all")
+  from train import text_completion
+  from train.commands import evaluate_documents
+  from train.devices import backend
+  from train.watchdog import Watchdog
+
   request = evaluate_documents.Request(
     asked.run_dir,
     text_completion.ModelSource(asked.step, asked.tokenizer, asked.eos),

@@ -2,11 +2,9 @@
 
 import dataclasses
 
-from train import start_run
 from train.commands.arguments import DataPlaces, RunArg, parse_run
-from train.devices import processes
-from train.devices.mesh import MeshConfig
-from train.watchdog import STEP_TIMEOUT
+from train.devices.mesh_config import MeshConfig
+from train.timeouts import JOIN_TIMEOUT, STEP_TIMEOUT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +23,7 @@ class ResumeArgs:
   #: the cluster, or HOST:PORT,N,I for process I of N.
   distributed: str = "off"
   #: Seconds to wait for the other processes at the start.
-  join_timeout: float = processes.JOIN_TIMEOUT
+  join_timeout: float = JOIN_TIMEOUT
   #: Seconds without any progress after which the process ends with exit code 4.
   #: None: never.
   step_timeout: float | None = STEP_TIMEOUT
@@ -42,6 +40,10 @@ def run(args: list[str]) -> int:
     OSError, CheckpointError or TrainingFailed: the run failed.
   """
   parsed, config = parse_run(ResumeArgs, "resume", args)
+  # Imported when the options are right: jax takes seconds.
+  from train import start_run
+  from train.devices import processes
+
   processes.start(parsed.distributed, parsed.join_timeout)
   outcome = start_run.run(
     config,

@@ -9,18 +9,21 @@ import abc
 from collections.abc import Mapping, Sequence
 import dataclasses
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 from rebased_jax.config_checks import make_scalars_plain
 from rebased_jax.field_types import fits
 from train.data import mqar, mqar_paper
 from train.data.batches import Batch, Batches
 from train.data.checks import absolute, require
-from train.data.recall import RECALLS, Recall
 from train.data.text import bigram_counts, lm_batches
 from train.data.text.packing_cache import CACHE_DIR
 from train.data.text.rows import HeldOut, Layout, Packing, open_source
 from train.data.text.token_source import DataError, TokenSource
+
+#: What counts as associative recall; see `train.data.recall`.
+Recall = Literal["unigram", "bigram", "trigram"]
+RECALLS: tuple[Recall, ...] = ("unigram", "bigram", "trigram")  # n = 1, 2, 3
 
 
 class Field(NamedTuple):

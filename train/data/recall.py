@@ -19,14 +19,11 @@ share. A batch that has the array `rare` follows it: only targets with rare = 1
 can be AR.
 """
 
-from typing import Literal
-
 import jax
 from jax import Array
 import jax.numpy as jnp
 
-Recall = Literal["unigram", "bigram", "trigram"]
-RECALLS: tuple[Recall, ...] = ("unigram", "bigram", "trigram")  # n = 1, 2, 3
+from train.data.config import RECALLS, Recall
 
 
 def recalled(batch: dict[str, Array], recall: Recall) -> Array:

@@ -26,9 +26,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from train.devices.peers import Peers, Place
+from train.timeouts import JOIN_TIMEOUT
 
-#: Seconds that a process waits for the others at the start.
-JOIN_TIMEOUT = 120.0
 # Packages whose versions decide what a run computes, writes and reads.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # jax's own search for dead processes aborts them; `Peers` is there before it.
