@@ -176,6 +176,7 @@ def row_losses(
   *,
   parts: int = 1,
   axes: ShardAxes | None = None,
+  z_loss: float = 0.0,
 ) -> tuple[Array, Any]:
   """Return Σ w · nll of rows, by the tied head, and the loss of each token.
 
@@ -188,6 +189,7 @@ def row_losses(
     weights: floats (B, M), 0 where no token is predicted.
     parts: parts of a row whose logits exist one after the other.
     axes: the mesh axes. None: no mesh.
+    z_loss: as `pallas_kernels.cross_entropy` has it; for training only.
 
   Returns:
     The sum, and `pallas_kernels.cross_entropy`'s losses of tokens.
@@ -200,6 +202,7 @@ def row_losses(
     parts=parts,
     axes=axes,
     precision=model.config.precision,
+    z_loss=z_loss,
   )
 
 

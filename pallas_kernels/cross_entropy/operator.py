@@ -1,8 +1,9 @@
 """Softmax cross-entropy of a tied head, a part of the tokens at a time.
 
-    z_t = E x_t,   nll_t = log Σ_v exp z_tv − z_t,target
-    loss = Σ_t w_t nll_t
-    ∂loss/∂z_t = w_t (softmax z_t − onehot target_t)
+    z_t = E x_t,   nll_t = l_t − z_t,target
+    l_t = log Σ_v exp z_tv
+    loss = Σ_t w_t (nll_t + c l_t²)              c is `z_loss`, usually 0
+    ∂loss/∂z_t = w_t (softmax z_t − onehot target_t) + 2 c w_t l_t softmax z_t
 
 With one part, jax differentiates the loss of the whole logits (B, M, V). With
 more, the logits of one part of each row's tokens exist at a time. The forward
@@ -13,11 +14,12 @@ t mod (M / parts): a device that holds a slice of every row keeps its tokens.
 The products with ∂loss/∂z take it in x's dtype. In a pass with gradients a
 part's logits are kept in that dtype too, and their softmax is computed in
 float32, on a Hopper GPU by one kernel. Without gradients the logits stay in
-float32.
+float32. The kernel knows no z_loss: XLA adds its gradient to the kernel's.
 """
 
 from collections.abc import Callable
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -55,6 +57,7 @@ class _Plan(NamedTuple):
   parts: int
   axes: ShardAxes | None
   precision: jax.lax.Precision | None  # of the products
+  z_loss: float
 
 
 class _Split(NamedTuple):
@@ -74,6 +77,7 @@ def cross_entropy(
   parts: int = 1,
   axes: ShardAxes | None = None,
   precision: str | None = None,
+  z_loss: float = 0.0,
 ) -> tuple[Array, TokenLosses]:
   """Compute Σ w · nll of a tied head, nll = −log softmax(x Eᵀ)[target].
 
@@ -95,10 +99,13 @@ def cross_entropy(
       for several parts. None: the arrays are whole, or XLA splits them.
     precision: of the products of a float32 x: "default", "high" or "highest".
       None: jax's setting, `jax_default_matmul_precision`.
+    z_loss: c; adds Σ w · c · (log Σ exp logits)² to the sum, which keeps the
+      logits of a token from drifting away together. A Python number.
 
   Returns:
     (loss, tokens): the sum, a scalar, and a `TokenLosses` of each token, all
-    float32, or float64 for float64 inputs. No gradient flows through tokens.
+    float32, or float64 for float64 inputs. No gradient flows through tokens,
+    and they do not contain the z-loss.
 
   Raises:
     ValueError: an argument does not fit, the mesh does not fit batch and
@@ -116,6 +123,8 @@ def cross_entropy(
   parts = positive_integer("parts", parts)
   check_axes(axes)
   asked = asked_precision(precision, x.dtype)
+  if not (isinstance(z_loss, int | float) and 0 <= z_loss < math.inf):
+    raise ValueError(f"z_loss={z_loss!r}: expected a finite Python number ≥ 0")
   if parts > 1:
     _check_parts(x, parts, axes)
   # A token that is left out may have any target, and 0 · NaN would be NaN.
@@ -125,9 +134,13 @@ def cross_entropy(
     logits = xla.logits(x, embedding, precision=asked)
     tokens = xla.token_losses(logits, targets)
     fixed = jax.tree.map(jax.lax.stop_gradient, tokens)
-    return (weights * tokens.nll_BM).sum(), fixed
+    loss_BM = tokens.nll_BM
+    if z_loss:
+      loss_BM += z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2
+    return (weights * loss_BM).sum(), fixed
   arrays = vary_alike(x, embedding, targets, weights)
-  return compile_once(_in_parts, (_Plan(parts, axes, asked),), *arrays)
+  plan = _Plan(parts, axes, asked, float(z_loss))
+  return compile_once(_in_parts, (plan,), *arrays)
 
 
 def _check_parts(x: Array, parts: int, axes: ShardAxes | None) -> None:
@@ -206,13 +219,16 @@ def _over_mesh(
 
 
 def _losses(x_BMD, embedding_VD, targets_BM, weights_BM, *, plan, split):
-  """Return (Σ w nll, tokens), the sum over all devices."""
+  """Return (loss, tokens), the sum over all devices."""
 
   def part(total, inputs):
     x_BCD, targets_BC, weights_BC = inputs
     logits_BCV = xla.logits(x_BCD, embedding_VD, precision=plan.precision)
-    tokens, _ = xla.token_losses_and_log_sums(logits_BCV, targets_BC)
-    return total + (weights_BC * tokens.nll_BM).sum(), tokens
+    tokens, log_sum_BC = xla.token_losses_and_log_sums(logits_BCV, targets_BC)
+    loss_BC = tokens.nll_BM
+    if plan.z_loss:
+      loss_BC += plan.z_loss * log_sum_BC**2
+    return total + (weights_BC * loss_BC).sum(), tokens
 
   inputs = _split_tokens((x_BMD, targets_BM, weights_BM), plan.parts)
   zero = jnp.zeros((), sum_dtype(x_BMD.dtype))
@@ -246,6 +262,13 @@ def _losses_and_gradients(
       tokens, dlogits_BCV = xla.losses_and_gradient(
         logits_BCV, targets_BC, weights_BC
       )
+    loss_BC = tokens.nll_BM
+    if plan.z_loss:
+      log_sum_BC = xla.log_sums_of(tokens, logits_BCV, targets_BC)
+      loss_BC += plan.z_loss * log_sum_BC**2
+      dlogits_BCV = xla.add_z_loss_gradient(
+        dlogits_BCV, plan.z_loss * log_sum_BC, targets_BC, weights_BC
+      )
     dx_BCD = jnp.einsum(
       "bcv,vd->bcd", dlogits_BCV, embedding_VD, precision=plan.precision
     )
@@ -256,7 +279,7 @@ def _losses_and_gradients(
       precision=plan.precision,
       preferred_element_type=dembedding_VD.dtype,
     )
-    total += (weights_BC * tokens.nll_BM).sum()
+    total += (weights_BC * loss_BC).sum()
     return (total, dembedding_VD), (tokens, dx_BCD)
 
   inputs = _split_tokens((x_BMD, targets_BM, weights_BM), plan.parts)

@@ -86,6 +86,42 @@ def losses_and_gradient(
   return tokens, dlogits_V.astype(logits_V.dtype)
 
 
+def log_sums_of(tokens: TokenLosses, logits_V: Array, targets: Array) -> Array:
+  """Return log Σ exp z (…) of logits (…, V), whose losses are known."""
+  of_target = _logit_of_target(logits_V, targets)
+  return tokens.nll_BM + of_target.astype(tokens.nll_BM.dtype)
+
+
+def add_z_loss_gradient(
+  dlogits_V: Array, scaled_log_sum: Array, targets: Array, weights: Array
+) -> Array:
+  """Return ∂(w (nll + c l²))/∂z (…, V), with l = log Σ exp z.
+
+  It is (1 + 2 c l) w (softmax z − onehot target) + 2 c l w onehot target. So it
+  needs the gradient of w nll alone, and no softmax.
+
+  Args:
+    dlogits_V: w (softmax z − onehot target), the gradient of w nll.
+    scaled_log_sum: c l (…).
+    targets: integers (…).
+    weights: w (…).
+  """
+  twice = 2 * scaled_log_sum[..., None]
+  at_target_V = jnp.where(
+    _is_target(dlogits_V, targets), twice * weights[..., None], 0
+  )
+  wide_V = dlogits_V.astype(scaled_log_sum.dtype)
+  return ((1 + twice) * wide_V + at_target_V).astype(dlogits_V.dtype)
+
+
+def _is_target(logits_V: Array, targets: Array) -> Array:
+  """Return whether each index of the last axis is the target, (…, V)."""
+  index_V = jax.lax.broadcasted_iota(
+    targets.dtype, logits_V.shape, logits_V.ndim - 1
+  )
+  return index_V == targets[..., None]
+
+
 def _logit_of_target(logits_V: Array, targets: Array) -> Array:
   """Return z_target (…), NaN for a target outside [0, V)."""
   V = logits_V.shape[-1]
@@ -153,10 +189,7 @@ def logits_gradient(
     targets: integers (…).
     weights: w (…).
   """
-  index_V = jax.lax.broadcasted_iota(
-    targets.dtype, logits_V.shape, logits_V.ndim - 1
-  )
-  is_target_V = index_V == targets[..., None]
+  is_target_V = _is_target(logits_V, targets)
   softmax_V = jnp.exp(logits_V - log_sum[..., None])
   excess_V = softmax_V - is_target_V.astype(logits_V.dtype)
   return weights[..., None] * excess_V

@@ -140,11 +140,14 @@ def test_what_the_kernel_makes_of_odd_logits(interpreted) -> None:
   assert not np.isfinite(top[2:] + np.log(total[2:])).any()
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_parts_through_the_kernel(interpreted, monkeypatch, split) -> None:
-  inputs, options, mesh = _wide_inputs(), {}, contextlib.nullcontext()
+@pytest.mark.parametrize("split, z_loss", [(False, 0), (True, 0), (True, 0.1)])
+def test_parts_through_the_kernel(
+  interpreted, monkeypatch, split, z_loss
+) -> None:
+  inputs, mesh = _wide_inputs(), contextlib.nullcontext()
+  options = dict(z_loss=z_loss)
   if split:
-    options = dict(axes=ShardAxes(batch="data"))
+    options["axes"] = ShardAxes(batch="data")
     mesh = jax.set_mesh(
       jax.make_mesh((2, 1), ("data", "tensor"), (AxisType.Auto,) * 2)
     )
@@ -213,7 +216,7 @@ def test_what_one_reduction_makes_of_odd_logits(gpu) -> None:
   assert not np.isfinite(total[4:]).any()  # so no loss is finite by accident
 
 
-def _equations(x_BTD, embedding_VD, targets_BT, weights_BT):
+def _equations(x_BTD, embedding_VD, targets_BT, weights_BT, z_loss=0.0):
   """Return the loss, dx and dE in float64."""
   x, embedding = np.float64(x_BTD), np.float64(embedding_VD)
   weights, targets = np.float64(weights_BT), np.asarray(targets_BT)
@@ -222,33 +225,38 @@ def _equations(x_BTD, embedding_VD, targets_BT, weights_BT):
   softmax = powers / powers.sum(-1, keepdims=True)
   onehot = np.eye(embedding.shape[0])[targets]
   nll = -np.log((softmax * onehot).sum(-1))
-  dz = weights[..., None] * (softmax - onehot)
+  log_sum = np.log(powers.sum(-1)) + z.max(-1)
+  loss = (weights * (nll + z_loss * log_sum**2)).sum()
+  dlog_sum = 2 * z_loss * log_sum[..., None]
+  dz = weights[..., None] * (softmax - onehot + dlog_sum * softmax)
   dembedding = np.einsum("btv,btd->vd", dz, x)
-  return (nll * weights).sum(), dz @ embedding, dembedding
+  return loss, dz @ embedding, dembedding
 
 
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize(
-  "dtype, limit",
+  "dtype, limit, z_loss",
   [
-    ("float32", 2e-6),
-    ("bfloat16", 1e-2),
-    ("float16", 2e-3),
-    ("float64", 1e-13),
+    ("float32", 2e-6, 0.0),
+    ("float32", 2e-6, 0.1),
+    ("bfloat16", 1e-2, 0.0),
+    ("bfloat16", 1e-2, 0.1),
+    ("float16", 2e-3, 0.0),
+    ("float64", 1e-13, 0.0),
   ],
 )
-def test_values_and_gradients(parts, dtype, limit) -> None:
+def test_values_and_gradients(parts, dtype, limit, z_loss) -> None:
   x, embedding, targets, weights = jax.device_get(_inputs())
   with jax.enable_x64(True):
     wide = "float64" if dtype == "float64" else "float32"
     embedding, weights = embedding.astype(wide), weights.astype(wide)
     inputs = x.astype(jnp.dtype(dtype)), embedding, targets, weights
-    (loss, tokens), grads = _run(inputs, parts=parts)
+    (loss, tokens), grads = _run(inputs, parts=parts, z_loss=z_loss)
     assert (loss.dtype, tokens.nll_BM.dtype) == (wide, wide)
     assert [g.dtype for g in grads] == [dtype, wide]
   # The products use E in x's dtype, and so do the equations.
   rounded = embedding.astype(jnp.dtype(dtype))
-  wanted = _equations(inputs[0], rounded, targets, weights)
+  wanted = _equations(inputs[0], rounded, targets, weights, z_loss)
   for a, b in zip((loss, *grads), wanted, strict=True):
     a = np.float64(a) / (1 if a.ndim == 0 else 3)  # `_run` scales by 3
     assert np.linalg.norm(a - b) <= limit * np.linalg.norm(b)
@@ -340,6 +348,12 @@ def test_logits_are_never_whole() -> None:
   logits = 4 * 2 * 1024 * 4096
   assert temporaries(1) >= logits
   assert temporaries(16) < logits / 4
+
+
+def test_a_wrong_z_loss_is_refused() -> None:
+  for z_loss in (-1e-4, float("nan"), jnp.float32(0.1)):
+    with pytest.raises(ValueError, match="z_loss=.*finite Python number ≥ 0"):
+      cross_entropy(*_inputs(), z_loss=z_loss)
 
 
 def test_parts_that_do_not_divide_are_refused() -> None:
