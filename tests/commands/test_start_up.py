@@ -119,3 +119,38 @@ def test_workers_do_not_hear_the_signals_that_stop_a_run() -> None:
   assert blocked >= {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
   assert signal.SIGTERM not in blocked  # grain ends workers with it
   assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+_QUICK = """
+import sys
+from train import cli
+
+for words in (
+  *([verb, "--help"] for verb in cli.VERBS if verb not in {slow}),
+  ["train", "mqar", "--help"],
+  ["train", "mqar", "--stepz", "3"],
+  ["train", "mqar", "--steps", "x"],
+  ["generate", "run", "--foo"],
+  ["resume", "nothere"],
+):
+  try:
+    cli.main(words)
+  except SystemExit as stop:
+    assert stop.code == (0 if words[-1] == "--help" else 2), words
+  for name in ("jax", "optax", "orbax", "grain", "matplotlib"):
+    assert name not in sys.modules, (words, name)
+"""
+
+
+def test_help_and_wrong_options_do_not_wait_for_jax() -> None:
+  # The harness has its own options, and the paper's experiments are made of
+  # models.
+  slow = ("lm-eval", "experiment", "sweep", "inspect")
+  done = subprocess.run(
+    [sys.executable, "-c", _QUICK.format(slow=slow)],
+    capture_output=True,
+    text=True,
+    timeout=60,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+  )
+  assert done.returncode == 0, done.stderr

@@ -16,8 +16,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import cross_entropy
-from rebased_jax import LM, ModelConfig, linen, presets
+from pallas_kernels import cross_entropy, numerics
+from rebased_jax import LM, ModelConfig, config_checks, linen, presets
 from rebased_jax.linear import linear
 from train import step
 
@@ -135,3 +135,8 @@ def test_a_linen_mixer_has_a_precision() -> None:
   jaxpr = jax.make_jaxpr(mixer.init_with_output)(key, x_BTD)
   for equation in products(jaxpr):
     assert equation.params["precision"] == HIGHEST
+
+
+def test_configs_know_the_precisions_of_the_operators() -> None:
+  """They have their own copy, so that they import no jax."""
+  assert config_checks.PRECISIONS == numerics.PRECISIONS

@@ -6,15 +6,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from train.checkpoint.checkpoints import (
-  CheckpointError,
-  read_meta,
-  saved_steps,
-)
 from train.commands.arguments import RunArg
 from train.commands.parsing import parse
 from train.console import say
-from train.metrics import table_labels
 from train.records.run_folder import RunFolder
 
 
@@ -43,6 +37,13 @@ def run(args: list[str]) -> int:
   parsed = parse(CheckpointsArgs, "rebased checkpoints", args)
   folder, console = RunFolder(parsed.run_dir), Console()
   folder.read_config()  # says so if it is no run
+  # Imported when the options are right: orbax takes seconds.
+  from train.checkpoint.checkpoints import (
+    CheckpointError,
+    read_meta,
+    saved_steps,
+  )
+
   folder.check_checkpoints()
   run_id = folder.run_id()
   steps = saved_steps(folder.checkpoints)
@@ -68,6 +69,8 @@ def _table(found: dict[int, dict | None]) -> Table:
   Args:
     found: the `meta` of each by its step; None where it cannot be read.
   """
+  from train.metrics import table_labels  # imports jax
+
   shown = [
     (name, label)
     for name, label in table_labels().items()

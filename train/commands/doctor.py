@@ -5,9 +5,7 @@ import platform
 
 from rich.console import Console
 
-from pallas_kernels import which_implementation
 from train.console import rows, say
-from train.devices import backend
 
 _HELP = """\
 usage: rebased doctor
@@ -41,6 +39,10 @@ def run(args: list[str]) -> int:
     return 0
   if args:
     raise ValueError(f"doctor takes no options, not {args[0]!r}")
+  # Imported when the arguments are right: jax takes seconds.
+  from pallas_kernels import which_implementation
+  from train.devices import backend
+
   console = Console()
   versions, missing = {"python": platform.python_version()}, False
   for name in _PACKAGES:

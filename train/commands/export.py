@@ -5,13 +5,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rebased_jax import parameter_count
-from rebased_jax.model_files import read_info
-from train import export_model
 from train.commands.arguments import RunArg
 from train.commands.parsing import parse
 from train.console import say
-from train.text_completion import ModelSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +44,11 @@ def run(args: list[str]) -> int:
     OSError: the folder cannot be written.
   """
   parsed = parse(ExportArgs, "rebased export", args)
+  # Imported when the options are right: jax takes seconds.
+  from rebased_jax import parameter_count
+  from train import export_model
+  from train.text_completion import ModelSource
+
   model, step = export_model.export(
     parsed.run_dir,
     parsed.out,
@@ -63,6 +64,8 @@ def run(args: list[str]) -> int:
 
 def describe(out: str) -> str:
   """Return a line for each file of an exported model, and its tokenizer."""
+  from rebased_jax.model_files import read_info
+
   lines = [
     f"  {file}  {file.stat().st_size:,} bytes"
     for file in sorted(Path(out).iterdir())

@@ -5,10 +5,8 @@ The text is printed as the model makes it.
 
 import dataclasses
 
-from train import text_completion
 from train.commands.arguments import RunArg
 from train.commands.parsing import parse
-from train.devices import backend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +51,10 @@ def run(args: list[str]) -> int:
     CheckpointError: there is no such checkpoint, or it is unreadable.
   """
   parsed = parse(GenerateArgs, "rebased generate", args)
+  # Imported when the options are right: jax takes seconds.
+  from train import text_completion
+  from train.devices import backend
+
   backend.devices()  # says so if there are none
   sampling = text_completion.Sampling(
     tokens=parsed.tokens,

@@ -6,8 +6,6 @@ from typing import Annotated
 from rich.console import Console
 import tyro
 
-from rebased_jax import model_files, parameter_count, pytorch
-from train import export_model
 from train.commands.export import describe
 from train.commands.parsing import parse
 from train.console import say
@@ -50,6 +48,10 @@ def run(args: list[str]) -> int:
     OSError: the folder cannot be written.
   """
   parsed = parse(ImportArgs, "rebased import", args)
+  # Imported when the options are right: jax takes seconds.
+  from rebased_jax import model_files, parameter_count, pytorch
+  from train import export_model
+
   model_files.check_new(parsed.out)
   name, eos = None, None
   if parsed.tokenizer is not None:
