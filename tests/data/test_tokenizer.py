@@ -46,10 +46,11 @@ def test_any_text_decodes_to_itself(learnt):
     assert tokenizer.spec.eos not in tokens  # text cannot end a document
 
 
-def test_truncation_padding_and_templates_of_a_file_are_not_used(
+def test_truncation_padding_templates_and_dropout_of_a_file_are_not_used(
   learnt, tmp_path
 ):
   whole = tokenizers.Tokenizer.from_file(learnt)
+  whole.model.dropout = 0.9  # each encoding would differ
   whole.enable_truncation(4)
   whole.enable_padding(length=6)
   whole.post_processor = processors.TemplateProcessing(

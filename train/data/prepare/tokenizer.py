@@ -1,10 +1,11 @@
 """Tokenizers: raw bytes, or any Hugging Face `tokenizer.json`.
 
     bytes            token = byte, 0 … 255; end of text 256; vocabulary 257
-    tokenizer.json   as the file says, with three exceptions: control tokens in
+    tokenizer.json   as the file says, with four exceptions: control tokens in
                      the text are not parsed, but tokenised as ordinary
                      characters (`markers_in_text`); no tokens are added around
-                     a document; and nothing is truncated or padded
+                     a document; nothing is truncated or padded; and BPE has no
+                     dropout, so that the same text gives the same tokens
 
 A document becomes its tokens, followed by the end-of-text token if the
 tokenizer has one.
@@ -138,6 +139,8 @@ class FileTokenizer:
       raise ValueError(f"{path}: no tokenizer.json: {error}") from error
     self._encoder.no_truncation()
     self._encoder.no_padding()
+    if hasattr(self._encoder.model, "dropout"):  # it draws tokens at random
+      self._encoder.model.dropout = None
     self._encoder.encode_special_tokens = True
     if not tokens:
       raise ValueError(f"{path}: its vocabulary is empty: expected tokens")
