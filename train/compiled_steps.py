@@ -78,7 +78,10 @@ def make_steps(config: RunConfig, mesh: Mesh) -> Steps:
   )
   tx = optimizer.make(config.optimizer, config.steps)
   graph, _ = nnx.split(abstract_model(config))
-  shapes = jax.eval_shape(lambda: new_state(config.model, config.seed, tx))
+  ema = config.ema is not None
+  shapes = jax.eval_shape(
+    lambda: new_state(config.model, config.seed, tx, ema=ema)
+  )
   placed = parameter_sharding.named_shardings(shapes, mesh)
   abstract = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -94,6 +97,8 @@ def make_steps(config: RunConfig, mesh: Mesh) -> Steps:
     loss_chunks=config.loss_chunks,
     skip=config.nan == "skip",
     recall=config.data.recall,
+    z_loss=config.z_loss,
+    ema=config.ema,
   )
   batch = batch_sharding.field_shardings(
     tuple(config.data.fields(config.batch)), mesh
@@ -167,7 +172,8 @@ def warm_state(params: Any, built: Built) -> step.State:
   """
 
   def make(params: Any) -> step.State:
-    return step.init_state(params, built.program.tx)
+    program = built.program
+    return step.init_state(params, program.tx, ema=program.ema is not None)
 
   placed = _shardings(built)
   return jax.jit(make, out_shardings=placed, donate_argnums=0)(params)
@@ -177,9 +183,18 @@ def new_state(
   config: ModelConfig,
   seed: int | jax.Array,
   tx: optax.GradientTransformation,
+  *,
+  ema: bool = False,
 ) -> step.State:
-  """Return the state before step 0, with parameters drawn from the seed."""
-  return step.init_state(new_parameters(config, seed), tx)
+  """Return the state before step 0, with parameters drawn from the seed.
+
+  Args:
+    config: the model.
+    seed: the seed.
+    tx: the update rule.
+    ema: whether to keep an average of the parameters.
+  """
+  return step.init_state(new_parameters(config, seed), tx, ema=ema)
 
 
 def new_parameters(config: ModelConfig, seed: int | jax.Array) -> Any:

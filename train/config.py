@@ -6,6 +6,7 @@ else changes a config.
 """
 
 import dataclasses
+import math
 from typing import Literal, Self
 
 from rebased_jax import ModelConfig
@@ -19,8 +20,8 @@ from train.data.config import (
   MQARStreamData as MQARStreamData,
   TextData as TextData,
 )
-from train.devices.mesh import MeshConfig as MeshConfig
-from train.optimizer import OptimizerConfig as OptimizerConfig
+from train.devices.mesh_config import MeshConfig as MeshConfig
+from train.optimizer_config import OptimizerConfig as OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class RunConfig:
   model: ModelConfig
   #: Where the batches come from.
   data: DataConfig
-  #: AdamW and its learning-rate schedule.
+  #: The update rule and its learning-rate schedule.
   optimizer: OptimizerConfig
   #: Updates of the parameters.
   steps: int
@@ -101,6 +102,12 @@ class RunConfig:
   profile: ProfileConfig = ProfileConfig()
   #: What to do when a step is not finite: end the run, or skip the step.
   nan: Literal["abort", "skip"] = "abort"
+  #: Weight of the z-loss, (log Σ exp logits)², which training adds to the loss
+  #: of each target. 0: none; 1e-4 is usual.
+  z_loss: float = 0.0
+  #: Decay a step of an average of the weights, such as 0.999. It is evaluated
+  #: and saved beside them. None: no average.
+  ema: float | None = None
 
   def __post_init__(self):
     make_scalars_plain(self)
@@ -125,12 +132,11 @@ class RunConfig:
     require(seed, "seed", self.seed, "an integer, 0 to 2³¹ − 1")
     is_bool = isinstance(self.tensorboard, bool)
     require(is_bool, "tensorboard", self.tensorboard, "True or False")
-    require(
-      self.optimizer.warmup_steps < self.steps,
-      "optimizer.warmup_steps",
-      self.optimizer.warmup_steps,
-      f"below steps={self.steps} (change --optimizer.warmup-steps too)",
-    )
+    z_loss, ema = self.z_loss, self.ema
+    require(0 <= z_loss < math.inf, "z_loss", z_loss, "a finite number ≥ 0")
+    averages = ema is None or 0 < ema < 1
+    require(averages, "ema", ema, "a number above 0, below 1, or None")
+    self.optimizer.check(self.steps)
     self.profile.check(self.steps)
     accuracy = self.stop_accuracy
     require(

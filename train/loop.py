@@ -374,10 +374,29 @@ class Loop:
     if self.signal:
       raise evaluate.Interrupted
     before = time.perf_counter()
+    held_out = self._held_out(state.params)
+    if state.ema is not None:
+      average = self._held_out(state.ema)
+      del average["tokens"]  # the same
+      held_out |= {metrics.of_average(k): x for k, x in average.items()}
+    self.held_out = held_out
+    with self._recording():
+      self._writer.write("eval", step, **self.held_out)
+    if self._display is not None:
+      self._display.evaluated(step, self.held_out)
+    self._window.pause(time.perf_counter() - before)
+    return self.held_out
+
+  def _held_out(self, params: Any) -> dict[str, float]:
+    """Return the held-out metrics of parameters.
+
+    Raises:
+      Interrupted: a signal came.
+    """
     votes = collections.deque[jax.Array]()
     found = evaluate.evaluate(
       self._built,
-      state.params,
+      params,
       self._eval_data,
       timeout=self._config.data.timeout,
       interrupted=self._interrupts(votes),
@@ -386,13 +405,7 @@ class Loop:
     )
     while votes:
       self._read_vote(votes.popleft())
-    self.held_out = self._with_derived(found)
-    with self._recording():
-      self._writer.write("eval", step, **self.held_out)
-    if self._display is not None:
-      self._display.evaluated(step, self.held_out)
-    self._window.pause(time.perf_counter() - before)
-    return self.held_out
+    return self._with_derived(found)
 
   def _evaluation_stand_ins(
     self,

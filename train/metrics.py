@@ -317,11 +317,21 @@ def with_derived(
 
 def table_labels() -> dict[str, str]:
   """Return the metrics of tables: label by name, in the order of METRICS."""
-  return {
+  labels = {
     metric.name: metric.label
     for metric in METRICS
     if not isinstance(metric, UpdateMetric) and metric.label is not None
   }
+  averaged = {
+    of_average(name): f"{label}, averaged weights"
+    for name, label in labels.items()
+  }
+  return labels | averaged
+
+
+def of_average(name: str) -> str:
+  """Return the name of a held-out metric of the averaged weights."""
+  return f"ema_{name}"
 
 
 def plotted() -> list[TargetMetric]:

@@ -1,71 +1,31 @@
-"""AdamW from optax, with learning-rate schedule, decay mask and clipping."""
+"""Optax's update rules, with learning-rate schedule, decay mask and clipping.
 
-import dataclasses
+    adamw   params ← params − η (m̂ / (√v̂ + ε) + λ params)
+    lion    params ← params − η (sign(β1 m + (1 − β1) g) + λ params)
+    sgd     m ← μ m + g;  params ← params − η (m + λ params)
+    muon    m ← μ m + (1 − μ) g;  params ← params − η (s · NS(m̂) + λ params)
+
+η is the learning rate of the step, g the clipped gradient and λ the weight
+decay of the parameters that decay. NS is Newton-Schulz iteration, which brings
+all singular values of a matrix near 1. It acts on the kernels of projections,
+and muon gives every other parameter to adamw. The factor
+s = 0.2 · √max(rows, columns) makes the size of an update that of adamw's
+(arXiv 2502.16982), so that both take one learning rate and one weight decay.
+"""
+
 import math
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
-from rebased_jax.config_checks import make_scalars_plain
-from rebased_jax.field_types import fits
-from train.data.checks import require
+from train.optimizer_config import MOMENTUM, OptimizerConfig
 
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-  """AdamW. The defaults are those of the paper's MQAR experiments.
-
-  The learning rate rises linearly over `warmup_steps`. Then it falls as a half
-  cosine from `learning_rate` to `final_fraction` of it at the run's last step.
-  With warm-up the first step has `learning_rate` / `warmup_steps`, not 0.
-  """
-
-  #: The highest learning rate.
-  learning_rate: float = 1e-3
-  #: Steps over which the learning rate rises.
-  warmup_steps: int = 0
-  #: The learning rate at the last step, as a fraction of the highest.
-  final_fraction: float = 0.0
-  #: Hold the learning rate for that many steps, as a schedule that changes once
-  #: an epoch. None: it changes every step.
-  epoch_steps: int | None = None
-  #: Decay of the average gradient.
-  beta1: float = 0.9
-  #: Decay of the average squared gradient.
-  beta2: float = 0.999
-  #: Added to the root of the average squared gradient.
-  eps: float = 1e-8
-  #: Weight decay, times the learning rate.
-  weight_decay: float = 0.1
-  #: Which parameters decay: all, or only the kernels of projections.
-  decay: Literal["all", "matrices"] = "all"
-  #: Largest norm of the gradient over all parameters. None: no clipping.
-  clip_norm: float | None = None
-
-  def __post_init__(self):
-    make_scalars_plain(self)
-
-    def check(ok: bool, name: str, expected: str) -> None:
-      require(ok, f"optimizer.{name}", getattr(self, name), expected)
-
-    for name in ("learning_rate", "eps", "clip_norm"):
-      value = getattr(self, name)
-      unset = name == "clip_norm" and value is None
-      check(unset or 0 < value < math.inf, name, "a number above 0")
-    for name in ("beta1", "beta2"):
-      check(0 <= getattr(self, name) < 1, name, "a number in [0, 1)")
-    check(0 <= self.weight_decay < math.inf, "weight_decay", "finite, ≥ 0")
-    for name in ("warmup_steps", "epoch_steps"):
-      check(fits(getattr(self, name), int | None), name, "an integer")
-    check(self.warmup_steps >= 0, "warmup_steps", "an integer ≥ 0")
-    check(0 <= self.final_fraction <= 1, "final_fraction", "0 to 1")
-    check(
-      self.epoch_steps is None or self.epoch_steps >= 1, "epoch_steps", "≥ 1"
-    )
-    check(self.decay in ("all", "matrices"), "decay", "'all' or 'matrices'")
+#: Muon's root mean square of an update, which AdamW's updates usually have.
+_MUON_RMS = 0.2
 
 
 def schedule(
@@ -73,23 +33,32 @@ def schedule(
 ) -> optax.Schedule:
   """Return the learning rate as a function of the step.
 
-  With `epoch_steps` the cosine is evaluated at the first step of each epoch:
-  learning_rate · (1 + cos(π e / E)) / 2 in epoch e of E.
+  With `epoch_steps` it is evaluated at the first step of each epoch. A cosine
+  is then learning_rate · (1 + cos(π e / E)) / 2 in epoch e of E.
 
   Args:
     config: the optimiser.
-    steps: the steps of the run, where the cosine ends.
+    steps: the steps of the run, where the learning rate is at its end.
     numpy: what computes it: `jax.numpy`, or NumPy on the host.
   """
   warmup, epoch = config.warmup_steps, config.epoch_steps
   last = float(steps if epoch is None else epoch * math.ceil(steps / epoch))
+  begin = warmup  # of the fall
+  if config.schedule == "wsd":
+    cooldown = config.cooldown_steps or math.ceil(steps / 10)
+    begin = max(last - cooldown, warmup)
 
   def rate(step: Any) -> Any:
     step = numpy.asarray(step, numpy.float32)
     at = step if epoch is None else numpy.floor(step / epoch) * epoch
-    done = numpy.clip((at - warmup) / (last - warmup), 0, 1)
-    cosine = (1 + numpy.cos(numpy.pi * done)) / 2
-    factor = config.final_fraction + (1 - config.final_fraction) * cosine
+    done = numpy.clip((at - begin) / (last - begin), 0, 1)
+    if config.schedule == "cosine":
+      left = (1 + numpy.cos(numpy.pi * done)) / 2
+    elif config.schedule == "constant":
+      left = numpy.ones_like(done)
+    else:
+      left = 1 - done
+    factor = config.final_fraction + (1 - config.final_fraction) * left
     if warmup:
       factor = numpy.where(step < warmup, (step + 1) / warmup, factor)
     return config.learning_rate * factor
@@ -123,14 +92,64 @@ def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     config: the optimiser.
     steps: the steps of the run.
   """
-  adamw = optax.adamw(
-    schedule(config, steps),
+  rule = _rule(config, schedule(config, steps))
+  if config.clip_norm is None:
+    return optax.chain(rule)
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+
+
+def _rule(
+  config: OptimizerConfig, rate: optax.Schedule
+) -> optax.GradientTransformation:
+  """Return the update rule, without clipping."""
+  decay = config.weight_decay
+
+  def mask(params: Any) -> Any:
+    return decayed(params, config.decay)
+
+  momentum = config.momentum
+  if momentum is None:
+    momentum = MOMENTUM.get(config.name)
+  if config.name == "lion":
+    return optax.lion(
+      rate, config.beta1, config.beta2, weight_decay=decay, mask=mask
+    )
+  if config.name == "sgd":
+    return optax.chain(
+      optax.trace(momentum, nesterov=bool(config.nesterov)),
+      optax.add_decayed_weights(decay, mask),
+      optax.scale_by_learning_rate(rate),
+    )
+  if config.name == "muon":
+    return contrib.muon(
+      rate,
+      beta=momentum,
+      eps=config.eps,
+      weight_decay=decay,
+      nesterov=config.nesterov is not False,
+      adam_b1=config.beta1,
+      adam_b2=config.beta2,
+      # Matrices decay in either case, and no other parameter is a matrix.
+      adam_weight_decay=decay if config.decay == "all" else 0.0,
+      muon_weight_dimension_numbers=_matrix_axes,
+      consistent_rms=_MUON_RMS,
+    )
+  return optax.adamw(
+    rate,
     b1=config.beta1,
     b2=config.beta2,
     eps=config.eps,
-    weight_decay=config.weight_decay,
-    mask=lambda params: decayed(params, config.decay),
+    weight_decay=decay,
+    mask=mask,
   )
-  if config.clip_norm is None:
-    return optax.chain(adamw)
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def _matrix_axes(params: Any) -> Any:
+  """Return the axes of each matrix that Muon updates; None for the rest.
+
+  Kernels are stacked over the pairs of layers; each matrix is updated alone.
+  """
+  axes = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+  return jax.tree.map(
+    lambda is_matrix: axes if is_matrix else None, decayed(params, "matrices")
+  )

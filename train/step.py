@@ -3,9 +3,12 @@
     nll_t  = −log softmax(logits_t)[target_t]
     loss   = Σ w_t · nll_t / Σ w_t           w_t is 1 at a target, 0 at padding
     params ← params + update(∂loss/∂params)
+    ema    ← d · ema + (1 − d) · params      if the run keeps this average
 
 target_t is the token after t in text, and the answer at t in recall tasks.
-optimizer.py makes the update: clipping, AdamW and its learning-rate schedule.
+optimizer.py makes the update: clipping, the rule and its learning rate. With a
+z-loss the gradient is that of loss + Σ w_t · c · l_t² / Σ w_t, where
+l_t = log Σ exp logits_t.
 Gradient accumulation splits the rows of a batch into micro-batches, which run
 one after another. Their Σ w·nll, its gradient and Σ w are added up, and divided
 once, at the end. So every target weighs the same in whichever micro-batch.
@@ -14,6 +17,7 @@ is no longer `ok`.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -38,6 +42,7 @@ class State(NamedTuple):
   ok: Array  # bool, whether no step so far had an Inf or NaN
   params: Any
   opt_state: Any
+  ema: Any = None  # an average of the params so far; None if the run keeps none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +67,26 @@ class Program:
   skip: bool = False
   #: Which targets the evaluation of text counts separately. None: none.
   recall: Recall | None = None
+  #: The weight of the z-loss in training. 0: there is none.
+  z_loss: float = 0.0
+  #: Decay of the average of the parameters. None: none is kept.
+  ema: float | None = None
 
 
-def init_state(params: Any, tx: optax.GradientTransformation) -> State:
-  """Return the state before step 0."""
+def init_state(
+  params: Any, tx: optax.GradientTransformation, *, ema: bool = False
+) -> State:
+  """Return the state before step 0.
+
+  Args:
+    params: the parameters.
+    tx: the update rule.
+    ema: whether to keep an average of the parameters, which begins with them.
+  """
   zero, true = jnp.zeros((), jnp.int32), jnp.ones((), bool)
-  return State(zero, true, params, tx.init(params))
+  # A copy, because a step donates each array of the state.
+  average = jax.tree.map(jnp.copy, params) if ema else None
+  return State(zero, true, params, tx.init(params), average)
 
 
 def train_step(
@@ -91,16 +110,22 @@ def train_step(
   loss, grads, sums = _mean_gradient(params, batch, dropout_key, program)
   updates, opt_state = program.tx.update(grads, state.opt_state, params)
   found = metrics.target_means(sums) | {"loss": loss}
+  if program.z_loss:
+    # The loss of records is that of the targets alone, as in an evaluation.
+    found["loss"] = sums["loss"] / sums["tokens"]
+    found["z_loss"] = loss - found["loss"]
   found |= metrics.update_metrics(metrics.Update(params, grads, updates))
 
   norms = found["grad_norm"] + found["update_norm"]
   finite = jnp.isfinite(loss) & jnp.isfinite(norms)
   applies = finite if program.skip else state.ok & finite
+  new_params = optax.apply_updates(params, updates)
   updated = State(
     step=state.step + 1,
     ok=applies | program.skip,
-    params=optax.apply_updates(params, updates),
+    params=new_params,
     opt_state=opt_state,
+    ema=_average(state.ema, new_params, program.ema),
   )
   step = updated.step if program.skip else state.step
   refused = state._replace(ok=updated.ok, step=step)
@@ -108,13 +133,21 @@ def train_step(
   return kept, found
 
 
+def _average(average: Any, params: Any, decay: float | None) -> Any:
+  """Return the average of the parameters after a step; None if none is kept."""
+  if decay is None:
+    return None
+  return optax.incremental_update(params, average, 1 - decay)
+
+
 def _mean_gradient(
   params: Any, batch: Batch, key: Array, program: Program
 ) -> tuple[Array, Any, dict[str, Array]]:
   """Return the mean loss, its gradient, and `metrics.target_sums`."""
+  loss_fn = functools.partial(loss_sums, z_loss=program.z_loss)
 
   def sum_gradient(batch: Batch, key: Array) -> Any:
-    value_and_grad = jax.value_and_grad(loss_sums, has_aux=True)
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     sums, grads = value_and_grad(params, batch, program, key)
     if program.placed is not None:
       # XLA would otherwise gather whole gradients and only then split them.
@@ -129,9 +162,16 @@ def _mean_gradient(
 
 
 def loss_sums(
-  params: Any, batch: Batch, program: Program, dropout_key: Array | None = None
+  params: Any,
+  batch: Batch,
+  program: Program,
+  dropout_key: Array | None = None,
+  *,
+  z_loss: float = 0.0,
 ) -> tuple[Array, dict[str, Array]]:
-  """Return Σ w · nll over the batch, and `metrics.target_sums` of it.
+  """Return Σ w · (nll + z-loss) over a batch, and its `metrics.target_sums`.
+
+  The sums do not contain the z-loss.
 
   Args:
     params: the parameters.
@@ -139,6 +179,7 @@ def loss_sums(
       that recall counts, where they are told apart.
     program: the model and its layout.
     dropout_key: a PRNG key. None: no dropout.
+    z_loss: the weight of the z-loss. An evaluation has none.
   """
   model, axes = nnx.merge(program.graph, params), program.axes
   positions_BM = batch.get("positions")
@@ -160,11 +201,13 @@ def loss_sums(
     batch["weights"],
     parts=program.loss_chunks,
     axes=axes,
+    z_loss=z_loss,
   )
   targets = metrics.Targets(
     losses.nll_BM, losses.correct_BM, batch.get("recalled")
   )
-  return loss, metrics.target_sums(loss, batch["weights"], targets)
+  nll = (batch["weights"] * losses.nll_BM).sum() if z_loss else loss
+  return loss, metrics.target_sums(nll, batch["weights"], targets)
 
 
 def eval_step(params: Any, batch: Batch, program: Program) -> dict[str, Array]:

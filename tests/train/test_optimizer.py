@@ -1,4 +1,4 @@
-"""AdamW, its learning-rate schedule and its decay mask, against NumPy."""
+"""Update rules, schedules and the decay mask, against NumPy and optax."""
 
 import math
 
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax import contrib
 import pytest
 from train_cases import tiny, trainer as trainer
 
@@ -95,6 +96,66 @@ def test_a_run_that_ends_inside_an_epoch() -> None:
   epochs = np.arange(10) // 4
   expected = (1 + np.cos(np.pi * epochs / 3)) / 2  # 10 steps: 3 epochs
   np.testing.assert_allclose(_rates(config, 10, 10), expected, rtol=1e-6)
+
+
+_LINEAR = optax.schedules.linear_schedule
+
+
+def _after_warm_up(fall: optax.Schedule) -> optax.Schedule:
+  """Return optax's schedule that first rises to 0.5 in 4 steps."""
+  return optax.schedules.join_schedules([_LINEAR(0.125, 0.625, 4), fall], [4])
+
+
+@pytest.mark.parametrize(
+  ("changes", "expected"),
+  [
+    (dict(schedule="linear"), _after_warm_up(_LINEAR(0.5, 0.05, 16))),
+    (dict(schedule="constant"), _after_warm_up(lambda step: 0.5 + 0 * step)),
+    (  # the last 2 of 20 steps
+      dict(schedule="wsd"),
+      _after_warm_up(_LINEAR(0.5, 0.05, 2, transition_begin=14)),
+    ),
+    (
+      dict(schedule="wsd", cooldown_steps=8),
+      _after_warm_up(_LINEAR(0.5, 0.05, 8, transition_begin=8)),
+    ),
+  ],
+)
+def test_schedules_are_those_of_optax(changes, expected) -> None:
+  config = OptimizerConfig(
+    learning_rate=0.5, warmup_steps=4, final_fraction=0.1, **changes
+  )
+  steps = np.arange(24)
+  found = optimizer.schedule(config, 20, np)(steps)
+  np.testing.assert_allclose(found, expected(steps), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(name="adam"), "name='adam': expected one of adamw, lion, muon, sgd"),
+    (dict(schedule="cos"), "schedule='cos': expected one of cosine"),
+    (dict(momentum=0.9), "momentum=0.9: expected none: adamw has no such"),
+    (dict(name="lion", nesterov=False), "nesterov=False: expected none: lion"),
+    (dict(name="sgd", momentum=1.0), r"momentum=1.0: expected a number in \[0"),
+    (
+      dict(name="sgd", momentum=0.0, nesterov=True),
+      "nesterov=True: expected False without",
+    ),
+    (dict(cooldown_steps=3), "cooldown_steps=3: expected none with .*cosine"),
+    (dict(schedule="wsd", cooldown_steps=0), "cooldown_steps=0: expected ≥ 1"),
+  ],
+)
+def test_settings_that_a_rule_lacks_are_refused(changes, message) -> None:
+  with pytest.raises(ValueError, match=f"optimizer.{message}"):
+    OptimizerConfig(**changes)
+
+
+def test_a_cooldown_longer_than_the_run_is_refused() -> None:
+  changes = dict(schedule="wsd", warmup_steps=2, cooldown_steps=5)
+  with pytest.raises(ValueError, match="cooldown_steps=5: expected at most 4"):
+    tiny(optimizer=changes, steps=6)
+  assert tiny(optimizer=changes, steps=7).steps == 7
 
 
 def _by_hand(config: OptimizerConfig, steps: int, gradients) -> dict:
@@ -214,3 +275,110 @@ def test_the_recorded_rate_is_the_schedule_on_the_host() -> None:
     for step in (0, 2, 3, 11, 19):
       assert not isinstance(on_host(step), jax.Array)
       np.testing.assert_allclose(on_host(step), on_device(step), rtol=1e-6)
+
+
+_STACKED = {
+  "token_embedding": (5, 4),
+  "pairs": {
+    "first": {"mixer": {"kernel": (2, 3, 4), "gate": {"kernel": (2, 3, 4)}}},
+    "second": {"mixer": {"o": {"kernel": (2, 4, 3), "bias": (2, 3)}}},
+  },
+}
+_MUON = {"pairs/first/mixer/gate/kernel", "pairs/second/mixer/o/kernel"}
+
+
+def _own_muon(config: OptimizerConfig, is_matrix: bool):
+  """Return optax's Muon for matrices, and its rule for what is none."""
+  rate, decay = config.learning_rate, config.weight_decay
+  if is_matrix:
+    return contrib.muon(
+      rate,
+      beta=0.95 if config.momentum is None else config.momentum,
+      weight_decay=decay,
+      nesterov=config.nesterov is not False,
+      consistent_rms=0.2,
+    )
+  return optax.adamw(
+    rate,
+    config.beta1,
+    config.beta2,
+    weight_decay=decay if config.decay == "all" else 0.0,
+    nesterov=config.nesterov is not False,
+  )
+
+
+def _own_sgd(config: OptimizerConfig, is_matrix: bool):
+  """Return optax's SGD, with a weight decay that has no momentum."""
+  decays = config.decay == "all" or is_matrix
+  decay = optax.add_decayed_weights(-config.learning_rate * 0.3 * decays)
+  momentum = 0.9 if config.momentum is None else config.momentum
+  nesterov = bool(config.nesterov)
+  return optax.chain(optax.sgd(config.learning_rate, momentum, nesterov), decay)
+
+
+def _own_lion(config: OptimizerConfig, is_matrix: bool):
+  decays = config.decay == "all" or is_matrix
+  return optax.lion(config.learning_rate, 0.8, 0.95, weight_decay=0.3 * decays)
+
+
+@pytest.mark.parametrize(
+  ("changes", "own"),
+  [
+    (dict(name="muon"), _own_muon),
+    (
+      dict(name="muon", momentum=0.7, nesterov=False, decay="matrices"),
+      _own_muon,
+    ),
+    (dict(name="sgd", decay="matrices"), _own_sgd),
+    (dict(name="sgd", momentum=0.6, nesterov=True), _own_sgd),
+    (dict(name="lion", decay="matrices"), _own_lion),
+  ],
+)
+def test_updates_are_those_of_optax(changes, own) -> None:
+  """Each matrix of a stack is updated alone."""
+  config = OptimizerConfig(
+    learning_rate=0.1,
+    schedule="constant",
+    beta1=0.8,
+    beta2=0.95,
+    weight_decay=0.3,
+    **changes,
+  )
+  trees = [_random(_STACKED, seed) for seed in range(3)]
+
+  def train(*trees):
+    found = {}
+    columns = _paths(trees[0]), *map(jax.tree.leaves, trees)
+    for path, *leaves in zip(*columns, strict=True):
+      tx = own(config, path in _MUON)
+      if path in _MUON:
+        pairs = zip(*leaves, strict=True)
+        found[path] = jnp.stack([_trained(tx, *pair) for pair in pairs])
+      else:
+        found[path] = _trained(tx, *leaves)
+    return found, _trained(optimizer.make(config, 8), *trees)
+
+  expected, found = jax.jit(train)(*trees)
+  for path, x in zip(_paths(found), jax.tree.leaves(found), strict=True):
+    np.testing.assert_allclose(x, expected[path], rtol=1e-5, atol=1e-6)
+
+
+def _paths(tree) -> list[str]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+  return [name(path) for path, _ in leaves]
+
+
+def _random(shapes, seed: int):
+  rng = np.random.default_rng(seed)
+  make = lambda shape: np.float32(rng.normal(size=shape))
+  return jax.tree.map(make, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def _trained(tx: optax.GradientTransformation, params, *gradients):
+  """Return the parameters after one update for each gradient."""
+  state = tx.init(params)
+  for gradient in gradients:
+    updates, state = tx.update(gradient, state, params)
+    params = optax.apply_updates(params, updates)
+  return params

@@ -238,6 +238,26 @@ def test_a_config_stored_before_precision_has_none() -> None:
   assert difference == "model.precision: None → 'highest'"
 
 
+def test_an_optimizer_stored_before_it_had_a_name_is_adamw() -> None:
+  data = json.loads(stored_config.to_json(tiny()))
+  data["run"]["optimizer"] = {
+    "class": "train:OptimizerConfig",
+    "learning_rate": 1e-2,
+    "warmup_steps": 2,
+    "final_fraction": 0.0,
+    "epoch_steps": None,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "decay": "all",
+    "clip_norm": 1.0,
+  }
+  again = stored_config.from_json(json.dumps(data))
+  assert stored_config.differences(again, tiny()) == []
+  assert (again.optimizer.name, again.optimizer.schedule) == ("adamw", "cosine")
+
+
 def test_older_configs_are_refused_with_advice() -> None:
   data = json.loads(stored_config.to_json(tiny()))
   data["version"] = 1
