@@ -31,12 +31,12 @@ PRECISIONS = ("default", "high", "highest")
 
 
 def asked_precision(
-  precision: str | None, dtype: jax.typing.DTypeLike
+  precision: jax.lax.Precision | str | None, dtype: jax.typing.DTypeLike
 ) -> jax.lax.Precision | None:
   """Return the precision that a caller asked for, for operands of this dtype.
 
   Args:
-    precision: one of `PRECISIONS`. None: jax's setting,
+    precision: a jax.lax.Precision, or one of `PRECISIONS`. None: jax's setting,
       `jax_default_matmul_precision`, or else the device's default.
     dtype: of the operands. 16-bit operands are never rounded, so nothing is
       asked for them.
@@ -44,6 +44,8 @@ def asked_precision(
   Raises:
     ValueError: `precision` is another value.
   """
+  if isinstance(precision, jax.lax.Precision):
+    precision = precision.name.lower()
   if precision is not None and precision not in PRECISIONS:
     raise ValueError(
       f"precision={precision!r}: expected None or one of {PRECISIONS}"

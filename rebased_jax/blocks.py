@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec
 
 from pallas_kernels import ShardAxes, devices
 from pallas_kernels.arguments import check_not_cut
+from rebased_jax.config_checks import DType
 from rebased_jax.layer_norm import LayerNorm, Stream
 from rebased_jax.linear import output_stddev
 from rebased_jax.mixers.base import (
@@ -296,7 +297,7 @@ class Pair(nnx.Module):
     return self.second.mixer.attention_matrix(n_BTD)
 
 
-def make_layer_norm(width: int, dtype: str, rngs: nnx.Rngs) -> LayerNorm:
+def make_layer_norm(width: int, dtype: DType, rngs: nnx.Rngs) -> LayerNorm:
   """Return a layer norm with weight and bias, its statistics in float32."""
   return LayerNorm(width, eps=NORM_EPS, dtype=jnp.dtype(dtype), rngs=rngs)
 

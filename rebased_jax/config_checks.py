@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import enum
 import numbers
 import typing
 
+# A config takes what jax takes, and keeps its name: the command and stored
+# configs know strings alone.
 if typing.TYPE_CHECKING:
+  import jax
   import jax.numpy as jnp
 
-#: Dtypes that a model or a mixer can compute in. Parameters are float32.
+  DType = jax.typing.DTypeLike
+  Precision = jax.lax.Precision | str
+else:
+  DType = str
+  Precision = typing.Literal["default", "high", "highest"]
+
+#: Dtypes that a model or a mixer can compute in, and keep parameters in.
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 #: Precisions of float32 products, as `pallas_kernels.numerics` has them.
 PRECISIONS = ("default", "high", "highest")
@@ -35,6 +45,38 @@ def make_scalars_plain(config: object) -> None:
       from pallas_kernels.arguments import plain_scalar
 
       object.__setattr__(config, field.name, plain_scalar(value))
+
+
+def keep_dtype_name(config: object, name: str) -> None:
+  """Replace the dtype in a config's field by its name, and check it.
+
+  Args:
+    config: a frozen dataclass that is being made.
+    name: the field; its value is a name, a type such as jnp.bfloat16, or the
+      dtype of an array.
+
+  Raises:
+    ValueError: the field has another value.
+  """
+  value = dtype_name(getattr(config, name))
+  object.__setattr__(config, name, value)
+  check_one_of(config, name, *DTYPES)
+
+
+def keep_precision_name(config: object, name: str) -> None:
+  """Replace a jax.lax.Precision in a config's field by its name, and check it.
+
+  Args:
+    config: a frozen dataclass that is being made.
+    name: the field; its value is a name, a jax.lax.Precision, or None.
+
+  Raises:
+    ValueError: the field has another value.
+  """
+  value = getattr(config, name)
+  if isinstance(value, enum.Enum):
+    object.__setattr__(config, name, value.name.lower())
+  check_one_of(config, name, None, *PRECISIONS)
 
 
 def check_positive(config: object, *names: str) -> None:
@@ -75,15 +117,40 @@ def is_positive_integer(value: object) -> bool:
   return int(value) >= 1
 
 
-def compute_dtype(name: str) -> jnp.dtype:
-  """Return the dtype of a computation by its name.
+def dtype_name(dtype: DType) -> str:
+  """Return the name of a dtype, such as "bfloat16".
+
+  Args:
+    dtype: a name, a type such as jnp.bfloat16, or the dtype of an array. What
+      is none of these is returned as text, which no check accepts.
+  """
+  if isinstance(dtype, str):
+    return dtype
+  import numpy as np
+
+  if dtype is None:  # NumPy takes it for float64
+    return "None"
+  try:
+    return np.dtype(dtype).name
+  except TypeError:
+    return repr(dtype)
+
+
+def compute_dtype(dtype: DType) -> jnp.dtype:
+  """Return the dtype of a computation.
+
+  Args:
+    dtype: a name, a type such as jnp.bfloat16, or the dtype of an array.
 
   Raises:
-    ValueError: the name is not one of `DTYPES`, or it is "float64" and
+    ValueError: it is not one of `DTYPES`, or it is float64 and
       `jax_enable_x64` is not set.
   """
+  name = dtype_name(dtype)
   if name not in DTYPES:
-    raise ValueError(f"dtype={name!r}: expected one of {DTYPES}")
+    near = difflib.get_close_matches(name, DTYPES, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"dtype={name!r}: expected one of {DTYPES}{hint}")
   import jax
   import jax.numpy as jnp
 

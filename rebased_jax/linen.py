@@ -15,6 +15,7 @@ from typing import Any
 from flax import linen, nnx
 
 from rebased_jax import model_files
+from rebased_jax.config_checks import DType, Precision
 from rebased_jax.mixers.base import Mixer, MixerConfig, Site
 from rebased_jax.model import LM
 from rebased_jax.model_config import ModelConfig
@@ -57,8 +58,10 @@ def mixer(
   config: MixerConfig,
   width: int,
   *,
-  dtype: str = "float32",
-  precision: str | None = None,
+  dtype: DType | None = "float32",
+  param_dtype: DType = "float32",
+  precision: Precision | None = None,
+  kernel_init: nnx.Initializer | None = None,
   partitioned: bool = False,
   name: str | None = None,
 ) -> linen.Module:
@@ -67,13 +70,22 @@ def mixer(
   Args:
     config: the mixer's config.
     width: D, the width of its input and output.
-    dtype: name of the compute dtype. Parameters are float32.
-    precision: of float32 products: "default", "high" or "highest". None: jax's
-      setting.
+    dtype: the compute dtype. None: `param_dtype`.
+    param_dtype: dtype of the parameters.
+    precision: of float32 products: "default", "high", "highest" or a
+      jax.lax.Precision. None: jax's setting.
+    kernel_init: draws the initial kernels of all linear layers. None: the
+      distributions of the config.
     partitioned: as in `lm`.
     name: name of the module in its parent. None: Linen chooses one.
   """
-  site = Site(width, dtype=dtype, precision=precision)
+  site = Site(
+    width,
+    dtype=param_dtype if dtype is None else dtype,
+    precision=precision,
+    param_dtype=param_dtype,
+    kernel_init=kernel_init,
+  )
   return _to_linen(_make, config, site, partitioned=partitioned, name=name)
 
 

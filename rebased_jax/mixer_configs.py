@@ -14,10 +14,13 @@ import math
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from rebased_jax.config_checks import (
-  PRECISIONS,
+  DType,
+  Precision,
   check_one_of,
   check_positive,
   compute_dtype,
+  keep_dtype_name,
+  keep_precision_name,
   make_scalars_plain,
 )
 
@@ -51,15 +54,24 @@ class Site:
   layer: int = 0
   #: Number of layers of the model.
   layers: int = 1
-  #: Compute dtype. Parameters are float32.
-  dtype: str = "float32"
+  #: Compute dtype: a name, or anything that jax takes for a dtype. The name is
+  #: kept.
+  dtype: DType = "float32"
   #: Tokens of the longest row that the model takes. None: no limit.
   length: int | None = None
-  #: Precision of float32 products: "default", "high" or "highest". None: jax's
-  #: setting.
-  precision: str | None = None
+  #: Precision of float32 products: "default", "high" or "highest", or a
+  #: jax.lax.Precision, whose name is kept. None: jax's setting.
+  precision: Precision | None = None
+  #: Dtype of the parameters, as `dtype`.
+  param_dtype: DType = "float32"
+  #: Draws the initial kernels of all linear layers. None: each mixer's own
+  #: distribution.
+  kernel_init: "nnx.Initializer | None" = None
 
   def __post_init__(self) -> None:
+    keep_dtype_name(self, "dtype")
+    keep_dtype_name(self, "param_dtype")
+    keep_precision_name(self, "precision")
     make_scalars_plain(self)
     check_positive(self, "width", "layers", "length")
     if not 0 <= self.layer < self.layers:
@@ -67,7 +79,7 @@ class Site:
         f"Site.layer={self.layer!r}: expected 0 to {self.layers - 1}"
       )
     compute_dtype(self.dtype)
-    check_one_of(self, "precision", None, *PRECISIONS)
+    compute_dtype(self.param_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +174,13 @@ class ReBasedConfig(PolynomialConfig):
     from rebased_jax.mixers.rebased import ReBased
 
     return ReBased(
-      site.width, self, dtype=site.dtype, precision=site.precision, rngs=rngs
+      site.width,
+      self,
+      dtype=site.dtype,
+      param_dtype=site.param_dtype,
+      precision=site.precision,
+      kernel_init=site.kernel_init,
+      rngs=rngs,
     )
 
 
@@ -175,7 +193,13 @@ class BasedConfig(PolynomialConfig):
     from rebased_jax.mixers.based import Based
 
     return Based(
-      site.width, self, dtype=site.dtype, precision=site.precision, rngs=rngs
+      site.width,
+      self,
+      dtype=site.dtype,
+      param_dtype=site.param_dtype,
+      precision=site.precision,
+      kernel_init=site.kernel_init,
+      rngs=rngs,
     )
 
 
@@ -195,7 +219,13 @@ class BaseConvConfig(MixerConfig):
     from rebased_jax.mixers.conv import BaseConv
 
     return BaseConv(
-      site.width, self, dtype=site.dtype, precision=site.precision, rngs=rngs
+      site.width,
+      self,
+      dtype=site.dtype,
+      param_dtype=site.param_dtype,
+      precision=site.precision,
+      kernel_init=site.kernel_init,
+      rngs=rngs,
     )
 
 
@@ -247,7 +277,9 @@ class AttentionConfig(MixerConfig):
       layers=site.layers,
       length=site.length,
       dtype=site.dtype,
+      param_dtype=site.param_dtype,
       precision=site.precision,
+      kernel_init=site.kernel_init,
       rngs=rngs,
     )
 
@@ -277,7 +309,9 @@ class HyenaConfig(MixerConfig):
       layers=site.layers,
       length=site.length,
       dtype=site.dtype,
+      param_dtype=site.param_dtype,
       precision=site.precision,
+      kernel_init=site.kernel_init,
       rngs=rngs,
     )
 
@@ -312,7 +346,9 @@ class MambaConfig(MixerConfig):
       self,
       layers=site.layers,
       dtype=site.dtype,
+      param_dtype=site.param_dtype,
       precision=site.precision,
+      kernel_init=site.kernel_init,
       rngs=rngs,
     )
 
@@ -346,6 +382,8 @@ class RWKVConfig(MixerConfig):
       layer=site.layer,
       layers=site.layers,
       dtype=site.dtype,
+      param_dtype=site.param_dtype,
       precision=site.precision,
+      kernel_init=site.kernel_init,
       rngs=rngs,
     )

@@ -7,6 +7,7 @@ from jax import Array
 
 from pallas_kernels import ShardAxes, gelu
 from pallas_kernels.numerics import add_bias
+from rebased_jax.config_checks import DType, Precision
 from rebased_jax.linear import linear
 
 
@@ -21,10 +22,10 @@ class MLP(nnx.Module):
     width: int,
     hidden: int,
     *,
-    dtype: str,
+    dtype: DType,
     stddev: float,
     rngs: nnx.Rngs,
-    precision: str | None = None,
+    precision: Precision | None = None,
   ):
     """Draw W₁ from N(0, 0.02²) and W₂ from N(0, stddev²).
 

@@ -4,10 +4,12 @@ import dataclasses
 from typing import TYPE_CHECKING, Literal
 
 from rebased_jax.config_checks import (
-  DTYPES,
-  PRECISIONS,
+  DType,
+  Precision,
   check_one_of,
   check_positive,
+  keep_dtype_name,
+  keep_precision_name,
   make_scalars_plain,
 )
 from rebased_jax.mixer_configs import MixerConfig, Site
@@ -44,16 +46,18 @@ class ModelConfig:
   mlp_width: int | None = None
   #: Dropout of the embeddings in training.
   dropout: float = 0.0
-  #: Compute dtype. Parameters are float32. The residual stream is float32 too,
-  #: or float64 if this is float64.
-  dtype: str = "float32"
+  #: Compute dtype: "float32", "bfloat16", "float16" or "float64". Python code
+  #: may give anything that jax takes for a dtype; the name is kept. Parameters
+  #: are float32. The residual stream is float32 too, or float64 if this is
+  #: float64.
+  dtype: DType = "float32"
   #: Precision of float32 products, forward and backward: "default", "high" or
   #: "highest", as `jax.lax.Precision` has them. None: jax's setting,
   #: `jax_default_matmul_precision`, or else the device's default, which is TF32
   #: on a GPU and bfloat16 on a TPU. The operator's own float32 products and
   #: attention's scores have the highest precision always. Other dtypes have no
   #: choice.
-  precision: Literal["default", "high", "highest"] | None = None
+  precision: Precision | None = None
   #: "pre-norm", or "mamba": x ← x + mixer(RMSNorm(x)), without an MLP.
   block: Literal["pre-norm", "mamba"] = "pre-norm"
   #: Whether one compiled pair is scanned over all pairs. None: yes, except on a
@@ -65,6 +69,8 @@ class ModelConfig:
   remat: Remat = "none"
 
   def __post_init__(self) -> None:
+    keep_dtype_name(self, "dtype")
+    keep_precision_name(self, "precision")
     make_scalars_plain(self)
     check_positive(
       self, "vocab_size", "width", "pairs", "positions", "mlp_width"
@@ -78,8 +84,6 @@ class ModelConfig:
       raise ValueError(
         f"ModelConfig.dropout={self.dropout}: expected a number in [0, 1)"
       )
-    check_one_of(self, "dtype", *DTYPES)
-    check_one_of(self, "precision", None, *PRECISIONS)
     check_one_of(self, "block", "pre-norm", "mamba")
     check_one_of(self, "remat", "none", "dots", "full")
     if self.block == "mamba" and self.mlp_width is not None:

@@ -20,6 +20,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes, devices
+from rebased_jax.config_checks import DType, Precision
 from rebased_jax.linear import linear, output_stddev
 from rebased_jax.mixer_configs import AttentionConfig as AttentionConfig
 from rebased_jax.mixers import softmax
@@ -56,8 +57,10 @@ class Attention(Mixer):
     *,
     layers: int = 1,
     length: int | None = None,
-    dtype: str = "float32",
-    precision: str | None = None,
+    dtype: DType | None = "float32",
+    param_dtype: DType = "float32",
+    precision: Precision | None = None,
+    kernel_init: nnx.Initializer | None = None,
     rngs: nnx.Rngs,
   ):
     """Make the projections.
@@ -69,18 +72,26 @@ class Attention(Mixer):
         N(0, 0.02² / (2 · layers)).
       length: tokens that the cache of a state holds, where the config does not
         say it. None: `init_state` raises ValueError.
-      dtype: name of the compute dtype.
-      precision: of float32 products: "default", "high" or "highest". None:
-        jax's setting.
+      dtype: the compute dtype. None: `param_dtype`.
+      param_dtype: dtype of the parameters.
+      precision: of float32 products: "default", "high", "highest" or a
+        jax.lax.Precision. None: jax's setting.
+      kernel_init: draws the initial kernels of all linear layers. None: the
+        distributions of the config.
       rngs: draws the initial parameters.
 
     Raises:
       ValueError: an argument does not fit, or the heads do not fit the width.
     """
-    super().__init__(width, config, dtype=dtype)
+    super().__init__(width, config, dtype=dtype, param_dtype=param_dtype)
     _check_heads(config, width)
     make = functools.partial(
-      linear, dtype=dtype, precision=precision, rngs=rngs
+      linear,
+      dtype=self.dtype,
+      param_dtype=param_dtype,
+      precision=precision,
+      kernel_init=kernel_init,
+      rngs=rngs,
     )
     self.qkv = make(width, 3 * width, use_bias=config.use_bias)
     self.out_proj = make(

@@ -46,7 +46,11 @@ from pallas_kernels.arguments import (
   check_not_cut,
   name_type,
 )
-from rebased_jax.config_checks import compute_dtype, is_positive_integer
+from rebased_jax.config_checks import (
+  DType,
+  compute_dtype,
+  is_positive_integer,
+)
 from rebased_jax.explicit_mesh import layouts, method_on_any_mesh
 from rebased_jax.integers import to_int32
 from rebased_jax.mixer_configs import MixerConfig as MixerConfig, Site as Site
@@ -97,16 +101,34 @@ class Mixer(nnx.Module):
   width: int
   #: Dtype of the computation and of y.
   dtype: jnp.dtype
+  #: Dtype of the parameters.
+  param_dtype: jnp.dtype
 
   def __init__(
-    self, width: int, config: MixerConfig, *, dtype: str = "float32"
+    self,
+    width: int,
+    config: MixerConfig,
+    *,
+    dtype: DType | None = "float32",
+    param_dtype: DType = "float32",
   ) -> None:
-    """Check the arguments that all mixers have, and keep `width` and `dtype`.
+    """Check the arguments that all mixers have, and keep all but the config.
+
+    The rule for dtypes is that of Flax's layers: x and the parameters are cast
+    to `dtype`, and y has it, whatever dtype x has.
+
+    Args:
+      width: D.
+      config: the mixer's config.
+      dtype: the compute dtype: a name, or anything that jax takes for a dtype.
+        None: `param_dtype`. The dtype of x decides nothing, because a state has
+        its dtype before the first x.
+      param_dtype: dtype of the parameters.
 
     Raises:
       TypeError: the subclass does not set `config_type`.
       ValueError: `config` is not of `config_type`, `width` is not an integer
-        ≥ 1, or nothing computes in `dtype`.
+        ≥ 1, or nothing computes in `dtype` or `param_dtype`.
     """
     if self.config_type is MixerConfig:
       raise TypeError(
@@ -121,7 +143,8 @@ class Mixer(nnx.Module):
     if not is_positive_integer(width):
       raise ValueError(f"width={width!r}: expected an integer ≥ 1")
     self.width = width
-    self.dtype = compute_dtype(dtype)
+    self.param_dtype = compute_dtype(param_dtype)
+    self.dtype = compute_dtype(param_dtype if dtype is None else dtype)
 
   if not TYPE_CHECKING:
 

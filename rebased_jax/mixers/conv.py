@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes, causal_conv, gated_conv
 from pallas_kernels.gated_conv import has_kernel
+from rebased_jax.config_checks import DType, Precision
 from rebased_jax.linear import linear
 from rebased_jax.mixer_configs import BaseConvConfig as BaseConvConfig
 from rebased_jax.mixers.base import Mixer, take_positions
@@ -40,19 +41,25 @@ class BaseConv(Mixer):
     width: int,
     config: BaseConvConfig,
     *,
-    dtype: str = "float32",
-    precision: str | None = None,
+    dtype: DType | None = "float32",
+    param_dtype: DType = "float32",
+    precision: Precision | None = None,
+    kernel_init: nnx.Initializer | None = None,
     rngs: nnx.Rngs,
   ):
-    super().__init__(width, config, dtype=dtype)
-    self.kernel, self.bias = initial_taps(width, config.taps, rngs)
+    super().__init__(width, config, dtype=dtype, param_dtype=param_dtype)
+    self.kernel, self.bias = initial_taps(
+      width, config.taps, self.param_dtype, rngs
+    )
     self.gate = linear(
       width,
       width,
-      dtype=dtype,
+      dtype=self.dtype,
+      param_dtype=param_dtype,
       use_bias=True,
       rngs=rngs,
       precision=precision,
+      kernel_init=kernel_init,
     )
 
   def init_state(self, batch: int) -> Array:
@@ -114,8 +121,10 @@ class ShortConv(nnx.Module):
   Parameters: kernel (K, D), bias (D,).
   """
 
-  def __init__(self, width: int, taps: int, *, rngs: nnx.Rngs):
-    self.kernel, self.bias = initial_taps(width, taps, rngs)
+  def __init__(
+    self, width: int, taps: int, *, param_dtype: jnp.dtype, rngs: nnx.Rngs
+  ):
+    self.kernel, self.bias = initial_taps(width, taps, param_dtype, rngs)
 
   def __call__(
     self, x_BTD: Array, past_BKD: Array, segment_ids: Array | None = None
@@ -137,7 +146,7 @@ class ShortConv(nnx.Module):
 
 
 def initial_taps(
-  width: int, taps: int, rngs: nnx.Rngs
+  width: int, taps: int, dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> tuple[nnx.Param, nnx.Param]:
   """Return a kernel (K, D) and a bias (D,), uniform in ±1/√K.
 
@@ -148,7 +157,7 @@ def initial_taps(
   def uniform(*shape: int) -> nnx.Param:
     return nnx.Param(
       jax.random.uniform(
-        rngs.params(), shape, jnp.float32, minval=-bound, maxval=bound
+        rngs.params(), shape, dtype, minval=-bound, maxval=bound
       )
     )
 

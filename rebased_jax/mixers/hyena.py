@@ -31,8 +31,9 @@ import numpy as np
 
 from pallas_kernels import ShardAxes
 from pallas_kernels.numerics import sum_dtype
+from rebased_jax.config_checks import DType, Precision
 from rebased_jax.integers import power_of_two
-from rebased_jax.linear import linear, output_stddev
+from rebased_jax.linear import Linear, linear, output_stddev
 from rebased_jax.mixer_configs import HyenaConfig as HyenaConfig
 from rebased_jax.mixers.base import Mixer, take_positions
 from rebased_jax.mixers.conv import ShortConv
@@ -63,9 +64,10 @@ class Filter(nnx.Module):
     width: int,
     length: int,
     hidden: int,
+    *,
     dtype: jnp.dtype,
-    precision: str | None,
-    rngs: nnx.Rngs,
+    param_dtype: jnp.dtype,
+    make: Callable[..., Linear],
   ):
     """Make the network.
 
@@ -74,27 +76,25 @@ class Filter(nnx.Module):
       length: L.
       hidden: W, the hidden width.
       dtype: dtype of the computation and of h.
-      precision: of float32 products, as `linear` takes it.
-      rngs: draws the initial parameters.
+      param_dtype: dtype of the parameters.
+      make: makes a linear layer, as `linear` without `dtype` does.
     """
     p_L = np.arange(length)
     angle_L = FREQUENCY * 2 * np.pi * p_L / length
     t_L = p_L / max(length - 1, 1)
     z_L3 = np.stack([t_L, np.cos(angle_L), -np.sin(angle_L)], axis=1)
-    self.z = nnx.Param(jnp.asarray(z_L3, jnp.float32))
-    self.frequency = nnx.Param(jnp.ones(hidden, jnp.float32))
-    make = functools.partial(
-      linear, dtype=jnp.dtype(dtype).name, precision=precision, rngs=rngs
-    )
+    self.z = nnx.Param(jnp.asarray(z_L3, param_dtype))
+    self.frequency = nnx.Param(jnp.ones(hidden, param_dtype))
+    layer = functools.partial(make, dtype=dtype)
     self.layers = nnx.List(
       [
-        make(3, hidden, use_bias=True),
-        make(hidden, hidden, use_bias=True),
-        make(hidden, hidden, use_bias=True),
-        make(hidden, width),
+        layer(3, hidden, use_bias=True),
+        layer(hidden, hidden, use_bias=True),
+        layer(hidden, hidden, use_bias=True),
+        layer(hidden, width),
       ]
     )
-    self.length, self.width, self.dtype = length, width, jnp.dtype(dtype)
+    self.length, self.width, self.dtype = length, width, dtype
 
   def __call__(self, lags: int) -> Array:
     """Return h (T, D) of the first T = `lags` lags."""
@@ -136,8 +136,10 @@ class Hyena(Mixer):
     *,
     layers: int = 1,
     length: int | None = None,
-    dtype: str = "float32",
-    precision: str | None = None,
+    dtype: DType | None = "float32",
+    param_dtype: DType = "float32",
+    precision: Precision | None = None,
+    kernel_init: nnx.Initializer | None = None,
     rngs: nnx.Rngs,
   ):
     """Make the projections and the filter.
@@ -148,15 +150,18 @@ class Hyena(Mixer):
       layers: number of layers of the model. W_out starts from
         N(0, 0.02² / (2 · layers)).
       length: L, where the config does not say it.
-      dtype: name of the compute dtype.
-      precision: of float32 products: "default", "high" or "highest". None:
-        jax's setting.
+      dtype: the compute dtype. None: `param_dtype`.
+      param_dtype: dtype of the parameters.
+      precision: of float32 products: "default", "high", "highest" or a
+        jax.lax.Precision. None: jax's setting.
+      kernel_init: draws the initial kernels of all linear layers. None: the
+        distributions of the config.
       rngs: draws the initial parameters.
 
     Raises:
       ValueError: an argument does not fit, or nothing says what L is.
     """
-    super().__init__(width, config, dtype=dtype)
+    super().__init__(width, config, dtype=dtype, param_dtype=param_dtype)
     filter_length = config.length or length
     if filter_length is None:
       raise ValueError(
@@ -166,22 +171,29 @@ class Hyena(Mixer):
     self.length = self.longest_row = filter_length
     self.taps = config.taps
     make = functools.partial(
-      linear, dtype=dtype, use_bias=True, precision=precision, rngs=rngs
+      linear,
+      param_dtype=param_dtype,
+      precision=precision,
+      kernel_init=kernel_init,
+      rngs=rngs,
     )
-    self.in_proj = make(width, 3 * width)
-    self.conv = ShortConv(3 * width, config.taps, rngs=rngs)
+    project = functools.partial(make, dtype=self.dtype, use_bias=True)
+    self.in_proj = project(width, 3 * width)
+    self.conv = ShortConv(
+      3 * width, config.taps, param_dtype=self.param_dtype, rngs=rngs
+    )
     self.filter = Filter(
       width,
       filter_length,
       config.filter_width,
-      sum_dtype(self.dtype),
-      precision,
-      rngs,
+      dtype=sum_dtype(self.dtype),
+      param_dtype=self.param_dtype,
+      make=make,
     )
     self.bias = nnx.Param(
-      jax.random.normal(rngs.params(), (width,), jnp.float32)
+      jax.random.normal(rngs.params(), (width,), self.param_dtype)
     )
-    self.out_proj = make(width, width, stddev=output_stddev(layers))
+    self.out_proj = project(width, width, stddev=output_stddev(layers))
 
   def init_state(self, batch: int) -> HyenaState:
     """Return the state before a row's first token: zeros."""

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes, selective_scan
 from pallas_kernels.numerics import asked_precision, sum_dtype
+from rebased_jax.config_checks import DType, Precision
 from rebased_jax.linear import Linear, linear, output_stddev
 from rebased_jax.mixer_configs import MambaConfig as MambaConfig
 from rebased_jax.mixers.base import Mixer, take_positions
@@ -61,8 +62,10 @@ class Mamba(Mixer):
     config: MambaConfig,
     *,
     layers: int = 1,
-    dtype: str = "float32",
-    precision: str | None = None,
+    dtype: DType | None = "float32",
+    param_dtype: DType = "float32",
+    precision: Precision | None = None,
+    kernel_init: nnx.Initializer | None = None,
     rngs: nnx.Rngs,
   ):
     """Make the parameters.
@@ -71,30 +74,51 @@ class Mamba(Mixer):
       width: D.
       config: the mixer's config.
       layers: number of layers of the model, for the initial W_o.
-      dtype: name of the compute dtype.
-      precision: of float32 products: "default", "high" or "highest". None:
-        jax's setting.
+      dtype: the compute dtype. None: `param_dtype`.
+      param_dtype: dtype of the parameters.
+      precision: of float32 products: "default", "high", "highest" or a
+        jax.lax.Precision. None: jax's setting.
+      kernel_init: draws the initial kernels of all linear layers. None: the
+        distributions of the config.
       rngs: draws the initial parameters.
 
     Raises:
       ValueError: an argument does not fit.
     """
-    super().__init__(width, config, dtype=dtype)
+    super().__init__(width, config, dtype=dtype, param_dtype=param_dtype)
     I, N, R = config.expand * width, config.state, math.ceil(width / 16)
     make = functools.partial(
-      linear, dtype=dtype, precision=precision, rngs=rngs
+      linear,
+      dtype=self.dtype,
+      param_dtype=param_dtype,
+      precision=precision,
+      kernel_init=kernel_init,
+      rngs=rngs,
     )
     self.in_proj = make(width, I)
     self.gate_proj = make(width, I)
-    self.conv = ShortConv(I, config.taps, rngs=rngs)
+    self.conv = ShortConv(
+      I, config.taps, param_dtype=self.param_dtype, rngs=rngs
+    )
     self.x_proj = make(I, R + 2 * N)
     self.scan_dtype = sum_dtype(self.dtype)
-    self.dt_proj = _make_dt_proj(
-      R, I, config.initialization, self.scan_dtype, precision, rngs
+    drawn, bias = nnx.initializers.normal(0.02), nnx.initializers.zeros
+    if config.initialization == "intended":
+      drawn, bias = _uniform(R**-0.5), _inverse_softplus
+    self.dt_proj = Linear(
+      R,
+      I,
+      kernel_init=kernel_init or drawn,
+      bias_init=bias,
+      dtype=self.scan_dtype,
+      param_dtype=self.param_dtype,
+      precision=asked_precision(precision, self.scan_dtype),
+      rngs=rngs,
     )
     states_N = jnp.arange(1, N + 1, dtype=jnp.float32)
-    self.A_log = nnx.Param(jnp.tile(jnp.log(states_N), (I, 1)))
-    self.D = nnx.Param(jnp.ones(I, jnp.float32))
+    A_log_IN = jnp.tile(jnp.log(states_N), (I, 1))
+    self.A_log = nnx.Param(A_log_IN.astype(self.param_dtype))
+    self.D = nnx.Param(jnp.ones(I, self.param_dtype))
     self.out_proj = make(I, width, stddev=output_stddev(layers))
 
   def init_state(self, batch: int) -> MambaState:
@@ -162,43 +186,17 @@ class Mamba(Mixer):
     return self.out_proj(y_BTI * jax.nn.silu(self.gate_proj(x_BTD)))
 
 
-def _make_dt_proj(
-  rank: int,
-  channels: int,
-  initialization: str,
-  dtype: jnp.dtype,
-  precision: str | None,
-  rngs: nnx.Rngs,
-) -> Linear:
-  """Return W_Δ (R, I) and b_Δ (I,) as a linear layer."""
-  if initialization == "published":
-    return linear(
-      rank,
-      channels,
-      dtype=dtype.name,
-      use_bias=True,
-      precision=precision,
-      rngs=rngs,
-    )
-  bound = rank**-0.5
+def _uniform(bound: float) -> nnx.Initializer:
+  """Return an initializer that draws from U(−bound, bound)."""
 
-  def uniform(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+  def initialize(key, shape, dtype=jnp.float32, **_):
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-  def inverse_softplus(
-    key: Array, shape: tuple[int, ...], dtype: jnp.dtype
-  ) -> Array:
-    low, high = (math.log(x) for x in DELTA_RANGE)
-    delta = jnp.exp(jax.random.uniform(key, shape, dtype, low, high))
-    return delta + jnp.log(-jnp.expm1(-delta))  # softplus of this is delta
+  return initialize
 
-  return Linear(
-    rank,
-    channels,
-    kernel_init=uniform,
-    bias_init=inverse_softplus,
-    dtype=dtype,
-    param_dtype=jnp.float32,
-    precision=asked_precision(precision, dtype),
-    rngs=rngs,
-  )
+
+def _inverse_softplus(key, shape, dtype=jnp.float32, **_) -> Array:
+  """Draw biases b such that softplus(b) is log-uniform in `DELTA_RANGE`."""
+  low, high = (math.log(x) for x in DELTA_RANGE)
+  delta = jnp.exp(jax.random.uniform(key, shape, dtype, low, high))
+  return delta + jnp.log(-jnp.expm1(-delta))  # softplus of this is delta

@@ -9,6 +9,7 @@ and no gate or norm follows the operator, as in the paper's code.
 """
 
 import abc
+from collections.abc import Callable
 import functools
 from typing import ClassVar
 
@@ -25,7 +26,8 @@ from pallas_kernels import (
   polynomial_attention_weights,
   zero_state,
 )
-from rebased_jax.linear import linear
+from rebased_jax.config_checks import DType, Precision
+from rebased_jax.linear import Linear, linear
 from rebased_jax.mixer_configs import HeadShape, PolynomialConfig
 from rebased_jax.mixers.base import Mixer, take_positions
 
@@ -45,14 +47,16 @@ class Projections(nnx.Module):
     shape: HeadShape,
     width: int,
     *,
-    dtype: str,
-    precision: str | None,
-    rngs: nnx.Rngs,
+    make: Callable[[int, int], Linear],
   ):
+    """Make the projections.
+
+    Args:
+      shape: H, F and P.
+      width: D.
+      make: makes a linear layer from the widths of its input and output.
+    """
     H, F, P = shape
-    make = functools.partial(
-      linear, dtype=dtype, precision=precision, rngs=rngs
-    )
     self.q = make(width, H * F)
     self.k = make(width, H * F)
     self.v = make(width, H * P)
@@ -76,8 +80,10 @@ class PolynomialMixer(Mixer):
     width: int,
     config: PolynomialConfig,
     *,
-    dtype: str = "float32",
-    precision: str | None = None,
+    dtype: DType | None = "float32",
+    param_dtype: DType = "float32",
+    precision: Precision | None = None,
+    kernel_init: nnx.Initializer | None = None,
     rngs: nnx.Rngs,
   ):
     """Make the projections, with kernels from N(0, 0.02²).
@@ -85,20 +91,29 @@ class PolynomialMixer(Mixer):
     Args:
       width: D.
       config: the mixer's config.
-      dtype: name of the compute dtype.
-      precision: of the projections' float32 products: "default", "high" or
-        "highest". None: jax's setting. The operator's always have the highest.
+      dtype: the compute dtype. None: `param_dtype`.
+      param_dtype: dtype of the parameters.
+      precision: of the projections' float32 products: "default", "high",
+        "highest" or a jax.lax.Precision. None: jax's setting. The operator's
+        always have the highest.
+      kernel_init: draws the initial kernels instead. None: N(0, 0.02²).
       rngs: draws the initial parameters.
 
     Raises:
       ValueError: an argument does not fit, or the heads do not fit the width.
     """
-    super().__init__(width, config, dtype=dtype)
+    super().__init__(width, config, dtype=dtype, param_dtype=param_dtype)
     self.shape = config.shape(width)
     self.heads_to_split = self.shape.heads
-    self.project = Projections(
-      self.shape, width, dtype=dtype, precision=precision, rngs=rngs
+    make = functools.partial(
+      linear,
+      dtype=self.dtype,
+      param_dtype=param_dtype,
+      precision=precision,
+      kernel_init=kernel_init,
+      rngs=rngs,
     )
+    self.project = Projections(self.shape, width, make=make)
     self.eps = config.eps
     self.implementation = config.implementation
 

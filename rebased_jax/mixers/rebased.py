@@ -52,6 +52,7 @@ import jax.numpy as jnp
 from pallas_kernels import REBASED, layer_norm
 from pallas_kernels.layer_norm import reference_layer_norm
 from pallas_kernels.numerics import broadcast_parameter, sum_dtype
+from rebased_jax.config_checks import DType, Precision
 from rebased_jax.mixer_configs import ReBasedConfig as ReBasedConfig
 from rebased_jax.mixers.polynomial import PolynomialMixer
 
@@ -65,8 +66,8 @@ class KernelAffine(nnx.Module):
   (H·F,) and beta (H·F,), where the config has them.
   """
 
-  def __init__(self, config: ReBasedConfig):
-    ones = jnp.ones(config.heads * config.features, jnp.float32)
+  def __init__(self, config: ReBasedConfig, param_dtype: jnp.dtype):
+    ones = jnp.ones(config.heads * config.features, param_dtype)
     self.gamma = nnx.Param(ones) if config.use_gamma else None
     self.beta = nnx.Param(0 * ones) if config.use_beta else None
     self.normalize = config.normalize
@@ -110,13 +111,23 @@ class ReBased(PolynomialMixer):
     width: int,
     config: ReBasedConfig,
     *,
-    dtype: str = "float32",
-    precision: str | None = None,
+    dtype: DType | None = "float32",
+    param_dtype: DType = "float32",
+    precision: Precision | None = None,
+    kernel_init: nnx.Initializer | None = None,
     rngs: nnx.Rngs,
   ):
-    super().__init__(width, config, dtype=dtype, precision=precision, rngs=rngs)
-    self.query_affine = KernelAffine(config)
-    self.key_affine = KernelAffine(config)
+    super().__init__(
+      width,
+      config,
+      dtype=dtype,
+      param_dtype=param_dtype,
+      precision=precision,
+      kernel_init=kernel_init,
+      rngs=rngs,
+    )
+    self.query_affine = KernelAffine(config, self.param_dtype)
+    self.key_affine = KernelAffine(config, self.param_dtype)
 
   def query(self, x_D: Array) -> Array:
     """Return q = φ_Q(x W_Q), (…, H, F), of tokens (…, D)."""

@@ -33,6 +33,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.numerics import asked_precision, sum_dtype
 from pallas_kernels.plain_derivatives import OwnDerivative
+from rebased_jax.config_checks import DType, Precision
 from rebased_jax.linear import Linear
 from rebased_jax.mixer_configs import RWKVConfig as RWKVConfig
 from rebased_jax.mixers.base import Mixer, take_positions
@@ -68,8 +69,10 @@ class RWKV(Mixer):
     *,
     layer: int = 0,
     layers: int = 1,
-    dtype: str = "float32",
-    precision: str | None = None,
+    dtype: DType | None = "float32",
+    param_dtype: DType = "float32",
+    precision: Precision | None = None,
+    kernel_init: nnx.Initializer | None = None,
     rngs: nnx.Rngs,
   ):
     """Make the parameters.
@@ -79,31 +82,34 @@ class RWKV(Mixer):
       config: the mixer's config.
       layer: index of the layer, from 0, for the initial values.
       layers: number of layers of the model, for the initial values.
-      dtype: name of the compute dtype.
-      precision: of float32 products: "default", "high" or "highest". None:
-        jax's setting.
+      dtype: the compute dtype. None: `param_dtype`.
+      param_dtype: dtype of the parameters.
+      precision: of float32 products: "default", "high", "highest" or a
+        jax.lax.Precision. None: jax's setting.
+      kernel_init: draws the initial kernels of all linear layers. None: the
+        distributions of the config.
       rngs: draws the initial projections.
 
     Raises:
       ValueError: an argument does not fit.
     """
-    super().__init__(width, config, dtype=dtype)
-    start = _initial_values(width, layer, layers)
-    self.decay = nnx.Param(start.decay_D)
-    self.first = nnx.Param(start.first_D)
-    self.mix_k = nnx.Param(start.mix_k_D)
-    self.mix_v = nnx.Param(start.mix_v_D)
-    self.mix_r = nnx.Param(start.mix_r_D)
+    super().__init__(width, config, dtype=dtype, param_dtype=param_dtype)
+    start = jax.tree.map(
+      lambda x_D: nnx.Param(x_D.astype(self.param_dtype)),
+      _initial_values(width, layer, layers),
+    )
+    self.decay, self.first = start.decay_D, start.first_D
+    self.mix_k, self.mix_v, self.mix_r = start[2:]
 
-    def projection(kernel_init: nnx.Initializer) -> Linear:
+    def projection(drawn: nnx.Initializer) -> Linear:
       return Linear(
         width,
         width,
         use_bias=False,
-        kernel_init=kernel_init,
-        dtype=jnp.dtype(dtype),
-        param_dtype=jnp.float32,
-        precision=asked_precision(precision, dtype),
+        kernel_init=kernel_init or drawn,
+        dtype=self.dtype,
+        param_dtype=self.param_dtype,
+        precision=asked_precision(precision, self.dtype),
         rngs=rngs,
       )
 
