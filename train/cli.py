@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 import rebased_jax
 from train import console
+from train.data.cache_folder import home_cache_folder
 from train.presets import catalogue
 
 # The table in docs/training.md says more.
@@ -277,7 +278,8 @@ def _run(verb: Verb, args: list[str]) -> int:
 
   Any other exception is a bug, and keeps its traceback.
   """
-  for name, value in verb.environment.items():
+  kept = _compilation_cache() if verb.uses_jax else {}
+  for name, value in {**verb.environment, **kept}.items():
     os.environ.setdefault(name, value)
   interrupts = (
     _leaving_at_ctrl_c() if verb.uses_jax else contextlib.nullcontext()
@@ -301,6 +303,22 @@ def _run(verb: Verb, args: list[str]) -> int:
   except KeyboardInterrupt as error:
     _print_error("stopped; repeat the same command to continue")
     return 128 + (error.args[0] if error.args else signal.SIGINT)
+
+
+def _compilation_cache() -> dict[str, str]:
+  """Return variables with which jax keeps compiled programs for later commands.
+
+  Only a folder in the user's own home will do: what it holds is run. Variables
+  that are set already win.
+  """
+  folder = home_cache_folder("compiled")
+  if folder is None:
+    return {}
+  return {
+    "JAX_COMPILATION_CACHE_DIR": str(folder),
+    # Small models have many programs that take less than jax's limit of 1 s.
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+  }
 
 
 @contextlib.contextmanager

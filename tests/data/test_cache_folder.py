@@ -8,7 +8,8 @@ import tempfile
 import pytest
 from train_cases import ROOT
 
-from train.data.cache_folder import cache_folder
+from train import cli
+from train.data.cache_folder import cache_folder, home_cache_folder
 
 
 def _temporary(name: str) -> Path:
@@ -33,6 +34,15 @@ def test_a_user_without_a_home_has_one(monkeypatch) -> None:
   with pytest.raises(RuntimeError):
     Path.home()
   assert cache_folder("plans") == _temporary("plans")
+  # Programs are run: none in a folder that any user could have made.
+  assert home_cache_folder("compiled") is None
+  assert cli._compilation_cache() == {}
+
+
+def test_programs_are_kept_in_the_home(tmp_path: Path, monkeypatch) -> None:
+  monkeypatch.setenv("HOME", str(tmp_path))
+  kept = cli._compilation_cache()["JAX_COMPILATION_CACHE_DIR"]
+  assert kept == str(tmp_path / ".cache" / "rebased_jax" / "compiled")
 
 
 def test_a_home_that_cannot_be_written_is_not_used(monkeypatch) -> None:

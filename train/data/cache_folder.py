@@ -1,4 +1,4 @@
-"""Choose the folder of data that takes time to make and is kept for later."""
+"""Choose the folder of what takes time to make and is kept for later."""
 
 import os
 from pathlib import Path
@@ -14,13 +14,24 @@ def cache_folder(name: str) -> Path:
   Args:
     name: the kind of data.
   """
+  shared = Path(tempfile.gettempdir(), f"rebased_jax-{os.getuid()}", name)
+  return home_cache_folder(name) or shared
+
+
+def home_cache_folder(name: str) -> Path | None:
+  """Return `~/.cache/rebased_jax/NAME`, which need not exist.
+
+  Args:
+    name: the kind of data.
+
+  Returns:
+    None if the user has no home that can be written.
+  """
   try:
     folder = Path.home() / ".cache" / "rebased_jax" / name
   except RuntimeError:  # neither HOME nor an entry in the list of users
-    folder = None
-  if folder is not None and _can_be_written(folder):
-    return folder
-  return Path(tempfile.gettempdir(), f"rebased_jax-{os.getuid()}", name)
+    return None
+  return folder if _can_be_written(folder) else None
 
 
 def _can_be_written(folder: Path) -> bool:
