@@ -1,12 +1,18 @@
 """Test the messages about wrong options: one line that names what to type."""
 
+import dataclasses
+import typing
+
 import pytest
 from train_cases import tiny
 
+from rebased_jax.presets import SYSTEMS
 from train import cli
 from train.commands import parsing
-from train.commands.arguments import parse_preset
+from train.commands.arguments import SystemArg, parse_preset
 from train.commands.train import TrainArgs
+from train.config import RunConfig
+from train.presets import make_presets, with_system
 from train.stored_config import to_json
 
 _WRONG = {
@@ -21,19 +27,31 @@ _WRONG = {
   ),
   "nothing alike": (["--zzzz", "x"], "there is no option --zzzz\n"),
   "argument": (["more"], "'more' is one argument too many"),
-  "no value": (["--steps"], "Missing value for argument '--steps'"),
-  "not a number": (["--steps", "many"], "--steps: invalid literal for int()"),
+  "no value": (["--steps"], "--steps: expected a value after it"),
+  "not a number": (["--steps", "many"], "--steps='many': expected an integer"),
   "not a number or None": (
     ["--stop-accuracy", "x"],
-    "--stop-accuracy: expected {None}|FLOAT, not 'x'",
+    "--stop-accuracy='x': expected None or a number",
   ),
-  "choice": (["--nan", "x"], "Expected one of ('abort', 'skip')"),
+  "choice": (["--nan", "x"], "--nan='x': expected one of abort, skip"),
   "dtype": (
     ["--model.dtype", "bf16"],
     "--model.dtype='bf16': expected one of ('float32', 'bfloat16', 'float16', "
     "'float64'); did you mean 'bfloat16'?",
   ),
   "mixer": (["--model.second.heads", "0"], "--model.second.heads=0: expected"),
+  "no system": (
+    ["--model.mixer", "mambo"],
+    "--model.mixer='mambo': expected one of attention, based, conv-attention",
+  ),
+  "mixer of both layers": (
+    ["--model.mixer", "attention", "--model.mixer.heads", "0"],
+    "--model.first.heads=0: expected an integer ≥ 1",
+  ),
+  "mixer's synonym": (
+    ["--model.mixer.feature-dim", "8"],
+    "--model.second.feature-dim; did you mean --model.second.features",
+  ),
   "optimizer": (["--optimizer.beta1", "2"], "--optimizer.beta1=2.0: expected"),
   "two fields": (
     ["--data.vocab-size", "512"],
@@ -71,6 +89,61 @@ def test_names_of_fields_become_options() -> None:
     assert parsing.as_options(message, options) == expected
 
 
+def _trained(*args: str) -> RunConfig:
+  """Return the run that the arguments of `rebased train` ask for."""
+  return parse_preset(TrainArgs, "train", list(args))[1].run
+
+
+def test_an_option_chooses_the_system_of_a_preset() -> None:
+  presets = make_presets()
+  names, _ = typing.get_args(typing.get_args(SystemArg)[0])
+  assert typing.get_args(names) == tuple(SYSTEMS)
+  for name, system, expected in (
+    ("mqar", "attention", "mqar-attention"),
+    ("mqar-mamba", "rebased", "mqar"),
+    ("mqar-paper-rwkv-512", "based", "mqar-paper-based-512"),
+    ("mqar-paper-ablation-x2-256", "based", "mqar-paper-ablation-based-256"),
+    ("lm-tiny-hyena", "rebased", "lm-tiny"),
+    ("lm-tiny", "mamba", "lm-tiny-mamba"),
+    ("pile-157m-rebased-long", "based", "pile-157m-based-long"),
+    ("pile-1.3b-based", "attention", "pile-1.3b-attention"),
+  ):
+    assert _trained(name, "--model.mixer", system) == presets[expected], name
+  # After it come the options of the mixer, in each layer that has it.
+  model = _trained(
+    "mqar",
+    *("--model.mixer.heads", "2", "--model.mixer=double-based"),
+    *("--model.second.features", "8", "--steps", "700"),
+  ).model
+  assert (model.first.heads, model.second.heads) == (2, 2)
+  assert (model.first.features, model.second.features) == (16, 8)
+  hybrid = _trained("mqar", "--model.mixer.heads=2").model
+  assert (
+    hybrid.second.heads == 2 and hybrid.first == presets["mqar"].model.first
+  )
+
+
+def test_a_system_that_no_preset_has_replaces_the_mixers() -> None:
+  presets = make_presets()
+  for name, system in (
+    ("mqar-paper-rebased-2048", "hyena"),
+    ("pile-157m-rebased", "attention"),
+    ("pile-145m-based-long", "conv-hyena"),
+    ("pile-127m-attention", "double-rebased"),
+  ):
+    run, old = with_system(name, system), presets[name]
+    assert type(run.model.second) is type(SYSTEMS[system].second), name
+    mixers = dict(first=old.model.first, second=old.model.second)
+    model = dataclasses.replace(run.model, **mixers)
+    assert dataclasses.replace(run, model=model) == old
+  kept = with_system("pile-157m-rebased", "double-based").model
+  assert kept.first == kept.second and kept.first.heads == 64
+  with pytest.raises(
+    ValueError, match="--model.mixer mamba: expected a system"
+  ):
+    with_system("pile-157m-rebased", "mamba")
+
+
 def test_the_config_of_a_run_stands_instead_of_a_preset(
   tmp_path, capsys
 ) -> None:
@@ -80,12 +153,15 @@ def test_the_config_of_a_run_stands_instead_of_a_preset(
   for words in (["--config", str(file)], [f"--config={file}"]):
     name, parsed = parse_preset(TrainArgs, "train", [*words, "--steps", "9"])
     assert name == "mine" and parsed.run == tiny(seed=7, steps=9)
+  named = file.with_name("named.json")
+  file.rename(named)
   file.write_text("{}")
   for args, expected in (
     (["--config"], "--config: expected a file"),
     (["--config", "none"], "--config none: "),
     (["--config", str(tmp_path)], "expected the config.json of a run"),
     (["--config", str(file)], "version=None: expected 2"),
+    (["--config", str(named), "--model.mixer", "rwkv"], "expected a preset"),
   ):
     with pytest.raises(SystemExit) as stop:
       cli.main(["train", *args])

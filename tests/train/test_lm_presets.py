@@ -36,7 +36,8 @@ _COUNTS = {  # Table 9's three; 4096 · 768 positions fewer in long rows
 
 
 def test_names() -> None:
-  assert _PRESETS.keys() == {"lm-tiny", *_COUNTS}
+  systems = {f"lm-tiny-{name}" for name in presets.SYSTEMS}
+  assert _PRESETS.keys() == {"lm-tiny", *systems, *text.ALIASES, *_COUNTS}
 
 
 def test_attention_has_the_widths_of_its_presets() -> None:

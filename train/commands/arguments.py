@@ -1,20 +1,43 @@
 """Arguments that several verbs share: the preset, the run, the mesh."""
 
 import dataclasses
+import itertools
 import os
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from etils import epath
 import tyro
 
+from rebased_jax import ModelConfig
+from rebased_jax.presets import SYSTEMS
 from train.commands.parsing import option_names, parse
 from train.config import DataConfig, RunConfig, TextData
-from train.presets import make_presets
+from train.presets import make_presets, with_system
 from train.records.run_folder import RunFolder
 from train.stored_config import ConfigError, from_json
 
 #: A positional argument: the folder of a run.
 RunArg = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+
+_MIXER = "--model.mixer"
+#: The option `--model.mixer`, which names a system of `rebased_jax.presets`.
+SystemArg = Annotated[
+  Literal[
+    "attention",
+    "conv-attention",
+    "rwkv",
+    "conv-rwkv",
+    "mamba",
+    "based",
+    "rebased",
+    "double-based",
+    "double-rebased",
+    "hyena",
+    "conv-hyena",
+  ]
+  | None,
+  tyro.conf.arg(name=_MIXER.lstrip("-")),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +63,8 @@ def parse_preset(
   """Parse the arguments of a verb that takes a preset and changes its fields.
 
   Args:
-    kind: a dataclass whose first field `run` is the RunConfig.
+    kind: a dataclass whose first field `run` is the RunConfig. It may have a
+      field of the type `SystemArg`, too.
     verb: the name of the verb.
     args: the arguments after the verb. The command has found the preset, the
       first of them, in the catalogue. `--config FILE` stands instead of it.
@@ -59,9 +83,18 @@ def parse_preset(
       raise ValueError("--config: expected a file, such as RUN/config.json")
     name, config = _read_config(args[1])
     words, args = f"--config {args[1]}", args[2:]
+    if _last_value(args, _MIXER) is not None:
+      raise ValueError(
+        f"{_MIXER} with {words}: expected a preset, because a file names the "
+        "mixers itself"
+      )
   else:
     name = words = args[0]
     config, args = presets[name], args[1:]
+    system = _last_value(args, _MIXER)
+    if system in SYSTEMS:  # a wrong name is answered when all are parsed
+      config = with_system(name, system)
+  args = _with_layers(args, config.model)
 
   def elsewhere(option: str) -> str:
     have = [x for x in presets if option in option_names(presets[x])]
@@ -72,6 +105,42 @@ def parse_preset(
 
   prog = f"rebased {verb} {words}"
   return name, parse(kind, prog, args, kind(config), elsewhere)
+
+
+def _last_value(args: list[str], option: str) -> str | None:
+  """Return the value of an option that takes one; None if it is not given."""
+  found = None
+  for word, following in itertools.zip_longest(args, args[1:]):
+    if word == option:
+      found = following
+    elif word.startswith(f"{option}="):
+      found = word.partition("=")[2]
+  return found
+
+
+def _with_layers(args: list[str], model: ModelConfig) -> list[str]:
+  """Return arguments with `--model.first.x` or `--model.second.x` alone.
+
+  `--model.mixer.x` is option x of each layer of a pair that has the mixer.
+
+  Args:
+    args: the arguments.
+    model: the model. The mixer is that of its second layer.
+  """
+  layers = ["second"]
+  if type(model.first) is type(model.second):
+    layers = ["first", "second"]
+  starts = [i for i, x in enumerate(args) if i == 0 or x.startswith("--")]
+  groups = [args[a:b] for a, b in itertools.pairwise([*starts, len(args)])]
+  found = []
+  for name, *values in groups:
+    if name.startswith(f"{_MIXER}."):
+      option = name.removeprefix(f"{_MIXER}.")
+      for layer in layers:
+        found += [f"--model.{layer}.{option}", *values]
+    else:
+      found += [name, *values]
+  return found
 
 
 def _read_config(file: str) -> tuple[str, RunConfig]:

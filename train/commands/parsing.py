@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import tyro
 
+from train.console import near
+
 #: Names that other trainers have for an option, by our name for it.
 _SYNONYMS = {
   "batch": ("bs", "batch-size", "global-batch-size", "train-batch-size"),
@@ -33,10 +35,24 @@ _SYNONYMS = {
   "model.width": ("d-model", "dim", "hidden-size", "embed-dim"),
   "model.pairs": ("layers", "num-layers", "n-layer", "num-hidden-layers"),
   "heads": ("num-heads", "n-head", "num-attention-heads"),
+  "features": ("feature-dim", "head-dim", "d-head"),
   "data.length": ("seq-len", "seq-length", "context-length", "block-size"),
   "data.path": ("dataset", "data-path", "train-file"),
 }
 _SHOWN = 3  # suggestions in a message
+
+# tyro's messages: a value that is no choice, and values of a wrong kind.
+_CHOICE = re.compile(
+  r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of (\(.*?\))"
+)
+_KINDS = (
+  (r"invalid literal for int\(\) .*?: (?P<value>'.*')", "an integer"),
+  (r"could not convert string to float: (?P<value>'.*')", "a number"),
+  (
+    r"no type matching (?P<kinds>\S+) could be .* from \[(?P<value>.*?)\]\.",
+    "",
+  ),
+)
 
 _Args = TypeVar("_Args", bound=Any)
 
@@ -159,14 +175,31 @@ def _unknown(
   return "\n".join([*lines, f"`{prog} --help` shows the options"])
 
 
+def _wrong_choice(value: str, option: str, listed: str) -> str:
+  """Return the message about a value that is none of an option's choices."""
+  # tyro lists them in no order.
+  choices = sorted(listed.strip("()").replace("'", "").split(", "))
+  choices.sort(key=lambda x: x == "None")
+  hint = near(value, choices)
+  return f"{option}={value!r}: expected one of {', '.join(choices)}{hint}"
+
+
+def _name_kinds(text: str) -> str:
+  """Return tyro's `{None}|INT|{best}` as `None, an integer or best`."""
+  names = {"INT": "an integer", "FLOAT": "a number", "STR": "a text"}
+  kinds = [names.get(x, x.strip("{}")) for x in text.split("|")]
+  return " or ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]]))
+
+
 def _options(kind: type, prog: str, given: dict[str, Any]) -> list[str]:
   """Return the options of a verb as its help names them."""
   text = io.StringIO()
   with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
     tyro.cli(kind, prog=prog, args=["--help"], **given)
-  return list(
-    dict.fromkeys(re.findall(r"(?<![\w-])--[\w.-]+", text.getvalue()))
-  )
+  # Descriptions, which may name other options, are further to the right.
+  heads = re.findall(r"^[│ ] (-.*?)(?=  |$)", text.getvalue(), re.MULTILINE)
+  names = re.findall(r"(?<![\w-])--[A-Za-z][\w.-]+", " ".join(heads))
+  return list(dict.fromkeys(names))
 
 
 def _wrong_value(text: str) -> str:
@@ -181,15 +214,18 @@ def _wrong_value(text: str) -> str:
   words = " ".join(parts[min(1, len(parts) - 1)].split())
   if words.startswith("Missing from"):
     return "missing: " + words.partition(": ")[2].removesuffix(" (required)")
+  if missing := re.match(r"Missing value for argument '(\S+)'", words):
+    return f"{missing[1]}: expected a value after it"
+  if choice := _CHOICE.match(words):
+    return _wrong_choice(*choice.groups())
   if not words.startswith("Error parsing"):
     return words
   where, _, message = words.removeprefix("Error parsing ").partition(": ")
-  message = re.sub(
-    r"no type matching (\S+) could be .* from \[(.*?)\]\..*",
-    r"expected \1, not \2",
-    message,
-  )
   if where.startswith("-"):
+    for pattern, kind in _KINDS:
+      if found := re.match(pattern, message):
+        value, expected = found["value"], kind or _name_kinds(found["kinds"])
+        return f"{where}={value}: expected {expected}"
     return f"{where}: {message}"
   # A nested config names its class, not its place: ModelConfig.dtype='x'.
   place = re.sub(r"^run\.?", "", where)

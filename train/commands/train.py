@@ -6,11 +6,10 @@ from typing import Annotated
 
 import tyro
 
-from train.commands.arguments import parse_preset
+from train.commands.arguments import SystemArg, parse_preset
 from train.config import RunConfig
-from train.devices import processes
 from train.records.run_folder import default_folder
-from train.watchdog import STEP_TIMEOUT
+from train.timeouts import JOIN_TIMEOUT, STEP_TIMEOUT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +17,10 @@ class TrainArgs:
   """Train the preset, with the fields that you change."""
 
   run: Annotated[RunConfig, tyro.conf.arg(name="")]
+  #: The system that the model gets, as in the preset of that system. Its
+  #: options may follow: --model.mixer.heads 8 is --model.second.heads 8, and
+  #: the same of the first layer if that has the same mixer. None: the preset's.
+  mixer: SystemArg = None
   #: The run's folder: a new one, or that of this run, which is then resumed.
   #: None: runs/PRESET-TIME.
   run_dir: str | None = None
@@ -27,7 +30,7 @@ class TrainArgs:
   #: the cluster, or HOST:PORT,N,I for process I of N.
   distributed: str = "off"
   #: Seconds to wait for the other processes at the start.
-  join_timeout: float = processes.JOIN_TIMEOUT
+  join_timeout: float = JOIN_TIMEOUT
   #: Seconds without any progress after which the process ends with exit code 4.
   #: None: never.
   step_timeout: float | None = STEP_TIMEOUT
@@ -44,8 +47,9 @@ def run(args: list[str]) -> int:
     OSError, CheckpointError or TrainingFailed: the run failed.
   """
   name, parsed = parse_preset(TrainArgs, "train", args)
-  # Imported after the options are right: it needs orbax, which takes seconds.
+  # Imported when the options are right: jax takes seconds.
   from train import start_run
+  from train.devices import processes
 
   processes.start(parsed.distributed, parsed.join_timeout)
   if parsed.run_dir is None and parsed.distributed != "off":

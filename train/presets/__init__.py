@@ -16,3 +16,22 @@ def make_presets() -> dict[str, RunConfig]:
   from train.presets import mqar, text  # they import jax
 
   return {**mqar.make_presets(), **text.make_presets()}
+
+
+def with_system(name: str, system: str) -> RunConfig:
+  """Return a preset with another of the paper's systems.
+
+  Where there is a preset of that system, such as `mqar-attention` for `mqar`,
+  it is that one: it may have another learning rate, too.
+
+  Args:
+    name: a key of `make_presets`.
+    system: a key of `rebased_jax.presets.SYSTEMS`.
+
+  Raises:
+    ValueError: the system does not fit the preset.
+  """
+  from train.presets import mqar, text  # they import jax
+
+  family = mqar if name in mqar.make_presets() else text
+  return family.with_system(name, system)

@@ -133,12 +133,28 @@ CATALOGUE = (
     _ablation(),
   ),
   Group(
-    "A small language model",
-    "ReBased with 4 layers of width 128 on your text, 1000 steps of 16 rows "
-    "of 256 tokens.",
+    "Small language models",
+    "4 layers of width 128 on your text, 1000 steps of 16 rows of 256 tokens: "
+    "one preset a system of the paper. `lm-tiny` is ReBased. Mamba has 6 "
+    "layers without MLPs.",
     "a CPU; `--data.path`, a data set of `rebased prepare`",
     "A perplexity that depends on the text: none is recorded.",
-    (Preset("lm-tiny", 694_912),),
+    (
+      Preset("lm-tiny", 694_912),
+      Preset("lm-tiny-attention", 859_008),
+      Preset("lm-tiny-conv-attention", 760_960),
+      Preset("lm-tiny-rwkv", 826_752),
+      Preset("lm-tiny-conv-rwkv", 728_448),
+      Preset("lm-tiny-mamba", 732_800),
+      Preset("lm-tiny-based", 694_400),
+      Preset("lm-tiny-double-based", 758_656),
+      Preset("lm-tiny-double-rebased", 759_680),
+      Preset("lm-tiny-hyena", 936_064),
+      Preset("lm-tiny-conv-hyena", 799_488),
+      Preset("lm-tiny-rebased", 694_912),
+      Preset("lm-tiny-conv-rebased", 694_912),
+      Preset("lm-tiny-conv-based", 694_400),
+    ),
   ),
   Group(
     "Language models of the paper",

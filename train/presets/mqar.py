@@ -19,6 +19,7 @@ from train.config import (
 PAPER_LENGTHS = {128: 16, 256: 64, 512: 128, 1024: 256, 2048: 512}
 ABLATION_LENGTHS = (256, 2048)
 ABLATION_PAIRS = 32
+ABLATION_WIDTH = 48
 # Softmax attention does not learn at the learning rate of ReBased, 1e-2.
 _SMALL_RATE = 3e-3
 #: Other names of presets: Based and ReBased contain the convolution already.
@@ -131,7 +132,31 @@ def make_presets() -> dict[str, RunConfig]:
   for variant, mixer in presets.VARIANTS.items():
     system = presets.hybrid(mixer)
     for length in ABLATION_LENGTHS:
-      run = paper(system, length=length, pairs=ABLATION_PAIRS, width=48)
+      run = paper(
+        system, length=length, pairs=ABLATION_PAIRS, width=ABLATION_WIDTH
+      )
       name = f"mqar-paper-ablation-{variant}-{length}"
       runs[name] = _in_float32(run)
   return runs
+
+
+def with_system(name: str, system: str) -> RunConfig:
+  """Return an MQAR preset with another of the paper's systems.
+
+  It is the preset of that system, where there is one.
+
+  Args:
+    name: a key of `make_presets`.
+    system: a key of `rebased_jax.presets.SYSTEMS`.
+  """
+  if not name.startswith("mqar-paper-"):
+    return make_presets()[f"mqar-{system}"]
+  length = int(name.rpartition("-")[2])
+  ablation = name.startswith("mqar-paper-ablation-")
+  run = paper(
+    presets.SYSTEMS[system],
+    length=length,
+    pairs=ABLATION_PAIRS if ablation else PAPER_LENGTHS[length],
+    width=ABLATION_WIDTH if ablation else 64,
+  )
+  return _in_float32(run)

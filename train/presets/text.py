@@ -9,7 +9,15 @@ a cosine to a tenth, and no decay of biases, norms and embeddings.
 
 import dataclasses
 
-from rebased_jax import BaseConvConfig, ModelConfig, ReBasedConfig, presets
+from rebased_jax import (
+  AttentionConfig,
+  HyenaConfig,
+  MixerConfig,
+  ModelConfig,
+  ReBasedConfig,
+  presets,
+)
+from rebased_jax.mixer_configs import PolynomialConfig
 from train.config import OptimizerConfig, RunConfig, TextData
 
 ROWS = 1024  # of a global batch
@@ -25,22 +33,66 @@ _OPTIMIZER = OptimizerConfig(
 )
 
 
+#: Other names of presets: Based and ReBased contain the convolution already.
+ALIASES = {
+  "lm-tiny-rebased": "lm-tiny",
+  "lm-tiny-conv-rebased": "lm-tiny",
+  "lm-tiny-conv-based": "lm-tiny-based",
+}
+
+
 def lm_tiny() -> RunConfig:
   """Return a small ReBased language model on `--data.path`, for a CPU.
 
   The end of the text is held out, so that a single file is enough. The
   vocabulary is the byte tokenizer's; another needs --model.vocab-size.
   """
+  return _tiny(presets.hybrid(ReBasedConfig(heads=4)))
+
+
+def tiny(name: str) -> RunConfig:
+  """Return the run of `lm-tiny` with another of the paper's systems.
+
+  Args:
+    name: a key of `rebased_jax.presets.SYSTEMS`.
+  """
+  system = presets.SYSTEMS[name]
+  return _tiny(
+    system._replace(
+      first=_with_four_heads(system.first),
+      second=_with_four_heads(system.second),
+    )
+  )
+
+
+def _with_four_heads(mixer: MixerConfig) -> MixerConfig:
+  """Return the mixer with 4 heads, if it has heads, and without dropout."""
+  if isinstance(mixer, AttentionConfig):
+    return dataclasses.replace(mixer, heads=4, dropout=0.0)
+  if isinstance(mixer, PolynomialConfig):
+    return dataclasses.replace(mixer, heads=4)
+  return mixer
+
+
+def _tiny(system: presets.System) -> RunConfig:
+  data = TextData(validation=0.05, held_out="end")
+  # Attention knows no order without positions. A filter of Hyena is as long as
+  # the position table. The other mixers need neither.
+  placed = isinstance(system.second, AttentionConfig | HyenaConfig)
+  mamba = system.block == "mamba"
   return RunConfig(
     model=ModelConfig(
-      first=BaseConvConfig(),
-      second=ReBasedConfig(heads=4),
+      first=system.first,
+      second=system.second,
       vocab_size=257,
       width=128,
-      pairs=2,
-      mlp_width=512,
+      # Mamba's blocks have no MLP: 6 of them are as large as 4 of the others.
+      pairs=3 if mamba else 2,
+      positions=data.length if placed else None,
+      mlp_width=None if mamba else 512,
+      block=system.block,
     ),
-    data=TextData(validation=0.05, held_out="end"),
+    data=data,
     optimizer=dataclasses.replace(
       _OPTIMIZER, learning_rate=3e-3, warmup_steps=50
     ),
@@ -103,10 +155,13 @@ def large(model: ModelConfig) -> RunConfig:
 
 def make_presets() -> dict[str, RunConfig]:
   """Return every language-model preset by name."""
-  runs = {
-    "lm-tiny": lm_tiny(),
-    "pile-127m-attention": pile(presets.pile_attention()),
-  }
+  runs = {"lm-tiny": lm_tiny()}
+  for name in presets.SYSTEMS:
+    if f"lm-tiny-{name}" not in ALIASES:
+      runs[f"lm-tiny-{name}"] = tiny(name)
+  for alias, name in ALIASES.items():
+    runs[alias] = runs[name]
+  runs["pile-127m-attention"] = pile(presets.pile_attention())
   for name in ("based", "rebased"):
     mixer = presets.VARIANTS[name]
     runs[f"pile-157m-{name}"] = pile(presets.pile(mixer))
@@ -120,3 +175,50 @@ def make_presets() -> dict[str, RunConfig]:
       model = presets.pile_large(presets.VARIANTS[name], width=width)
       runs[f"pile-{size}-{name}"] = large(model)
   return runs
+
+
+def with_system(name: str, system: str) -> RunConfig:
+  """Return a language-model preset with another of the paper's systems.
+
+  It is the preset of that system and size, where there is one. Otherwise the
+  two mixers alone are replaced. Based and ReBased keep the preset's heads and
+  features.
+
+  Args:
+    name: a key of `make_presets`.
+    system: a key of `rebased_jax.presets.SYSTEMS`.
+
+  Raises:
+    ValueError: the preset has MLPs, for which Mamba's block has no place.
+  """
+  runs = make_presets()
+  if name.startswith("lm-tiny"):
+    return runs[f"lm-tiny-{system}"]
+  _, size, _, *long = name.split("-")
+  same_size = "-".join(["pile", size, system, *long])
+  if same_size in runs:
+    return runs[same_size]
+  if presets.SYSTEMS[system].block == "mamba":
+    raise ValueError(
+      f"--model.mixer {system}: expected a system with MLPs in {name}; Mamba's "
+      "block has none. `lm-tiny` and the presets `mqar` take it"
+    )
+  run = runs[name]
+  first, second = (
+    _of_pile(mixer, run)
+    for mixer in (presets.SYSTEMS[system].first, presets.SYSTEMS[system].second)
+  )
+  model = dataclasses.replace(run.model, first=first, second=second)
+  return dataclasses.replace(run, model=model)
+
+
+def _of_pile(mixer: MixerConfig, run: RunConfig) -> MixerConfig:
+  """Return a mixer with the sizes that a `pile` preset gives it."""
+  old = run.model.second
+  if isinstance(mixer, AttentionConfig):
+    return presets.pile_attention(width=run.model.width).second
+  if isinstance(mixer, PolynomialConfig) and isinstance(old, PolynomialConfig):
+    return dataclasses.replace(mixer, heads=old.heads, features=old.features)
+  if isinstance(mixer, HyenaConfig) and run.model.positions is None:
+    return dataclasses.replace(mixer, length=run.data.length)
+  return mixer
