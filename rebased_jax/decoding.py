@@ -47,18 +47,34 @@ def _prefill_outputs(arguments: dict[str, Any]) -> tuple[str, LMState]:
 class Decoder(nnx.Module):
   """Abstract: what a language model does with a state.
 
-  A subclass sets `pairs` and `norm`, and defines `_embed` and `head`.
+  A subclass sets `pairs` and `norm`, and defines `_embed`, `_positions` and
+  `head`.
   """
 
   pairs: blocks.Pair
   norm: LayerNorm
 
   @abc.abstractmethod
-  def _embed(self, tokens_BT: Array, start_B: Array | None = None) -> Array:
+  def _embed(self, tokens_BT: Array, position_BT: Array | None = None) -> Array:
     """Return the residual stream before the first block, (B, T, D).
 
     Args:
       tokens_BT: int32.
+      position_BT: int32. None: 0 to T − 1.
+    """
+
+  @abc.abstractmethod
+  def _positions(
+    self,
+    tokens_BT: Array,
+    segment_ids: Array | None,
+    start_B: Array | None = None,
+  ) -> Array:
+    """Return the position of each token.
+
+    Args:
+      tokens_BT: int32.
+      segment_ids: integers (B, T). None: one document a row.
       start_B: int32, the position of each row's first token. None: 0.
     """
 
@@ -137,7 +153,7 @@ class Decoder(nnx.Module):
     check_integers("tokens", tokens)
     if tokens.ndim != 1 or tokens.shape[0] == 0:
       raise ValueError(f"tokens has shape {tokens.shape}: expected (B,), B > 0")
-    x_B1D = self._embed(to_int32(tokens)[:, None], state.position_B)
+    x_B1D = self._embed(to_int32(tokens)[:, None], state.position_B[:, None])
     x_BD, states = blocks.step_pairs(self.pairs, x_B1D[:, 0], state.pairs)
     return self.head(self.norm(x_BD)), LMState(state.position_B + 1, states)
 
@@ -155,14 +171,15 @@ class Decoder(nnx.Module):
   ) -> tuple[Array, LMState]:
     """Return the residual stream of T more tokens, and the state there."""
     tokens = integer_rows("tokens", tokens)
+    position_BT = self._positions(tokens, segment_ids, state.position_B)
     x_BTD, states = blocks.prefill_pairs(
       self.pairs,
-      self._embed(tokens, state.position_B),
+      self._embed(tokens, position_BT),
       state.pairs,
       segment_ids=segment_ids,
       axes=axes,
     )
-    return x_BTD, LMState(state.position_B + tokens.shape[1], states)
+    return x_BTD, LMState(position_BT[:, -1] + 1, states)
 
 
 def enlarge_caches(model: Decoder, tokens: int) -> None:

@@ -356,7 +356,7 @@ def _programs(
     model = make(params)
     if first is not None:
       # A document that begins with the piece sees nothing before it. Positions
-      # of the table continue, as they do inside a row.
+      # of the table continue or restart, as they do inside a row.
       is_new_B = batch["is_new"]
 
       def choose(new_NB: Array, old_NB: Array) -> Array:
@@ -365,6 +365,9 @@ def _programs(
 
       pairs = jax.tree.map(choose, first.pairs, state.pairs)
       state = state._replace(pairs=pairs)
+      if model.config.restart_positions:
+        position_B = jnp.where(is_new_B, 0, state.position_B)
+        state = state._replace(position_B=position_B)
     x_BTD, state = model.prefill_features(
       batch["tokens"], state, segment_ids=batch.get("segment_ids"), axes=axes
     )

@@ -25,11 +25,12 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes
+from pallas_kernels.arguments import check_not_cut
 from pallas_kernels.numerics import asked_precision, sum_dtype
 from rebased_jax import blocks
 from rebased_jax.config_checks import compute_dtype
 from rebased_jax.decoding import Decoder
-from rebased_jax.embedding import look_up
+from rebased_jax.embedding import look_up, token_positions
 from rebased_jax.explicit_mesh import method_on_any_mesh
 from rebased_jax.integers import integer_rows
 from rebased_jax.model_config import ModelConfig, check_length
@@ -95,8 +96,8 @@ class LM(Decoder):
       tokens: integers (B, T). A token outside the vocabulary has NaN logits,
         and so have the tokens that attend to it.
       segment_ids: integers (B, T) of packed documents. A document is a run of
-        equal ids. Learned positions do not restart at a new document. None:
-        each row is one document.
+        equal ids. Learned positions start from 0 at each of them if the config
+        has `restart_positions`. None: each row is one document.
       positions_to_predict: integers (B, M), each in [0, T). The logits, and the
         last block's queries and output, are computed only there. Logits at a
         position outside [0, T) are NaN. None: all positions.
@@ -138,7 +139,12 @@ class LM(Decoder):
     config = self.config
     stream = blocks.run_pairs(
       self.pairs,
-      self._embed(tokens, axes=axes, dropout_key=dropout_key),
+      self._embed(
+        tokens,
+        self._positions(tokens, segment_ids),
+        axes=axes,
+        dropout_key=dropout_key,
+      ),
       scan=config.scans,
       remat=config.remat,
       segment_ids=segment_ids,
@@ -156,31 +162,61 @@ class LM(Decoder):
   def _embed(
     self,
     tokens_BT: Array,
-    start_B: Array | None = None,
+    position_BT: Array | None = None,
     *,
     axes: ShardAxes | None = None,
     dropout_key: Array | None = None,
   ) -> Array:
     """Return the residual stream before the first block, (B, T, D).
 
-    The first token of each row has the position `start_B`. None: 0.
+    Args:
+      tokens_BT: int32.
+      position_BT: int32, (1, T) for all rows. None: 0 to T − 1.
+      axes: the mesh axes. None: no mesh.
+      dropout_key: a PRNG key. None: no dropout.
     """
     config = self.config
     dtype = sum_dtype(jnp.dtype(config.dtype))
     x_BTD = look_up(self.token_embedding[...], tokens_BT, axes)
     x_BTD = blocks.place(x_BTD.astype(dtype), axes)
     if self.position_embedding is not None:
-      T = tokens_BT.shape[1]
-      check_length(config, T)
-      position_BT = jnp.arange(T, dtype=jnp.int32)[None]
-      if start_B is not None:
-        position_BT += start_B[:, None]
+      check_length(config, tokens_BT.shape[1])
+      if position_BT is None:
+        position_BT = token_positions(tokens_BT.shape[1])
       table = self.position_embedding[...]
       x_BTD += look_up(table, position_BT, axes).astype(dtype)
     if dropout_key is None or config.dropout == 0:
       return x_BTD
     dropout = nnx.Dropout(config.dropout)
     return dropout(x_BTD, deterministic=False, rngs=dropout_key)
+
+  def _positions(
+    self,
+    tokens_BT: Array,
+    segment_ids: Array | None,
+    start_B: Array | None = None,
+  ) -> Array:
+    """Return the position of each token, int32 (B, T), or (1, T).
+
+    Args:
+      tokens_BT: int32.
+      segment_ids: as in a call.
+      start_B: int32, the position of each row's first token. None: 0.
+
+    Raises:
+      ValueError: positions restart, and `segment_ids` has a wrong shape or
+        dtype.
+    """
+    shape = tokens_BT.shape
+    if segment_ids is None or not self.config.restart_positions:
+      return token_positions(shape[1], start_B)
+    check_not_cut("segment_ids", segment_ids)
+    segment_ids = integer_rows("segment_ids", segment_ids)
+    if segment_ids.shape != shape:
+      raise ValueError(
+        f"segment_ids has shape {segment_ids.shape}: expected (B, T) = {shape}"
+      )
+    return token_positions(shape[1], start_B, segment_ids)
 
   def head(self, x_D: Array) -> Array:
     """Return logits (…, V) in float32 of `features` (…, D).

@@ -67,6 +67,10 @@ class ModelConfig:
   #: nothing. "dots": all but the outputs of projections. "full": everything
   #: inside a pair.
   remat: Remat = "none"
+  #: Whether learned positions start from 0 at each document of a packed row, so
+  #: that it has the logits that it has alone. False, as published: they run
+  #: through the row.
+  restart_positions: bool = False
 
   def __post_init__(self) -> None:
     keep_dtype_name(self, "dtype")
@@ -86,6 +90,11 @@ class ModelConfig:
       )
     check_one_of(self, "block", "pre-norm", "mamba")
     check_one_of(self, "remat", "none", "dots", "full")
+    if self.restart_positions and self.positions is None:
+      raise ValueError(
+        "ModelConfig.restart_positions=True with positions=None: expected a "
+        "table of positions; set positions to the tokens of the longest row"
+      )
     if self.block == "mamba" and self.mlp_width is not None:
       raise ValueError(
         f"ModelConfig.mlp_width={self.mlp_width}: expected None with "
