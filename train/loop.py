@@ -18,6 +18,7 @@ import collections
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import itertools
 import signal
 import time
 from typing import Any, NamedTuple
@@ -190,7 +191,10 @@ class Loop:
           self._watch.beat(f"compilation and step {step}")
         else:
           self._watch.beat(f"step {step}", training=True)
+        before = time.perf_counter()
         state, found = self._built.train_step(state, batch, self._built.key)
+        if step == start:  # the rates leave the compilation out
+          self._window.pause(time.perf_counter() - before)
         vote = self._cast_vote()
         previous, self._pending = (
           self._pending,
@@ -243,9 +247,11 @@ class Loop:
     Args:
       votes: gets the votes that are not read yet.
     """
+    batches = itertools.count(1)
 
     def interrupted() -> bool:
-      self._watch.beat("evaluation")
+      part = f"batch {next(batches)} of {self._eval_data.num_batches}"
+      self._watch.beat("evaluation", part=part)
       vote = self._cast_vote()
       if vote is not None:
         votes.append(vote)

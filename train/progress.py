@@ -1,13 +1,13 @@
 """Show the progress of a run: a bar on a terminal, lines elsewhere."""
 
-import threading
 import time
 from typing import Self
 
 from rich import progress, table
 from rich.console import Console
 
-from train import console as console_lib, metrics
+from train import metrics
+from train.heartbeat import Heartbeat
 
 
 class Display:
@@ -15,31 +15,30 @@ class Display:
 
   Args:
     console: where it is shown.
+    heartbeat: prints the lines. While the display is open, it says how far the
+      training is.
     start: the step that the run starts from.
     steps: the steps of the run.
     active: whether anything is shown. In one process of a run it is.
-    every: seconds after which a line says that the run still works, if no other
-      line has come. A bar shows that itself.
   """
 
   def __init__(
     self,
     console: Console,
+    heartbeat: Heartbeat,
     *,
     start: int,
     steps: int,
     active: bool,
-    every: float = 30.0,
   ):
     self.console = console
+    self._heartbeat, self._elsewhere = heartbeat, heartbeat.doing
     self._active = active
     self._steps = steps
     self._held_out = "–"
     self._done = start
     # When the first step ended: its compilation is in no rate.
     self._first: tuple[int, float] | None = None
-    self._every, self._said = every, time.monotonic()
-    self._closed = threading.Event()
     self._bar = None
     if active and console.is_terminal:
       self._bar = progress.Progress(
@@ -99,9 +98,7 @@ class Display:
 
   def line(self, text: str) -> None:
     """Show a line of text, above the bar."""
-    self._said = time.monotonic()
-    if self._active:
-      console_lib.say(self.console, text)
+    self._heartbeat.line(text)
 
   def _left(self, step: int) -> str:
     """Return the time that is left at the pace since the first step."""
@@ -112,31 +109,21 @@ class Display:
     left = int(pace * (self._steps - step))
     return f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
 
-  def _say_alive(self) -> None:
-    """Show a line whenever there was none for a while, until the end."""
-    begin = time.monotonic()
-    while not self._closed.wait(self._every / 10):
-      now = time.monotonic()
-      if now - self._said < self._every:
-        continue
-      if self._first is None:
-        self.line(f"compiling the step for {now - begin:.0f} s")
-      else:
-        self.line(
-          f"step {self._done}/{self._steps}  left {self._left(self._done)}"
-        )
+  def _doing(self) -> str | None:
+    """Return a line about what the run does; None if the bar shows it."""
+    line = self._elsewhere()
+    if line is None and self._bar is None:
+      line = f"step {self._done}/{self._steps}  left {self._left(self._done)}"
+    return line
 
   def __enter__(self) -> Self:
+    self._heartbeat.doing = self._doing
     if self._bar is not None:
       self._bar.start()
-    elif self._active:
-      threading.Thread(
-        target=self._say_alive, name="progress", daemon=True
-      ).start()
     return self
 
   def __exit__(self, *_: object) -> None:
-    self._closed.set()
+    self._heartbeat.doing = self._elsewhere
     if self._bar is not None:
       self._bar.stop()
 

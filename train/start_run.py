@@ -31,6 +31,7 @@ from train.checkpoint.checkpoints import Checkpoints
 from train.config import RunConfig
 from train.data.text.token_source import DataError
 from train.devices import backend, mesh as mesh_lib, mesh_report, processes
+from train.heartbeat import Heartbeat
 from train.loop import Outcome
 from train.nonfinite_steps import TrainingFailed
 from train.progress import Display
@@ -52,9 +53,14 @@ def run(
   *,
   console: Console | None = None,
   allow_data_change: bool = False,
+  allow_optimizer_change: bool = False,
   step_timeout: float | None = STEP_TIMEOUT,
 ) -> Outcome:
   """Train a config, or resume the run that the folder holds.
+
+  A resume may change what does not act on what the run learns: the intervals of
+  records, evaluations and saves, the mesh, the places of data, and so on. See
+  `train.stored_config.is_about_work`.
 
   SIGTERM, SIGINT, SIGHUP and SIGUSR1 stop the run after the current step: it is
   saved, and the same call resumes it. See `train/stop_signals.py`.
@@ -67,6 +73,9 @@ def run(
     console: prints progress and results. None: prints to standard output.
     allow_data_change: resume although the data, its batch or its seed are not
       those of the folder. The run then continues at its step of the new data.
+    allow_optimizer_change: resume although `steps` or the optimiser are not
+      those of the folder. The optimiser's state is kept, and history.jsonl
+      gets the change.
     step_timeout: seconds without any progress, such as a step or a batch of an
       evaluation, after which the process ends with exit code 4. None: never.
 
@@ -182,13 +191,18 @@ def train(
   config = config.with_absolute_paths()
   mesh = mesh_lib.make_mesh(config.mesh)
   first = jax.process_index() == 0
-  with jax.set_mesh(mesh):
+  with (
+    Heartbeat(console, watch.doing, active=first) as heartbeat,
+    jax.set_mesh(mesh),
+  ):
+    watch.beat("model")
     built = compiled_steps.build(config, mesh)
     weights = None
     if config.init_from is not None and not folder.config_file.exists():
       weights = init_weights.source_weights(config, built)
     with processes.all_or_none():
       wandb.check(config)
+      watch.beat("start of the data")
       initial_state.try_data(config)
       _check_named_kernels(config)
       # Shapes only: finds what a step cannot compute.
@@ -220,7 +234,9 @@ def train(
         folder.cut_metrics(start, again=loop_lib.unwritten_records(meta))
         folder.update(config)
         folder.write("sharding.txt", mesh_report.as_text(*placed))
-      display = Display(console, start=start, steps=config.steps, active=first)
+      display = Display(
+        console, heartbeat, start=start, steps=config.steps, active=first
+      )
       writer = MetricsWriter(config, folder, active=first, start=start)
       begin = time.perf_counter()
       with _failing(), writer, display:

@@ -36,29 +36,40 @@ class Watchdog:
         f"step_timeout={limit!r}: expected a number of seconds above 0, or None"
       )
     self._limit = limit
-    self._phase = "start"
+    self._phase, self._part = "start", ""
     self._idle = 0.0  # seconds since the last progress
-    self._begin = self._since = time.perf_counter()
+    self._begin = self._since = self._phase_since = time.perf_counter()
     self._training = False  # whether the phase is training
     self._trained = 0.0  # seconds of the earlier phases of training
     self._closed = threading.Event()
 
-  def beat(self, phase: str, *, training: bool = False) -> None:
+  def beat(self, phase: str, *, part: str = "", training: bool = False) -> None:
     """Note progress.
 
     Args:
       phase: what the run does from now on, such as "step 7".
+      part: how far the phase is, such as "batch 3 of 9".
       training: whether that is a step, and not what surrounds the steps.
     """
     now = time.perf_counter()
+    if phase != self._phase:
+      self._phase_since = now
     if self._training:
       self._trained += now - self._since
     self._training, self._since = training, now
-    self._phase, self._idle = phase, 0.0
+    self._phase, self._part, self._idle = phase, part, 0.0
+
+  def doing(self) -> str | None:
+    """Return what the run does and for how long; None in a step of training."""
+    if self._training:
+      return None
+    seconds = time.perf_counter() - self._phase_since
+    part = f", {self._part}" if self._part else ""
+    return f"{self._phase}{part}: {seconds:.0f} s so far"
 
   def goodput(self) -> float:
     """Return the share of the time since the start that steps took, 0 to 1."""
-    self.beat(self._phase, training=self._training)
+    self.beat(self._phase, part=self._part, training=self._training)
     return self._trained / max(self._since - self._begin, 1e-9)
 
   def __enter__(self) -> Self:

@@ -43,11 +43,11 @@ def read(path: Path, preset: str, device: str) -> dict[str, Any]:
   train = [x for x in records if x["kind"] == "train"]
   held_out = [x for x in records if x["kind"] == "eval"]
   row = config.batch * config.data.length
-  pace = statistics.median(x["step_time"] for x in train)
+  pace = statistics.median(x["step_seconds"] for x in train)
   seconds, step, curve, at = 0.0, 0, [], {0: 0.0}
   for x in train:
-    compiled = step == 0 or x["step_time"] > _COMPILED * pace
-    taken = pace if compiled else x["step_time"]
+    compiled = step == 0 or x["step_seconds"] > _COMPILED * pace
+    taken = pace if compiled else x["step_seconds"]
     seconds += taken * (x["step"] - step)
     step = x["step"]
     at[step] = seconds

@@ -112,7 +112,7 @@ def test_a_window_holds_means_and_rates(monkeypatch) -> None:
       loss=3.5,
       accuracy=0.25,
       tokens_per_second=40 / 10,
-      step_time=10 / 2,
+      step_seconds=10 / 2,
       data_wait_fraction=2 / 10,
     )
     assert window.flush() is None

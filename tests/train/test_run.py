@@ -89,7 +89,7 @@ def test_the_files_of_a_run(learned: Path) -> None:
   boards = list((learned / "tensorboard").glob("events.out.tfevents.*"))
   assert len(boards) == 1
   content = boards[0].read_bytes()
-  for name in (b"train/loss", b"train/step_time", b"eval/accuracy"):
+  for name in (b"train/loss", b"train/step_seconds", b"eval/accuracy"):
     assert name in content
 
 
@@ -114,7 +114,7 @@ def test_the_records_of_a_run(learned: Path) -> None:
     "eval": {"loss", "accuracy", "tokens"},
     "train": {
       *("loss", "accuracy", "grad_norm", "param_norm", "update_norm"),
-      *("tokens_per_second", "step_time", "data_wait_fraction", "goodput"),
+      *("tokens_per_second", "step_seconds", "data_wait_fraction", "goodput"),
       *("learning_rate", "tokens_seen", "unix_time"),
       *(
         f"layer1/{side}_{name}_{kind}"
@@ -134,7 +134,7 @@ def test_the_records_of_a_run(learned: Path) -> None:
     if record["kind"] == "eval":
       assert record["tokens"] == 100  # padding rows do not count
     else:
-      rate = record["tokens_per_second"] * record["step_time"]
+      rate = record["tokens_per_second"] * record["step_seconds"]
       np.testing.assert_allclose(rate, 32 * 8)
       assert record["tokens_seen"] == record["step"] * 32 * 8
       assert record["data_wait_fraction"] <= 1 >= record["accuracy"]

@@ -201,3 +201,11 @@ def test_a_refused_run_leaves_no_default_folder(
   Path("runs").touch()
   with pytest.raises(RunFolderError, match="cannot be made"):
     start_run.run(tiny())
+
+
+def test_earlier_names_of_metrics_are_read(tmp_path: Path) -> None:
+  folder = RunFolder(tmp_path)
+  folder.metrics_file.write_text('{"kind": "train", "step": 1, "step_time": 2}')
+  assert folder.read_metrics() == [
+    {"kind": "train", "step": 1, "step_seconds": 2}
+  ]

@@ -46,7 +46,7 @@ _STEPS = tiny(steps=7, eval_every=3, save_every=100, log_every=4)
 
 def _records(folder: Path) -> list[dict]:
   """Return the records of a run without those of time."""
-  timed = ("tokens_per_second", "step_time", "data_wait_fraction", "goodput")
+  timed = ("tokens_per_second", "step_seconds", "data_wait_fraction", "goodput")
   timed += ("unix_time",)
   records = RunFolder(folder).read_metrics()
   return [{k: x[k] for k in x.keys() - set(timed)} for x in records]

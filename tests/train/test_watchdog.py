@@ -12,6 +12,7 @@ from rich.console import Console
 from train_cases import ROOT, tiny, trainer as trainer
 
 from train import start_run, watchdog
+from train.records.metrics_writer import Window
 from train.records.run_folder import RunFolder
 from train.watchdog import EXIT_HUNG, Watchdog
 
@@ -91,14 +92,23 @@ def test_time_in_which_the_process_is_stopped_does_not_count(
     assert process.returncode == EXIT_HUNG and "in: step 1;" in err
 
 
-def test_every_phase_of_a_run_is_told(tmp_path: Path, trainer) -> None:
+def test_every_phase_of_a_run_is_told(
+  tmp_path: Path, trainer, monkeypatch
+) -> None:
   class Recorder(Watchdog):
-    def beat(self, phase: str, *, training: bool = False) -> None:
-      super().beat(phase, training=training)
+    def beat(self, phase: str, *, part="", training: bool = False) -> None:
+      super().beat(phase, part=part, training=training)
       if phases[-1:] != [phase]:
         phases.append(phase)
 
   phases: list[str] = []
+  pauses: list[str] = []  # the phases that the rates leave out
+  pause = Window.pause
+  monkeypatch.setattr(
+    Window,
+    "pause",
+    lambda self, x: (pauses.append(phases[-1]), pause(self, x))[1],
+  )
   config = tiny(steps=3, eval_every=2, save_every=2)
   start_run.train(
     config,
@@ -115,6 +125,10 @@ def test_every_phase_of_a_run_is_told(tmp_path: Path, trainer) -> None:
     assert any(
       phases[i : i + len(expected)] == expected for i in range(len(phases))
     ), phases
+  assert pauses == [
+    "compilation and step 0",
+    *("evaluation", "save of step 2", "evaluation", "save of step 3"),
+  ]
   records = RunFolder(tmp_path / "run").read_metrics()
   shares = [x["goodput"] for x in records if x["kind"] == "train"]
   assert len(shares) == 3 and all(0 < x < 1 for x in shares)

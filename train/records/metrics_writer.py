@@ -139,7 +139,7 @@ class Window:
   def flush(self) -> dict[str, float] | None:
     """Return the means and start a new window; None if there was no step.
 
-    Beside the metrics: tokens_per_second, step_time in seconds, and
+    Beside the metrics: tokens_per_second, step_seconds, and
     data_wait_fraction, the share of the time spent waiting for batches.
     """
     if not self._steps:
@@ -148,7 +148,7 @@ class Window:
     means = {name: x / self._steps for name, x in self._sums.items()}
     rates = dict(
       tokens_per_second=self._tokens / seconds,
-      step_time=seconds / self._steps,
+      step_seconds=seconds / self._steps,
       data_wait_fraction=self._wait / seconds,
     )
     self._restart()

@@ -4,8 +4,9 @@ The folder may be a `gs://` path, with the extra `gcs`. Each file is written
 whole, or not at all.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import importlib.util
@@ -14,7 +15,8 @@ import json
 import os
 from pathlib import Path
 import re
-from typing import IO, Any, TypeVar
+import time
+from typing import IO, Any, Self, TypeVar
 import uuid
 
 from etils import epath
@@ -23,11 +25,44 @@ from rebased_jax import atomic
 from train import stored_config
 from train.config import RunConfig
 
+#: Names that metrics had in earlier records, and what they are called now.
+_RENAMED = {"step_time": "step_seconds"}
+
 _T = TypeVar("_T")
 
 
 class RunFolderError(ValueError):
   """The folder cannot be used for this run; nothing in it was changed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+  """One resume that changed the config of a run: a line of history.jsonl.
+
+  Attributes:
+    step: the step that it resumed at.
+    unix_time: when.
+    changes: the fields that changed, as `optimizer.beta1: 0.9 → 0.8`.
+  """
+
+  step: int
+  unix_time: float
+  changes: tuple[str, ...]
+
+  def to_json(self) -> str:
+    """Return the line of the file."""
+    return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+
+  @classmethod
+  def from_json(cls, line: str) -> Self:
+    """Return the change of a line; ValueError if it is none."""
+    record = json.loads(line)
+    expected = {"step": int, "unix_time": float, "changes": list}
+    if not isinstance(record, dict) or expected != {
+      name: type(x) for name, x in record.items()
+    }:
+      raise ValueError(f"{line[:80]}: expected step, unix_time and changes")
+    return cls(**record | {"changes": tuple(map(str, record["changes"]))})
 
 
 @contextlib.contextmanager
@@ -78,6 +113,8 @@ class RunFolder:
     metrics_file: metrics.jsonl in it, one record a line.
     checkpoints: the folder of the checkpoints.
     last_save_file: last_save.json in it, the step of the newest checkpoint.
+    history_file: history.jsonl in it, the changes of the config, one resume a
+      line.
   """
 
   def __init__(self, path: epath.PathLike):
@@ -86,24 +123,33 @@ class RunFolder:
     self.metrics_file = self.path / "metrics.jsonl"
     self.checkpoints = self.path / "checkpoints"
     self.last_save_file = self.path / "last_save.json"
+    self.history_file = self.path / "history.jsonl"
     self._locks = contextlib.ExitStack()
 
-  def open(self, config: RunConfig, *, allow_data_change: bool = False) -> None:
+  def open(
+    self,
+    config: RunConfig,
+    *,
+    allow_data_change: bool = False,
+    allow_optimizer_change: bool = False,
+  ) -> None:
     """Make the folder for a new run, or check that it is this run's.
 
-    The mesh may differ from the stored one, and so may the paths of data that a
-    checkpoint knows. `update` stores the new config.
+    What `stored_config.is_about_work` names may differ from the stored config,
+    and so may the paths of data that a checkpoint knows. `update` stores the
+    new config.
 
     Args:
       config: the run, with absolute paths.
       allow_data_change: whether data, batch and seed may differ too.
+      allow_optimizer_change: whether steps and optimiser may differ too.
 
     Raises:
       RunFolderError: the folder holds another run, or other files.
       ConfigError: the config cannot be stored.
     """
     if self.config_file.exists():
-      self._check_same_run(config, allow_data_change)
+      self._check_same_run(config, allow_data_change, allow_optimizer_change)
       self.check_checkpoints()
       return
     if self.path.exists() and not self.path.is_dir():
@@ -126,7 +172,7 @@ class RunFolder:
     try:
       atomic.create_text(Path(self.config_file), text)
     except FileExistsError:  # another process was faster
-      self._check_same_run(config, allow_data_change)
+      self._check_same_run(config, allow_data_change, allow_optimizer_change)
 
   def _has_other_files(self) -> bool:
     """Whether the folder holds more than what `open` itself begins with."""
@@ -135,22 +181,36 @@ class RunFolder:
     )
     return any(not x.name.startswith(ours) for x in self.path.iterdir())
 
-  def _check_same_run(self, config: RunConfig, allow_data_change: bool) -> None:
+  def _check_same_run(
+    self, config: RunConfig, allow_data: bool, allow_optimizer: bool
+  ) -> None:
     # A checkpoint knows what moved data must hold.
     may_move = self._has_checkpoints()
     stored = self.read_config().with_absolute_paths()
     changed = [
       change
       for change in stored_config.differences(stored, config)
-      if not stored_config.is_about_mesh(change)
+      if not stored_config.is_about_work(change)
       and not (may_move and stored_config.is_about_paths(change))
     ]
-    data_only = all(stored_config.is_about_data(x) for x in changed)
-    if not changed or (data_only and allow_data_change):
+    data = [x for x in changed if stored_config.is_about_data(x)]
+    optimizer = [x for x in changed if stored_config.is_about_optimizer(x)]
+    refused = [
+      x
+      for x in changed
+      if not (allow_data and x in data)
+      and not (allow_optimizer and x in optimizer)
+    ]
+    if not refused:
       return
-    hint = "; --allow-data-change uses the new data" if data_only else ""
+    hint = ""
+    if all(x in data or x in optimizer for x in refused):
+      if any(x in data for x in refused):
+        hint += "; --allow-data-change uses the new data"
+      if any(x in optimizer for x in refused):
+        hint += "; --allow-optimizer-change trains on with the new values"
     raise RunFolderError(
-      f"{self.path} holds a run of another config: {'; '.join(changed)}; "
+      f"{self.path} holds a run of another config: {'; '.join(refused)}; "
       f"choose another --run-dir{hint}"
     )
 
@@ -280,6 +340,39 @@ class RunFolder:
     except (stored_config.ConfigError, UnicodeDecodeError) as error:
       raise RunFolderError(f"{self.config_file}: {error}") from error
 
+  def read_history(self) -> list[Change]:
+    """Return how the config was changed by resumes, oldest first.
+
+    Raises:
+      RunFolderError: history.jsonl cannot be read.
+    """
+    if not self.history_file.exists():
+      return []
+    try:
+      lines = self.history_file.read_text().splitlines()
+      return [Change.from_json(line) for line in lines]
+    except (ValueError, RecursionError) as error:
+      raise RunFolderError(f"{self.history_file}: {error}") from error
+
+  def note_changes(self, step: int, changes: Sequence[str]) -> None:
+    """Write to the history what a resume changes.
+
+    Earlier changes at this step or later are dropped, because the steps that
+    they were for are done again.
+
+    Args:
+      step: the step that it resumes at.
+      changes: how the config differs from that of the checkpoint; see
+        `stored_config.differences`.
+    """
+    before = self.read_history()
+    now = [x for x in before if x.step < step]
+    if changes:
+      now.append(Change(step, time.time(), tuple(changes)))
+    if now != before:
+      lines = "".join(x.to_json() + "\n" for x in now)
+      self.write(self.history_file.name, lines)
+
   def write(self, name: str, text: str) -> None:
     """Write a text file of the folder, whole or not at all."""
     atomic.write_text(self.path / name, text)
@@ -392,4 +485,4 @@ def _metrics_record(line: bytes) -> dict[str, Any]:
   for name, value in values.items():
     if type(value) not in (int, float):
       raise ValueError(f"{name}={value!r}: expected a number")
-  return record
+  return {_RENAMED.get(name, name): value for name, value in record.items()}
