@@ -40,3 +40,12 @@ params = lm.init(jax.random.key(2), tokens_BT)["params"]
 logits_BTV = jax.jit(lm.apply)({"params": params}, tokens_BT)
 print("language model:", logits_BTV.shape)
 assert logits_BTV.shape == (2, 16, 64)
+
+# Decode: read the row, then one more token from the state.
+state = lm.apply({"params": params}, 2, method="init_state")
+logits_BV, state = lm.apply(
+  {"params": params}, tokens_BT, state, method="prefill"
+)
+next_B = logits_BV.argmax(axis=-1)
+logits_BV, state = lm.apply({"params": params}, next_B, state, method="step")
+print("next token:", logits_BV.shape)

@@ -4,6 +4,9 @@
     params = lm.init(jax.random.key(0), tokens)["params"]
     logits = lm.apply({"params": params}, tokens)
 
+They decode by `apply(…, method="init_state")`, `"prefill"` and `"step"`, whose
+arguments are those of the NNX modules.
+
 A trained model is loaded as `lm, params = rebased_jax.linen.load(folder)`. The
 parameters are those of the NNX modules, `nnx.to_pure_dict` of their state,
 so that either kind of module can use what the other has trained.
@@ -13,18 +16,187 @@ import os
 from typing import Any
 
 from flax import linen, nnx
+from jax import Array
 
-from rebased_jax import model_files
+from pallas_kernels import ShardAxes
+from rebased_jax import model, model_files
 from rebased_jax.config_checks import DType, Precision
-from rebased_jax.mixers.base import Mixer, MixerConfig, Site
-from rebased_jax.model import LM
+from rebased_jax.decoding import LMState
+from rebased_jax.mixers.base import MixerConfig, MixerState, Site
 from rebased_jax.model_config import ModelConfig
 from rebased_jax.parameter_axes import name_parameter_axes
 
 
+class _FromNNX(linen.Module):
+  """Abstract: a Linen module whose calls are those of an NNX module.
+
+  The NNX module is made for each call, of shapes alone, and gets the parameters
+  of the Linen module.
+  """
+
+  def _make(self, rngs: nnx.Rngs) -> nnx.Module:
+    """Return the NNX module with fresh parameters."""
+    raise NotImplementedError
+
+  def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+    """Return what a method of the NNX module returns."""
+    if self.is_initializing() and "params" not in self.variables:
+      self._draw_parameters()
+    graph, state = nnx.split(nnx.eval_shape(lambda: self._make(nnx.Rngs(0))))
+    params = linen.unbox(self.variables.get("params", {}))
+    self._check_parameters(params, nnx.to_pure_dict(state))
+    nnx.replace_by_pure_dict(state, params)
+    return getattr(nnx.merge(graph, state), method)(*arguments, **options)
+
+  def _draw_parameters(self) -> None:
+    made = self._make(nnx.Rngs(params=self.make_rng("params")))
+    boxed = self.partitioned  # pyrefly: ignore[missing-attribute] a subclass's
+    if boxed:
+      made = name_parameter_axes(made)
+    state = nnx.state(made, nnx.Param)
+    params = nnx.map_state(
+      lambda path, x: _boxed(x) if boxed else x.get_value(), state
+    )
+    for name, value in nnx.to_pure_dict(params).items():
+      self.put_variable("params", name, value)
+
+  def _check_parameters(self, found: Any, expected: Any) -> None:
+    """Check the names and shapes of parameters.
+
+    Raises:
+      ValueError: a parameter is missing, is not expected, or has another shape.
+    """
+    here, wanted = model_files.by_name(found), model_files.by_name(expected)
+    for name in [*wanted, *here]:
+      if name not in here:
+        problem = "is missing"
+      elif name not in wanted:
+        problem = "is not expected"
+      elif here[name].shape != wanted[name].shape:
+        problem = f"has shape {here[name].shape}, not {wanted[name].shape}"
+      else:
+        continue
+      raise ValueError(
+        f"{type(self).__name__}: parameter {name} {problem}: expected those of "
+        "this module's init, or of an NNX module with the same config"
+      )
+
+
+class LM(_FromNNX):
+  """The language model; its methods are those of `rebased_jax.LM`."""
+
+  #: The model's config.
+  config: ModelConfig
+  #: Whether `init` boxes each parameter with the names of its axes.
+  partitioned: bool = False
+
+  def _make(self, rngs: nnx.Rngs) -> model.LM:
+    return model.LM(self.config, rngs=rngs)
+
+  def __call__(
+    self,
+    tokens: Array,
+    *,
+    segment_ids: Array | None = None,
+    positions_to_predict: Array | None = None,
+    axes: ShardAxes | None = None,
+    dropout_key: Array | None = None,
+  ) -> Array:
+    """Return logits (B, T, V), as a call of `rebased_jax.LM` does."""
+    return self._call(
+      "__call__",
+      tokens,
+      segment_ids=segment_ids,
+      positions_to_predict=positions_to_predict,
+      axes=axes,
+      dropout_key=dropout_key,
+    )
+
+  def init_state(self, batch: int) -> LMState:
+    """Return the state of `batch` rows before their first token."""
+    return self._call("init_state", batch)
+
+  def prefill(
+    self,
+    tokens: Array,
+    state: LMState,
+    *,
+    segment_ids: Array | None = None,
+    axes: ShardAxes | None = None,
+    all_positions: bool = False,
+  ) -> tuple[Array, LMState]:
+    """Return the logits after T more tokens, and the state there."""
+    return self._call(
+      "prefill",
+      tokens,
+      state,
+      segment_ids=segment_ids,
+      axes=axes,
+      all_positions=all_positions,
+    )
+
+  def step(self, tokens: Array, state: LMState) -> tuple[Array, LMState]:
+    """Return the logits (B, V) after one more token a row, and the state."""
+    return self._call("step", tokens, state)
+
+
+class Mixer(_FromNNX):
+  """A mixer; its methods are those of `rebased_jax.Mixer`."""
+
+  #: The mixer's config.
+  config: MixerConfig
+  #: The width, the dtypes and the other options that the mixer is made with.
+  site: Site
+  #: Whether `init` boxes each parameter with the names of its axes.
+  partitioned: bool = False
+
+  def _make(self, rngs: nnx.Rngs) -> nnx.Module:
+    return self.config.make(self.site, rngs=rngs)
+
+  def __call__(
+    self,
+    x_BTD: Array,
+    *,
+    segment_ids: Array | None = None,
+    axes: ShardAxes | None = None,
+    query_positions: Array | None = None,
+    dropout_key: Array | None = None,
+  ) -> Array:
+    """Return y (B, T, D), as a call of `rebased_jax.Mixer` does."""
+    return self._call(
+      "__call__",
+      x_BTD,
+      segment_ids=segment_ids,
+      axes=axes,
+      query_positions=query_positions,
+      dropout_key=dropout_key,
+    )
+
+  def init_state(self, batch: int) -> MixerState:
+    """Return the state of `batch` rows before a document's first token."""
+    return self._call("init_state", batch)
+
+  def prefill(
+    self,
+    x_BTD: Array,
+    state: MixerState,
+    *,
+    segment_ids: Array | None = None,
+    axes: ShardAxes | None = None,
+  ) -> tuple[Array, MixerState]:
+    """Return y (B, T, D) of T more tokens, and the state after them."""
+    return self._call(
+      "prefill", x_BTD, state, segment_ids=segment_ids, axes=axes
+    )
+
+  def step(self, x_BD: Array, state: MixerState) -> tuple[Array, MixerState]:
+    """Return y (B, D) of one more token a row, and the state after it."""
+    return self._call("step", x_BD, state)
+
+
 def lm(
   config: ModelConfig, *, partitioned: bool = False, name: str | None = None
-) -> linen.Module:
+) -> LM:
   """Return the language model as a Linen module.
 
   Args:
@@ -33,9 +205,9 @@ def lm(
       `linen.LogicallyPartitioned` with the names of its axes, which
       `linen.get_partition_spec` reads. `rebased_jax.name_parameter_axes` has
       the names.
-    name: name of the module in its parent. None: Linen chooses one.
+    name: name of the module in its parent. None: Linen chooses one, as `LM_0`.
   """
-  return _to_linen(LM, config, partitioned=partitioned, name=name)
+  return LM(config, partitioned=partitioned, name=name)
 
 
 def load(
@@ -43,15 +215,15 @@ def load(
   step: int | None = None,
   *,
   sharding: model_files.Shardings | None = None,
-) -> tuple[linen.Module, dict[str, Any]]:
+) -> tuple[LM, dict[str, Any]]:
   """Return the model of a folder as a Linen module, and its parameters.
 
   `module.apply({"params": params}, tokens)` gives its logits. Arguments and
   errors are those of `rebased_jax.load`.
   """
-  model = model_files.load(folder, step, sharding=sharding)
-  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-  return lm(model.config), params
+  loaded = model_files.load(folder, step, sharding=sharding)
+  params = nnx.to_pure_dict(nnx.state(loaded, nnx.Param))
+  return lm(loaded.config), params
 
 
 def mixer(
@@ -64,7 +236,7 @@ def mixer(
   kernel_init: nnx.Initializer | None = None,
   partitioned: bool = False,
   name: str | None = None,
-) -> linen.Module:
+) -> Mixer:
   """Return a mixer as a Linen module, to use inside your own modules.
 
   Args:
@@ -77,7 +249,8 @@ def mixer(
     kernel_init: draws the initial kernels of all linear layers. None: the
       distributions of the config.
     partitioned: as in `lm`.
-    name: name of the module in its parent. None: Linen chooses one.
+    name: name of the module in its parent. None: Linen chooses one, as
+      `Mixer_0`.
   """
   site = Site(
     width,
@@ -86,24 +259,7 @@ def mixer(
     param_dtype=param_dtype,
     kernel_init=kernel_init,
   )
-  return _to_linen(_make, config, site, partitioned=partitioned, name=name)
-
-
-def _make(config: MixerConfig, site: Site, *, rngs: nnx.Rngs) -> Mixer:
-  return config.make(site, rngs=rngs)
-
-
-def _to_linen(make, *arguments, partitioned: bool, name: str | None):
-  """Return the module that `make` makes as a Linen module."""
-  if not partitioned:
-    return nnx.bridge.to_linen(make, *arguments, name=name)
-  return nnx.bridge.to_linen(
-    _make_named, make, *arguments, metadata_fn=_boxed, name=name
-  )
-
-
-def _make_named(make, *arguments, rngs: nnx.Rngs) -> nnx.Module:
-  return name_parameter_axes(make(*arguments, rngs=rngs))
+  return Mixer(config, site, partitioned=partitioned, name=name)
 
 
 def _boxed(variable: nnx.Variable) -> Any:

@@ -63,6 +63,17 @@ def test_the_language_model_equals_the_nnx_one() -> None:
   assert_close(logits_BTV, model(state))
   assert (apply(fresh, tokens=TOKENS_BT) != logits_BTV).any()
 
+  run = lambda *args, method: bridged.apply(
+    {"params": params}, *args, method=method
+  )
+  first_BV, past = run(
+    TOKENS_BT[:, :-1], run(B, method="init_state"), method="prefill"
+  )
+  assert_close(first_BV, logits_BTV[:, -2])
+  last_BV, past = run(TOKENS_BT[:, -1], past, method="step")
+  assert_close(last_BV, logits_BTV[:, -1])
+  np.testing.assert_array_equal(past.position_B, T)
+
   key = jax.random.key(4)
   dropped_BTV = apply(params, tokens=TOKENS_BT, dropout_key=key)
   wanted_BTV = model(state, dropout_key=key)
@@ -121,6 +132,55 @@ def test_a_mixer_inside_another_linen_module(name) -> None:
   for path, grad in jax.tree_util.tree_leaves_with_path(grads):
     grad = np.asarray(grad)
     assert np.isfinite(grad).all() and (grad != 0).any(), path
+
+
+class Twice(linen.Module):
+  """Two mixers, which decode: a call reads a row, and `step` one token."""
+
+  def setup(self):
+    make = functools.partial(rebased_jax.linen.mixer, BaseConvConfig(), D)
+    self.mixers = [make(), make()]
+
+  def __call__(self, x_BTD):
+    states = []
+    for mixer in self.mixers:
+      x_BTD, state = mixer.prefill(x_BTD, mixer.init_state(B))
+      states.append(state)
+    return x_BTD, states
+
+  def step(self, x_BD, states):
+    for mixer, state in zip(self.mixers, states, strict=True):
+      x_BD, _ = mixer.step(x_BD, state)
+    return x_BD
+
+
+def test_mixers_of_a_linen_module_decode() -> None:
+  module = Twice()
+  variables = module.init(jax.random.key(0), X_BTD)
+  y_BTD, _ = module.apply(variables, X_BTD)
+  _, states = module.apply(variables, X_BTD[:, :-1])
+  y_BD = module.apply(variables, X_BTD[:, -1], states, method="step")
+  assert_close(y_BD, y_BTD[:, -1])
+
+
+def test_a_mixer_without_a_name_has_that_of_its_class() -> None:
+  class Mine(linen.Module):
+    @linen.compact
+    def __call__(self, x_BTD):
+      return rebased_jax.linen.mixer(BaseConvConfig(), D)(x_BTD)
+
+  variables = jax.eval_shape(Mine().init, jax.random.key(0), X_BTD)
+  assert set(variables["params"]) == {"Mixer_0"}
+  wrong = variables["params"]["Mixer_0"]
+  apply = rebased_jax.linen.mixer(BaseConvConfig(), D).apply
+  for params, problem in (
+    ({**wrong, "gate": {}}, "gate.bias is missing"),
+    ({**wrong, "extra": X_BTD}, "extra is not expected"),
+    ({**wrong, "bias": X_BTD}, r"bias has shape \(2, 6, 8\), not \(8,\)"),
+    ({}, "bias is missing"),
+  ):
+    with pytest.raises(ValueError, match=f"^Mixer: parameter {problem}: exp"):
+      apply({"params": params}, X_BTD)
 
 
 def test_a_mixer_takes_segment_ids_and_a_dtype() -> None:
