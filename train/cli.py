@@ -110,6 +110,12 @@ VERBS = {
     "train.commands.checkpoints",
     environment={"JAX_PLATFORMS": "cpu"},  # nothing is computed
   ),
+  "compare": Verb(
+    "RUN RUN …",
+    "show several runs: a table and a plot",
+    "train.commands.compare",
+    uses_jax=False,
+  ),
   "compile": Verb(
     "PRESET",
     "compile the step for TPUs not attached",
@@ -344,7 +350,7 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
   with contextlib.suppress(OSError):
     os.write(2, b"rebased: stopped\n")
   for child in multiprocessing.active_children():
-    child.terminate()
+    child.kill()  # a stopped one does not hear SIGTERM
   os._exit(128 + number)
 
 
@@ -390,7 +396,7 @@ def _exit_if_hung(error: Exception) -> None:
   sys.stdout.flush()
   sys.stderr.flush()
   for child in multiprocessing.active_children():
-    child.terminate()
+    child.kill()
   sys.modules["train.devices.processes"].leave(error.exit_code)
   os._exit(error.exit_code)
 

@@ -154,3 +154,16 @@ def test_help_and_wrong_options_do_not_wait_for_jax() -> None:
     env=os.environ | {"PYTHONPATH": str(ROOT)},
   )
   assert done.returncode == 0, done.stderr
+
+
+def test_a_killed_worker_of_the_data_is_named() -> None:
+  """As after the kernel's search for memory."""
+
+  class Source:
+    def __next__(self):
+      raise RuntimeError(
+        "Worker process was terminated unexpectedly with exit code -9. Search"
+      )
+
+  with pytest.raises(ChildProcessError, match="was ended by SIGKILL: expected"):
+    prefetch._next(Source())

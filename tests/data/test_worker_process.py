@@ -17,8 +17,10 @@ import pytest
 from rich.console import Console
 
 from train.data import worker_process
+from train.data.prefetch import iterate
 from train.data.prepare import worker_pool
 from train.data.prepare.shard import PrepareError
+from train.presets import make_presets
 
 _ROOT = Path(__file__).parents[2]
 
@@ -74,6 +76,7 @@ def test_no_worker_survives_a_killed_parent(tmp_path: Path, code: str) -> None:
   assert parent.stdout.readline() == "ready\n"
   workers = _descendants(parent.pid)
   assert workers
+  assert not any(map(_hears_ctrl_c, workers))  # which stops the parent
   parent.send_signal(signal.SIGKILL)
   parent.communicate()
   deadline = time.monotonic() + 20
@@ -85,12 +88,33 @@ def test_no_worker_survives_a_killed_parent(tmp_path: Path, code: str) -> None:
   assert not left
 
 
+def _hears_ctrl_c(pid: int) -> bool:
+  """Whether SIGINT is neither blocked nor ignored in a process."""
+  rows = Path(f"/proc/{pid}/status").read_text().splitlines()
+  masks = dict(row.split(":\t", 1) for row in rows if row.startswith("Sig"))
+  deaf = int(masks["SigBlk"], 16) | int(masks["SigIgn"], 16)
+  return not deaf >> (signal.SIGINT - 1) & 1
+
+
 def _runs(pid: int) -> bool:
   """Whether a process exists and is no zombie that waits to be reaped."""
   try:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][1] != "Z"
   except (FileNotFoundError, ProcessLookupError):
     return False
+
+
+@pytest.mark.slow
+def test_the_death_of_a_worker_is_named() -> None:
+  config = make_presets()["mqar"]
+  data = config.data.train_batches(config.batch, config.seed)
+  with iterate(data, start=0, stop=1000, workers=1) as batches:
+    next(batches)
+    for worker in multiprocessing.active_children():
+      worker.kill()
+    with pytest.raises(ChildProcessError, match="was ended by SIGKILL"):
+      for _ in batches:
+        pass
 
 
 def test_the_main_process_needs_no_parent() -> None:

@@ -6,6 +6,8 @@ their order, however many workers there are.
 
 from collections.abc import Callable, Iterator
 import math
+from multiprocessing import resource_tracker
+import re
 import signal
 import threading
 import time
@@ -75,8 +77,26 @@ def _next(source: Iterator[Batch]) -> Batch:
   before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
   try:
     return next(source)
+  except RuntimeError as error:
+    found = re.match(
+      r"Worker process was terminated .* code (-?\d+)", str(error)
+    )
+    if found is None:
+      raise
+    raise ChildProcessError(_dead_worker(int(found[1]))) from None
   finally:
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _dead_worker(code: int) -> str:
+  """Return what a user should know of a worker that ended with this code."""
+  end = f"ended with code {code}"
+  if code < 0:
+    end = f"was ended by {signal.Signals(-code).name}"
+  return (
+    f"a worker process of the data {end}: expected it to read until the run "
+    "ends; if memory was short, take fewer --data.workers"
+  )
 
 
 class BatchIterator(Iterator[Batch]):
@@ -114,6 +134,9 @@ class BatchIterator(Iterator[Batch]):
         pipes = grain.experimental.DatasetOptions(min_shm_size=1 << 62)
         data = grain.experimental.WithOptionsIterDataset(data, pipes)
         data = data.mp_prefetch(grain.MultiprocessingOptions(workers, 2))
+        # It starts with the first worker, and then unblocks SIGINT in the
+        # thread that starts it, so that the first worker would hear Ctrl-C.
+        resource_tracker.ensure_running()
       self._source = iter(data)
 
   def __next__(self) -> Batch:
