@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 import contextlib
 import difflib
+import math
 import os
 import sys
 from typing import Any
@@ -110,6 +111,15 @@ def rows(title: str, values: dict[str, object]) -> table.Table:
   for name, value in values.items():
     result.add_row(Text(name), Text(str(value)))
   return result
+
+
+def number(value: float) -> str:
+  """Return a number for a table: four digits, or all of a whole number."""
+  if isinstance(value, int) or not math.isfinite(value):
+    return f"{value:,}"
+  if abs(value) >= 10_000:
+    return f"{value:,.0f}"
+  return f"{value:.4g}"
 
 
 def near(name: str, known: Iterable[str]) -> str:

@@ -8,18 +8,22 @@ To add a metric, add one entry to METRICS. There are three kinds of entries:
 
 Training records hold all of them, evaluation the first and the last kind. A
 record of training has the mean over the steps since the record before.
+
+Functions that compute a metric import jax themselves. Tables and plots of
+records need only the names, and should not wait for jax.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
+import typing
 from typing import Any, NamedTuple
 
-import jax
-from jax import Array
-import jax.numpy as jnp
-import numpy as np
-import optax
+if typing.TYPE_CHECKING:
+  from jax import Array
+  import numpy as np
 
 
 class Targets(NamedTuple):
@@ -82,6 +86,9 @@ class DerivedMetric:
   text_only: bool = False
   #: In the table at the end of a run. None leaves it out.
   label: str | None = None
+  #: Whether pictures of text show it, on a logarithmic axis, instead of its
+  #: source.
+  replaces_source: bool = False
 
 
 Metric = TargetMetric | UpdateMetric | DerivedMetric
@@ -109,6 +116,9 @@ def affine_statistics(update: Update) -> dict[str, Array]:
   The paper's Figure 10 shows them. Keys are the parameter's path under
   `pairs`, a colon, and `mean` or `std`.
   """
+  import jax
+  import jax.numpy as jnp
+
   found = {}
   pairs = update.params.get("pairs", {})
   for path, x_NE in jax.tree_util.tree_leaves_with_path(pairs):
@@ -117,6 +127,13 @@ def affine_statistics(update: Update) -> dict[str, Array]:
       found[f"{name}:mean"] = x_NE.mean(axis=1)
       found[f"{name}:std"] = jnp.std(x_NE, axis=1)
   return found
+
+
+def _norm(tree: Any) -> Array:
+  """Return the root of the sum of squares of all arrays of a tree."""
+  import optax
+
+  return optax.tree.norm(tree)
 
 
 METRICS: tuple[Metric, ...] = (
@@ -133,12 +150,17 @@ METRICS: tuple[Metric, ...] = (
   TargetMetric(
     "ar_share", recalled, needs_recall=True, label="AR share of targets"
   ),
-  UpdateMetric("grad_norm", lambda u: optax.tree.norm(u.grads)),
-  UpdateMetric("update_norm", lambda u: optax.tree.norm(u.updates)),
-  UpdateMetric("param_norm", lambda u: optax.tree.norm(u.params)),
+  UpdateMetric("grad_norm", lambda u: _norm(u.grads)),
+  UpdateMetric("update_norm", lambda u: _norm(u.updates)),
+  UpdateMetric("param_norm", lambda u: _norm(u.params)),
   UpdateMetric("affine", affine_statistics),
   DerivedMetric(
-    "perplexity", "loss", perplexity, text_only=True, label="perplexity"
+    "perplexity",
+    "loss",
+    perplexity,
+    text_only=True,
+    label="perplexity",
+    replaces_source=True,
   ),
   DerivedMetric(
     "ar_perplexity",
@@ -235,6 +257,8 @@ def target_means(sums: Mapping[str, Any]) -> dict[str, Any]:
     The mean of each metric. A metric over some of the targets, of which there
     are none, is left out if the sums are floats and 0 if they are arrays.
   """
+  import jax.numpy as jnp
+
   means = {}
   for metric in METRICS:
     if not isinstance(metric, TargetMetric) or metric.name not in sums:
@@ -269,6 +293,8 @@ def update_metrics(update: Update) -> dict[str, Array]:
 
 
 def _check_shape(what: str, value: Any, expected: tuple[int, ...]) -> None:
+  import jax.numpy as jnp
+
   shape = jnp.shape(value)
   if shape != expected:
     raise ValueError(
@@ -334,13 +360,44 @@ def of_average(name: str) -> str:
   return f"ema_{name}"
 
 
-def plotted() -> list[TargetMetric]:
-  """Return the metrics that learning.png shows, one panel each."""
-  return [
-    metric
+@dataclasses.dataclass(frozen=True)
+class Panel:
+  """One panel of a picture of learning curves."""
+
+  #: The metric, as in records.
+  name: str
+  #: Of the y axis.
+  label: str
+  #: Limits of the y axis; None where the curves decide.
+  limits: tuple[float | None, float | None]
+  #: Whether the y axis is logarithmic.
+  log: bool = False
+
+
+def panels(*, text: bool) -> list[Panel]:
+  """Return what pictures of learning curves show, one panel each.
+
+  Args:
+    text: whether the data is text. A picture then has the perplexity on a
+      logarithmic axis, instead of the loss.
+  """
+  replaced = {
+    metric.source: metric
     for metric in METRICS
-    if isinstance(metric, TargetMetric) and metric.plot is not None
-  ]
+    if isinstance(metric, DerivedMetric) and metric.replaces_source and text
+  }
+  found = []
+  for metric in METRICS:
+    if not isinstance(metric, TargetMetric) or metric.plot is None:
+      continue
+    other = replaced.get(metric.name)
+    if other is None:
+      label = metric.label or metric.name
+      found.append(Panel(metric.name, label, metric.plot))
+    else:
+      label = other.label or other.name
+      found.append(Panel(other.name, label, (None, None), log=True))
+  return found
 
 
 def are_finite(values: Mapping[str, float]) -> bool:

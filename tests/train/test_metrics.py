@@ -16,8 +16,10 @@ from train_cases import tiny, trainer as trainer
 
 import train
 from train import metrics
+from train.loop import Outcome
 from train.metrics import DerivedMetric, TargetMetric, UpdateMetric
-from train.records import metrics_writer
+from train.presets import describe_model, make_presets
+from train.records import metrics_writer, report
 from train.records.run_folder import RunFolder
 
 
@@ -61,7 +63,7 @@ def test_one_entry_adds_a_metric_everywhere(
   assert "held-out mean probability" in text.getvalue()
   assert "held-out bits" in text.getvalue()
   height, width, _ = image.imread(tmp_path / "run" / "learning.png").shape
-  assert (width, height) == (1800, 480)  # three panels of 4 by 3.2 inches
+  assert (width, height) == (1800, 570)  # three panels of 4 by 3.8 inches
 
 
 def _targets(seed: int = 0) -> tuple[np.ndarray, metrics.Targets]:
@@ -216,3 +218,35 @@ def test_names_are_unique() -> None:
   names = [metric.name for metric in metrics.METRICS]
   assert len(set(names)) == len(names)
   assert {x in names for x in metrics.HEADLINES} == {True}
+
+
+def test_pictures_of_text_show_the_perplexity() -> None:
+  names = [(x.name, x.label, x.log) for x in metrics.panels(text=True)]
+  assert names == [
+    ("perplexity", "perplexity", True),
+    ("accuracy", "accuracy", False),
+  ]
+  assert [x.name for x in metrics.panels(text=False)] == ["loss", "accuracy"]
+
+
+@pytest.mark.parametrize(
+  "goal, accuracy, expected",
+  [
+    (0.9, 0.93, "goal reached: held-out accuracy 0.9300, goal above 0.9"),
+    (0.99, 0.93, "goal not reached: held-out accuracy 0.9300, goal above 0.99"),
+    (None, 0.93, None),
+    (0.99, None, None),  # stopped before the first evaluation
+  ],
+)
+def test_a_run_says_whether_it_reached_its_goal(
+  goal: float | None, accuracy: float | None, expected: str | None
+) -> None:
+  held_out = {} if accuracy is None else {"accuracy": accuracy}
+  outcome = Outcome(6, "finished", 0, held_out, 1.0, None)
+  assert report._promise(tiny(stop_accuracy=goal), outcome) == expected
+
+
+def test_titles_name_the_preset_or_the_mixers() -> None:
+  of_preset = make_presets()["mqar-mamba"]
+  assert describe_model(of_preset) == "the model of mqar-mamba"
+  assert describe_model(tiny()) == "BaseConv + ReBased, 2 layers of width 16"

@@ -55,7 +55,9 @@ def test_the_files_of_a_run_are_in_the_bucket(bucket: Path) -> None:
   folder.cut_metrics(1)
   folder.note_save(1)
   assert [x["step"] for x in folder.read_metrics()] == [1]
-  plots.learning(folder.read_metrics(), config, folder.path / "learning.png")
+  plots.learning(
+    folder.read_metrics(), config, folder.path / "learning.png", "title"
+  )
   assert {x.name for x in (bucket / "mine" / "run").iterdir()} == {
     *("config.json", "metrics.jsonl", "last_save.json", "learning.png")
   }

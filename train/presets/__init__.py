@@ -13,7 +13,7 @@ if typing.TYPE_CHECKING:
 
 def make_presets() -> dict[str, RunConfig]:
   """Return every preset by name."""
-  from train.presets import mqar, text  # they import jax
+  from train.presets import mqar, text
 
   return {**mqar.make_presets(), **text.make_presets()}
 
@@ -31,7 +31,24 @@ def with_system(name: str, system: str) -> RunConfig:
   Raises:
     ValueError: the system does not fit the preset.
   """
-  from train.presets import mqar, text  # they import jax
+  from train.presets import mqar, text
 
   family = mqar if name in mqar.make_presets() else text
   return family.with_system(name, system)
+
+
+def describe_model(config: RunConfig) -> str:
+  """Return a few words for the model of a run, for titles.
+
+  It is the name of the preset that has this model, or else the mixers.
+
+  Args:
+    config: the run.
+  """
+  for name, preset in make_presets().items():
+    if preset.model == config.model:
+      return f"the model of {name}"
+  model = config.model
+  names = (type(x).__name__ for x in (model.first, model.second))
+  mixers = dict.fromkeys(x.removesuffix("Config") for x in names)
+  return f"{' + '.join(mixers)}, {model.layers} layers of width {model.width}"

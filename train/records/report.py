@@ -6,7 +6,15 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from rebased_jax import LM, parameter_count
-from train import compiled_steps, evaluate, initial_state, metrics, same_run
+from rebased_jax.which_weights import Weights
+from train import (
+  compiled_steps,
+  evaluate,
+  initial_state,
+  metrics,
+  presets,
+  same_run,
+)
 from train.checkpoint.checkpoints import read_meta, restore_params
 from train.config import MQARData, RunConfig
 from train.console import rows, say
@@ -15,6 +23,7 @@ from train.devices import mesh as mesh_lib, processes
 from train.loop import Outcome
 from train.records import plots
 from train.records.run_folder import RunFolder
+from train.trained_model import part_of_state
 from train.watchdog import Watchdog
 
 
@@ -39,7 +48,8 @@ def finish(
   graph, _ = nnx.split(compiled_steps.abstract_model(config))
   model = nnx.merge(graph, params)
   records = folder.read_metrics()
-  plots.learning(records, config, folder.path / "learning.png")
+  title = f"{_name(folder)}: {presets.describe_model(config)}"
+  plots.learning(records, config, folder.path / "learning.png", title)
   pictures = ["learning.png"]
   if draw_attention(config, model, folder):
     pictures.append("attention.png")
@@ -55,6 +65,23 @@ def finish(
     "pictures": ", ".join(pictures),
   }
   console.print(rows("done", values))
+  promise = _promise(config, outcome)
+  if promise is not None:
+    say(console, promise)
+
+
+def _name(folder: RunFolder) -> str:
+  """Return the name of a run's folder, also where the path is `.`."""
+  return folder.path.name or folder.path.resolve().name
+
+
+def _promise(config: RunConfig, outcome: Outcome) -> str | None:
+  """Return whether a run reached its accuracy; None if it has no such goal."""
+  goal, found = config.stop_accuracy, outcome.held_out.get("accuracy")
+  if goal is None or found is None:
+    return None
+  words = "reached" if found > goal else "not reached"
+  return f"goal {words}: held-out accuracy {found:.4f}, goal above {goal:g}"
 
 
 def _table_rows(
@@ -78,7 +105,12 @@ def draw_attention(config: RunConfig, model: LM, folder: RunFolder) -> bool:
     return False
   batch = config.data.eval_batches(1, config.seed).read(0)
   A_TT = model.attention_matrix(batch["tokens"])[0].mean(axis=0)
-  plots.attention(jax.device_get(A_TT), batch, folder.path / "attention.png")
+  title = (
+    f"{_name(folder)}: {presets.describe_model(config)}\n"
+    f"layer {config.model.layers - 1}, mean over heads; held-out row 0"
+  )
+  path = folder.path / "attention.png"
+  plots.attention(jax.device_get(A_TT), batch, path, title)
   return True
 
 
@@ -88,6 +120,7 @@ def evaluate_run(
   step: int | None,
   console: Console,
   *,
+  weights: Weights = "trained",
   test: bool = False,
   allow_data_change: bool = False,
   watch: Watchdog | None = None,
@@ -99,22 +132,26 @@ def evaluate_run(
     folder: its folder.
     step: the checkpoint's step. None takes the newest readable checkpoint.
     console: where the table goes.
+    weights: "trained", or "ema" for the average of a run that keeps one.
     test: evaluate on the test split instead of the held-out rows.
     allow_data_change: evaluate although the data has changed.
     watch: is told of every batch. None: nothing is.
 
   Raises:
-    ValueError: the data has no test split, or tokens that the model lacks.
+    ValueError: the data has no test split, or tokens that the model lacks, or
+      the run keeps no average.
     RunFolderError: the data has changed, which is not allowed, or the run's
       checkpoints are gone.
     CheckpointError: there is no such checkpoint.
     PeerLost: another process of the evaluation has ended.
   """
+  part = part_of_state(config, weights)
   folder.check_checkpoints()
   same_run.check(
     config,
     folder,
     step=step,
+    weights=weights,
     test=test,
     allow_data_change=allow_data_change,
   )
@@ -124,7 +161,11 @@ def evaluate_run(
     target = built.abstract.params
     run_id = folder.run_id()
     step, params = restore_params(
-      folder.checkpoints, compiled_steps.to_dicts(target), step, run=run_id
+      folder.checkpoints,
+      compiled_steps.to_dicts(target),
+      step,
+      run=run_id,
+      part=part,
     )
     params = compiled_steps.from_dicts(params, target)
     _, meta = read_meta(folder.checkpoints, step, run=run_id)
@@ -149,6 +190,7 @@ def evaluate_run(
     )
   values = {
     "step": f"{step:,}",
+    "weights": weights,
     **_table_rows(config, found, "test" if test else "held-out"),
     "targets": f"{found['tokens']:,.0f}",
   }
