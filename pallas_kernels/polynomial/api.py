@@ -10,6 +10,10 @@ from pallas_kernels import devices, documents as documents_lib, numerics
 from pallas_kernels.arguments import flag
 from pallas_kernels.compile_once import compile_once
 from pallas_kernels.explicit_mesh import on_any_mesh
+from pallas_kernels.implementations import (
+  is_split,
+  outside_checked_shard_map,
+)
 from pallas_kernels.plain_derivatives import are_plain
 from pallas_kernels.polynomial import (
   checks,
@@ -467,8 +471,8 @@ def _choose(
   states = states or (axes is not None and axes.time is not None)
   try:
     devices.check_named(name)
-    checks.is_split(name, axes)
-    checks.outside_checked_shard_map(name, q)
+    is_split(name, axes)
+    outside_checked_shard_map(name, q)
     _kernels(name).supports(q, v, kernel, states=states)
   except NotImplementedError as error:
     if implementation is not None:

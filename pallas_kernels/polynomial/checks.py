@@ -7,7 +7,6 @@ value, and what was expected.
 
 import jax
 from jax import Array
-from jax.sharding import AxisType
 
 from pallas_kernels.arguments import (
   as_array,
@@ -19,7 +18,6 @@ from pallas_kernels.arguments import (
 from pallas_kernels.polynomial.coefficients import Coefficients
 from pallas_kernels.polynomial.operator import Kernel
 from pallas_kernels.polynomial.state import State, zero_state
-from pallas_kernels.sharding import ShardAxes, axes_of, unsplit_axes
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -159,41 +157,3 @@ def query_positions(
   B, _, H, F = k.shape
   q = float_array("q", q, (B, "M", H, F), like=("k", k))
   return q, integer_array("positions", positions, q.shape[:2])
-
-
-def is_split(name: str, axes: ShardAxes | None) -> None:
-  """Check that a kernel does not run whole on every device of a mesh.
-
-  On GPUs XLA splits it, if all axes of the mesh are Auto.
-
-  Raises:
-    NotImplementedError: the ambient mesh has several devices, and nothing says
-      what they split.
-  """
-  names = () if axes is not None else unsplit_axes()
-  is_partly_manual = (
-    AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
-  )
-  if names and (name == "tpu" or is_partly_manual):
-    raise NotImplementedError(
-      f"implementation={name!r} under a mesh whose axes {names} are Auto would "
-      "run the whole batch on each device: pass axes=ShardAxes(...), or make "
-      "the mesh with Explicit axes, which are jax's default"
-    )
-
-
-def outside_checked_shard_map(implementation: str, q: Array) -> None:
-  """Check that no `jax.shard_map` around the call checks what arrays vary over.
-
-  jax does not know over which mesh axes a kernel's results vary, so that their
-  gradients would be wrong there.
-
-  Raises:
-    NotImplementedError: the call is inside such a `jax.shard_map`.
-  """
-  if varies := axes_of(q):
-    raise NotImplementedError(
-      f"implementation={implementation!r} inside a jax.shard_map over "
-      f"{sorted(varies)} that checks what arrays vary over: expected "
-      "check_vma=False there, or axes=ShardAxes(...) instead of the shard_map"
-    )

@@ -1,40 +1,30 @@
-"""The scan of Mamba (arXiv 2312.00752), in chunks, and its derivative.
+"""The scan of Mamba (arXiv 2312.00752) and its derivative.
 
     h_t = exp(Δ_t A) ∘ h_{t−1} + (Δ_t ∘ x_t) B_tᵀ,   y_t = h_t C_t
 
-A chunk's states come from an associative scan over pairs (decay, drive),
-
-    (a₁, b₁) then (a₂, b₂)  =  (a₂ ∘ a₁, a₂ ∘ b₁ + b₂)
-
-and one state a chunk is kept. The backward computes each chunk's states again,
-so that no array of all tokens' states is ever held. No term is divided and no
-exponent is positive, so that any Δ ≥ 0 is safe.
+`xla.py` computes it on every device, `gpu` by Hopper kernels. Both keep one
+state a chunk, and compute the others again in the backward.
 """
 
-from typing import Any
+import functools
 
 import jax
 from jax import Array
-import jax.export
 import jax.numpy as jnp
 
+from pallas_kernels import devices
 from pallas_kernels.arguments import (
   float_array,
   integer_array,
   positive_integer,
 )
+from pallas_kernels.by_platform import by_platform
 from pallas_kernels.compile_once import compile_once, compiled_backward
 from pallas_kernels.documents import document_runs
 from pallas_kernels.explicit_mesh import on_any_mesh
-from pallas_kernels.plain_derivatives import OwnDerivative
-from pallas_kernels.sharding import vary_alike
-
-# A chunk has C = TOKENS / B tokens, at least CHUNK and at most LONGEST. Longer
-# chunks take more levels of the associative scan. With few rows they save steps
-# that leave a device idle.
-CHUNK = 32
-LONGEST = 256
-TOKENS = 1024
+from pallas_kernels.implementations import Recurrence, check_kernels
+from pallas_kernels.selective_scan import xla
+from pallas_kernels.sharding import unsplit_axes, vary_alike
 
 
 @on_any_mesh("BTI", ("BTI", "BIN"))
@@ -48,6 +38,7 @@ def selective_scan(
   initial_state: Array | None = None,
   segment_ids: Array | None = None,
   chunk: int | None = None,
+  implementation: Recurrence | None = None,
 ) -> tuple[Array, Array]:
   """Scan h_t = exp(Δ_t A) ∘ h_{t−1} + (Δ_t ∘ x_t) B_tᵀ and read y_t = h_t C_t.
 
@@ -68,8 +59,12 @@ def selective_scan(
     segment_ids: integers (B, T). A document is a run of one id; its state
       starts from zeros. An Inf or NaN in one document stays in it. None: a row
       is one document.
-    chunk: the most tokens of a row that are scanned at once. None: 32 to 256,
+    chunk: the most tokens of a row that "xla" scans at once. None: 32 to 256,
       more for fewer rows.
+    implementation: what computes it. "xla": plain jax, on every device. "gpu":
+      kernels for Hopper GPUs, which hold states in float32; they take I
+      channels that are a multiple of 64, at most 32 states, and no float64.
+      None: "xla".
 
   Returns:
     (y, state): y (B, T, I), and h (B, I, N) after the last token, of the last
@@ -77,6 +72,8 @@ def selective_scan(
 
   Raises:
     ValueError: an argument does not fit; the message names it.
+    NotImplementedError: the kernels cannot do this call, or the program is
+      lowered for another platform than theirs. The message says why.
   """
   x = float_array("x", x, ("B", "T", "I"), nonempty=True)
   rows, T, I = x.shape
@@ -93,163 +90,95 @@ def selective_scan(
   )
   if segment_ids is not None:
     segment_ids = integer_array("segment_ids", segment_ids, (rows, T))
-  if chunk is None:
-    # `jax.export` may leave the number of rows open.
-    is_open = jax.export.is_symbolic_dim(rows)
-    chunk = CHUNK if is_open else min(max(TOKENS // rows, CHUNK), LONGEST)
-  chunk = positive_integer("chunk", chunk)
-  arrays = x, delta, A, B, C, initial_state, segment_ids
-  return compile_once(_scan_chunks, (chunk,), *arrays)
-
-
-def _scan_chunks(
-  chunk, x_BTI, delta_BTI, A_IN, B_BTN, C_BTN, h_BIN, segment_ids_BT
-):
-  T = x_BTI.shape[1]
-  count = -(-T // chunk)
-  # `jax.export` may leave the number of tokens open.
-  size = chunk if jax.export.is_symbolic_dim(T) else -(-T // count)
-
-  def chunks(x_BT):
-    """Return (chunks, C, B, …); the padding has Δ = 0: no state changes."""
-    x_TB = jnp.moveaxis(x_BT, 1, 0)
-    pad = [(0, count * size - T)] + [(0, 0)] * (x_TB.ndim - 1)
-    return jnp.pad(x_TB, pad).reshape(count, size, *x_TB.shape[1:])
-
-  starts_BT = None
-  if segment_ids_BT is not None:
-    # Whether a token starts a document, and so forgets the one before.
-    starts_BT = jnp.diff(document_runs(segment_ids_BT), axis=1, prepend=0) != 0
-  arrays = (x_BTI, delta_BTI, B_BTN, C_BTN, starts_BT)
-
-  A_IN, h_BIN, arrays = vary_alike(A_IN, h_BIN, arrays)
-  h_BIN, y = _over_chunks(A_IN, h_BIN, jax.tree.map(chunks, arrays))
-  y_TBI = y.reshape(count * size, *y.shape[2:])[:T]
-  return jnp.moveaxis(y_TBI, 0, 1), h_BIN
-
-
-@OwnDerivative
-def _over_chunks(A_IN: Array, h_BIN: Array, inputs: Any) -> tuple[Array, Array]:
-  """Return h after the last chunk, and y of all chunks.
-
-  Args:
-    A_IN: decays.
-    h_BIN: the state before the first chunk.
-    inputs: x, Δ, B, C and starts of each chunk; starts may be None.
-  """
-
-  def body(h_BIN, chunk):
-    return _one_chunk(A_IN, h_BIN, chunk)
-
-  return jax.lax.scan(body, h_BIN, inputs)
-
-
-def _over_chunks_forward(A_IN, h_BIN, inputs):
-  def body(h_BIN, chunk):
-    after_BIN, y_CBI = _one_chunk(A_IN, h_BIN, chunk)
-    return after_BIN, (y_CBI, h_BIN)
-
-  after_BIN, (y, before) = jax.lax.scan(body, h_BIN, inputs)
-  return (after_BIN, y), (A_IN, before, inputs)
-
-
-def _over_chunks_backward(kept, cotangents):
-  A_IN, before, (*floats, starts) = kept
-  dh_BIN, dy = cotangents
-
-  def body(carry, chunk):
-    dh_BIN, dA_IN = carry
-    h_BIN, floats, starts_CB, dy_CBI = chunk
-    run = lambda A_IN, h_BIN, floats: _one_chunk(
-      A_IN, h_BIN, (*floats, starts_CB)
+  if chunk is not None:
+    chunk = positive_integer("chunk", chunk)
+  arrays = vary_alike(x, delta, A, B, C, initial_state, _starts(segment_ids))
+  if not _is_kernel_named(implementation, x, A):
+    chunk = chunk or xla.chunk_tokens(rows)
+    return compile_once(xla.scan_chunks, (chunk,), *arrays)
+  if chunk is not None:
+    raise ValueError(
+      f"chunk={chunk} with implementation='gpu', whose chunks have one size: "
+      "expected chunk=None"
     )
-    more_IN, dh_BIN, grads = jax.vjp(run, A_IN, h_BIN, floats)[1](
-      (dh_BIN, dy_CBI)
-    )
-    return (dh_BIN, dA_IN + more_IN), grads
+  y, state = compile_once(_by_kernel, (bool(unsplit_axes()),), *arrays)
+  return y, state.astype(x.dtype)
 
-  zero_IN, _ = vary_alike(jnp.zeros_like(A_IN), A_IN)
-  (dh_BIN, dA_IN), grads = jax.lax.scan(
-    body, (dh_BIN, zero_IN), (before, floats, starts, dy), reverse=True
+
+def _starts(segment_ids_BT: Array | None) -> Array | None:
+  """Return whether each token starts a document; None without documents."""
+  if segment_ids_BT is None:
+    return None
+  return jnp.diff(document_runs(segment_ids_BT), axis=1, prepend=0) != 0
+
+
+def _is_kernel_named(
+  implementation: str | None, x_BTI: Array, A_IN: Array
+) -> bool:
+  """Whether the kernels were named; they can do the call then."""
+  if not check_kernels(implementation, x_BTI):
+    return False
+  reason = _passes().why_not(x_BTI, A_IN)
+  if reason is not None:
+    raise NotImplementedError(
+      f"implementation='gpu' does not do {reason}; 'xla' does"
+    )
+  return True
+
+
+def _passes():
+  # Not at the top of this file: Pallas takes long to import.
+  with devices.kernel_imports("gpu"):
+    from pallas_kernels.selective_scan.gpu import passes
+  return passes
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_kernel(
+  by_xla: bool,
+  x_BTI: Array,
+  delta_BTI: Array,
+  A_IN: Array,
+  B_BTN: Array,
+  C_BTN: Array,
+  h_BIN: Array,
+  starts_BT: Array | None,
+) -> tuple[Array, Array]:
+  arrays = x_BTI, delta_BTI, A_IN, B_BTN, C_BTN, h_BIN, starts_BT
+  return _forward(by_xla, *arrays)[0]
+
+
+_NAMES = ("x", "delta", "A", "B", "C", "h")
+
+
+def _named(arrays: tuple, starts_BT: Array | None) -> dict[str, Array]:
+  named = dict(zip(_NAMES, arrays, strict=True))
+  return named if starts_BT is None else named | dict(starts=starts_BT)
+
+
+def _forward(by_xla, *arrays):
+  *floats, starts_BT = arrays
+
+  def kernel(floats, starts_BT):
+    return _passes().forward(_named(floats, starts_BT), by_xla=by_xla)
+
+  hopper = devices.kernels_of("gpu")
+  y_BTI, last_BIN, before = by_platform(
+    hopper, kernel, None, floats, starts_BT, is_split=by_xla
   )
-  return dA_IN, dh_BIN, (*grads, None)
+  return (y_BTI, last_BIN), (floats, starts_BT, before)
 
 
-_over_chunks.defvjp(
-  _over_chunks_forward, compiled_backward(_over_chunks_backward)
-)
+def _backward(by_xla, kept, cotangents):
+  def kernel(kept, cotangents):
+    floats, starts_BT, before = kept
+    named = _named(floats, starts_BT)
+    return _passes().backward(named, before, *cotangents, by_xla=by_xla)
+
+  hopper = devices.kernels_of("gpu")
+  found = by_platform(hopper, kernel, None, kept, cotangents, is_split=by_xla)
+  floats = zip(_NAMES, kept[0], strict=True)
+  return *(found[name].astype(x.dtype) for name, x in floats), None
 
 
-def _one_chunk(A_IN, h_BIN, chunk):
-  """Return h after a chunk, from h before it, and y of the chunk."""
-  x_CBI, delta_CBI, B_CBN, C_CBN, starts_CB = chunk
-  decay_CBIN = jnp.exp(delta_CBI[..., None] * A_IN[None, None])
-  drive_CBIN = (delta_CBI * x_CBI)[..., None] * B_CBN[:, :, None]
-  h_CBIN = _states(decay_CBIN, drive_CBIN, h_BIN, starts_CB)
-  return h_CBIN[-1], (h_CBIN * C_CBN[:, :, None]).sum(axis=-1)
-
-
-def _states(decay_CBIN, drive_CBIN, h_BIN, starts_CB) -> Array:
-  """Return h after each token of a chunk, from the state before the chunk."""
-  if starts_CB is not None:
-    h_BIN = jnp.where(starts_CB[0, :, None, None], 0, h_BIN)
-  drive_CBIN = drive_CBIN.at[0].add(decay_CBIN[0] * h_BIN)
-  return _recurrence(decay_CBIN, drive_CBIN, starts_CB)
-
-
-@OwnDerivative
-def _recurrence(a_CBIN: Array, b_CBIN: Array, starts_CB: Array | None) -> Array:
-  """Return h_t = a_t ∘ h_{t−1} + b_t from h = 0.
-
-  A token that starts a document forgets h_{t−1}, also where it is NaN.
-  """
-  return _scan(a_CBIN, b_CBIN, starts_CB)
-
-
-def _forward(a_CBIN, b_CBIN, starts_CB):
-  h_CBIN = _scan(a_CBIN, b_CBIN, starts_CB)
-  return h_CBIN, (a_CBIN, h_CBIN, starts_CB)
-
-
-def _backward(kept, dh_CBIN):
-  """Return da and db: db_t = dh_t + a_{t+1} ∘ db_{t+1}, da_t = db_t ∘ h_{t−1}.
-
-  The first is the same recurrence from the right.
-  """
-  a_CBIN, h_CBIN, starts_CB = kept
-  later = lambda x: jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])
-  after_CBIN, stops_CB = later(a_CBIN), None
-  before_CBIN = jnp.concatenate([jnp.zeros_like(h_CBIN[:1]), h_CBIN[:-1]])
-  if starts_CB is not None:
-    stops_CB = later(starts_CB)
-    after_CBIN = jnp.where(stops_CB[..., None, None], 0, after_CBIN)
-    before_CBIN = jnp.where(starts_CB[..., None, None], 0, before_CBIN)
-  db_CBIN = _scan(after_CBIN, dh_CBIN, stops_CB, reverse=True)
-  return db_CBIN * before_CBIN, db_CBIN, None
-
-
-_recurrence.defvjp(_forward, _backward)
-
-
-def _scan(a_CBIN, b_CBIN, starts_CB, *, reverse: bool = False) -> Array:
-  """Return `_recurrence` by an associative scan; from the right if reverse."""
-  if starts_CB is None:
-
-    def join(old, new):
-      (a_old, b_old), (a_new, b_new) = old, new
-      return a_new * a_old, a_new * b_old + b_new
-
-    pairs = (a_CBIN, b_CBIN)
-    return jax.lax.associative_scan(join, pairs, reverse=reverse)[1]
-
-  def join_documents(old, new):
-    (a_old, b_old, starts_old), (a_new, b_new, starts_new) = old, new
-    keep = lambda x: jnp.where(starts_new, 0, x)
-    return (
-      a_new * keep(a_old),
-      a_new * keep(b_old) + b_new,
-      starts_old | starts_new,
-    )
-
-  triples = (a_CBIN, b_CBIN, starts_CB[..., None, None])
-  return jax.lax.associative_scan(join_documents, triples, reverse=reverse)[1]
+_by_kernel.defvjp(_forward, compiled_backward(_backward))

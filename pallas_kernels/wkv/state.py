@@ -78,3 +78,17 @@ def output(state: WKVState, k: Array, v: Array, u: Array) -> Output:
   total = past * state.denominator + own
   y = (past * state.numerator + own * v) / total
   return Output(y, p, past, own, total)
+
+
+def state_gradient(state: WKVState, cotangents: WKVState) -> WKVState:
+  """Return the gradient of a state's three arrays.
+
+  Args:
+    state: the state before a row.
+    cotangents: λ and μ before the row, over a common exponential.
+  """
+  scale = jnp.exp(state.maximum + cotangents.maximum)
+  numerator = scale * cotangents.numerator
+  denominator = -scale * cotangents.denominator
+  maximum = state.numerator * numerator + state.denominator * denominator
+  return WKVState(numerator, denominator, maximum)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import selective_scan
-from pallas_kernels.selective_scan.operator import CHUNK, LONGEST
+from pallas_kernels.selective_scan.xla import CHUNK, LONGEST
 
 B, I, N = 2, 3, 4
 

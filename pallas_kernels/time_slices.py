@@ -1,0 +1,38 @@
+"""Slices of time that different programs of a kernel walk at once.
+
+A recurrence has one program for each row and group of channels. Where these are
+too few for the device, time is cut into slices of whole chunks.
+"""
+
+from jax import Array
+import jax.numpy as jnp
+
+
+def cut_time(
+  chunks: int, walks: int, programs: int, least: int
+) -> tuple[int, int]:
+  """Return (slices, chunks of a slice); the last slice may have fewer.
+
+  Args:
+    chunks: of a row.
+    walks: programs that each slice has, one a row and group of channels.
+    programs: how many programs a launch should have.
+    least: the fewest chunks of a slice.
+  """
+  slices = max(1, min(programs // walks, chunks // least))
+  each = -(-chunks // slices)
+  return -(-chunks // each), each
+
+
+def slices_with_starts(starts_BT: Array, slices: int, tokens: int) -> Array:
+  """Return int32 (B, slices): 1 where a document starts in the slice, else 0.
+
+  Args:
+    starts_BT: whether each token starts a document; T ≤ slices · tokens.
+    slices: of a row.
+    tokens: of a slice.
+  """
+  B, T = starts_BT.shape
+  padded = jnp.pad(starts_BT, ((0, 0), (0, slices * tokens - T)))
+  is_in = (padded != 0).reshape(B, slices, tokens).any(axis=-1)
+  return is_in.astype(jnp.int32)

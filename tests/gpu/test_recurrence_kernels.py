@@ -1,0 +1,234 @@
+"""The Hopper kernels of Mamba's scan and of WKV, interpreted and lowered.
+
+The reference is XLA's form in float64, which other tests compare with the
+equations.
+"""
+
+import jax
+from jax import ShapeDtypeStruct
+import jax.numpy as jnp
+from jax.sharding import AxisType
+import numpy as np
+import pytest
+from recurrence_cases import (
+  SCAN,
+  WKV,
+  answer,
+  assert_near,
+  documents,
+  exact,
+  scan_inputs,
+  wkv_inputs,
+)
+
+from pallas_kernels import devices, empty_wkv_state, selective_scan, wkv
+
+if not devices.has_mosaic_gpu():
+  pytest.skip("the GPU kernels need jax ≥ 0.11", allow_module_level=True)
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+
+from pallas_kernels.selective_scan.gpu import (
+  backward as scan_backward,
+  forward as scan_forward,
+  passes as scan_passes,
+  walk as scan_walk,
+)
+from pallas_kernels.wkv.gpu import (
+  backward as wkv_backward,
+  forward as wkv_forward,
+  walk as wkv_walk,
+)
+
+# Sums of float32. 16-bit results round to 2⁻⁹ of a value at most.
+LIMITS = {"float32": 3e-6, "bfloat16": 2.5e-3}
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """Run the kernels on the CPU. The fixture's value sets how time is cut."""
+  monkeypatch.setitem(devices.KERNEL_PLATFORMS, "gpu", ("cpu",))
+
+  def cut(walk, slices: int, programs: int) -> None:
+    monkeypatch.setattr(walk, "PROGRAMS", slices * programs)
+    monkeypatch.setattr(walk, "SLICE_CHUNKS", 1)
+
+  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    yield cut
+
+
+def test_a_short_scan_equals_float64(interpreted, monkeypatch) -> None:
+  """Two chunks of few tokens: whole ones take long to interpret."""
+  for module in (scan_walk, scan_forward, scan_backward, scan_passes):
+    monkeypatch.setattr(module, "C", 4)
+  for module in (scan_forward, scan_backward):
+    monkeypatch.setattr(module, "SUB_CHUNK", 2)
+  inputs = scan_inputs(1, 7, 64, 3, "float32", 1e-3, 40)
+  ids = np.array([[0, 0, 1, 1, 1, 1, 2]])
+  found = answer(SCAN, inputs, ids, "gpu")
+  assert_near(found, exact(SCAN, inputs, ids), 3e-6)
+
+
+def test_a_short_wkv_equals_float64(interpreted, monkeypatch) -> None:
+  """Two chunks of few tokens, as above."""
+  for module in (wkv_walk, wkv_forward, wkv_backward):
+    monkeypatch.setattr(module, "C", 2)
+  monkeypatch.setattr(wkv_forward, "BLOCK", 2)
+  inputs = wkv_inputs(1, 4, 128, "float32", 3.0)
+  ids = np.array([[0, 0, 0, 1]])
+  found = answer(WKV, inputs, ids, "gpu")
+  assert_near(found, exact(WKV, inputs, ids), 3e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "T, I, N, dtype, low, high, chance, slices",
+  [
+    (1, 64, 16, "float32", 1e-3, 1, 0, 1),
+    (70, 128, 16, "float32", 1e-3, 0.1, 0, 1),
+    (70, 64, 16, "bfloat16", 1e-3, 1, 0, 1),
+    (97, 64, 5, "float32", 1e-3, 40, 0.05, 3),
+    # Documents that start at, before and after the boundary of slices.
+    (130, 64, 24, "bfloat16", 1e-6, 1e-5, 0.03, 2),
+    # The published initial values: a Δ of 0.69, and rates of up to −16.
+    (64, 64, 16, "float32", 0.6, 0.8, 0, 2),
+  ],
+)
+def test_scans_equal_float64(
+  interpreted, T, I, N, dtype, low, high, chance, slices
+) -> None:
+  interpreted(scan_walk, slices, 2 * I // 64)
+  inputs = scan_inputs(2, T, I, N, dtype, low, high)
+  ids = documents(2, T, chance) if chance else None
+  found = answer(SCAN, inputs, ids, "gpu")
+  assert_near(found, exact(SCAN, inputs, ids), LIMITS[dtype])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "T, dtype, k_scale, chance, slices",
+  [
+    (1, "float32", 1, 0, 1),
+    (24, "bfloat16", 1, 0, 1),
+    (45, "float32", 3, 0.1, 3),
+    (33, "bfloat16", 30, 0, 2),
+  ],
+)
+def test_wkvs_equal_float64(
+  interpreted, T, dtype, k_scale, chance, slices
+) -> None:
+  interpreted(wkv_walk, slices, 2)
+  inputs = wkv_inputs(2, T, 128, dtype, k_scale)
+  if k_scale > 3:
+    # The sums themselves are beyond float32; y and the gradients are not.
+    inputs["k"] = np.minimum(inputs["k"], 60).astype(inputs["k"].dtype)
+  ids = documents(2, T, chance) if chance else None
+  found = answer(WKV, inputs, ids, "gpu")
+  assert_near(found, exact(WKV, inputs, ids), LIMITS[dtype])
+
+
+@pytest.mark.slow
+def test_inf_and_nan_stay_in_their_document(interpreted) -> None:
+  interpreted(scan_walk, 2, 1)
+  ids = np.array([[0] * 20 + [1] * 25])
+  inputs = scan_inputs(1, 45, 64, 8, "float32", 1e-3, 1)
+  clean = answer(SCAN, inputs, ids, "gpu")
+  inputs["x"][:, :20] = np.nan
+  spoilt = answer(SCAN, inputs, ids, "gpu")
+  own = slice(20, None)
+  np.testing.assert_array_equal(
+    spoilt["results"][0][:, own], clean["results"][0][:, own]
+  )
+  for name in ("x", "delta", "B", "C"):
+    np.testing.assert_array_equal(
+      spoilt["grads"][name][:, own], clean["grads"][name][:, own]
+    )
+
+
+def _scan_shapes(rows, T, I, N, dtype="float32"):
+  shape = lambda *sizes: ShapeDtypeStruct(sizes, dtype)
+  tokens, readers = shape(rows, T, I), shape(rows, T, N)
+  return tokens, tokens, shape(I, N), readers, readers
+
+
+def _wkv_shapes(rows, T, D, dtype="bfloat16"):
+  tokens = ShapeDtypeStruct((rows, T, D), dtype)
+  channels = ShapeDtypeStruct((D,), "float32")
+  return tokens, tokens, channels, channels
+
+
+def _lowered(operator, shapes, documents=False, **options) -> str:
+  ids = ShapeDtypeStruct(shapes[0].shape[:2], "int32") if documents else None
+
+  def loss(arrays, ids):
+    y, _ = operator(*arrays, segment_ids=ids, implementation="gpu", **options)
+    return y.astype(jnp.float32).sum()
+
+  traced = jax.jit(jax.value_and_grad(loss)).trace(shapes, ids)
+  return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+  "rows, T, cut",
+  [
+    pytest.param(32, 2048, False, marks=pytest.mark.slow),
+    (2, 32768, True),
+  ],
+)
+@pytest.mark.parametrize("operator", [selective_scan, wkv])
+def test_rows_of_any_length_lower(operator, rows, T, cut) -> None:
+  """Long rows are cut into slices of time."""
+  if operator is selective_scan:
+    shapes, kernels = _scan_shapes(rows, T, 2048, 16), "selective_scan"
+    parts = "slice_states", "slice_cotangents"
+  else:
+    shapes, kernels = _wkv_shapes(rows, T, 1024), "wkv"
+    parts = "slice_sums", "slice_cotangents"
+  text = _lowered(operator, shapes, documents=True)
+  for name in ("forward", "backward"):
+    assert f"{kernels}_{name}" in text
+  for name in parts:
+    assert (f"{kernels}_{name}" in text) == cut
+
+
+@pytest.mark.parametrize("T", [pytest.param(1, marks=pytest.mark.slow), 33])
+def test_short_rows_lower(T) -> None:
+  assert "selective_scan_backward" in _lowered(
+    selective_scan, _scan_shapes(3, T, 64, 3, "bfloat16")
+  )
+  assert "wkv_backward" in _lowered(wkv, _wkv_shapes(3, T, 128, "float32"))
+
+
+def test_rows_and_channels_are_split_over_a_mesh() -> None:
+  mesh = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2)
+  with jax.set_mesh(mesh):
+    text = _lowered(selective_scan, _scan_shapes(4, 40, 128, 16))
+    assert text.count("custom_partitioning") or "CustomSPMD" in text
+    text = _lowered(wkv, _wkv_shapes(4, 40, 256))
+    assert text.count("custom_partitioning") or "CustomSPMD" in text
+
+
+@pytest.mark.parametrize(
+  "operator, shapes, word",
+  [
+    (selective_scan, _scan_shapes(2, 8, 96, 16), "I=96"),
+    (selective_scan, _scan_shapes(2, 8, 64, 33), "N=33"),
+    (wkv, _wkv_shapes(2, 8, 64), "D=64"),
+  ],
+)
+def test_calls_beyond_the_kernels_name_the_reason(
+  operator, shapes, word
+) -> None:
+  with pytest.raises(NotImplementedError, match=f"{word}.*'xla' does"):
+    _lowered(operator, shapes)
+
+
+def test_a_named_kernel_runs_on_no_other_platform() -> None:
+  inputs = scan_inputs(1, 4, 64, 8, "float32", 1e-3, 1)
+  with pytest.raises(NotImplementedError, match="lowered for cpu"):
+    selective_scan(**inputs, implementation="gpu")
+  inputs = wkv_inputs(1, 4, 128, "float32", 1)
+  with pytest.raises(NotImplementedError, match="lowered for cpu"):
+    wkv(**inputs, implementation="gpu")
+  state = empty_wkv_state((1, 128))
+  assert wkv(**inputs | dict(initial_state=state))[0].shape == (1, 4, 128)
