@@ -90,6 +90,38 @@ def unwritten_records(meta: dict[str, Any]) -> list[str]:
   return kinds
 
 
+def why_finished(
+  meta: dict[str, Any], config: RunConfig, step: int
+) -> str | None:
+  """Return why a restored run does not train on; None if it does.
+
+  Args:
+    meta: what its checkpoint says of itself.
+    config: the run, which may have more steps or another `stop_accuracy` now.
+    step: the step of the checkpoint.
+  """
+  reason = meta.get("finished")
+  limit = config.stop_accuracy
+  if reason == "finished" and step < config.steps:
+    return None
+  if reason == "accuracy" and step < config.steps:
+    accuracy = meta["held_out"]["accuracy"]
+    return reason if limit is not None and accuracy > limit else None
+  return reason
+
+
+def how_to_train_on(reason: str, step: int) -> str:
+  """Return a line about a run that ended before, and what continues it."""
+  if reason == "accuracy":
+    return (
+      f"the run ended at step {step}, above --stop-accuracy; `rebased resume "
+      "RUN --stop-accuracy None` trains on"
+    )
+  return (
+    f"the run ended at step {step}; `rebased resume RUN --steps N` trains on"
+  )
+
+
 class Loop:
   """One process's part of a run.
 
@@ -178,9 +210,10 @@ class Loop:
       data,
       self._profile,
     ):
-      if self._evaluation_due or start >= config.steps:
-        reason = self._evaluate_if_due(state, step)
-        self._record_if_last(step, reason)
+      reason = self._evaluate_if_due(state, step)
+      self._record_if_last(step, reason)
+      if reason == "signal":
+        self._save(state, step, None)  # unless it was restored
       while reason is None:
         self._profile.before(step, state)
         self._watch.beat(f"data of step {step}")
@@ -314,6 +347,8 @@ class Loop:
       self._settle(state)
       self._record_if_last(step, reason)
       self._save(state, step, None if reason == "signal" else reason)
+      # A save waits for the one before, which takes long on a slow disk.
+      reason = reason or self._signalled()
     return reason
 
   def _evaluate_if_due(self, state: Any, step: int) -> str | None:
@@ -333,6 +368,13 @@ class Loop:
         return "accuracy"
     if step == self._config.steps:
       return "finished"
+    return self._signalled()
+
+  def _signalled(self) -> str | None:
+    """Return "signal" if a signal stops the run; None if none does.
+
+    Several processes know of it by a vote alone.
+    """
     if self._vote is None:
       self.signal = self._own_signal()
     return "signal" if self.signal else None

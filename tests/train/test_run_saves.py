@@ -25,7 +25,14 @@ from train_cases import (
   trainer as trainer,
 )
 
-from train import cli, evaluate, failing_together, metrics, start_run
+from train import (
+  cli,
+  evaluate,
+  failing_together,
+  initial_state,
+  metrics,
+  start_run,
+)
 from train.checkpoint.checkpoints import Checkpoints, read_meta
 from train.config import MQARStreamData
 from train.data import prefetch
@@ -201,6 +208,46 @@ def test_a_signal_in_a_step_saves_before_any_evaluation(
   assert evaluations == [x for x in (3, 6) if x < step]
   assert run(_STEPS, folder)[0].reason == "finished"
   _assert_same_end(folder, undisturbed)
+
+
+def test_a_signal_before_the_first_step_trains_nothing(
+  undisturbed: Path, tmp_path: Path, monkeypatch
+) -> None:
+  """The step would be compiled first, which takes minutes for a large model."""
+  folder = tmp_path / "run"
+  create = initial_state.restore_or_create
+
+  def signalled(*args, **kwargs):
+    _terminate()
+    return create(*args, **kwargs)
+
+  for _ in range(2):
+    with monkeypatch.context() as patch:
+      patch.setattr(initial_state, "restore_or_create", signalled)
+      outcome, _ = run(_STEPS, folder)
+    assert (outcome.step, outcome.reason) == (0, "signal")
+    assert read_meta(folder / "checkpoints")[0] == 0
+  assert run(_STEPS, folder)[0].reason == "finished"
+  _assert_same_end(folder, undisturbed)
+
+
+def test_a_signal_in_a_save_stops_after_it(
+  undisturbed: Path, tmp_path: Path, monkeypatch
+) -> None:
+  folder, save = tmp_path / "run", Checkpoints.save
+  config = dataclasses.replace(_STEPS, save_every=2)
+
+  def signalled(*args):
+    save(*args)
+    _terminate()
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Checkpoints, "save", signalled)
+    outcome, _ = run(config, folder)
+  assert (outcome.step, outcome.reason, outcome.exit_code) == (2, "signal", 143)
+  assert read_meta(folder / "checkpoints")[1]["finished"] is None
+  assert run(config, folder)[0].reason == "finished"
+  assert _records(folder) == _records(undisturbed)
 
 
 def test_a_run_that_dies_in_a_log_window_makes_the_same_records(
