@@ -84,6 +84,27 @@ TABLE_4: dict[str, tuple[int, ...]] = {
 }
 
 
+#: The parameters that the paper counts, in Table 4 at each of these widths and
+#: in Table 9, by the names of `make_models`.
+PUBLISHED_PARAMETERS: dict[str, int] = {
+  f"table-4-{name}-{width}": count
+  for name, counts in {
+    "attention": (623_744, 1_313_024, 2_888_192, 6_824_960),
+    "conv-attention": (578_752, 1_149_312, 2_462_464, 5_580_288),
+    "rwkv": (623_872, 1_313_280, 2_888_704, 6_825_984),
+    "conv-rwkv": (677_120, 1_395_200, 2_561_024, 5_777_408),
+    "mamba": (655_360, 1_413_120, 3_235_840, 7_847_936),
+    "based": (577_984, 1_179_520, 2_459_392, 5_307_904),
+    "rebased": (578_752, 1_180_288, 2_460_160, 5_308_672),
+  }.items()
+  for width, count in zip(WIDTHS, counts, strict=True)
+} | {
+  "table-9-attention": 126_807_552,
+  "table-9-based": 156_955_392,
+  "table-9-rebased": 156_992_256,
+}
+
+
 def mqar(
   system: System, *, width: int, length: int, vocab_size: int = 8192
 ) -> ModelConfig:

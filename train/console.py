@@ -117,7 +117,7 @@ def number(value: float) -> str:
   """Return a number for a table: four digits, or all of a whole number."""
   if isinstance(value, int) or not math.isfinite(value):
     return f"{value:,}"
-  if abs(value) >= 10_000:
+  if abs(value) >= 10_000 or value.is_integer():
     return f"{value:,.0f}"
   return f"{value:.4g}"
 

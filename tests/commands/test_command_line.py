@@ -131,6 +131,7 @@ def test_help(call) -> None:
     (["resume", "--help"], "The run's folder"),
     (["evaluate", "--help"], "--step"),
     (["inspect", "--help"], "The name of a preset or of a model, or a folder."),
+    (["compare", "--help"], "Folders of runs"),
   ):
     code, out, _ = call(*args)
     assert code == 0 and option in out
@@ -251,7 +252,7 @@ def test_inspect_shows_presets_runs_and_checkpoints(
   call, finished: Path
 ) -> None:
   count = parameter_count(compiled_steps.abstract_model(tiny()))
-  code, out, _ = call("inspect", "mqar-paper-rebased-2048")
+  code, out, _ = call("inspect", "mqar-paper-rebased-2048", "--all")
   assert code == 0
   for name, value in (
     ("steps", "12480"),
@@ -260,13 +261,25 @@ def test_inspect_shows_presets_runs_and_checkpoints(
     ("model.second.eps", "1e-12"),
   ):
     assert re.search(rf"│ {name} +│ +{value} │", out), name
+  code, out, _ = call("inspect", "mqar-paper-rebased-2048")
+  for name, value in (
+    ("mixers", r"BaseConv and ReBased\(eps=1e-12\)"),
+    ("parameters", "693,440"),
+    ("batch", "512 rows, 64 at a time, 1,048,576 tokens"),
+    ("steps", "12,480, or to a held-out accuracy above 0.99"),
+  ):
+    assert re.search(rf"│ {name} +│ +{value} │", out), name
   code, out, _ = call("inspect", str(finished))
+  assert code == 0 and re.search(rf"│ parameters +│ +{count:,} │", out)
+  assert len(out.splitlines()) < 60 and "layer1/" not in out
+  code, out, _ = call("inspect", str(finished), "--all")
   assert code == 0 and re.search(rf"│ all +│ +│ +{count:,} │", out)
+  assert "layer1/query_gamma_mean" in out
   assert re.search(r"│ token_embedding +│ +\(32, 16\) +│ +512 │", out)
   size = compiled_steps.abstract_model(tiny()).state_size(16)
   assert f"state of a sequence: {size:,} bytes" in out
   loss = RunFolder(finished).read_metrics()[-1]["loss"]
-  assert re.search(rf"│ loss +│ +{loss} │", out)
+  assert re.search(rf"│ loss +│ +{loss:.4g} │", out)
   assert "newest checkpoint: step 6, finished" in out
   code, out, _ = call("inspect", str(finished / "checkpoints" / "4"))
   assert code == 0 and re.search(r"│ step +│ +4 │", out)
@@ -348,4 +361,4 @@ def _assert_inspects(words: list[str], cwd: Path, environ: dict) -> None:
     timeout=120,
   )
   assert found.returncode == 0, found.stderr
-  assert re.search(r"│ steps +│ +2000 │", found.stdout)
+  assert re.search(r"│ steps +│ +2,000, or", found.stdout)

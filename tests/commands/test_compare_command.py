@@ -101,6 +101,13 @@ def test_a_folder_of_runs_and_other_mixers(call, runs: Path) -> None:
   assert rows["steps"] == ["4", "4", "4", "4", "8"]
 
 
+def test_inspect_of_several_runs_compares_them(call, runs: Path) -> None:
+  for words in ([str(runs)], [str(runs / "first"), str(runs / "new")]):
+    code, out, _ = call("inspect", *words)
+    assert code == 0 and _table(out)["run"][:1] == ["first"]
+    assert "held-out loss" in out and list(Path.cwd().glob("*.png")) == []
+
+
 def test_names_are_as_long_as_they_must_be(call, tmp_path: Path) -> None:
   paths = [_run(tmp_path / x / "run", steps=4) for x in ("one", "two")]
   _, out, _ = call("compare", *paths, "--out", "none")

@@ -145,7 +145,7 @@ for words in (
 def test_help_and_wrong_options_do_not_wait_for_jax() -> None:
   # The harness has its own options, and the paper's experiments are made of
   # models.
-  slow = ("lm-eval", "experiment", "sweep", "inspect")
+  slow = ("lm-eval", "experiment", "sweep")
   done = subprocess.run(
     [sys.executable, "-c", _QUICK.format(slow=slow)],
     capture_output=True,

@@ -75,14 +75,23 @@ def _check_export(call, path: Path, out: Path) -> None:
 
 @pytest.mark.parametrize("name", presets.make_models())
 def test_inspect_counts_the_models_of_the_tables(call, name: str) -> None:
-  code, out, _ = call("inspect", name)
-  assert code == 0
+  code, out, _ = call("inspect", name, "--all")
+  assert code == 0 and f"counts {PARAMETERS[name]:,} parameters" in out
   counts = re.findall(r"│ (\S+) +│ [^│]*│ +([\d,]+) │", out)
   *groups, (last, total) = [(x, int(n.replace(",", ""))) for x, n in counts]
   assert last == "all" and sum(n for _, n in groups) == total
   assert total == PARAMETERS[name]
   assert {"token_embedding", "pairs/second/norm1/scale"} <= dict(groups).keys()
   assert re.search(r"state of a sequence: [\d,]+ bytes", out)
+
+
+def test_inspect_shows_a_table_beside_the_paper(call) -> None:
+  code, out, _ = call("inspect", "table-9")
+  assert code == 0
+  for system in ("attention", "based", "rebased"):
+    count = f"{PARAMETERS[f'table-9-{system}']:,}"
+    assert re.search(rf"table-9-{system} +│ +{count} │ +{count} │ +0 │", out)
+  assert presets.PUBLISHED_PARAMETERS == PARAMETERS
 
 
 def test_inspect_of_an_unknown_model_names_a_near_one(call) -> None:

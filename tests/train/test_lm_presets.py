@@ -115,7 +115,7 @@ def test_long_rows_have_no_positions_and_as_many_tokens_a_step() -> None:
 
 
 def test_inspect_prints_the_counts(call) -> None:
-  code, out, _ = call("inspect", "pile-157m-rebased")
+  code, out, _ = call("inspect", "pile-157m-rebased", "--all")
   assert code == 0 and re.search(r"│ all +│ +│ +156,992,256 │", out)
   assert re.search(r"│ model.second.features +│ +16 │", out)
 

@@ -66,7 +66,8 @@ def test_convolution_taps_do_not_decay_as_matrices() -> None:
 def test_inspect_lists_the_parameters() -> None:
   text = io.StringIO()
   config = mamba_run()
-  inspect.show_config(config, "mine", Console(file=text, width=200))
+  console = Console(file=text, width=200)
+  inspect.show_config(config, "mine", console, everything=True)
   lines = [line.split() for line in text.getvalue().splitlines()]
   cells = {line[1]: line[-2] for line in lines if len(line) > 3}
   assert cells["pairs/second/mixer/A_log"] == "64"  # 32 channels, 2 states

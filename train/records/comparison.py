@@ -143,7 +143,7 @@ def _differences(values: list[Any], name: str) -> dict[str, list[str]]:
     return {}
   kinds = {type(x) for x in values}
   if len(kinds) > 1 or not dataclasses.is_dataclass(values[0]):
-    return {name: [_shown(x) for x in values]}
+    return {name: [shown(x) for x in values]}
   found = {}
   for field in dataclasses.fields(values[0]):
     inner = f"{name}.{field.name}" if name else field.name
@@ -151,16 +151,16 @@ def _differences(values: list[Any], name: str) -> dict[str, list[str]]:
   return found
 
 
-def _shown(value: Any) -> str:
-  """Return the value of a field as it is short enough for a table."""
+def shown(value: Any) -> str:
+  """Return a field's value in a form that is short enough for a table."""
   if isinstance(value, float):
     return number(value)
   if isinstance(value, tuple):
-    return ", ".join(map(_shown, value)) or "none"
+    return ", ".join(map(shown, value)) or "none"
   if not dataclasses.is_dataclass(value):
     return str(value)
   changed = [
-    f"{field.name}={_shown(getattr(value, field.name))}"
+    f"{field.name}={shown(getattr(value, field.name))}"
     for field in dataclasses.fields(value)
     if getattr(value, field.name) != field.default
   ]
