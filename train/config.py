@@ -11,6 +11,7 @@ from typing import Literal, Self
 
 from rebased_jax import ModelConfig
 from rebased_jax.config_checks import make_scalars_plain
+from rebased_jax.config_help import with_help
 from rebased_jax.field_types import fits
 from train.data.checks import absolute, require
 from train.data.config import (
@@ -24,6 +25,7 @@ from train.devices.mesh_config import MeshConfig as MeshConfig
 from train.optimizer_config import OptimizerConfig as OptimizerConfig
 
 
+@with_help
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
   """The steps that JAX's profiler traces; the trace is in the run folder."""
@@ -58,6 +60,7 @@ class ProfileConfig:
     )
 
 
+@with_help
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
   """One training run."""
@@ -85,8 +88,13 @@ class RunConfig:
   save_every: int = 500
   #: Steps between records of metrics.
   log_every: int = 10
-  #: How many checkpoints stay.
+  #: How many of the newest checkpoints stay.
   keep: int = 3
+  #: Checkpoints at multiples of that many steps stay too. None: no others.
+  keep_every: int | None = None
+  #: The checkpoint that is best by this held-out metric stays too, such as
+  #: "loss" or "accuracy". None: the best one does not.
+  keep_best: str | None = None
   #: Held-out accuracy above which the run ends early. None: never.
   stop_accuracy: float | None = None
   #: A run folder or an exported model: start from its weights, with a fresh

@@ -6,7 +6,10 @@ refused before its folder is made.
 
 from typing import Any
 
-from train import compiled_steps
+import jax
+import numpy as np
+
+from train import compiled_steps, optimizer
 from train.checkpoint.checkpoints import (
   Checkpoints,
   NoCheckpointError,
@@ -24,8 +27,9 @@ from train.stored_config import (
   differences,
   from_dict,
   is_about_data,
-  is_about_mesh,
+  is_about_optimizer,
   is_about_paths,
+  is_about_work,
 )
 
 
@@ -37,6 +41,7 @@ def restore_or_create(
   weights: tuple[Any, list[str]] | None,
   *,
   allow_data_change: bool = False,
+  allow_optimizer_change: bool = False,
 ) -> tuple[Any, int, dict[str, Any], list[str]]:
   """Return the state that training starts from.
 
@@ -48,13 +53,16 @@ def restore_or_create(
     weights: what `source_weights` returned. None: it is called here, if
       `init_from` is set and there is no checkpoint.
     allow_data_change: restore although the data is not that of the checkpoint.
+    allow_optimizer_change: restore although steps or optimiser are not those
+      of the checkpoint.
 
   Returns:
     (state, step, meta, notes): the state, its step, what the checkpoint says
     of itself ({} without one), and lines for the user.
 
   Raises:
-    RunFolderError: the data of the checkpoint is not the run's.
+    RunFolderError: the checkpoint is of another config, is beyond the run's
+      last step, or its data is not the run's.
     CheckpointError: no checkpoint is readable, or it does not fit the model.
   """
   as_dicts = compiled_steps.to_dicts(built.abstract)
@@ -65,16 +73,45 @@ def restore_or_create(
       return compiled_steps.fresh_state(config, built), 0, {}, []
     params, notes = weights or source_weights(config, built)
     return compiled_steps.warm_state(params, built), 0, {}, notes
-  changes = config_changes(found.meta, config, folder, allow_data_change)
+  if found.step > config.steps:
+    raise RunFolderError(
+      f"steps={config.steps}: expected at least {found.step}, the newest "
+      f"checkpoint of {folder.path}. To train from an earlier one, delete the "
+      "later ones with `rebased checkpoints`"
+    )
+  changes = config_changes(
+    found.meta,
+    config,
+    folder,
+    allow_data_change,
+    allow_optimizer=allow_optimizer_change,
+  )
   notes = [f"warning: {broken}" for broken in found.broken]
   notes += _newer_steps_that_are_gone(folder, found)
   notes += [
-    change if _is_about_places(change) else f"warning: {change}"
-    for change in changes
+    f"from step {earlier.step}: {', '.join(earlier.changes)}"
+    for earlier in folder.read_history()
+    if earlier.step < found.step
   ]
+  notes += [
+    change if _is_free(change) else f"warning: {change}" for change in changes
+  ]
+  notes += _change_of_rate(found, config)
   notes.append(f"resuming at step {found.step}")
   state = compiled_steps.from_dicts(found.state, built.abstract)
   return state, found.step, found.meta, notes
+
+
+def _change_of_rate(found: Restored, config: RunConfig) -> list[str]:
+  """Return a line if the next step has another learning rate than it had."""
+  saved = from_dict(found.meta["config"], "checkpoint")
+  old, new = (
+    float(optimizer.schedule(x.optimizer, x.steps, np)(found.step))
+    for x in (saved, config)
+  )
+  if old == new:
+    return []
+  return [f"learning rate of step {found.step}: {old:.3g} → {new:.3g}"]
 
 
 def _newer_steps_that_are_gone(folder: RunFolder, found: Restored) -> list[str]:
@@ -86,39 +123,98 @@ def _newer_steps_that_are_gone(folder: RunFolder, found: Restored) -> list[str]:
 
 
 def config_changes(
-  meta: dict[str, Any], config: RunConfig, folder: RunFolder, allow: bool
+  meta: dict[str, Any],
+  config: RunConfig,
+  folder: RunFolder,
+  allow: bool,
+  *,
+  allow_optimizer: bool = False,
 ) -> list[str]:
-  """Return how mesh and data differ from those of a checkpoint, a line each.
+  """Return how config and data differ from those of a checkpoint, a line each.
 
-  Paths may differ if the data in them is the same.
+  Paths may differ if the data in them is the same. Steps and optimiser may
+  differ as the folder's history says: a resume that was killed before its first
+  save has written it.
 
   Args:
     meta: what the checkpoint says of itself.
     config: the run now.
-    folder: named in messages.
+    folder: its folder.
     allow: whether the data may differ.
+    allow_optimizer: whether steps and optimiser may differ.
 
   Raises:
-    RunFolderError: the data differs and `allow` is False, or something other
-      than data and mesh differs.
+    RunFolderError: something differs that may not.
   """
-  saved = from_dict(meta["config"], "checkpoint").with_absolute_paths()
-  changed = differences(saved, config)
-  refused = [
-    change
-    for change in changed
-    if not (_is_about_places(change) or (allow and is_about_data(change)))
-  ]
+  changed = changes_since(meta, config)
+  noted = [_outcome(x) for past in folder.read_history() for x in past.changes]
+
+  def may_change(change: str) -> bool:
+    if is_about_optimizer(change):
+      return allow_optimizer or _outcome(change) in noted
+    return _is_free(change) or (allow and is_about_data(change))
+
+  refused = [change for change in changed if not may_change(change)]
   if refused:
+    only_optimizer = all(is_about_optimizer(x) for x in refused)
+    hint = "; --allow-optimizer-change trains on with the new values"
     raise RunFolderError(
       f"{folder.path}: its checkpoint is of another config: "
-      f"{'; '.join(refused)}"
+      f"{'; '.join(refused)}{hint if only_optimizer else ''}"
     )
   return changed + data_changes(meta, config, folder, allow)
 
 
-def _is_about_places(change: str) -> bool:
-  return is_about_mesh(change) or is_about_paths(change)
+def changes_since(meta: dict[str, Any], config: RunConfig) -> list[str]:
+  """Return how the config differs from that of a checkpoint, a line each.
+
+  Args:
+    meta: what the checkpoint says of itself; {} if there is none.
+    config: the run now.
+  """
+  if not meta:
+    return []
+  saved = from_dict(meta["config"], "checkpoint").with_absolute_paths()
+  return differences(saved, config)
+
+
+def _outcome(change: str) -> tuple[str, str]:
+  """Return the field of a change, and its new value."""
+  return change.partition(":")[0], change.rpartition(" → ")[2]
+
+
+def _is_free(change: str) -> bool:
+  return is_about_work(change) or is_about_paths(change)
+
+
+def check_optimizer_state(
+  config: RunConfig, built: Built, folder: RunFolder
+) -> None:
+  """Check that the optimiser of a resumed run keeps the arrays of its state.
+
+  Raises:
+    RunFolderError: it does not.
+  """
+  if not folder.config_file.exists():
+    return
+  stored = folder.read_config()
+  if stored.optimizer == config.optimizer:
+    return
+  tx = optimizer.make(stored.optimizer, stored.steps)
+  before = jax.eval_shape(tx.init, built.abstract.params)
+
+  def arrays(state: Any) -> list[Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return [(path, x.shape, x.dtype) for path, x in leaves]
+
+  if arrays(before) != arrays(built.abstract.opt_state):
+    changed = [x for x in differences(stored, config) if is_about_optimizer(x)]
+    raise RunFolderError(
+      f"{'; '.join(changed)}: expected a change that keeps the arrays of the "
+      "optimiser's state. `rebased train --config "
+      f"{folder.config_file} --init-from {folder.path}` starts a new run from "
+      "the weights, with such options"
+    )
 
 
 def data_changes(

@@ -6,7 +6,7 @@ outcome = run(config, "runs/mine")   # the same call resumes a stopped run
 print(outcome.reason, outcome.held_out["loss"])
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import shlex
 import sys
@@ -101,7 +101,11 @@ def run(
     processes.naming_lost_peers(),
     Watchdog(step_timeout) as watch,
   ):
-    return _run(config, run_dir, console, watch, allow_data_change)
+    allowed = dict(
+      allow_data_change=allow_data_change,
+      allow_optimizer_change=allow_optimizer_change,
+    )
+    return _run(config, run_dir, console, watch, allowed)
 
 
 def _run(
@@ -109,7 +113,7 @@ def _run(
   run_dir: epath.PathLike | None,
   console: Console | None,
   watch: Watchdog,
-  allow_data_change: bool,
+  allowed: Mapping[str, bool],
 ) -> Outcome:
   backend.devices()  # says so if there are none
   if run_dir is None:
@@ -118,13 +122,11 @@ def _run(
         "run_dir=None: expected a folder that all processes share"
       )
     with default_folder() as made:
-      return _run(config, made, console, watch, allow_data_change)
+      return _run(config, made, console, watch, allowed)
   if console is None:
     console = console_lib.to_stdout(quiet=jax.process_index() != 0)
   folder = RunFolder(run_dir)
-  outcome = train(
-    config, folder, console, watch, allow_data_change=allow_data_change
-  )
+  outcome = train(config, folder, console, watch, **allowed)
   if outcome.reason == "signal":
     text = (
       f"stopped at step {outcome.step} and saved; resume with\n"
@@ -180,6 +182,7 @@ def train(
   watch: Watchdog | None = None,
   *,
   allow_data_change: bool = False,
+  allow_optimizer_change: bool = False,
 ) -> Outcome:
   """Do what `run` does, without the pictures and the table at the end.
 
@@ -187,7 +190,11 @@ def train(
   """
   watch = watch or Watchdog()
   stored_config.check_storable(config)
-  same_run.check(config, folder, allow_data_change=allow_data_change)
+  allowed = dict(
+    allow_data_change=allow_data_change,
+    allow_optimizer_change=allow_optimizer_change,
+  )
+  same_run.check(config, folder, **allowed)
   config = config.with_absolute_paths()
   mesh = mesh_lib.make_mesh(config.mesh)
   first = jax.process_index() == 0
@@ -197,6 +204,7 @@ def train(
   ):
     watch.beat("model")
     built = compiled_steps.build(config, mesh)
+    initial_state.check_optimizer_state(config, built, folder)
     weights = None
     if config.init_from is not None and not folder.config_file.exists():
       weights = init_weights.source_weights(config, built)
@@ -211,7 +219,7 @@ def train(
       config, compiled_steps.to_dicts(built.abstract)["params"], mesh.shape
     )
     with (
-      _claimed(folder, config, allow_data_change=allow_data_change) as run_id,
+      _claimed(folder, config, allowed) as run_id,
       Checkpoints(
         folder.checkpoints,
         keep=config.keep,
@@ -228,10 +236,12 @@ def train(
         checkpoints,
         folder,
         weights,
-        allow_data_change=allow_data_change,
+        **allowed,
       )
       if first:
         folder.cut_metrics(start, again=loop_lib.unwritten_records(meta))
+        # Before the config, so that no change can lack in the history.
+        folder.note_changes(start, initial_state.changes_since(meta, config))
         folder.update(config)
         folder.write("sharding.txt", mesh_report.as_text(*placed))
       display = Display(
@@ -245,9 +255,11 @@ def train(
         loop = loop_lib.Loop(
           config, folder, built, checkpoints, writer, meta, watch
         )
-        reason, step = meta.get("finished"), start
+        reason, step = loop_lib.why_finished(meta, config, start), start
         if reason is None:
           state, step, reason = loop.run(state, start, display, stop)
+        else:
+          display.line(loop_lib.how_to_train_on(reason, start))
         watch.beat("last save")
         checkpoints.wait()
         code = 128 + loop.signal if reason == "signal" else 0
@@ -258,7 +270,7 @@ def train(
 
 @contextlib.contextmanager
 def _claimed(
-  folder: RunFolder, config: RunConfig, *, allow_data_change: bool
+  folder: RunFolder, config: RunConfig, allowed: Mapping[str, bool]
 ) -> Iterator[str | None]:
   """Open and lock the folder; the first process does so for all of them.
 
@@ -273,7 +285,7 @@ def _claimed(
   with contextlib.ExitStack() as locks:
     if jax.process_index() == 0:
       try:
-        folder.open(config, allow_data_change=allow_data_change)
+        folder.open(config, **allowed)
         locks.enter_context(folder.locked())
         run_id = folder.run_id()
       except RunFolderError as error:

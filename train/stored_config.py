@@ -21,6 +21,14 @@ from train.config import RunConfig
 
 VERSION = 2  # of the JSON form
 
+_WORK = (
+  *("eval_every", "save_every", "log_every"),
+  *("keep", "keep_every", "keep_best"),
+  *("tensorboard", "wandb", "stop_accuracy", "nan"),
+  *("loss_chunks", "model.remat", "model.scan_layers"),
+  *("data.workers", "data.timeout"),
+)
+
 
 def to_json(config: RunConfig, run_id: str | None = None) -> str:
   """Return the text of config.json.
@@ -119,9 +127,24 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
   return walk(to_dict(old), to_dict(new), "")
 
 
-def is_about_mesh(difference: str) -> bool:
-  """Whether one of `differences` is about the devices, not about the run."""
-  return difference.startswith("mesh.")
+def is_about_work(difference: str) -> bool:
+  """Whether one of `differences` is about how a run works, not what it learns.
+
+  These are records, saves and the end of a run, its processes, and choices of
+  memory for time. Each resume may change them, as it may the mesh.
+  """
+  return difference.partition(":")[0] in _WORK or difference.startswith(
+    ("mesh.", "profile.")
+  )
+
+
+def is_about_optimizer(difference: str) -> bool:
+  """Whether one of `differences` is about the rest of the training alone.
+
+  A resume may change it with `allow_optimizer_change`.
+  """
+  field = difference.partition(":")[0]
+  return field in ("steps", "z_loss") or field.startswith("optimizer.")
 
 
 def is_about_paths(difference: str) -> bool:

@@ -8,7 +8,7 @@ import sys
 
 from rebased_jax import presets as model_presets
 from train import cli, presets
-from train.presets import mqar as mqar_presets
+from train.presets import mqar as mqar_presets, text as text_presets
 
 _ROOT = Path(__file__).parents[2]
 _README = (_ROOT / "README.md").read_text()
@@ -52,12 +52,15 @@ def test_the_script_runs_beside_the_users_own_train_py(tmp_path):
 def test_the_presets_are_named():
   names = presets.make_presets() | model_presets.make_models()
   listed = set()
-  for pattern in re.findall(r"`((?:mqar|pile-|table)[\w.{},-]*)`", _TRAINING):
+  for pattern in re.findall(
+    r"`((?:mqar|lm-tiny|pile-|table)[\w.{},-]*)`", _TRAINING
+  ):
     parts = re.split(r"\{([^}]*)\}", pattern)
     choices = [x.split(",") if i % 2 else [x] for i, x in enumerate(parts)]
     listed |= {"".join(words) for words in itertools.product(*choices)}
   assert listed <= names.keys()
-  assert names.keys() - listed - mqar_presets.ALIASES.keys() == {"lm-tiny"}
+  aliases = {*mqar_presets.ALIASES, *text_presets.ALIASES}
+  assert names.keys() - listed == aliases - listed
   lengths = ",".join(map(str, mqar_presets.ABLATION_LENGTHS))
   variants = ",".join(model_presets.VARIANTS)
   assert f"mqar-paper-ablation-{{{variants}}}-{{{lengths}}}" in _TRAINING

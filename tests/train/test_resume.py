@@ -1,6 +1,7 @@
 """Stopped, killed and damaged runs resume to bit-identical results."""
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 import random
@@ -28,7 +29,14 @@ from train_cases import (
   trainer as trainer,
 )
 
-from train import compiled_steps, initial_state, load, loop, stored_config
+from train import (
+  compiled_steps,
+  initial_state,
+  load,
+  loop,
+  start_run,
+  stored_config,
+)
 from train.checkpoint.checkpoints import (
   CheckpointError,
   Checkpoints,
@@ -166,6 +174,102 @@ def test_a_finished_run_is_left_alone(finished: Path, monkeypatch) -> None:
   assert outcome.held_out["loss"] == held_out["loss"]
   assert files(finished / "checkpoints") == before
   assert (finished / "metrics.jsonl").read_bytes() == lines
+
+
+def test_a_finished_run_trains_on_with_another_optimiser(
+  finished: Path, tmp_path: Path
+) -> None:
+  folder, text = tmp_path / "run", io.StringIO()
+  shutil.copytree(finished, folder)
+  longer = dataclasses.replace(
+    _CONFIG,
+    steps=8,
+    log_every=2,
+    keep=4,
+    nan="skip",
+    optimizer=dataclasses.replace(_CONFIG.optimizer, learning_rate=1e-3),
+  )
+  before = files(folder)
+  with pytest.raises(RunFolderError) as error:
+    run(longer, folder)
+  assert "learning_rate: 0.01 → 0.001; steps: 6 → 8; choose" in str(error.value)
+  assert "--allow-optimizer-change" in str(error.value)
+  other = dataclasses.replace(longer.optimizer, clip_norm=None)
+  with pytest.raises(RunFolderError, match="clip_norm.*expected a change that"):
+    train_on(dataclasses.replace(longer, optimizer=other), folder)
+  assert files(folder) == before
+  outcome = train_on(longer, folder, text)
+  assert (outcome.step, outcome.reason) == (8, "finished")
+  assert "learning rate of step 6: 0 → 0.000" in text.getvalue()
+  counts = [x for x in jax.tree.leaves(outcome.state.opt_state) if not x.shape]
+  assert counts and all(int(x) == 8 for x in counts)  # none begins again
+  assert [step for step, _ in metrics(folder)] == [1, 2, 3, 4, 5, 6, 8]
+  (change,) = RunFolder(folder).read_history()
+  assert change.step == 6
+  assert set(change.changes) == {
+    "optimizer.learning_rate: 0.01 → 0.001",
+    *("steps: 6 → 8", "log_every: 1 → 2", "keep: 3 → 4"),
+    "nan: 'abort' → 'skip'",
+  }
+  _, said = run(longer, folder)  # it needs no flag, now
+  assert "from step 6: optimizer.learning_rate: 0.01 → 0.001, steps" in said
+  assert "the run ended at step 8; `rebased resume RUN --steps N`" in said
+  with pytest.raises(RunFolderError, match="steps=7: expected at least 8"):
+    train_on(dataclasses.replace(longer, steps=7), folder)
+
+
+def train_on(config, folder: Path, text: io.StringIO | None = None):
+  """Train in a folder whose run had other steps and another optimiser."""
+  console = Console(file=text or io.StringIO(), width=200)
+  return start_run.train(
+    config, RunFolder(folder), console, allow_optimizer_change=True
+  )
+
+
+def test_a_change_survives_a_kill_before_the_next_save(
+  finished: Path, tmp_path: Path
+) -> None:
+  shutil.copytree(finished, tmp_path / "run")
+  folder = RunFolder(tmp_path / "run")
+  longer = dataclasses.replace(_CONFIG, steps=8)
+  meta = read_meta(folder.checkpoints)[1]
+  with pytest.raises(
+    RunFolderError, match="another config: steps: 6 → 8; --al"
+  ):
+    initial_state.config_changes(meta, longer, folder, False)
+  changes = initial_state.changes_since(meta, longer)
+  folder.note_changes(6, changes)
+  # Killed here, config.json has the old config: nothing was changed after all.
+  run(_CONFIG, folder.path)
+  assert folder.read_history() == []
+  folder.note_changes(6, changes)
+  with folder.locked():
+    folder.update(longer)
+  found = initial_state.config_changes(meta, longer, folder, False)
+  assert found == ["steps: 6 → 8"]
+  for steps in (7, 9):
+    other = dataclasses.replace(_CONFIG, steps=steps)
+    with pytest.raises(RunFolderError, match="another config"):
+      initial_state.config_changes(meta, other, folder, False)
+  folder.history_file.write_text('{"step": 6}\n')
+  with pytest.raises(
+    RunFolderError, match="history.jsonl: .*expected step, un"
+  ):
+    folder.read_history()
+
+
+def test_a_run_that_met_its_goal_trains_on_beyond_it() -> None:
+  meta = dict(finished="accuracy", held_out=dict(accuracy=0.9))
+  for limit, steps, expected in (
+    (0.8, 6, "accuracy"),
+    (0.8, 8, "accuracy"),
+    (0.95, 6, None),
+    (None, 6, None),
+  ):
+    config = dataclasses.replace(_CONFIG, stop_accuracy=limit, steps=steps)
+    assert loop.why_finished(meta, config, 4) == expected
+  assert loop.why_finished(dict(finished=None), _CONFIG, 4) is None
+  assert loop.why_finished(dict(finished="finished"), _CONFIG, 6) == "finished"
 
 
 def test_a_damaged_checkpoint_resumes_from_the_one_before(

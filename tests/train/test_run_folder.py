@@ -112,12 +112,16 @@ _OTHER = {
   "save_every": dict(save_every=3),
   "log_every": dict(log_every=3),
   "keep": dict(keep=4),
+  "keep_every": dict(keep_every=4),
+  "keep_best": dict(keep_best="loss"),
   "stop_accuracy": dict(stop_accuracy=0.5),
   "init_from": dict(init_from="elsewhere"),
   "tensorboard": dict(tensorboard=True),
   "wandb": dict(wandb="project"),
   "profile": dict(profile=ProfileConfig(1, 2)),
   "nan": dict(nan="skip"),
+  "z_loss": dict(z_loss=1e-4),
+  "ema": dict(ema=0.9),
   "data": dict(data=dict(pairs=1)),
   "batch": dict(batch=16),
   "accumulate": dict(accumulate=2),
@@ -125,11 +129,13 @@ _OTHER = {
   "mesh": dict(mesh=MeshConfig(fsdp=2)),
 }
 _ABOUT_DATA = {"data", "batch", "accumulate", "seed"}
+_ABOUT_OPTIMIZER = {"optimizer", "steps", "z_loss"}
+_IDENTITY = {"model", "init_from", "ema"}
 
 
 @pytest.mark.parametrize("name", _OTHER)
 def test_what_may_change_in_a_run(tmp_path: Path, name: str) -> None:
-  """The mesh may, and with `allow_data_change` what is about the data."""
+  """How it works may, and with a flag data or optimiser."""
   assert _OTHER.keys() == {x.name for x in dataclasses.fields(_CONFIG)}
   folder, changed = RunFolder(tmp_path / "run"), tiny(**_OTHER[name])
   folder.open(_CONFIG)
@@ -137,14 +143,24 @@ def test_what_may_change_in_a_run(tmp_path: Path, name: str) -> None:
     config=stored_config.to_dict(_CONFIG),
     data=changed.data.train_batches(changed.batch, changed.seed).fingerprint,
   )
-  for allow in (False, True):
-    may = name == "mesh" or (allow and name in _ABOUT_DATA)
+  for allow in ("", "data", "optimizer"):
+    kinds = {"data": _ABOUT_DATA, "optimizer": _ABOUT_OPTIMIZER}
+    may = name in kinds.get(allow, ()) or name not in (
+      _IDENTITY | _ABOUT_DATA | _ABOUT_OPTIMIZER
+    )
     refused = pytest.raises(RunFolderError, match=rf"{name}\b.*: .* → ")
+    flags = {f"allow_{x}_change": x == allow for x in kinds}
     with contextlib.nullcontext() if may else refused:
-      folder.open(changed, allow_data_change=allow)
+      folder.open(changed, **flags)
     with contextlib.nullcontext() if may else refused:
-      found = initial_state.config_changes(meta, changed, folder, allow)
-      assert len(found) == 1 and found[0].startswith(name)
+      found = initial_state.config_changes(
+        meta,
+        changed,
+        folder,
+        allow == "data",
+        allow_optimizer=allow == "optimizer",
+      )
+      assert found and all(x.startswith(name) for x in found)
 
 
 def test_a_killed_start_leaves_a_folder_that_can_be_used(tmp_path) -> None:

@@ -183,28 +183,43 @@ def parse_run(
   default = kind(run_dir, mesh=config.mesh)
   parsed = parse(kind, prog, args, default)
   config = dataclasses.replace(
-    config, data=_moved(config.data, parsed.data), mesh=parsed.mesh
+    config, data=moved(config.data, parsed.data), mesh=parsed.mesh
   )
-  _check_data_is_there(config.data)
+  check_data_is_there(config.data)
   return parsed, config
 
 
-def _moved(data: DataConfig, places: DataPlaces) -> DataConfig:
-  """Return the data of a run at the places that a command names."""
-  changes = {k: x for k, x in dataclasses.asdict(places).items() if x}
+def moved(data: DataConfig, places: DataPlaces) -> DataConfig:
+  """Return the data of a run at the places that a command names.
+
+  Args:
+    data: the data of the run.
+    places: what changes. Each field is one of the data.
+
+  Raises:
+    ValueError: the data has no such field, or another number of paths.
+  """
+  given = dataclasses.asdict(places).items()
+  changes = {name: x for name, x in given if x is not None and x != ()}
   for name, value in changes.items():
     if not isinstance(data, TextData):
       kind = type(data).__name__
       raise ValueError(f"data.{name}={value!r}: expected none with {kind}")
-    old = getattr(data, name)
-    if name != "cache_dir" and len(value) != len(old):
-      raise ValueError(
-        f"data.{name}={value!r}: expected {len(old)} paths, as the run has"
-      )
+    if name in ("path", "eval_path"):
+      count = len(getattr(data, name))
+      if len(value) != count:
+        raise ValueError(
+          f"data.{name}={value!r}: expected {count} paths, as the run has"
+        )
   return dataclasses.replace(data, **changes) if changes else data
 
 
-def _check_data_is_there(data: DataConfig) -> None:
+def check_data_is_there(data: DataConfig) -> None:
+  """Check that text data lies where the config says.
+
+  Raises:
+    ValueError: it does not.
+  """
   if not isinstance(data, TextData):
     return
   for name in ("path", "eval_path"):

@@ -6,7 +6,7 @@ the option as it is typed, and the nearest options that exist. This module
 imports no jax.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import difflib
@@ -102,7 +102,8 @@ def parse(
 def as_options(message: str, options: list[str]) -> str:
   """Return a message with the names of options instead of those of fields.
 
-  `data.vocab_size=64` becomes `--data.vocab-size=64` if there is that option.
+  `data.vocab_size=64` becomes `--data.vocab-size=64` if there is that option,
+  and so does the field of a change, as `data.vocab_size: 64 → 32`.
 
   Args:
     message: of an error.
@@ -112,9 +113,26 @@ def as_options(message: str, options: list[str]) -> str:
 
   def name(match: re.Match[str]) -> str:
     option = f"--{match[1].replace('_', '-')}"
-    return f"{option}=" if option in known else match[0]
+    return option if option in known else match[0]
 
-  return re.sub(r"(?<![\w.-])([A-Za-z_][\w.]*)=", name, message)
+  value = r"(?==|: [^;:]* → )"
+  return re.sub(rf"(?<![\w.-])([A-Za-z_][\w.]*){value}", name, message)
+
+
+@contextlib.contextmanager
+def naming_options(config: Any) -> Iterator[None]:
+  """Name options instead of fields in a ValueError from inside the context.
+
+  Args:
+    config: an instance of the dataclass that the options are made from.
+
+  Raises:
+    ValueError: one was raised inside.
+  """
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(as_options(str(error), option_names(config))) from error
 
 
 def option_names(config: Any, prefix: str = "--") -> list[str]:
@@ -196,9 +214,12 @@ def _options(kind: type, prog: str, given: dict[str, Any]) -> list[str]:
   text = io.StringIO()
   with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
     tyro.cli(kind, prog=prog, args=["--help"], **given)
-  # Descriptions, which may name other options, are further to the right.
-  heads = re.findall(r"^[│ ] (-.*?)(?=  |$)", text.getvalue(), re.MULTILINE)
-  names = re.findall(r"(?<![\w-])--[A-Za-z][\w.-]+", " ".join(heads))
+  # An option is followed by the kind of its value, or by its opposite. One that
+  # a description names is not.
+  kind_of_value = r"(?= \{| \[| [A-Z]{3}|, --\S*no-)"
+  names = re.findall(
+    rf"(?<![\w-])--[A-Za-z][\w.-]+{kind_of_value}", text.getvalue()
+  )
   return list(dict.fromkeys(names))
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from train.commands.arguments import SystemArg, parse_preset
+from train.commands.parsing import naming_options
 from train.config import RunConfig
 from train.records.run_folder import default_folder
 from train.timeouts import JOIN_TIMEOUT, STEP_TIMEOUT
@@ -26,6 +27,9 @@ class TrainArgs:
   run_dir: str | None = None
   #: Resume although the data, the batch or the seed changed.
   allow_data_change: bool = False
+  #: Resume although the steps or the optimiser changed. The state of the
+  #: optimiser is kept.
+  allow_optimizer_change: bool = False
   #: How this process finds the others: "off" if there are none, "auto" from
   #: the cluster, or HOST:PORT,N,I for process I of N.
   distributed: str = "off"
@@ -61,10 +65,12 @@ def run(args: list[str]) -> int:
     run_dir = parsed.run_dir
     if run_dir is None:
       run_dir = made.enter_context(default_folder(name))
-    outcome = start_run.run(
-      parsed.run,
-      run_dir,
-      allow_data_change=parsed.allow_data_change,
-      step_timeout=parsed.step_timeout,
-    )
+    with naming_options(parsed.run):
+      outcome = start_run.run(
+        parsed.run,
+        run_dir,
+        allow_data_change=parsed.allow_data_change,
+        allow_optimizer_change=parsed.allow_optimizer_change,
+        step_timeout=parsed.step_timeout,
+      )
   return outcome.exit_code
