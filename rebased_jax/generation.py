@@ -10,11 +10,18 @@ The rest is read in parts whose lengths are powers of two, the longest first: 13
 tokens as 8, 4 and 1. The loop over new tokens runs in a program with room for
 the next power of two.
 
+Prompts of several lengths are read together. A row that has no part of some
+length keeps its state while the others read theirs:
+
+    13 tokens    8 | 4 |   | 1
+     6 tokens      | 4 | 2 |
+
 Token s of a row is drawn with `fold_in(key_row, s)`. The samples of a row
 therefore depend on its own key, and not on the other rows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -28,12 +35,14 @@ import numpy as np
 from pallas_kernels.arguments import check_integers, name_type, plain_scalar
 from pallas_kernels.compile_once import keep_programs
 from pallas_kernels.explicit_mesh import explicit_axes, layout
+from pallas_kernels.numerics import sum_dtype
 from pallas_kernels.sharding import Axis
 from rebased_jax.config_checks import is_positive_integer
 from rebased_jax.decoding import LMState, enlarge_caches
 from rebased_jax.integers import power_of_two, to_int32
 from rebased_jax.model import LM
 from rebased_jax.model_config import check_length
+from rebased_jax.processes import gather
 
 #: Smaller temperatures would overflow logits / temperature in float32.
 _LEAST_TEMPERATURE = 1e-30
@@ -65,11 +74,22 @@ class _Settings(NamedTuple):
 class _Request(NamedTuple):
   """The checked arguments of `generate` and `stream`."""
 
-  prompts: list[Array]  # (B, T) alone, or (1, T) each
+  prompts_BT: Array  # int32; 0 after the end of a shorter prompt
+  lengths_B: np.ndarray  # tokens of each prompt
+  rows: NamedSharding | None  # how rows lie on a mesh. None: on none
+  split: PartitionSpec | None  # of rows in types. None: no Explicit axes
   steps: int
   choice: _Choice
   settings: _Settings
   piece: int
+
+
+class _Part(NamedTuple):
+  """Neighbouring tokens of some rows that are read at a time."""
+
+  starts_B: np.ndarray  # the place of the first one in each prompt
+  size: int
+  is_read_B: np.ndarray  # whether a row has such a part
 
 
 def generate(
@@ -84,6 +104,7 @@ def generate(
   stop_tokens: Sequence[int] = (),
   state: LMState | None = None,
   piece: int = 1024,
+  sharding: NamedSharding | None = None,
 ) -> Array:
   """Return `steps` tokens after each prompt, int32 (B, steps).
 
@@ -103,7 +124,7 @@ def generate(
   Args:
     model: the language model.
     prompt: integers (B, T), T ≥ 1, each in [0, V). Or a list of B prompts of
-      any lengths, integers (T,) each, which are read one after another.
+      any lengths, integers (T,) each.
     steps: number of tokens, ≥ 1.
     temperature: 0 takes the likeliest token. Above 0, tokens are sampled from
       softmax(logits / temperature).
@@ -118,6 +139,10 @@ def generate(
     state: the state after the tokens before the prompt, for example of
       `LM.prefill` or `rebased_jax.memory`. None: nothing comes before.
     piece: the most tokens of a prompt that are read at a time.
+    sharding: how the rows of a list lie on a mesh, for example
+      NamedSharding(mesh, PartitionSpec("data")). The number of rows is then a
+      multiple of the devices that split them. None: each device has all rows.
+      An array (B, T) is read where it lies.
 
   Raises:
     ValueError: an argument does not fit, the position table or Hyena's filter
@@ -133,25 +158,19 @@ def generate(
     stop_tokens=stop_tokens,
     state=state,
     piece=piece,
+    sharding=sharding,
   )
-  if isinstance(prompt, list | tuple):
-    blocks = list(stream(model, prompt, **options))
-    tokens_BS = np.concatenate(blocks, axis=1)
-    missing = int(plain_scalar(steps)) - tokens_BS.shape[1]
-    return jnp.asarray(np.pad(tokens_BS, ((0, 0), (0, missing)), "edge"))
-  request = _check(model, [prompt], **options)
-  steps = request.steps
-  (prompt_BT,) = request.prompts
-  rows = _rows_sharding(prompt)
-  split = layout(prompt)[0] if explicit_axes() else None
+  request = _check(model, prompt, **options)
   graph, params = _split(model, request, state)
-  logits_BV, state = _read(graph, params, prompt_BT, state, piece, rows)
-  slots = max(_FEWEST_SLOTS, power_of_two(steps))
-  write = _writer(graph, len(prompt_BT), slots, request.choice, split).whole
+  logits_BV, state = _read(graph, params, request, state)
+  slots = max(_FEWEST_SLOTS, power_of_two(request.steps))
+  write = _writer(
+    graph, len(logits_BV), slots, request.choice, request.split
+  ).whole
   tokens_BS = write(
-    params, logits_BV, state, _put(np.int32(steps)), request.settings
+    params, logits_BV, state, _put(np.int32(request.steps)), request.settings
   )
-  tokens_BS = jax.lax.slice_in_dim(tokens_BS, 0, steps, axis=1)
+  tokens_BS = jax.lax.slice_in_dim(tokens_BS, 0, request.steps, axis=1)
   _check_tokens(tokens_BS)
   return tokens_BS
 
@@ -169,13 +188,13 @@ def stream(
   state: LMState | None = None,
   piece: int = 1024,
   block: int = 16,
+  sharding: NamedSharding | None = None,
 ) -> Iterator[np.ndarray]:
   """Yield the tokens after prompts of any lengths as they are made.
 
-  Each prompt is read alone, and all are continued together. The tokens are
-  those of `generate`. The iterator ends early when every row has a stop token.
-  Stop to ask for more when all texts have ended for another reason. Arguments
-  are checked when the first tokens are asked for.
+  The tokens are those of `generate`. The iterator ends early when every row has
+  a stop token. Stop to ask for more when all texts have ended for another
+  reason. Arguments are checked when the first tokens are asked for.
 
   Args:
     model: the language model.
@@ -189,6 +208,7 @@ def stream(
     state: as in `generate`, with a row for each prompt.
     piece: as in `generate`.
     block: how many tokens are yielded at a time.
+    sharding: as in `generate`. Each process gets the tokens of all rows.
 
   Yields:
     int32 (B, 1) first, then (B, block), and fewer columns at the end.
@@ -201,7 +221,7 @@ def stream(
     raise ValueError(f"block={block!r}: expected an integer ≥ 1")
   request = _check(
     model,
-    [_one_row(i, prompt) for i, prompt in enumerate(prompts)],
+    list(prompts),
     steps=steps,
     temperature=temperature,
     top_k=top_k,
@@ -210,33 +230,30 @@ def stream(
     stop_tokens=stop_tokens,
     state=state,
     piece=piece,
+    sharding=sharding,
   )
   graph, params = _split(model, request, state)
-  read = []
-  for row, prompt_1T in enumerate(request.prompts):
-    own = None if state is None else _row(state, row)
-    read.append(_read(graph, params, prompt_1T, own, piece, None))
-  logits_BV, state = _join_rows(*read)
-  writer = _writer(graph, len(read), block, request.choice, None)
+  logits_BV, state = _read(graph, params, request, state)
+  writer = _writer(graph, len(logits_BV), block, request.choice, request.split)
   token_B, done_B = writer.first(logits_BV, request.settings)
-  tokens_BS, written = jax.device_get(token_B)[:, None], 0
+  tokens_BS, written = _fetch(token_B)[:, None], 0
   while True:
     _check_tokens(tokens_BS, written)
     yield tokens_BS
     written += tokens_BS.shape[1]
-    if written == request.steps or jax.device_get(done_B).all():
+    if written == request.steps or _fetch(done_B).all():
       return
     count = min(block, request.steps - written)
     at = _put(np.array([written, count], np.int32))
     tokens_BS, token_B, state, done_B = writer.more(
       params, token_B, state, done_B, at, request.settings
     )
-    tokens_BS = jax.device_get(tokens_BS)[:, :count]
+    tokens_BS = _fetch(tokens_BS)[:, :count]
 
 
 def _check(
   model: LM,
-  prompts: list[Any],
+  prompt: Prompts,
   *,
   steps: int,
   temperature: float,
@@ -246,44 +263,102 @@ def _check(
   stop_tokens: Sequence[int],
   state: LMState | None,
   piece: int,
+  sharding: NamedSharding | None,
 ) -> _Request:
   """Return what is asked for; raise ValueError if an argument does not fit.
 
-  `prompts` is one array (B, T), or an array (1, T) for each row. The other
-  arguments are those of `generate`.
+  The arguments are those of `generate`.
   """
   steps, temperature, top_k, top_p = map(
     plain_scalar, (steps, temperature, top_k, top_p)
   )
-  if not prompts:
-    raise ValueError("prompt is an empty list: expected at least one prompt")
-  for prompt in prompts:
+  V = model.config.vocab_size
+  if isinstance(prompt, list | tuple):
+    prompts_BT, lengths_B = _stack_prompts(prompt, V)
+    _check_sharding(sharding, len(prompts_BT))
+    rows, axis = sharding, _row_axis(sharding)
+  else:
     check_integers("prompt", prompt)
     if prompt.ndim != 2 or 0 in prompt.shape:
       raise ValueError(
         f"prompt has shape {prompt.shape}: expected (B, T), B ≥ 1 and T ≥ 1"
       )
+    if sharding is not None:
+      raise ValueError(
+        f"sharding={sharding} with an array, which is read where it lies: "
+        "expected a list of prompts, or None and jax.device_put(prompt, …)"
+      )
+    rows = _rows_sharding(prompt)
+    axis = layout(prompt)[0] if explicit_axes() else None
+    prompts_BT = _check_vocabulary(0, prompt, V)
+    lengths_B = np.full(prompt.shape[0], prompt.shape[1])
   for name, value in (("steps", steps), ("piece", piece)):
     if not is_positive_integer(value):
       raise ValueError(f"{name}={value!r}: expected an integer ≥ 1")
-  rows = sum(prompt.shape[0] for prompt in prompts)
-  choice = _check_sampling(model, temperature, top_k, top_p, key, rows)
+  B, longest = prompts_BT.shape
+  choice = _check_sampling(model, temperature, top_k, top_p, key, B)
   stops_K = _check_stop_tokens(model, stop_tokens)
-  prompts = [
-    _check_vocabulary(row, prompt, model.config.vocab_size)
-    for row, prompt in enumerate(prompts)
-  ]
-  before = _tokens_before(state, rows)
-  longest = max(prompt.shape[1] for prompt in prompts)
   # The last new token is predicted, but never read.
-  _check_room(model, before + longest + steps - 1)
+  _check_room(model, _tokens_before(state, B) + longest + steps - 1)
   settings = _Settings(
     _put(np.float32(temperature)),
     _put(np.float32(1 if top_p is None else top_p)),
     _put(stops_K),
     key if choice.sample else None,
   )
-  return _Request(prompts, steps, choice, settings, piece)
+  split = PartitionSpec(axis) if explicit_axes() else None
+  return _Request(
+    prompts_BT, lengths_B, rows, split, steps, choice, settings, piece
+  )
+
+
+def _stack_prompts(
+  prompts: Sequence[Any], size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Return prompts as int32 (B, T), filled up with 0, and their lengths (B,).
+
+  Args:
+    prompts: integers (T,) each.
+    size: V.
+
+  Raises:
+    ValueError: there is no prompt, or one does not fit.
+  """
+  if not prompts:
+    raise ValueError("prompt is an empty list: expected at least one prompt")
+  found = []
+  for row, prompt in enumerate(prompts):
+    array = np.asarray(jax.device_get(prompt))
+    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
+      raise ValueError(
+        f"prompt {row} is {array.dtype}{list(array.shape)}: expected integers "
+        "(T,), T ≥ 1"
+      )
+    found.append(_check_vocabulary(row, array[None], size)[0])
+  lengths_B = np.array([len(x) for x in found])
+  prompts_BT = np.zeros((len(found), lengths_B.max()), np.int32)
+  for row, tokens in zip(prompts_BT, found, strict=True):
+    row[: len(tokens)] = tokens
+  return prompts_BT, lengths_B
+
+
+def _check_sharding(sharding: NamedSharding | None, rows: int) -> None:
+  """Raise ValueError if rows cannot lie so on a mesh."""
+  if sharding is None:
+    return
+  if not isinstance(sharding, NamedSharding) or len(sharding.spec) > 1:
+    raise ValueError(
+      f"sharding={sharding}: expected a NamedSharding of the axis of rows, as "
+      'NamedSharding(mesh, PartitionSpec("data"))'
+    )
+  axis = _row_axis(sharding)
+  names = (axis,) if isinstance(axis, str) else tuple(axis or ())
+  devices = math.prod(sharding.mesh.shape[name] for name in names)
+  if rows % devices:
+    raise ValueError(
+      f"sharding={sharding} splits {rows} prompts over {devices} devices: "
+      f"expected a multiple of {devices}; add prompts, and drop their tokens"
+    )
 
 
 def _check_sampling(
@@ -422,15 +497,9 @@ def _check_tokens(tokens_BS: Array, written: int = 0) -> None:
     )
 
 
-def _one_row(row: int, prompt: Any) -> np.ndarray:
-  """Return one prompt of a list as integers (1, T)."""
-  array = np.asarray(jax.device_get(prompt))
-  if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
-    raise ValueError(
-      f"prompt {row} is {array.dtype}{list(array.shape)}: expected integers "
-      "(T,), T ≥ 1"
-    )
-  return array[None]
+def _row_axis(sharding: NamedSharding | None) -> Axis:
+  """Return the mesh axes that split rows, the first axis of an array."""
+  return None if sharding is None else next(iter(sharding.spec), None)
 
 
 def _rows_sharding(prompt_BT: Array) -> jax.sharding.Sharding | None:
@@ -448,13 +517,28 @@ def _has_values(x: Array) -> bool:
   return isinstance(x, np.ndarray) or x.is_fully_addressable
 
 
-def _parts(length: int, piece: int) -> list[tuple[int, int]]:
-  """Return (start, stop) of whole pieces, then of lengths of powers of two."""
-  whole, rest = length // piece * piece, length % piece
-  sizes = [1 << bit for bit in reversed(range(rest.bit_length()))]
-  stops = [*range(piece, whole + 1, piece)]
-  stops += [whole + (rest & -size) for size in sizes if rest & size]
-  return list(zip([0, *stops], stops, strict=False))
+def _fetch(x: Array) -> np.ndarray:
+  """Return an array in the memory of each process."""
+  return jax.device_get(gather(x))
+
+
+def _parts(lengths_B: np.ndarray, piece: int) -> Iterator[_Part]:
+  """Yield whole pieces, then parts whose lengths are powers of two.
+
+  Args:
+    lengths_B: tokens of each prompt.
+    piece: tokens of a whole piece.
+  """
+  pieces_B, rest_B = lengths_B // piece, lengths_B % piece
+  for number in range(pieces_B.max()):
+    starts_B = np.full_like(lengths_B, number * piece)
+    yield _Part(starts_B, piece, number < pieces_B)
+  for bit in reversed(range(int(rest_B.max()).bit_length())):
+    size = 1 << bit
+    is_read_B = rest_B & size > 0
+    if is_read_B.any():
+      # The longer parts of the rest come first.
+      yield _Part(pieces_B * piece + (rest_B & -2 * size), size, is_read_B)
 
 
 def _put(x: np.ndarray) -> Array:
@@ -469,7 +553,7 @@ def _split(
   graph, params = nnx.split(model)
   if state is not None:  # its caches have a size already
     return graph, params
-  longest = max(prompt.shape[1] for prompt in request.prompts)
+  longest = request.prompts_BT.shape[1]
   model = nnx.merge(graph, params)  # the caller's model stays as it is
   enlarge_caches(model, longest + request.steps - 1)
   return nnx.split(model)
@@ -478,35 +562,132 @@ def _split(
 def _read(
   graph: nnx.GraphDef,
   params: nnx.State,
-  prompt_BT: Array,
+  request: _Request,
   state: LMState | None,
-  piece: int,
-  rows: jax.sharding.Sharding | None,
 ) -> tuple[Array, LMState]:
-  """Return the logits (B, V) after a prompt, and the state there.
+  """Return the logits (B, V) after the prompts, and the state there.
 
   Args:
     graph: the model without its parameters.
     params: its parameters.
-    prompt_BT: the prompt.
-    state: the state before it. None: nothing comes before.
-    piece: the most tokens that are read at a time.
-    rows: how the prompt lies on a mesh. None: on none.
+    request: the prompts, and how they are read.
+    state: the state before them. None: nothing comes before.
   """
-  reader, logits_BV = _reader(graph, len(prompt_BT)), None
+  prompts_BT, lengths_B, rows = request[:3]
+  reader, logits_BV = _reader(graph, len(prompts_BT)), None
   if state is None:
     state = reader.start(params)
-  for start, stop in _parts(prompt_BT.shape[1], piece):
-    part_BT = jax.device_put(prompt_BT[:, start:stop], rows)
-    logits_BV, state = reader.read(params, part_BT, state)
-  return logits_BV, state
+  if (lengths_B == lengths_B[0]).all():
+    for part in _parts(lengths_B, request.piece):
+      start = part.starts_B[0]
+      part_BT = jax.device_put(prompts_BT[:, start : start + part.size], rows)
+      logits_BV, state = reader.read(params, part_BT, state)
+    return logits_BV, state
+  found = reader.no_logits(params), state
+  if rows is not None:
+    found = jax.device_put(found, _state_sharding(rows, found))
+  for part in _parts(lengths_B, request.piece):
+    found = _read_part(graph, params, request, part, found)
+  return found
+
+
+def _read_part(
+  graph: nnx.GraphDef,
+  params: nnx.State,
+  request: _Request,
+  part: _Part,
+  before: tuple[Array, LMState],
+) -> tuple[Array, LMState]:
+  """Return logits and state after some rows have read a part.
+
+  Other rows keep theirs. Where few rows have a whole piece, it is read for them
+  alone: long prompts among short ones would else be read as often as there are
+  rows.
+  """
+  B, read = len(request.lengths_B), np.flatnonzero(part.is_read_B)
+  few = power_of_two(len(read))
+  columns_T = np.arange(part.size)
+  if part.size == request.piece and few < B and request.rows is None:
+    rows_R = np.full(few, B)  # row B does not exist: its result is dropped
+    rows_R[: len(read)] = read
+    places_RT = part.starts_B[read[0]] + columns_T[None]
+    tokens_RT = request.prompts_BT[
+      np.minimum(rows_R, B - 1)[:, None], places_RT
+    ]
+    rows_R = _put(rows_R)
+    _, own = _take_rows(before, rows_R)
+    found = _reader(graph, few).read(params, _put(tokens_RT), own)
+    return _put_rows(before, found, rows_R)
+  places_BT = part.starts_B[:, None] + columns_T
+  tokens_BT = np.take_along_axis(
+    request.prompts_BT,
+    np.minimum(places_BT, request.prompts_BT.shape[1] - 1),
+    axis=1,
+  )
+  return _reader(graph, B).read_some(
+    params,
+    jax.device_put(tokens_BT, request.rows),
+    jax.device_put(part.is_read_B, request.rows),
+    before,
+  )
+
+
+def _state_sharding(
+  rows: NamedSharding, found: tuple[Array, LMState]
+) -> tuple[NamedSharding, LMState]:
+  """Return how logits and a state lie, of how their rows lie."""
+  pairs = NamedSharding(rows.mesh, PartitionSpec(None, _row_axis(rows)))
+  _, state = found
+  return rows, LMState(rows, jax.tree.map(lambda _: pairs, state.pairs))
+
+
+def _by_rows(
+  change: Callable[..., Array], *found: tuple[Array, LMState]
+) -> tuple[Array, LMState]:
+  """Apply `change(axis, *arrays)` to the logits and states of `found`.
+
+  `axis` is that of the rows.
+  """
+  logits, states = zip(*found, strict=True)
+  pairs = [state.pairs for state in states]
+  return change(0, *logits), LMState(
+    change(0, *(state.position_B for state in states)),
+    jax.tree.map(functools.partial(change, 1), *pairs),
+  )
+
+
+@jax.jit
+def _take_rows(
+  found: tuple[Array, LMState], rows_R: Array
+) -> tuple[Array, LMState]:
+  """Return logits and state of some rows; a row that is missing is the last."""
+  return _by_rows(
+    lambda axis, x: jnp.take(x, rows_R, axis=axis, mode="clip"), found
+  )
+
+
+@jax.jit
+def _put_rows(
+  found: tuple[Array, LMState], own: tuple[Array, LMState], rows_R: Array
+) -> tuple[Array, LMState]:
+  """Return logits and state with those of some rows; row B is dropped."""
+
+  def put(axis: int, x: Array, own: Array) -> Array:
+    at = x.at[:, rows_R] if axis else x.at[rows_R]
+    return at.set(own, mode="drop")
+
+  return _by_rows(put, found, own)
 
 
 class _Reader(NamedTuple):
-  """The compiled programs that read a prompt."""
+  """The compiled programs that read prompts."""
 
   start: Callable[[nnx.State], LMState]
+  no_logits: Callable[[nnx.State], Array]
   read: Callable[[nnx.State, Array, LMState], tuple[Array, LMState]]
+  # (params, tokens (B, T), which rows are read (B,), logits and state) to
+  # logits and state
+  read_some: Callable[..., tuple[Array, LMState]]
 
 
 class _Writer(NamedTuple):
@@ -576,24 +757,6 @@ def _is_stop(settings: _Settings, token_B: Array) -> Array:
   return (token_B[:, None] == settings.stop_tokens_K[None]).any(axis=1)
 
 
-@jax.jit
-def _join_rows(*rows: tuple[Array, LMState]) -> tuple[Array, LMState]:
-  """Return logits (B, V) and the state of B rows, from those of each row."""
-  logits, states = zip(*rows, strict=True)
-  pairs = jax.tree.map(
-    lambda *x_N1: jnp.concatenate(x_N1, axis=1), *(x.pairs for x in states)
-  )
-  position_B = jnp.concatenate([x.position_B for x in states])
-  return jnp.concatenate(logits), LMState(position_B, pairs)
-
-
-def _row(state: LMState, row: int) -> LMState:
-  """Return the state of one row."""
-  take = lambda x, axis: jax.lax.slice_in_dim(x, row, row + 1, axis=axis)
-  pairs = jax.tree.map(lambda x_NB: take(x_NB, 1), state.pairs)
-  return LMState(take(state.position_B, 0), pairs)
-
-
 # The number of rows is part of the key, so that dropping the programs of the
 # oldest case bounds the memory of all programs.
 @keep_programs(most=32)
@@ -610,17 +773,50 @@ def _reader(graph: nnx.GraphDef, rows: int) -> _Reader:
   ) -> tuple[Array, LMState]:
     return nnx.merge(graph, params).prefill(part_BT, state)
 
-  return _Reader(start, read)
+  @jax.jit
+  def no_logits(params: nnx.State) -> Array:
+    config = nnx.merge(graph, params).config
+    dtype = sum_dtype(jnp.dtype(config.dtype))
+    return jnp.zeros((rows, config.vocab_size), dtype)
+
+  @jax.jit
+  def read_some(
+    params: nnx.State,
+    part_BT: Array,
+    is_read_B: Array,
+    before: tuple[Array, LMState],
+  ) -> tuple[Array, LMState]:
+    after = nnx.merge(graph, params).prefill(part_BT, before[1])
+
+    def choose(axis: int, new: Array, old: Array) -> Array:
+      shape = [1] * new.ndim
+      shape[axis] = rows
+      return jnp.where(is_read_B.reshape(shape), new, old)
+
+    return _by_rows(choose, after, before)
+
+  return _Reader(start, no_logits, read, read_some)
 
 
 @keep_programs(most=32)
 def _writer(
-  graph: nnx.GraphDef, rows: int, slots: int, choice: _Choice, split: Axis
+  graph: nnx.GraphDef,
+  rows: int,
+  slots: int,
+  choice: _Choice,
+  split: PartitionSpec | None,
 ) -> _Writer:
   """Return the programs that add up to `slots` tokens to so many rows.
 
-  Under a mesh with Explicit axes the rows are split over the axes `split`. The
-  first tokens are the same for every number of slots.
+  The first tokens are the same for every number of slots.
+
+  Args:
+    graph: the model without its parameters.
+    rows: the number of rows.
+    slots: the most tokens that a program adds.
+    choice: how a token is chosen.
+    split: the layout of the rows under a mesh with Explicit axes. None: the
+      mesh has none.
   """
 
   def first(logits_BV: Array, settings: _Settings) -> tuple[Array, Array]:
@@ -673,8 +869,18 @@ def _writer(
     found = more(params, token_B, state, done_B, at, settings)
     return jnp.concatenate([token_B[:, None], found[0]], axis=1)[:, :slots]
 
-  if explicit_axes():
-    write = jax.sharding.auto_axes(write, out_sharding=PartitionSpec(split))
+  if split is not None:
+    # Under Auto axes, XLA finds the layout of every value in between.
+    on_mesh = jax.sharding.auto_axes
+    of_state = LMState(split, PartitionSpec(None, *split))
+    return _Writer(
+      jax.jit(on_mesh(write, out_sharding=split)),
+      jax.jit(on_mesh(first, out_sharding=(split, split))),
+      jax.jit(
+        on_mesh(more, out_sharding=(split, split, of_state, split)),
+        donate_argnums=2,
+      ),
+    )
   return _Writer(
     jax.jit(write), jax.jit(first), jax.jit(more, donate_argnums=2)
   )

@@ -32,7 +32,7 @@ from rebased_jax.config_json import (
 from rebased_jax.find_trainer import import_trainer
 from rebased_jax.model import LM
 from rebased_jax.model_config import ModelConfig
-from rebased_jax.one_writer import failing_together, is_split
+from rebased_jax.processes import failing_together, is_split
 from rebased_jax.tensor_files import MAX_FILE_BYTES, WeightsError
 
 CONFIG = "config.json"

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 from rebased_jax import atomic
 from rebased_jax.config_json import ConfigError, load_json
-from rebased_jax.one_writer import failing_together, gather, is_split
+from rebased_jax.processes import failing_together, gather, is_split
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

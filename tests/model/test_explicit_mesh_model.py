@@ -16,6 +16,7 @@ from rebased_jax import (
   ReBasedConfig,
   Site,
   generate,
+  generation,
 )
 
 B, T = 4, 12
@@ -123,16 +124,17 @@ def test_a_model_outside_jit(mesh, lm):
   )
   token = np.asarray(tokens[:, 0])  # NumPy's integers have no layout
   first_BV, _ = lm.step(token, lm.init_state(B))
-  continued = generate(lm, prompt, steps=4)
+  prompts = [x[: 2 + i] for i, x in enumerate(prompt)]
+  continued = generate(lm, prompts, steps=4)
   with jax.set_mesh(mesh):
-    rows = jax.device_put(tokens, NamedSharding(mesh, P("data")))
-    prompt = jax.device_put(prompt, NamedSharding(mesh, P("data")))
+    by_rows = NamedSharding(mesh, P("data"))
+    rows, prompt = jax.device_put((tokens, prompt), by_rows)
     found = (
       lm(rows),
       lm(rows, positions_to_predict=at),
       lm.prefill(prompt, lm.init_state(B), all_positions=True)[0],
     )
-    tokens_BS = generate(lm, prompt, steps=4)
+    tokens_BS = generate(lm, prompts, steps=4, sharding=by_rows)
     found_BV, _ = lm.step(token, lm.init_state(B))
   for x in (*found, tokens_BS):
     assert x.sharding.spec[0] == "data"
@@ -142,6 +144,32 @@ def test_a_model_outside_jit(mesh, lm):
     atol=1e-5,
   )
   np.testing.assert_array_equal(tokens_BS, continued)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("split", [False, True])
+def test_generation(lm, axis_type, split):
+  """Arrays, lists and streams, on meshes of every kind."""
+  prompt = jax.random.randint(jax.random.key(2), (B, 5), 0, 16)
+  prompts = [x[: 2 + i] for i, x in enumerate(prompt)]
+  options = dict(steps=20, temperature=1.0, top_p=0.9, key=jax.random.key(4))
+  wanted = generate(lm, prompt, **options), generate(lm, prompts, **options)
+  mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(axis_type,) * 2)
+  by_rows = NamedSharding(mesh, P("data"))
+  with jax.set_mesh(mesh):
+    model = _split_last(mesh, lm) if split else lm
+    array = generate(model, jax.device_put(prompt, by_rows), **options)
+    np.testing.assert_array_equal(array, wanted[0])
+    for sharding in (None, by_rows, NamedSharding(mesh, P(("data", "tensor")))):
+      for piece in (2, 1024):
+        how = dict(options, sharding=sharding, piece=piece)
+        found = generate(model, prompts, **how)
+        np.testing.assert_array_equal(found, wanted[1])
+        if sharding is not None:
+          assert found.sharding.spec[0] == sharding.spec[0]
+        blocks = list(generation.stream(model, prompts, **how))
+        np.testing.assert_array_equal(np.concatenate(blocks, 1), wanted[1])
 
 
 def test_a_mixer_with_a_list(mesh):

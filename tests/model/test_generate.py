@@ -150,6 +150,7 @@ def test_a_token_past_the_table_is_named() -> None:
     (dict(state=make().init_state(3)), "state has 3 rows: expected 2"),
     (dict(state=()), "state is a tuple: expected an LMState"),
     (dict(temperature=1e-46), "temperature=1e-46"),
+    (dict(sharding=jax.devices()), "with an array, which is read where it"),
   ],
 )
 def test_a_wrong_argument_is_named(wrong, message) -> None:
@@ -296,6 +297,38 @@ def test_a_stream_continues_prompts_of_any_lengths() -> None:
     np.testing.assert_array_equal(found, alone[0])
 
 
+def test_prompts_of_several_lengths_are_read_together() -> None:
+  """As often as the longest one is, and by the programs of all lists."""
+  model = make()
+  generation._reader.cache_clear()
+  prompts = [[3, 1, 4, 1, 5, 9, 2], [6, 5], [3, 5, 8]]
+  generate(model, prompts, steps=1)
+  with compilations() as count:
+    tokens_BS = generate(model, prompts[1:] + [[7, 9, 3, 2, 3, 8]], steps=1)
+  assert {"read", "read_some", "write"}.isdisjoint(count), count
+  np.testing.assert_array_equal(
+    tokens_BS[:2], generate(model, prompts, steps=1)[1:]
+  )
+  assert generation._reader.cache_info().misses == 1
+  reader = generation._reader(nnx.split(model)[0], 3)
+  sizes = reader.read._cache_size(), reader.read_some._cache_size()
+  assert sizes == (0, 3)  # 4, 2 and 1 tokens of three rows
+  # A long prompt is read alone, piece by piece, and not with empty rows.
+  long = [*prompts[:2], [1]]
+  together = generate(model, long, steps=1, piece=2)
+  np.testing.assert_array_equal(
+    together[:2], generate(model, prompts[:2], steps=1)
+  )
+  one = generation._reader(nnx.split(model)[0], 1)
+  assert one.read._cache_size() == 1
+  # The state before belongs to its row.
+  _, state = model.prefill(PROMPT_BT[:, :2], model.init_state(2))
+  rest = [PROMPT_BT[0, 2:], PROMPT_BT[1, 2:3]]
+  continued = generate(model, rest, steps=3, state=state)
+  whole = generate(model, [PROMPT_BT[0], PROMPT_BT[1, :3]], steps=3)
+  np.testing.assert_array_equal(continued, whole)
+
+
 def test_samples_depend_on_a_rows_own_key() -> None:
   model, key = make(), jax.random.key(5)
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(3))
@@ -392,9 +425,10 @@ def test_every_mixer_continues_as_the_whole(name: str) -> None:
   )
   model = LM(config, rngs=nnx.Rngs(0))
   model.token_embedding[...] = model.token_embedding[...] * 20
-  prompts = [[3, 1, 4, 1, 5], [9]]
+  # The first row reads 4 tokens alone, the second 1 and the third 2.
+  prompts = [[3, 1, 4, 1, 5], [9], [2, 6]]
   tokens_BS = generate(model, prompts, steps=7, piece=4)
-  row_BT = np.zeros((2, LENGTH - 1), np.int32)
+  row_BT = np.zeros((3, LENGTH - 1), np.int32)
   for row, prompt, new in zip(row_BT, prompts, tokens_BS, strict=True):
     known = [*prompt, *new[:-1].tolist()]
     row[: len(known)] = known
@@ -418,7 +452,15 @@ def test_a_cache_is_as_long_as_the_text_and_a_filter_is_not() -> None:
 
 def test_a_wrong_prompt_of_a_list_is_named() -> None:
   model = make()
+  mesh = jax.make_mesh((2,), ("data",))
+  by = lambda *names: jax.NamedSharding(mesh, jax.P(*names))
   for words, prompts, options in (
+    (
+      "splits 3 prompts over 2 devices: expected a multiple of 2",
+      PROMPTS,
+      dict(steps=1, sharding=by("data")),
+    ),
+    ("of the axis of rows", PROMPTS, dict(steps=1, sharding=by(None, "data"))),
     ("block=0", PROMPTS, dict(steps=1, block=0)),
     ("position table has 8", PROMPTS, dict(steps=7)),
     (r"prompt\[1, 2\] is the token 11", [[1], [1, 2, V]], dict(steps=1)),

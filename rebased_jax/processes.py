@@ -1,4 +1,4 @@
-"""Let process 0 write arrays that are split over several processes.
+"""Arrays that are split over several processes: gather them, fail together.
 
 Arrays are gathered one by one, by all processes in the same order. So an error
 of one process must end the work of all: the others would wait for its part of
@@ -25,8 +25,12 @@ def is_split(arrays: Iterable[Any]) -> bool:
   )
 
 
-def gather(x: Any) -> Any:
-  """Return an array, whole on each device if it was split over processes."""
+def gather(x: jax.Array) -> jax.Array:
+  """Return an array, whole on each device if it was split over processes.
+
+  Raises:
+    ValueError: such an array has no NamedSharding.
+  """
   if not is_split([x]):
     return x
   mesh = x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None
