@@ -3,8 +3,10 @@
 Build it with `sphinx-build -W --keep-going -b html docs docs/_build`.
 """
 
+import dataclasses
 from importlib import metadata
 import inspect
+import itertools
 import os
 import re
 
@@ -74,7 +76,10 @@ def _plain_text_to_rst(app, what, name, obj, options, lines):
   Equations and listings stand in blocks that are indented by four spaces after
   an empty line; they become literal blocks. Directives stay as they are.
   """
-  del app, name, obj, options
+  del app, name, options
+  if what == "class" and dataclasses.is_dataclass(obj):
+    # autodoc reads the comments of the fields itself.
+    lines[:] = itertools.takewhile(lambda x: x != "Attributes:", lines)
   result, block, in_section = [], None, False
   for line in lines:
     indent = len(line) - len(line.lstrip())

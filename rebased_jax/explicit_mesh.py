@@ -25,6 +25,7 @@ from pallas_kernels.explicit_mesh import (
   layout,
   under_auto_axes,
 )
+from rebased_jax.argument_names import check_names
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -52,6 +53,7 @@ def method_on_any_mesh(
 
     @functools.wraps(method)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+      check_names(method.__qualname__, kwargs, signature.parameters)
       if not explicit_axes():
         return method(*args, **kwargs)
       module, *given = signature.bind(*args, **kwargs).arguments.items()

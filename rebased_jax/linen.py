@@ -20,6 +20,7 @@ from jax import Array
 
 from pallas_kernels import ShardAxes
 from rebased_jax import model, model_files
+from rebased_jax.argument_names import explain_unknown_names
 from rebased_jax.config_checks import DType, Precision
 from rebased_jax.decoding import LMState
 from rebased_jax.mixers.base import MixerConfig, MixerState, Site
@@ -93,6 +94,7 @@ class LM(_FromNNX):
   def _make(self, rngs: nnx.Rngs) -> model.LM:
     return model.LM(self.config, rngs=rngs)
 
+  @explain_unknown_names
   def __call__(
     self,
     tokens: Array,
@@ -112,10 +114,12 @@ class LM(_FromNNX):
       dropout_key=dropout_key,
     )
 
+  @explain_unknown_names
   def init_state(self, batch: int) -> LMState:
     """Return the state of `batch` rows before their first token."""
     return self._call("init_state", batch)
 
+  @explain_unknown_names
   def prefill(
     self,
     tokens: Array,
@@ -135,6 +139,7 @@ class LM(_FromNNX):
       all_positions=all_positions,
     )
 
+  @explain_unknown_names
   def step(self, tokens: Array, state: LMState) -> tuple[Array, LMState]:
     """Return the logits (B, V) after one more token a row, and the state."""
     return self._call("step", tokens, state)
@@ -153,6 +158,7 @@ class Mixer(_FromNNX):
   def _make(self, rngs: nnx.Rngs) -> nnx.Module:
     return self.config.make(self.site, rngs=rngs)
 
+  @explain_unknown_names
   def __call__(
     self,
     x_BTD: Array,
@@ -172,10 +178,12 @@ class Mixer(_FromNNX):
       dropout_key=dropout_key,
     )
 
+  @explain_unknown_names
   def init_state(self, batch: int) -> MixerState:
     """Return the state of `batch` rows before a document's first token."""
     return self._call("init_state", batch)
 
+  @explain_unknown_names
   def prefill(
     self,
     x_BTD: Array,
@@ -189,11 +197,13 @@ class Mixer(_FromNNX):
       "prefill", x_BTD, state, segment_ids=segment_ids, axes=axes
     )
 
+  @explain_unknown_names
   def step(self, x_BD: Array, state: MixerState) -> tuple[Array, MixerState]:
     """Return y (B, D) of one more token a row, and the state after it."""
     return self._call("step", x_BD, state)
 
 
+@explain_unknown_names
 def lm(
   config: ModelConfig, *, partitioned: bool = False, name: str | None = None
 ) -> LM:
@@ -226,6 +236,7 @@ def load(
   return lm(loaded.config), params
 
 
+@explain_unknown_names
 def mixer(
   config: MixerConfig,
   width: int,

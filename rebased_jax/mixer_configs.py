@@ -23,6 +23,7 @@ from rebased_jax.config_checks import (
   keep_precision_name,
   make_scalars_plain,
 )
+from rebased_jax.config_help import with_help
 
 # Needed for type checkers alone.
 if TYPE_CHECKING:
@@ -43,7 +44,11 @@ if TYPE_CHECKING:
 #: Implementations of softmax attention.
 ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
 
+#: Implementations of the recurrences of Mamba and RWKV.
+RECURRENCES = ("xla", "gpu")
 
+
+@with_help
 @dataclasses.dataclass(frozen=True)
 class Site:
   """The place in a model that a mixer is made for."""
@@ -82,6 +87,7 @@ class Site:
     compute_dtype(self.param_dtype)
 
 
+@with_help
 @dataclasses.dataclass(frozen=True)
 class MixerConfig(abc.ABC):
   """Abstract: all choices of a mixer except its place in a model.
@@ -97,6 +103,7 @@ class MixerConfig(abc.ABC):
     """Return the mixer for a place in a model, with fresh parameters."""
 
 
+@with_help
 @dataclasses.dataclass(frozen=True)
 class PolynomialConfig(MixerConfig):
   """Abstract: the choices that ReBased and Based share."""
@@ -148,6 +155,7 @@ class HeadShape(NamedTuple):
   value_features: int  # P
 
 
+@with_help
 @dataclasses.dataclass(frozen=True)
 class ReBasedConfig(PolynomialConfig):
   """Choices of ReBased; the defaults are the paper's, except eps.
@@ -184,6 +192,7 @@ class ReBasedConfig(PolynomialConfig):
     )
 
 
+@with_help
 @dataclasses.dataclass(frozen=True)
 class BasedConfig(PolynomialConfig):
   """Choices of Based. All defaults but eps are those of the ReBased paper."""
@@ -203,6 +212,7 @@ class BasedConfig(PolynomialConfig):
     )
 
 
+@with_help
 @dataclasses.dataclass(frozen=True)
 class BaseConvConfig(MixerConfig):
   """Choices of the short convolution; the defaults are the paper's."""
@@ -229,6 +239,7 @@ class BaseConvConfig(MixerConfig):
     )
 
 
+@with_help
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig(MixerConfig):
   """Choices of softmax attention.
@@ -284,6 +295,7 @@ class AttentionConfig(MixerConfig):
     )
 
 
+@with_help
 @dataclasses.dataclass(frozen=True)
 class HyenaConfig(MixerConfig):
   """Choices of Hyena; the defaults are zoology's."""
@@ -316,6 +328,7 @@ class HyenaConfig(MixerConfig):
     )
 
 
+@with_help
 @dataclasses.dataclass(frozen=True)
 class MambaConfig(MixerConfig):
   """Choices of Mamba's mixer; the defaults are the ReBased paper's."""
@@ -331,11 +344,15 @@ class MambaConfig(MixerConfig):
   #: uniformly within ±1/√R, and b_Δ such that softplus(b_Δ) is log-uniform in
   #: [0.001, 0.1].
   initialization: Literal["published", "intended"] = "published"
+  #: What computes the scan: "xla", or "gpu", kernels for Hopper GPUs that were
+  #: not timed yet. None: "xla".
+  implementation: str | None = None
 
   def __post_init__(self) -> None:
     super().__post_init__()
     check_positive(self, "state", "taps", "expand")
     check_one_of(self, "initialization", "published", "intended")
+    check_one_of(self, "implementation", None, *RECURRENCES)
 
   def make(self, site: Site, *, rngs: "nnx.Rngs") -> "Mamba":
     """Return Mamba's mixer for a place in a model."""
@@ -353,6 +370,7 @@ class MambaConfig(MixerConfig):
     )
 
 
+@with_help
 @dataclasses.dataclass(frozen=True)
 class RWKVConfig(MixerConfig):
   """Choices of RWKV; the defaults are those of the ReBased paper's code."""
@@ -366,11 +384,15 @@ class RWKVConfig(MixerConfig):
   #: v, decay and first, as the code's float mode does; the recurrence itself is
   #: computed in float32. "float32" rounds nothing.
   wkv_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+  #: What computes the recurrence: "xla", or "gpu", kernels for Hopper GPUs that
+  #: were not timed yet. None: "xla".
+  implementation: str | None = None
 
   def __post_init__(self) -> None:
     super().__post_init__()
     check_one_of(self, "initialization", "published", "intended")
     check_one_of(self, "wkv_dtype", "bfloat16", "float32")
+    check_one_of(self, "implementation", None, *RECURRENCES)
 
   def make(self, site: Site, *, rngs: "nnx.Rngs") -> "RWKV":
     """Return RWKV's time-mix for a place in a model."""

@@ -28,6 +28,7 @@ from pallas_kernels import ShardAxes
 from pallas_kernels.arguments import check_not_cut
 from pallas_kernels.numerics import asked_precision, sum_dtype
 from rebased_jax import blocks
+from rebased_jax.argument_names import explain_unknown_names
 from rebased_jax.config_checks import compute_dtype
 from rebased_jax.decoding import Decoder
 from rebased_jax.embedding import look_up, token_positions
@@ -52,6 +53,10 @@ class LM(Decoder):
   stacked over the pairs.
   """
 
+  #: The class of config that the model is made from.
+  config_type = ModelConfig
+
+  @explain_unknown_names
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     """Make the model; embeddings start from N(0, 0.02²).
 

@@ -12,6 +12,7 @@ from rebased_jax.config_checks import (
   keep_precision_name,
   make_scalars_plain,
 )
+from rebased_jax.config_help import with_help
 from rebased_jax.mixer_configs import MixerConfig, Site
 
 # Imported where they are used: a config is plain Python.
@@ -26,6 +27,7 @@ Remat = Literal["none", "dots", "full"]
 _MOST_PAIRS = 10_000
 
 
+@with_help
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """Choices of an `LM`."""

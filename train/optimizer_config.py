@@ -5,6 +5,7 @@ import math
 from typing import Literal, get_args
 
 from rebased_jax.config_checks import make_scalars_plain
+from rebased_jax.config_help import with_help
 from rebased_jax.field_types import fits
 from train.data.checks import require
 
@@ -15,6 +16,7 @@ Shape = Literal["cosine", "linear", "wsd", "constant"]
 MOMENTUM = {"muon": 0.95, "sgd": 0.9}
 
 
+@with_help
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
   """The update rule. The defaults are those of the paper's MQAR experiments.

@@ -20,6 +20,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes, devices
+from rebased_jax.argument_names import explain_unknown_names
 from rebased_jax.config_checks import DType, Precision
 from rebased_jax.linear import linear, output_stddev
 from rebased_jax.mixer_configs import AttentionConfig as AttentionConfig
@@ -50,6 +51,7 @@ class Attention(Mixer):
   config_type = AttentionConfig
   no_time_axis = "its scores are of whole rows; split batch or heads"
 
+  @explain_unknown_names
   def __init__(
     self,
     width: int,

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes, causal_conv, gated_conv
 from pallas_kernels.gated_conv import has_kernel
+from rebased_jax.argument_names import explain_unknown_names
 from rebased_jax.config_checks import DType, Precision
 from rebased_jax.linear import linear
 from rebased_jax.mixer_configs import BaseConvConfig as BaseConvConfig
@@ -36,6 +37,7 @@ class BaseConv(Mixer):
   no_time_axis = None
   state_rule = "window"
 
+  @explain_unknown_names
   def __init__(
     self,
     width: int,

@@ -31,6 +31,7 @@ import numpy as np
 
 from pallas_kernels import ShardAxes
 from pallas_kernels.numerics import sum_dtype
+from rebased_jax.argument_names import explain_unknown_names
 from rebased_jax.config_checks import DType, Precision
 from rebased_jax.integers import power_of_two
 from rebased_jax.linear import Linear, linear, output_stddev
@@ -129,6 +130,7 @@ class Hyena(Mixer):
     "None"
   )
 
+  @explain_unknown_names
   def __init__(
     self,
     width: int,

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes, selective_scan
 from pallas_kernels.numerics import asked_precision, sum_dtype
+from rebased_jax.argument_names import explain_unknown_names
 from rebased_jax.config_checks import DType, Precision
 from rebased_jax.linear import Linear, linear, output_stddev
 from rebased_jax.mixer_configs import MambaConfig as MambaConfig
@@ -56,6 +57,7 @@ class Mamba(Mixer):
   config_type = MambaConfig
   no_time_axis = "its scan runs over whole rows; split batch or channels"
 
+  @explain_unknown_names
   def __init__(
     self,
     width: int,
@@ -102,6 +104,7 @@ class Mamba(Mixer):
     )
     self.x_proj = make(I, R + 2 * N)
     self.scan_dtype = sum_dtype(self.dtype)
+    self.implementation = config.implementation
     drawn, bias = nnx.initializers.normal(0.02), nnx.initializers.zeros
     if config.initialization == "intended":
       drawn, bias = _uniform(R**-0.5), _inverse_softplus
@@ -170,6 +173,8 @@ class Mamba(Mixer):
     R, N = self.dt_proj.kernel.shape[-2], self.A_log.shape[-1]
     dt_BTR, B_BTN, C_BTN = jnp.split(parts, (R, R + N), axis=-1)
     u_BTI = u_BTI.astype(self.scan_dtype)
+    # The kernels walk chunks, of which a decoded token is a small part.
+    is_step = x_BTD.shape[1] == 1
     y_BTI, h_BIN = selective_scan(
       u_BTI,
       jax.nn.softplus(self.dt_proj(dt_BTR)),
@@ -178,6 +183,7 @@ class Mamba(Mixer):
       C_BTN,
       initial_state=state.h_BIN,
       segment_ids=segment_ids,
+      implementation="xla" if is_step else self.implementation,
     )
     y_BTI += self.D[...].astype(self.scan_dtype)[None, None] * u_BTI
     return y_BTI.astype(self.dtype), MambaState(past_BKI, h_BIN)

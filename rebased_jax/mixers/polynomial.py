@@ -26,6 +26,7 @@ from pallas_kernels import (
   polynomial_attention_weights,
   zero_state,
 )
+from rebased_jax.argument_names import explain_unknown_names
 from rebased_jax.config_checks import DType, Precision
 from rebased_jax.linear import Linear, linear
 from rebased_jax.mixer_configs import HeadShape, PolynomialConfig
@@ -75,6 +76,7 @@ class PolynomialMixer(Mixer):
   #: Coefficients of sim as a polynomial of q·k / √F.
   coefficients: ClassVar[Coefficients]
 
+  @explain_unknown_names
   def __init__(
     self,
     width: int,

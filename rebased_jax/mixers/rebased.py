@@ -52,6 +52,7 @@ import jax.numpy as jnp
 from pallas_kernels import REBASED, layer_norm
 from pallas_kernels.layer_norm import reference_layer_norm
 from pallas_kernels.numerics import broadcast_parameter, sum_dtype
+from rebased_jax.argument_names import explain_unknown_names
 from rebased_jax.config_checks import DType, Precision
 from rebased_jax.mixer_configs import ReBasedConfig as ReBasedConfig
 from rebased_jax.mixers.polynomial import PolynomialMixer
@@ -106,6 +107,7 @@ class ReBased(PolynomialMixer):
   config_type = ReBasedConfig
   coefficients = REBASED
 
+  @explain_unknown_names
   def __init__(
     self,
     width: int,

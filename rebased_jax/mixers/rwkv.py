@@ -33,6 +33,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.numerics import asked_precision, sum_dtype
 from pallas_kernels.plain_derivatives import OwnDerivative
+from rebased_jax.argument_names import explain_unknown_names
 from rebased_jax.config_checks import DType, Precision
 from rebased_jax.linear import Linear
 from rebased_jax.mixer_configs import RWKVConfig as RWKVConfig
@@ -62,6 +63,7 @@ class RWKV(Mixer):
   config_type = RWKVConfig
   no_time_axis = "its sums run from chunk to chunk; split batch or channels"
 
+  @explain_unknown_names
   def __init__(
     self,
     width: int,
@@ -124,6 +126,7 @@ class RWKV(Mixer):
       self.r, self.o = projection(zeros), projection(zeros)
     self.rounded = config.wkv_dtype == "bfloat16"
     self.sums_dtype = sum_dtype(self.dtype)
+    self.implementation = config.implementation
 
   def init_state(self, batch: int) -> RWKVState:
     """Return the state before a document's first token: no past."""
@@ -181,6 +184,7 @@ class RWKV(Mixer):
       u_D,
       initial_state=state.sums,
       segment_ids=segment_ids,
+      implementation=self.implementation,
     )
     y_BMD = self._gate_output(
       take_positions(self._rounded(o_BTD), positions_BM),

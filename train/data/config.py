@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Self
 
 from rebased_jax.config_checks import make_scalars_plain
+from rebased_jax.config_help import with_help
 from rebased_jax.field_types import fits
 from train.data import mqar, mqar_paper
 from train.data.batches import Batch, Batches
@@ -220,6 +221,7 @@ def check_batch(batch: Batch, fields: Mapping[str, Field], source: str) -> None:
       )
 
 
+@with_help
 @dataclasses.dataclass(frozen=True)
 class MQARData(DataConfig):
   """Abstract: multi-query associative recall, in rows of one shape."""
@@ -257,6 +259,7 @@ class MQARData(DataConfig):
     }
 
 
+@with_help
 @dataclasses.dataclass(frozen=True)
 class MQARStreamData(MQARData):
   """Unlimited MQAR: example i is a function of (seed, i)."""
@@ -286,6 +289,7 @@ class MQARStreamData(MQARData):
     )
 
 
+@with_help
 @dataclasses.dataclass(frozen=True)
 class MQARPaperData(MQARData):
   """The paper's MQAR: 100,000 training and 3,000 test rows for all seeds."""
@@ -314,6 +318,7 @@ class MQARPaperData(MQARData):
     return mqar_paper.paper_test_batches(self.rows(), rows=rows)
 
 
+@with_help
 @dataclasses.dataclass(frozen=True)
 class TextData(DataConfig):
   """Text as tokens: data sets of `rebased prepare`, or in Megatron's format.

@@ -11,12 +11,14 @@ Neighbouring devices are along the last axes, which exchange the most.
 import dataclasses
 
 from rebased_jax.config_checks import make_scalars_plain
+from rebased_jax.config_help import with_help
 from rebased_jax.field_types import fits
 from train.data.checks import require
 
 AXES = ("data", "fsdp", "context", "tensor")
 
 
+@with_help
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """Into how many parts the devices cut a run's arrays.
