@@ -184,7 +184,9 @@ class RebasedLM(TemplateLM):
       for group in groups.values():
         for first in range(0, len(group), self.batch_size):
           batch = group[first : first + self.batch_size]
-          contexts = [requests[i].args[0] for i in batch]
+          contexts = {i: requests[i].args[0] for i in batch}
+        # The contexts of a batch then have about one length.
+        group.sort(key=lambda i: len(requests[i].args[0]), reverse=True)
           texts = self._generate(contexts, dict(options[batch[0]]))
           for i, text in zip(batch, texts, strict=True):
             found[i] = text
@@ -195,6 +197,7 @@ class RebasedLM(TemplateLM):
     return found
 
   def _score(
+    self._generated += len(requests)
     self, texts: Sequence[_Scored], disable_tqdm: bool
   ) -> Iterator[tuple[int, tuple[float, bool]]]:
     """Yield the number of each text, its log-likelihood, and if it is greedy.
@@ -241,12 +244,12 @@ class RebasedLM(TemplateLM):
     return text._replace(context=text.context[-room:])
 
   def _generate(
-    self, contexts: list[str], options: dict[str, Any]
+    self, contexts: dict[int, str], options: dict[str, Any]
   ) -> list[str]:
     """Return the texts after some contexts.
 
     Args:
-      contexts: the texts before.
+      contexts: the texts before, by the numbers of their requests.
       options: `max_gen_toks`, `until`, and how tokens are chosen.
 
     Raises:
@@ -258,12 +261,11 @@ class RebasedLM(TemplateLM):
       require(name in _SAMPLING, name, value, expected)
     temperature = float(options.get("temperature", 0.0))
     samples = bool(options.get("do_sample")) and temperature > 0
-    prompts = [self._prompt(context, steps) for context in contexts]
+    prompts = [self._prompt(context, steps) for context in contexts.values()]
     keys = None
     if samples:
-      numbers = np.arange(len(prompts)) + self._generated
+      numbers = np.array(list(contexts)) + self._generated
       keys = jax.vmap(lambda i: jax.random.fold_in(self._key, i))(numbers)
-    self._generated += len(prompts)
     blocks = generation.stream(
       self.model,
       prompts,
