@@ -14,7 +14,7 @@ def cut_time(
   """Return (slices, chunks of a slice); the last slice may have fewer.
 
   Args:
-    chunks: of a row.
+    chunks: of a row, which slices have whole numbers of.
     walks: programs that each slice has, one a row and group of channels.
     programs: how many programs a launch should have.
     least: the fewest chunks of a slice.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import WKVState, selective_scan, wkv
+from pallas_kernels.numerics import sum_dtype
 
 SCAN_NAMES = ("x", "delta", "A", "B", "C", "initial_state")
 WKV_NAMES = ("k", "v", "w", "u", "initial_state")
@@ -75,6 +76,7 @@ def _with_gradients(operator, implementation, inputs, ids, weights):
     if operator is wkv:
       scale = jnp.exp(state.maximum)
       state = state.numerator * scale, state.denominator * scale
+    state = jax.tree.map(lambda x: x.astype(sum_dtype(x.dtype)), state)
     wide = jax.tree.leaves(state)[0].dtype
     wave = jnp.cos(jnp.arange(y.size, dtype=wide)).reshape(y.shape)
     sums = [(wave * y.astype(wide)).sum()]

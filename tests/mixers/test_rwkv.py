@@ -144,7 +144,11 @@ def test_the_projections_of_each_initialization() -> None:
 
 @pytest.mark.parametrize(
   "fields",
-  [{"initialization": "zeros"}, {"wkv_dtype": "float16"}],
+  [
+    {"initialization": "zeros"},
+    {"wkv_dtype": "float16"},
+    {"implementation": "tpu"},
+  ],
   ids=lambda fields: next(iter(fields)),
 )
 def test_a_wrong_field_is_named(fields) -> None:

@@ -12,6 +12,7 @@ from jax import Array
 import jax.experimental.pallas as pl
 
 from pallas_kernels.wkv.gpu.walk import (
+  BLOCK,
   C,
   Launch,
   W,
@@ -29,8 +30,6 @@ from pallas_kernels.wkv.gpu.walk import (
   walk,
 )
 from pallas_kernels.wkv.state import output
-
-BLOCK = 2 * C  # tokens that are loaded at once
 
 
 def slice_sums(launch: Launch, arrays: dict[str, Array]) -> dict[str, Array]:

@@ -27,13 +27,14 @@ from pallas_kernels.wkv.state import EMPTY, WKVState, add_token
 
 W = WARPGROUP  # channels of a program, one a thread
 C = 8  # tokens of a chunk; the sums before each are kept for the backward
+BLOCK = 2 * C  # tokens that the forward loads at once; slices are whole blocks
 f32 = jnp.float32
 
 # Programs that a launch should have: two for each of a Hopper GPU's 132
 # multiprocessors. Where rows and channels give fewer, time is cut into slices
-# of at least SLICE_CHUNKS chunks. Chosen by arithmetic, not yet measured.
+# of at least SLICE_BLOCKS blocks. Chosen by arithmetic, not yet measured.
 PROGRAMS = 264
-SLICE_CHUNKS = 32
+SLICE_BLOCKS = 16
 
 _CHANNELS = plgpu.Layout.WG_STRIDED((W,), vec_size=1)
 
@@ -49,7 +50,7 @@ class Launch:
     dtype: of the arrays with tokens; sums are float32.
     documents: whether rows hold several documents.
     slices: slices of time, which different programs walk at once.
-    chunks: chunks of a slice; the last slice may have fewer.
+    tokens: tokens of a slice, in whole blocks; the last slice may have fewer.
   """
 
   B: int
@@ -58,17 +59,12 @@ class Launch:
   dtype: Any
   documents: bool
   slices: int
-  chunks: int
+  tokens: int
 
   @property
   def total_chunks(self) -> int:
     """Chunks of a row."""
     return -(-self.T // C)
-
-  @property
-  def tokens(self) -> int:
-    """Tokens of a slice; the last one may have fewer."""
-    return self.chunks * C
 
 
 def make_launch(k_BTGW: Array, *, documents: bool) -> Launch:
@@ -79,8 +75,8 @@ def make_launch(k_BTGW: Array, *, documents: bool) -> Launch:
     documents: whether rows hold several documents.
   """
   B, T, G, _ = k_BTGW.shape
-  cut = cut_time(-(-T // C), B * G, PROGRAMS, SLICE_CHUNKS)
-  return Launch(B, T, G, k_BTGW.dtype, documents, *cut)
+  slices, blocks = cut_time(-(-T // BLOCK), B * G, PROGRAMS, SLICE_BLOCKS)
+  return Launch(B, T, G, k_BTGW.dtype, documents, slices, blocks * BLOCK)
 
 
 class Place(NamedTuple):
@@ -187,7 +183,7 @@ def walk(
     here: the program's part.
     refs: arrays in HBM; those of `names` and "starts" are read.
     names: arrays (B, T, G, W) that a step reads.
-    block: tokens of a block, a multiple of C or a part of it.
+    block: tokens of a block, C or BLOCK.
     step: takes the number of the block's first token in the row and the
       block's tokens, in the order of time.
     carry: what goes from step to step, in registers.
