@@ -1,15 +1,17 @@
-"""Measure generation against the context length: speed, state, first token.
+"""Measure generation and evaluation against the length: speed and memory.
 
     python benchmarks/decode/run.py
     python benchmarks/decode/run.py --quick
 
 ReBased has a state of constant size, softmax attention a cache as long as the
 context. Both are language models of equal width and depth without learned
-positions. Three things are measured:
+positions. Four things are measured:
 
+* the time and the device's peak memory of the loss of a text of T tokens, for
+  ReBased;
 * tokens a second after a context of T tokens, one block of greedy tokens after
   another, from a state that holds T tokens. Its values do not matter to the
-  time, so that no context is read for it;
+  time, so that no context is read for it. Also of many rows together;
 * the bytes of that state;
 * the time to the first token after a prompt of T tokens, which is read in
   pieces.
@@ -42,13 +44,15 @@ from benchmarks.environment import (  # noqa: E402
   peak_bytes,
 )
 import rebased_jax as rj  # noqa: E402
-from rebased_jax import generation  # noqa: E402
+from rebased_jax import evaluate, generation  # noqa: E402
 
 SOURCES = ("pallas_kernels", "rebased_jax")
 SYSTEMS = ("ReBased", "Attention")
 CHECKED = 64  # tokens of the row whose logits are compared
-# A case runs for so many seconds, but this often at least and at most.
+# A case runs for so many seconds, but this often at least and at most. A slow
+# one runs less often.
 SECONDS, FEWEST, MOST = 1.0, 3, 50
+SLOW_SECONDS = 10.0
 # The largest |a − b| / max |b| of logits.
 TOLERANCE = {"bfloat16": 0.1, "float32": 1e-3}
 
@@ -62,10 +66,12 @@ class Sizes:
   heads: int
   vocab_size: int
   dtype: str
-  rows: int  # rows that are continued together
   block: int  # tokens of a measured block
-  contexts: tuple[int, ...]
+  texts: tuple[int, ...]  # tokens of the texts that are evaluated
+  contexts: tuple[int, ...]  # with one row
   prompts: tuple[int, ...]
+  batches: tuple[int, ...]  # rows that are continued together
+  batch_context: int  # the context of those rows
 
 
 # The paper's Pile models have 12 layers of width 768.
@@ -75,10 +81,12 @@ FULL = Sizes(
   heads=12,
   vocab_size=50304,
   dtype="bfloat16",
-  rows=1,
   block=128,
+  texts=(1 << 14, 1 << 17, 1 << 20),
   contexts=(1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20),
   prompts=(1 << 13, 1 << 15, 1 << 17),
+  batches=(64, 512),
+  batch_context=1 << 13,
 )
 QUICK = Sizes(
   width=64,
@@ -86,10 +94,12 @@ QUICK = Sizes(
   heads=4,
   vocab_size=257,
   dtype="float32",
-  rows=1,
   block=16,
+  texts=(1 << 11, 1 << 13),
   contexts=(1 << 8, 1 << 11, 1 << 14),
   prompts=(1 << 7, 1 << 9, 1 << 11),
+  batches=(8,),
+  batch_context=1 << 8,
 )
 
 
@@ -121,16 +131,34 @@ def error(model: rj.LM) -> float:
   return float(jnp.abs(found_V - wanted_V).max() / jnp.abs(wanted_V).max())
 
 
-def decode(model: rj.LM, T: int, sizes: Sizes) -> dict[str, Any]:
+def evaluate_text(model: rj.LM, T: int) -> dict[str, Any]:
+  """Return the time and the memory of the loss of a text of T tokens.
+
+  The device's peak is that of all cases so far: this is the first measurement,
+  and shorter texts come first.
+  """
+  V = model.config.vocab_size
+  text_T = np.random.default_rng(0).integers(0, V, T)
+  start = time.perf_counter()
+  (found,) = evaluate.loglikelihood(model, [text_T], rows=1)
+  seconds = time.perf_counter() - start
+  return {
+    "loss": -found.total / found.tokens,
+    "seconds_with_compilation": seconds,
+    "tokens_per_second": T / seconds,
+  }
+
+
+def decode(model: rj.LM, T: int, rows: int, sizes: Sizes) -> dict[str, Any]:
   """Return the speed after T tokens, and the bytes of the state."""
   state = jax.tree.map(
     lambda x: jnp.full_like(x, T) if x.dtype == jnp.int32 else x,
-    model.init_state(sizes.rows),
+    model.init_state(rows),
   )
   size = sum(x.nbytes for x in jax.tree.leaves(state))
   blocks = generation.stream(
     model,
-    [np.zeros(1, np.int32)] * sizes.rows,
+    [np.zeros(1, np.int32)] * rows,
     steps=new_tokens(sizes),
     state=state,
     block=sizes.block,
@@ -140,7 +168,7 @@ def decode(model: rj.LM, T: int, sizes: Sizes) -> dict[str, Any]:
   return {
     "state_bytes": size,
     "ms_per_token": 1e3 * seconds / sizes.block,
-    "tokens_per_second": sizes.rows * sizes.block / seconds,
+    "tokens_per_second": rows * sizes.block / seconds,
   }
 
 
@@ -161,7 +189,12 @@ def new_tokens(sizes: Sizes) -> int:
 def _seconds(run) -> float:
   """Return the seconds of the fastest round."""
   found: list[float] = []
-  while len(found) < FEWEST or (sum(found) < SECONDS and len(found) < MOST):
+  while not found or (
+    sum(found) < SECONDS
+    and len(found) < MOST
+    or len(found) < FEWEST
+    and sum(found) < SLOW_SECONDS
+  ):
     start = time.perf_counter()
     jax.block_until_ready(run())
     found.append(time.perf_counter() - start)
@@ -179,12 +212,26 @@ def measured(run, *args: Any) -> dict[str, Any]:
 
 
 def verdicts(rows: list[dict]) -> list[dict]:
-  """Return whether ReBased's state and speed are level over the contexts."""
-  mine = [x for x in rows if x["system"] == "ReBased" and "ms_per_token" in x]
+  """Return whether ReBased is level over lengths: memory, state and speed."""
+  found = []
+  peaks = [x["device_peak"] for x in rows if "text" in x]
+  if len(peaks) > 1 and all(peaks):
+    found.append(
+      {
+        "line": "the longest text takes at most 1 % more memory than the "
+        "shortest",
+        "passed": peaks[-1] <= 1.01 * peaks[0],
+      }
+    )
+  mine = [
+    x
+    for x in rows
+    if x["system"] == "ReBased" and x.get("rows") == 1 and "ms_per_token" in x
+  ]
   if len(mine) < 2:
-    return []
+    return found
   times = [x["ms_per_token"] for x in mine]
-  return [
+  return found + [
     {
       "line": "the state of ReBased has one size",
       "passed": len({x["state_bytes"] for x in mine}) == 1,
@@ -234,10 +281,16 @@ def main() -> None:
     if not found <= TOLERANCE[sizes.dtype]:
       sys.exit(f"wrong logits, not timed: {system} is {found} off")
     # Short ones first: where one does not fit, longer ones do not either.
-    for T in sizes.contexts:
+    for T in sizes.texts if system == "ReBased" else ():
+      row = measured(evaluate_text, make_model(system, sizes, CHECKED), T)
+      record({"system": system, "text": T, "error": found} | row)
+    cases = [(T, 1) for T in sizes.contexts]
+    cases += [(sizes.batch_context, B) for B in sizes.batches]
+    for T, B in cases:
       model = make_model(system, sizes, T + new_tokens(sizes))
-      row = measured(decode, model, T, sizes)
-      record({"system": system, "context": T, "error": found} | row)
+      row = measured(decode, model, T, B, sizes)
+      case = {"system": system, "context": T, "rows": B, "error": found}
+      record(case | row)
     for T in sizes.prompts:
       model = make_model(system, sizes, T + 1)
       row = measured(first_token, model, T)
