@@ -34,6 +34,7 @@ from rebased_jax.model import LM
 from rebased_jax.model_config import ModelConfig
 from rebased_jax.processes import failing_together, is_split
 from rebased_jax.tensor_files import MAX_FILE_BYTES, WeightsError
+from rebased_jax.which_weights import Weights
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -122,6 +123,7 @@ def load(
   folder: str | os.PathLike[str],
   step: int | None = None,
   *,
+  weights: Weights = "trained",
   sharding: Shardings | None = None,
 ) -> LM:
   """Return the model of a folder, in any working directory.
@@ -133,6 +135,7 @@ def load(
     folder: a folder of `save`, of `rebased export` or of `rebased import`, or
       the folder of a run.
     step: the step of a run's checkpoint. None takes the newest readable one.
+    weights: "trained", or "ema" for the average that a run with `--ema` keeps.
     sharding: where the parameters go: a sharding for all of them, or a function
       of a parameter's path, as "pairs/second/mixer/project/q/kernel", and of
       its shape and dtype. Parts of an array go straight to their devices. None:
@@ -145,12 +148,13 @@ def load(
   """
   if not is_exported(folder):
     with import_trainer() as trainer:
-      return trainer.load(folder, step, sharding=sharding)
-  if step is not None:
-    raise ValueError(
-      f"step={step}: {folder} is an exported model, which has no steps: "
-      "expected None, or the folder of a run"
-    )
+      return trainer.load(folder, step, weights=weights, sharding=sharding)
+  for name, value in (("step", step), ("weights", weights)):
+    if value not in (None, "trained"):
+      raise ValueError(
+        f"{name}={value}: {folder} is an exported model, which has one set of "
+        f"weights: expected no {name}, or the folder of a run"
+      )
   graph, abstract = abstract_lm(read_info(folder).config, sharding)
   return nnx.merge(graph, read_parameters(folder, abstract))
 

@@ -65,7 +65,7 @@ def export(
     expected = "None: the run's data is not text"
     name = source.tokenizer
     require(name in (None, NO_TOKENIZER), "tokenizer", name, expected)
-  model = trained_model.load(run_dir, step)
+  model = trained_model.load(run_dir, step, weights=source.weights)
   model_files.save(
     model, out, tokenizer=tokenizer, eos=eos, max_file_bytes=max_file_bytes
   )

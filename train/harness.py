@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from rebased_jax import evaluate, generation, model_files
 from rebased_jax.config_checks import is_positive_integer
+from rebased_jax.which_weights import Weights
 from train import text_completion
 from train.data.checks import require
 from train.text_completion import ModelSource
@@ -73,6 +74,7 @@ class RebasedLM(TemplateLM):
       many as the model can read.
     max_gen_toks: new tokens, where a task does not say how many.
     seed: the seed of sampled tokens.
+    weights: "trained", or "ema" for the average of a run that keeps one.
     max_batch_size: not used; the harness passes it on.
     device: not used: JAX_PLATFORMS chooses the devices.
 
@@ -92,6 +94,7 @@ class RebasedLM(TemplateLM):
     max_length: int | None = None,
     max_gen_toks: int = 256,
     seed: int = 0,
+    weights: Weights = "trained",
     max_batch_size: int | None = None,
     device: str | None = None,
   ) -> None:
@@ -105,7 +108,7 @@ class RebasedLM(TemplateLM):
     del device, max_batch_size
     source = ModelSource(step, tokenizer, eos)
     _, self._tokens, self._eos = text_completion.read_text_model(run, source)
-    self.model = model_files.load(run, step)
+    self.model = model_files.load(run, step, weights=weights)
     self.batch_size, self.piece = int(rows), piece
     limits = (max_length, evaluate.longest_text(self.model))
     self.max_length = min((x for x in limits if x is not None), default=None)
@@ -182,11 +185,11 @@ class RebasedLM(TemplateLM):
     found = [""] * len(requests)
     with tqdm(total=len(requests), disable=disable_tqdm) as bar:
       for group in groups.values():
+        # The contexts of a batch then have about one length.
+        group.sort(key=lambda i: len(requests[i].args[0]), reverse=True)
         for first in range(0, len(group), self.batch_size):
           batch = group[first : first + self.batch_size]
           contexts = {i: requests[i].args[0] for i in batch}
-        # The contexts of a batch then have about one length.
-        group.sort(key=lambda i: len(requests[i].args[0]), reverse=True)
           texts = self._generate(contexts, dict(options[batch[0]]))
           for i, text in zip(batch, texts, strict=True):
             found[i] = text
@@ -194,10 +197,10 @@ class RebasedLM(TemplateLM):
               "generate_until", requests[i].args, text
             )
           bar.update(len(batch))
+    self._generated += len(requests)
     return found
 
   def _score(
-    self._generated += len(requests)
     self, texts: Sequence[_Scored], disable_tqdm: bool
   ) -> Iterator[tuple[int, tuple[float, bool]]]:
     """Yield the number of each text, its log-likelihood, and if it is greedy.

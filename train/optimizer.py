@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from train.devices import parameter_sharding
 from train.optimizer_config import MOMENTUM, OptimizerConfig
 
 #: Muon's root mean square of an update, which AdamW's updates usually have.
@@ -121,7 +122,7 @@ def _rule(
       optax.scale_by_learning_rate(rate),
     )
   if config.name == "muon":
-    return contrib.muon(
+    muon = contrib.muon(
       rate,
       beta=momentum,
       eps=config.eps,
@@ -134,6 +135,7 @@ def _rule(
       muon_weight_dimension_numbers=_matrix_axes,
       consistent_rms=_MUON_RMS,
     )
+    return _with_whole_matrices(muon)
   return optax.adamw(
     rate,
     b1=config.beta1,
@@ -142,6 +144,63 @@ def _rule(
     weight_decay=decay,
     mask=mask,
   )
+
+
+def _with_whole_matrices(
+  muon: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """Return Muon's rule, computed with whole matrices on each device.
+
+  Newton-Schulz iteration is many products of a matrix with itself. Where a
+  matrix is split over devices, each product would exchange its result. So the
+  layers are shared out before, and the results go back once.
+  """
+
+  def update(updates: Any, state: Any, params: Any) -> Any:
+    inner = state.inner_states
+    # What is no momentum has no axis of layers.
+    is_momentum = jax.tree.map(lambda x: x.ndim > 1, inner["muon"])
+    is_matrix = decayed(updates, "matrices")
+    whole = dict(inner, muon=_share_layers(inner["muon"], is_momentum))
+    updates, state = muon.update(
+      _share_layers(updates, is_matrix),
+      state._replace(inner_states=whole),
+      _share_layers(params, is_matrix),
+    )
+    inner = state.inner_states
+    split = dict(inner, muon=_share_layers(inner["muon"], is_momentum, True))
+    updates = _share_layers(updates, is_matrix, True)
+    return updates, state._replace(inner_states=split)
+
+  return optax.GradientTransformation(muon.init, update)
+
+
+def _share_layers(tree: Any, which: Any, back: bool = False) -> Any:
+  """Return a tree whose stacked matrices (N, …) are split over N alone.
+
+  Args:
+    tree: arrays, split as `parameter_sharding` places them.
+    which: a tree with True at the stacks of matrices.
+    back: whether to go back to that split instead.
+  """
+  sizes = jax.sharding.get_abstract_mesh().shape
+  if max(sizes.get("fsdp", 1), sizes.get("tensor", 1)) == 1:
+    return tree
+
+  def lay_out(path: Any, x: jax.Array, is_stack: bool) -> jax.Array:
+    if not is_stack:
+      return x
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    spec = parameter_sharding.place(name, x.shape, sizes).spec
+    layers = "fsdp" if x.shape[0] % sizes["fsdp"] == 0 else None
+    # One axis of the mesh moves at a time, which XLA knows how to do.
+    rest = (*(None if y == "fsdp" else y for y in spec[1:]),)
+    steps = [spec, jax.P(layers, *rest), jax.P(layers)]
+    for step in reversed(steps) if back else steps:
+      x = jax.lax.with_sharding_constraint(x, step)
+    return x
+
+  return jax.tree_util.tree_map_with_path(lay_out, tree, which)
 
 
 def _matrix_axes(params: Any) -> Any:

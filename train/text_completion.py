@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from rebased_jax import LM, ModelConfig, generation, model_files
+from rebased_jax.which_weights import Weights
 from train.checkpoint.checkpoints import NoCheckpointError, read_meta
 from train.config import RunConfig, TextData
 from train.data.batches import Fingerprint
@@ -82,6 +83,7 @@ class ModelSource:
     step: the step of the checkpoint; None for the newest.
     tokenizer: for `tokenizer.load`; None for the copy in the data set.
     eos: for `tokenizer.load`, with a `tokenizer`.
+    weights: "trained", or "ema" for the average of a run that keeps one.
 
   Raises:
     ValueError: `eos` is given without a tokenizer.
@@ -90,6 +92,7 @@ class ModelSource:
   step: int | None = None
   tokenizer: str | None = None
   eos: str = "auto"
+  weights: Weights = "trained"
 
   def __post_init__(self) -> None:
     known = self.eos == "auto" or self.tokenizer is not None
@@ -135,7 +138,7 @@ def stream(
     require(k <= V, "top_k", k, f"at most the {V} tokens")
   prompt_T = encode(tokenizer, prompt)
   _check_length(config, len(prompt_T), sampling.tokens)
-  model = model_files.load(run_dir, source.step)
+  model = model_files.load(run_dir, source.step, weights=source.weights)
   before = len(tokenizer.decode(prompt_T))
   tokens, text, shown, ended = list(prompt_T), "", 0, False
   for new in sample(model, prompt_T, sampling, eos):

@@ -1,15 +1,17 @@
 """Load a trained model out of its run folder."""
 
-from typing import Any
+from typing import Any, get_args
 
 from etils import epath
 from flax import nnx
 
 from rebased_jax import LM, import_trainer
 from rebased_jax.model_files import Shardings, abstract_lm
+from rebased_jax.which_weights import Weights
 from train.checkpoint.checkpoints import restore_params
 from train.compiled_steps import from_dicts, to_dicts
 from train.config import RunConfig
+from train.data.checks import require
 from train.records.run_folder import RunFolder
 
 
@@ -17,6 +19,7 @@ def load(
   run_dir: epath.PathLike,
   step: int | None = None,
   *,
+  weights: Weights = "trained",
   sharding: Shardings | None = None,
 ) -> LM:
   """Return the model of a run, with the parameters of a checkpoint.
@@ -24,25 +27,49 @@ def load(
   Args:
     run_dir: the run's folder.
     step: the checkpoint's step. None takes the newest readable checkpoint.
+    weights: "trained", or "ema" for the average that a run with `ema` keeps.
     sharding: where the parameters go; see `rebased_jax.load`. None: to one
       device.
 
   Raises:
-    ValueError: `run_dir` is not a run folder, its config cannot be read, or its
-      checkpoints are gone.
+    ValueError: `run_dir` is not a run folder, its config cannot be read, its
+      checkpoints are gone, or it keeps no average.
     CheckpointError: there is no such checkpoint, it is unreadable, or it is
       of another run.
   """
   with import_trainer():  # where `train` is a user's own module
-    config, _, arrays = load_params(run_dir, step, sharding=sharding)
+    config, _, arrays = load_params(
+      run_dir, step, weights=weights, sharding=sharding
+    )
     graph, _ = abstract_lm(config.model)
     return nnx.merge(graph, arrays)
+
+
+def part_of_state(config: RunConfig, weights: Weights) -> str:
+  """Return the part of a checkpoint that has the weights.
+
+  Args:
+    config: the run.
+    weights: which of its weights.
+
+  Raises:
+    ValueError: the run keeps no average.
+  """
+  require(weights in get_args(Weights), "weights", weights, "'trained', 'ema'")
+  require(
+    weights == "trained" or config.ema is not None,
+    "weights",
+    weights,
+    "'trained', because the run keeps no average: --ema trains with one",
+  )
+  return "params" if weights == "trained" else "ema"
 
 
 def load_params(
   run_dir: epath.PathLike,
   step: int | None = None,
   *,
+  weights: Weights = "trained",
   sharding: Shardings | None = None,
 ) -> tuple[RunConfig, int, dict[str, Any]]:
   """Return (config, step, parameters) of a run.
@@ -54,6 +81,10 @@ def load_params(
   folder.check_checkpoints()
   _, abstract = abstract_lm(config.model, sharding)
   step, arrays = restore_params(
-    folder.checkpoints, to_dicts(abstract), step, run=folder.run_id()
+    folder.checkpoints,
+    to_dicts(abstract),
+    step,
+    run=folder.run_id(),
+    part=part_of_state(config, weights),
   )
   return config, step, from_dicts(arrays, abstract)

@@ -152,6 +152,39 @@ def test_loss_is_the_formula(parts: Parts) -> None:
   np.testing.assert_allclose(found["accuracy"], accuracy, rtol=1e-6)
 
 
+def test_z_loss_and_average_of_a_step(parts: Parts) -> None:
+  """The records have the loss without the z-loss, as evaluations do."""
+  config = tiny(z_loss=0.1, ema=0.9, accumulate=2)
+  graph, _ = nnx.split(compiled_steps.abstract_model(config))
+  tx = optimizer.make(config.optimizer, config.steps)
+  program = step.Program(graph, tx, 2, None, z_loss=0.1, ema=0.9)
+  run = jax.jit(functools.partial(step.train_step, program=program))
+  batch, params = _batch(), parts.state.params
+  new, found = run(step.init_state(params, tx, ema=True), batch, _KEY)
+
+  def objective(params):
+    z_BTV = nnx.merge(graph, params)(batch["tokens"])
+    z_BMV = jnp.take_along_axis(z_BTV, batch["positions"][..., None], axis=1)
+    l_BM = jax.nn.logsumexp(z_BMV, axis=-1)
+    target_BM = jnp.take_along_axis(z_BMV, batch["targets"][..., None], axis=-1)
+    each = l_BM - target_BM[..., 0], 0.1 * l_BM**2
+    weights_BM = batch["weights"]
+    nll, z_loss = ((weights_BM * x).sum() / weights_BM.sum() for x in each)
+    return nll + z_loss, (nll, z_loss)
+
+  grads, (nll, z_loss) = jax.jit(jax.grad(objective, has_aux=True))(params)
+  assert z_loss > 0.5
+  np.testing.assert_allclose(found["loss"], nll, rtol=1e-5)
+  np.testing.assert_allclose(found["z_loss"], z_loss, rtol=1e-5)
+  norm = optax.tree.norm(grads)
+  np.testing.assert_allclose(found["grad_norm"], norm, rtol=1e-5)
+  _close(new.ema, optax.incremental_update(new.params, params, 0.1), 1e-6)
+  # A step that is not finite leaves the average as it is.
+  batch["weights"][1, 1] = np.nan
+  bad, _ = run(new, batch, _KEY)
+  assert bits(bad.ema) == bits(new.ema)
+
+
 def test_targets_of_weight_0_change_nothing(parts: Parts) -> None:
   batch, other = _batch(), _batch()
   other["tokens"][2] = 1

@@ -263,6 +263,7 @@ def restore_params(
   step: int | None = None,
   *,
   run: str | None = None,
+  part: str = "params",
 ) -> tuple[int, dict[str, Any]]:
   """Read the parameters of a checkpoint, and nothing else of its state.
 
@@ -271,6 +272,7 @@ def restore_params(
     abstract_params: as `params` in the argument of `Checkpoints.restore`.
     step: the step. None takes the newest readable one.
     run: the id of the run. None reads the checkpoint of any run.
+    part: which part of the state: "params", or "ema" for their average.
 
   Returns:
     (step, parameters).
@@ -280,11 +282,11 @@ def restore_params(
     CheckpointError: the step is missing or unreadable, has other arrays, or is
       of another run.
   """
-  target = {"params": abstract_params}
+  target = {part: abstract_params}
   found, _ = _read_newest(
     _absolute(directory), target, step, run=run, partial=True
   )
-  return found.step, found.state["params"]
+  return found.step, found.state[part]
 
 
 def _absolute(directory: epath.PathLike) -> epath.Path:

@@ -9,6 +9,7 @@ import dataclasses
 
 from rich.console import Console
 
+from rebased_jax.which_weights import Weights
 from train.commands.arguments import DataPlaces, RunArg, parse_run
 from train.commands.parsing import parse
 from train.config import RunConfig, TextData
@@ -31,6 +32,8 @@ class EvaluateArgs:
   run_dir: RunArg
   #: The step of the checkpoint. None: the newest.
   step: int | None = None
+  #: The weights: trained, or ema for the average of a run with --ema.
+  weights: Weights = "trained"
   #: Evaluate on the test split instead of the validation split.
   test: bool = False
   #: Which targets of text count as associative recall: those whose token,
@@ -118,6 +121,7 @@ def run(args: list[str]) -> int:
       RunFolder(parsed.run_dir),
       parsed.step,
       Console(),
+      weights=parsed.weights,
       test=parsed.test,
       allow_data_change=parsed.allow_data_change,
       watch=watch,
@@ -127,7 +131,17 @@ def run(args: list[str]) -> int:
 def _evaluate_documents(asked: EvaluateArgs) -> int:
   """Evaluate whole documents, and return the exit code."""
   used = (
-    *("run_dir", "step", "text", "tokenizer", "eos", "rows", "piece", "out"),
+    *(
+      "run_dir",
+      "step",
+      "weights",
+      "text",
+      "tokenizer",
+      "eos",
+      "rows",
+      "piece",
+      "out",
+    ),
     *("step_timeout", *(() if asked.text else ("data",))),
   )
   names = (x.name for x in dataclasses.fields(asked) if x.name not in used)
@@ -141,7 +155,9 @@ def _evaluate_documents(asked: EvaluateArgs) -> int:
 
   request = evaluate_documents.Request(
     asked.run_dir,
-    text_completion.ModelSource(asked.step, asked.tokenizer, asked.eos),
+    text_completion.ModelSource(
+      asked.step, asked.tokenizer, asked.eos, asked.weights
+    ),
     asked.text or (),
     asked.data.path,
     asked.rows,

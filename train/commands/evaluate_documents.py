@@ -90,7 +90,8 @@ def run(request: Request, watch: Watchdog) -> int:
     OSError: a file cannot be read or written.
   """
   documents = _documents(request)
-  model = model_files.load(request.run_dir, request.source.step)
+  source = request.source
+  model = model_files.load(request.run_dir, source.step, weights=source.weights)
   shown: list[tuple[str, Sums]] = []
   with contextlib.ExitStack() as stack:
     file = None

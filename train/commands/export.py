@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rebased_jax.which_weights import Weights
 from train.commands.arguments import RunArg
 from train.commands.parsing import parse
 from train.console import say
@@ -23,6 +24,8 @@ class ExportArgs:
   out: str
   #: The step of the checkpoint. None: the newest.
   step: int | None = None
+  #: The weights: trained, or ema for the average of a run with --ema.
+  weights: Weights = "trained"
   #: "bytes", a tokenizer.json, or a folder that holds one. None: the copy in
   #: the data set. "none": write no tokenizer.
   tokenizer: str | None = None
@@ -52,7 +55,7 @@ def run(args: list[str]) -> int:
   model, step = export_model.export(
     parsed.run_dir,
     parsed.out,
-    ModelSource(parsed.step, parsed.tokenizer, parsed.eos),
+    ModelSource(parsed.step, parsed.tokenizer, parsed.eos, parsed.weights),
     max_file_bytes=parsed.max_file_mb * 1_000_000,
   )
   console = Console()

@@ -5,6 +5,7 @@ The text is printed as the model makes it.
 
 import dataclasses
 
+from rebased_jax.which_weights import Weights
 from train.commands.arguments import RunArg
 from train.commands.parsing import parse
 
@@ -33,6 +34,8 @@ class GenerateArgs:
   stop: tuple[str, ...] = ()
   #: The step of the checkpoint. None: the newest.
   step: int | None = None
+  #: The weights: trained, or ema for the average of a run with --ema.
+  weights: Weights = "trained"
   #: "bytes", a tokenizer.json, or a folder that holds one. None: the copy in
   #: the data set or the exported model.
   tokenizer: str | None = None
@@ -65,7 +68,7 @@ def run(args: list[str]) -> int:
     stop=parsed.stop,
   )
   source = text_completion.ModelSource(
-    parsed.step, parsed.tokenizer, parsed.eos
+    parsed.step, parsed.tokenizer, parsed.eos, parsed.weights
   )
   parts = text_completion.stream(
     parsed.run_dir, parsed.prompt, sampling, source
