@@ -78,7 +78,7 @@ def _alone(run: RunConfig):
   ("accumulate", "devices"), [(1, 1), (2, 1), (1, 3)], ids=str
 )
 def test_a_mapped_run_is_the_run_alone(accumulate, devices):
-  run = _run(accumulate=accumulate)
+  run = _run(accumulate=accumulate, z_loss=0.1 if accumulate > 1 else 0.0)
   cell = Cell(run, rates=(1e-3, 1e-2), seeds=(0, 3))
   sweep = Sweep(cell, devices=jax.devices()[:devices])
   epochs = list(sweep.epochs())
@@ -228,7 +228,9 @@ def test_a_run_that_is_not_finite_stops(tmp_path):
   assert not bad["finite"] and bad["epochs"] == 1
 
 
-def test_other_data_are_refused():
+def test_what_a_sweep_does_not_do_is_refused():
+  with pytest.raises(ValueError, match="Cell.run.ema=0.9: expected None"):
+    Cell(_run(ema=0.9), rates=(1e-3,), seeds=(0,))
   run = _run(data=MQARStreamData(vocab_size=64, length=16, pairs=2))
   with pytest.raises(ValueError, match="MQARStreamData: expected MQARPaper"):
     Cell(run, rates=(1e-3,), seeds=(0,))

@@ -7,9 +7,9 @@ runs differ in numbers only, so one compiled program trains all of them:
 
 Each run is `step.train_step` under `vmap`, with separate parameters, optimiser
 state, dropout key and order of the examples. The data set lies on the device,
-and an epoch is one `scan` over its steps. AdamW is linear in the learning rate,
-so the update rule is made for rate 1 and each run multiplies its updates by its
-own rate. Where there are several devices, each trains other runs.
+and an epoch is one `scan` over its steps. Every update rule is linear in the
+learning rate, so it is made for rate 1 and each run multiplies its updates by
+its rate. Where there are several devices, each trains other runs.
 
 A run that reached the stop accuracy no longer changes: its `ok` flag is
 cleared, which stops every later update. Once half of the runs have stopped, the
@@ -72,6 +72,11 @@ class Cell:
       raise ValueError(
         f"Cell.run.steps={self.run.steps}: expected a multiple of the steps of "
         f"an epoch, {self.epoch_steps}"
+      )
+    if self.run.ema is not None:
+      raise ValueError(
+        f"Cell.run.ema={self.run.ema}: expected None: a sweep evaluates the "
+        "trained weights alone"
       )
     if self.attention_examples % _ATTENTION_ROWS:
       raise ValueError(
@@ -213,7 +218,12 @@ class Sweep:
     )
     graph, _ = nnx.split(compiled_steps.abstract_lm(run.model))
     self._program = step.Program(
-      graph, self._tx, run.accumulate, None, loss_chunks=run.loss_chunks
+      graph,
+      self._tx,
+      run.accumulate,
+      None,
+      loss_chunks=run.loss_chunks,
+      z_loss=run.z_loss,
     )
     self._train_N = _examples(cell.batches)
     self._test_N = {
