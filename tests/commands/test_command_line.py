@@ -60,14 +60,20 @@ _REFUSED = {
     _train("--data.vocab-size", "64"),
     ["--model.vocab-size=32", "at least --data.vocab-size=64"],
   ),
-  "accumulate": (_train("--accumulate", "3"), ["batch=8", "accumulate=3"]),
+  "accumulate": (
+    _train("--accumulate", "3"),
+    ["batch=8", "=3; --accumulate 4 would fit"],
+  ),
   "devices": (
     _train("--batch", "12"),
-    ["batch=12", "8 devices × accumulate=1"],
+    ["batch=12", "=1; --batch 8 or --batch 16 would fit"],
   ),
   "devices and micro-batches": (
     _train("--accumulate", "2"),
-    ["batch=8", "8 devices × accumulate=2"],
+    [
+      "batch=8",
+      "8 devices × --accumulate=2; --accumulate 1 or --batch 16 would fit",
+    ],
   ),
   "mesh": (
     _train("--mesh.fsdp", "3"),
@@ -75,7 +81,7 @@ _REFUSED = {
   ),
   "context": (
     _train("--mesh.context", "8", "--data.length", "12", "--batch", "8"),
-    ["data.length=12", "a multiple of mesh.context=8"],
+    ["data.length=12", "a multiple of --mesh.context=8"],
   ),
   "distributed": (
     _train("--distributed", "yes"),

@@ -11,6 +11,7 @@ from train.data.checks import require
 from train.devices import backend
 from train.devices.mesh_config import MeshConfig as MeshConfig
 
+
 def make_mesh(
   config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
@@ -64,6 +65,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def _what_fits(rows: int, accumulate: int, devices: int) -> str:
+  """Return options that are near the given ones, and that the devices take."""
+  unit = devices * accumulate
+  fewer, more = rows // unit * unit, -(-rows // unit) * unit
+  options = [f"--batch {n}" for n in (fewer, more) if n]
+  if rows % devices == 0:
+    counts = [n for n in range(1, rows + 1) if rows % (devices * n) == 0]
+    nearest = min(counts, key=lambda n: (abs(n - accumulate), -n))
+    options = [f"--accumulate {nearest}", *options]
+  return f"{' or '.join(options)} would fit"
+
+
 def check_batch(rows: int, accumulate: int, length: int, mesh: Mesh) -> None:
   """Check that the devices divide rows and tokens evenly.
 
@@ -81,7 +94,8 @@ def check_batch(rows: int, accumulate: int, length: int, mesh: Mesh) -> None:
     rows % (devices * accumulate) == 0,
     "batch",
     rows,
-    f"a multiple of {devices} devices × accumulate={accumulate}",
+    f"a multiple of {devices} devices × accumulate={accumulate}; "
+    + _what_fits(rows, accumulate, devices),
   )
   context = mesh.shape["context"]
   require(
