@@ -23,6 +23,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from pallas_kernels.devices import WARPGROUP
 from pallas_kernels.selective_scan.gpu.forward import add_drive, advance
 from pallas_kernels.selective_scan.gpu.walk import (
   C,
@@ -192,6 +193,8 @@ def backward(launch: Launch, arrays: dict[str, Array]) -> dict[str, Array]:
     outputs,
     own | scratch(streams),
     slices=launch.slices,
+    # Each of 128 threads has two float32 sums of every 8 columns.
+    sum_bytes=WARPGROUP * SUB_CHUNK * N,
   )
 
 
@@ -199,12 +202,14 @@ def _states_before_sub_chunks(launch: Launch, inputs, rates_WN, before_s):
   """Write the state before each sub-chunk of a chunk to shared memory."""
 
   def tokens(each, h_WN):
-    before_s[each[0] // SUB_CHUNK] = h_WN
     for t in each:
       h_WN, _ = advance(launch, inputs, t, rates_WN, h_WN)
+    before_s[each[0] // SUB_CHUNK + 1] = h_WN
     return h_WN
 
-  sub_chunks(SUB_CHUNK, tokens, load_states(inputs["before"]))
+  h_WN = load_states(inputs["before"])
+  before_s[0] = h_WN
+  sub_chunks(SUB_CHUNK, tokens, h_WN, count=C // SUB_CHUNK - 1)
   plgpu.commit_smem()
 
 

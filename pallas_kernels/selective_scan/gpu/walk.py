@@ -328,6 +328,7 @@ def kernel(
   scratch_types: dict[str, Any],
   *,
   slices: int,
+  sum_bytes: int = 0,
 ) -> dict[str, Array]:
   """Run body(refs, shared) in a program for each slice, row and group.
 
@@ -340,6 +341,7 @@ def kernel(
     outputs: shapes and dtypes of the outputs.
     scratch_types: the shared memory.
     slices: how many slices are walked.
+    sum_bytes: shared memory for sums over the warps of a program.
 
   Returns:
     The outputs, by name.
@@ -360,7 +362,7 @@ def kernel(
       approx_math=True,  # exp2 of float32 to 2⁻²²
       lowering_semantics=plgpu.LoweringSemantics.Lane,
       unsafe_no_auto_barriers=True,
-      reduction_scratch_bytes=2**13,
+      reduction_scratch_bytes=sum_bytes,
     ),
   )
   return dict(zip(outputs, call(*arrays.values()), strict=True))
@@ -378,6 +380,7 @@ def sub_chunks(
   step: Callable[[Sequence[Any], Any], Any],
   carry: Any,
   *,
+  count: int | None = None,
   from_end: bool = False,
 ) -> Any:
   """Run carry = step([t, t + 1, …], carry) over sub-chunks of a chunk.
@@ -389,9 +392,10 @@ def sub_chunks(
     tokens: of a sub-chunk, a divisor of C.
     step: takes a sub-chunk's tokens, counted in the chunk.
     carry: what goes from step to step.
+    count: how many of the first sub-chunks. None: all.
     from_end: whether to run the last sub-chunk first.
   """
-  count = C // tokens
+  count = C // tokens if count is None else count
 
   def run(i, carry):
     first = (count - 1 - i if from_end else i) * tokens
