@@ -121,7 +121,7 @@ def save(
 
 def load(
   folder: str | os.PathLike[str],
-  step: int | None = None,
+  step: int | Literal["best"] | None = None,
   *,
   weights: Weights = "trained",
   sharding: Shardings | None = None,
@@ -134,7 +134,9 @@ def load(
   Args:
     folder: a folder of `save`, of `rebased export` or of `rebased import`, or
       the folder of a run.
-    step: the step of a run's checkpoint. None takes the newest readable one.
+    step: the step of a run's checkpoint. "best" takes the best by the run's
+      `keep_best`, or else by the held-out loss. None takes the newest readable
+      one.
     weights: "trained", or "ema" for the average that a run with `--ema` keeps.
     sharding: where the parameters go: a sharding for all of them, or a function
       of a parameter's path, as "pairs/second/mixer/project/q/kernel", and of
@@ -301,7 +303,9 @@ def _parameters(model: LM) -> dict[str, Any]:
     raise WeightsError(
       f"model is a {type(model).__name__}: expected a rebased_jax.LM"
     )
-  others = by_name(nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param))))
+  # The keys of dropout are no part of what a model has learned.
+  others = nnx.Not(nnx.Any(nnx.Param, nnx.RngState))
+  others = by_name(nnx.to_pure_dict(nnx.state(model, others)))
   if others:
     raise WeightsError(
       f"{next(iter(others))} is a variable but no nnx.Param: expected a model "

@@ -106,7 +106,7 @@ VERBS = {
   ),
   "checkpoints": Verb(
     "RUN",
-    "list a run's checkpoints",
+    "list a run's checkpoints; delete some",
     "train.commands.checkpoints",
     environment={"JAX_PLATFORMS": "cpu"},  # nothing is computed
   ),

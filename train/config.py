@@ -124,11 +124,33 @@ class RunConfig:
     for name in (*integers, "log_every", "keep", "loss_chunks"):
       value = getattr(self, name)
       require(fits(value, int) and value >= 1, name, value, "an integer ≥ 1")
+    every = self.keep_every
+    whole = every is None or (fits(every, int) and every >= 1)
+    require(whole, "keep_every", every, "an integer ≥ 1, or None")
+    require(
+      every is None or every % self.save_every == 0,
+      "keep_every",
+      every,
+      f"a multiple of save_every={self.save_every}",
+    )
+    best = self.keep_best
+    name = best is None or isinstance(best, str)
+    require(name, "keep_best", best, "the name of a held-out metric, or None")
+    require(
+      best is None or self.save_every % self.eval_every == 0,
+      "save_every",
+      self.save_every,
+      f"a multiple of eval_every={self.eval_every} with keep_best={best!r}, so "
+      "that an evaluation comes before each save",
+    )
+    divisors = (n for n in range(1, self.batch + 1) if self.batch % n == 0)
+    nearest = min(divisors, key=lambda n: (abs(n - self.accumulate), -n))
     require(
       self.batch % self.accumulate == 0,
       "batch",
       self.batch,
-      f"a multiple of accumulate={self.accumulate}",
+      f"a multiple of accumulate={self.accumulate}; --accumulate {nearest} "
+      "would fit",
     )
     require(
       self.data.targets % self.loss_chunks == 0,

@@ -37,7 +37,8 @@ from tqdm import tqdm
 from rebased_jax import evaluate, generation, model_files
 from rebased_jax.config_checks import is_positive_integer
 from rebased_jax.which_weights import Weights
-from train import text_completion
+from train import best_checkpoint, text_completion
+from train.best_checkpoint import Step
 from train.data.checks import require
 from train.text_completion import ModelSource
 
@@ -64,7 +65,7 @@ class RebasedLM(TemplateLM):
 
   Args:
     run: the folder of a run on text, or of an exported model.
-    step: the step of the run's checkpoint. None: the newest.
+    step: the step of the run's checkpoint, or "best". None: the newest.
     tokenizer: "bytes", or a tokenizer.json. None: the copy in the data set or
       the exported model.
     eos: the token of `tokenizer` that ends a document.
@@ -86,7 +87,7 @@ class RebasedLM(TemplateLM):
   def __init__(
     self,
     run: str,
-    step: int | None = None,
+    step: Step = None,
     tokenizer: str | None = None,
     eos: str = "auto",
     batch_size: int | str = 8,
@@ -106,6 +107,7 @@ class RebasedLM(TemplateLM):
     require(is_positive_integer(rows), "batch_size", batch_size, expected)
     # The harness always gives a device, "cuda:0" by default.
     del device, max_batch_size
+    step = best_checkpoint.find(run, step)
     source = ModelSource(step, tokenizer, eos)
     _, self._tokens, self._eos = text_completion.read_text_model(run, source)
     self.model = model_files.load(run, step, weights=weights)

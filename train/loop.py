@@ -151,6 +151,7 @@ class Loop:
     watch: Watchdog,
   ):
     self.held_out: dict[str, float] = meta.get("held_out", {})
+    self._held_out_step: int | None = meta.get("held_out_step")
     self.signal = 0
     self._evaluation_due = bool(meta.get("evaluation_due", False))
     self._config, self._built = config, built
@@ -408,6 +409,7 @@ class Loop:
       jax=jax.__version__,
       finished=finished,
       held_out=self.held_out,
+      held_out_step=self._held_out_step,
       window=self._window.state(),
       evaluation_due=self._evaluation_due,
       **self._nonfinite.state(),
@@ -427,7 +429,7 @@ class Loop:
       average = self._held_out(state.ema)
       del average["tokens"]  # the same
       held_out |= {metrics.of_average(k): x for k, x in average.items()}
-    self.held_out = held_out
+    self.held_out, self._held_out_step = held_out, step
     with self._recording():
       self._writer.write("eval", step, **self.held_out)
     if self._display is not None:

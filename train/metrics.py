@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
 import typing
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 if typing.TYPE_CHECKING:
   from jax import Array
@@ -56,6 +56,9 @@ class TargetMetric:
   among: Callable[[Targets], Array] | None = None
   #: Whether it needs `Targets.recalled_BM`, and so exists in evaluation only.
   needs_recall: bool = False
+  #: Whether a checkpoint with a lower or with a higher value is better. None:
+  #: neither.
+  better: Literal["lower", "higher"] | None = None
   #: In the table at the end of a run. None leaves it out.
   label: str | None = None
   #: Limits of the y axis in learning.png. None leaves it out.
@@ -84,6 +87,8 @@ class DerivedMetric:
   value: Callable[[float], float]
   #: Whether it is reported for text only.
   text_only: bool = False
+  #: As of a TargetMetric.
+  better: Literal["lower", "higher"] | None = None
   #: In the table at the end of a run. None leaves it out.
   label: str | None = None
   #: Whether pictures of text show it, on a logarithmic axis, instead of its
@@ -137,15 +142,29 @@ def _norm(tree: Any) -> Array:
 
 
 METRICS: tuple[Metric, ...] = (
-  TargetMetric("loss", lambda t: t.nll_BM, label="loss", plot=(0, None)),
   TargetMetric(
-    "accuracy", lambda t: t.correct_BM, label="accuracy", plot=(-0.02, 1.02)
+    "loss", lambda t: t.nll_BM, better="lower", label="loss", plot=(0, None)
   ),
   TargetMetric(
-    "ar_loss", lambda t: t.nll_BM, among=recalled, needs_recall=True
+    "accuracy",
+    lambda t: t.correct_BM,
+    better="higher",
+    label="accuracy",
+    plot=(-0.02, 1.02),
   ),
   TargetMetric(
-    "non_ar_loss", lambda t: t.nll_BM, among=not_recalled, needs_recall=True
+    "ar_loss",
+    lambda t: t.nll_BM,
+    among=recalled,
+    needs_recall=True,
+    better="lower",
+  ),
+  TargetMetric(
+    "non_ar_loss",
+    lambda t: t.nll_BM,
+    among=not_recalled,
+    needs_recall=True,
+    better="lower",
   ),
   TargetMetric(
     "ar_share", recalled, needs_recall=True, label="AR share of targets"
@@ -159,6 +178,7 @@ METRICS: tuple[Metric, ...] = (
     "loss",
     perplexity,
     text_only=True,
+    better="lower",
     label="perplexity",
     replaces_source=True,
   ),
@@ -167,6 +187,7 @@ METRICS: tuple[Metric, ...] = (
     "ar_loss",
     perplexity,
     text_only=True,
+    better="lower",
     label="AR perplexity",
   ),
   DerivedMetric(
@@ -174,6 +195,7 @@ METRICS: tuple[Metric, ...] = (
     "non_ar_loss",
     perplexity,
     text_only=True,
+    better="lower",
     label="non-AR perplexity",
   ),
 )
@@ -353,6 +375,47 @@ def table_labels() -> dict[str, str]:
     for name, label in labels.items()
   }
   return labels | averaged
+
+
+def better(name: str) -> Literal["lower", "higher"] | None:
+  """Return whether a lower or a higher value of a held-out metric is better.
+
+  Args:
+    name: the metric, also of the averaged weights.
+
+  Returns:
+    None if the metric does not rank checkpoints, or there is no such metric.
+  """
+  for metric in METRICS:
+    if isinstance(metric, UpdateMetric):
+      continue
+    if name in (metric.name, of_average(metric.name)):
+      return metric.better
+  return None
+
+
+def ranking(*, text: bool, recall: bool, averaged: bool) -> list[str]:
+  """Return the held-out metrics of a run that rank its checkpoints.
+
+  Args:
+    text: whether the data is text.
+    recall: whether the data tells recalled targets apart.
+    averaged: whether the run keeps averaged weights.
+  """
+  needs_recall = {
+    x.name: x.needs_recall for x in METRICS if isinstance(x, TargetMetric)
+  }
+  found = []
+  for metric in METRICS:
+    if isinstance(metric, UpdateMetric) or metric.better is None:
+      continue
+    derived = isinstance(metric, DerivedMetric)
+    source = metric.source if derived else metric.name
+    if (text or not (derived and metric.text_only)) and (
+      recall or not needs_recall.get(source, False)
+    ):
+      found.append(metric.name)
+  return found + [of_average(x) for x in found if averaged]
 
 
 def of_average(name: str) -> str:

@@ -19,6 +19,7 @@ from rich.console import Console
 from pallas_kernels import IMPLEMENTATIONS, which_implementation
 from rebased_jax import import_trainer
 from train import (
+  best_checkpoint,
   compiled_steps,
   console as console_lib,
   init_weights,
@@ -190,6 +191,7 @@ def train(
   """
   watch = watch or Watchdog()
   stored_config.check_storable(config)
+  best_checkpoint.check(config)
   allowed = dict(
     allow_data_change=allow_data_change,
     allow_optimizer_change=allow_optimizer_change,
@@ -223,6 +225,8 @@ def train(
       Checkpoints(
         folder.checkpoints,
         keep=config.keep,
+        keep_every=config.keep_every,
+        score=best_checkpoint.score_of(config),
         run=run_id,
         on_saved=folder.note_save if first else None,
       ) as checkpoints,

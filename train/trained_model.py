@@ -8,6 +8,8 @@ from flax import nnx
 from rebased_jax import LM, import_trainer
 from rebased_jax.model_files import Shardings, abstract_lm
 from rebased_jax.which_weights import Weights
+from train import best_checkpoint
+from train.best_checkpoint import Step
 from train.checkpoint.checkpoints import restore_params
 from train.compiled_steps import from_dicts, to_dicts
 from train.config import RunConfig
@@ -17,7 +19,7 @@ from train.records.run_folder import RunFolder
 
 def load(
   run_dir: epath.PathLike,
-  step: int | None = None,
+  step: Step = None,
   *,
   weights: Weights = "trained",
   sharding: Shardings | None = None,
@@ -26,7 +28,9 @@ def load(
 
   Args:
     run_dir: the run's folder.
-    step: the checkpoint's step. None takes the newest readable checkpoint.
+    step: the checkpoint's step. "best" takes the best by the run's
+      `keep_best`, or else by the held-out loss. None takes the newest readable
+      one.
     weights: "trained", or "ema" for the average that a run with `ema` keeps.
     sharding: where the parameters go; see `rebased_jax.load`. None: to one
       device.
@@ -67,7 +71,7 @@ def part_of_state(config: RunConfig, weights: Weights) -> str:
 
 def load_params(
   run_dir: epath.PathLike,
-  step: int | None = None,
+  step: Step = None,
   *,
   weights: Weights = "trained",
   sharding: Shardings | None = None,
@@ -83,7 +87,7 @@ def load_params(
   step, arrays = restore_params(
     folder.checkpoints,
     to_dicts(abstract),
-    step,
+    best_checkpoint.find(run_dir, step),
     run=folder.run_id(),
     part=part_of_state(config, weights),
   )

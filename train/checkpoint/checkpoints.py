@@ -12,7 +12,7 @@ wrong values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import logging
 import os
@@ -87,6 +87,10 @@ class Checkpoints:
     directory: where the steps are; made if it is missing.
     keep: how many of the newest steps stay. With 1 there is no older step to
       use when that one is damaged.
+    keep_every: multiples of this stay, too. None: no others.
+    score: returns the score of a checkpoint from its step and its `meta`, or
+      None if it has none. The step of the lowest score stays, too. None: it
+      does not.
     run: the id of the run, which saved steps are marked with. A restore
       refuses steps of other runs. None: steps have no mark, and those of any
       run are read.
@@ -103,6 +107,8 @@ class Checkpoints:
     directory: epath.PathLike,
     *,
     keep: int = 3,
+    keep_every: int | None = None,
+    score: Callable[[int, Mapping[str, Any]], float | None] | None = None,
     run: str | None = None,
     on_saved: Callable[[int], None] | None = None,
   ) -> None:
@@ -111,7 +117,11 @@ class Checkpoints:
     self._directory = _absolute(directory)
     self._run = run
     self._current: int | None = None
-    self._writer = storage.Writer(self._directory, keep, on_saved)
+    self._score = score
+    self._scores: dict[int, float | None] | None = None  # not read yet
+    best = None if score is None else self._best
+    kept = storage.Kept(keep, keep_every, best)
+    self._writer = storage.Writer(self._directory, kept, on_saved)
 
   def save(
     self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]
@@ -141,9 +151,29 @@ class Checkpoints:
         f"{self._directory}: cannot save step {step} over step {newest}"
       )
     self._current = None
+    self._note_score(step, meta)
     record = verify.make_record(state, meta, step=step, run=self._run)
     self._writer.start(step, state, record)
     self._current = step
+
+  def _note_score(self, step: int, meta: Mapping[str, Any]) -> None:
+    """Remember the score of a step, and at the first save those of all."""
+    if self._score is None:
+      return
+    if self._scores is None:
+      self._scores = {}
+      for saved in storage.steps(self._directory):
+        try:
+          found = _read(self._directory, saved, None, self._run, False)
+        except (CheckpointError, verify.DamagedError):
+          continue  # a damaged step is never the best
+        self._scores[saved] = self._score(saved, found.meta)
+    self._scores[step] = self._score(step, meta)
+
+  def _best(self, steps: Sequence[int]) -> int | None:
+    """Return the step with the lowest score; None if no step has one."""
+    scores = self._scores or {}
+    return best_of({step: scores.get(step) for step in steps})
 
   def wait(self) -> None:
     """Wait for the running save.
@@ -226,6 +256,19 @@ class Checkpoints:
       self._writer.close()
 
 
+def best_of(scores: Mapping[int, float | None]) -> int | None:
+  """Return the step with the lowest score, the newest of equal ones.
+
+  Args:
+    scores: by step; None where a step has none.
+
+  Returns:
+    None if no step has a score.
+  """
+  known = {step: x for step, x in scores.items() if x is not None}
+  return min(known, key=lambda step: (known[step], -step), default=None)
+
+
 def saved_steps(directory: epath.PathLike) -> list[int]:
   """Return the steps that are saved in a directory, ascending.
 
@@ -237,6 +280,15 @@ def saved_steps(directory: epath.PathLike) -> list[int]:
       left in it.
   """
   return storage.steps(_absolute(directory))
+
+
+def delete(directory: epath.PathLike, step: int) -> None:
+  """Delete the checkpoint of a step; nobody may write in the directory.
+
+  Raises:
+    CheckpointError: it cannot be deleted.
+  """
+  storage.delete(_absolute(directory) / str(step))
 
 
 def read_meta(

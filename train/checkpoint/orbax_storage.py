@@ -8,9 +8,10 @@ or raises one of two errors: `DamagedError` if the files are at fault, and
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import concurrent.futures
 import contextlib
+import dataclasses
 import gc
 import logging
 import os
@@ -41,6 +42,49 @@ _NOT_DAMAGE = (
 _SLICE_BYTES = 1 << 20
 
 
+@dataclasses.dataclass(frozen=True)
+class Kept:
+  """The steps that are not deleted after a save.
+
+  Attributes:
+    newest: how many of the newest.
+    every: all multiples of this. None: none.
+    best: returns one more of the steps that it is given, or None. None: no
+      other.
+  """
+
+  newest: int
+  every: int | None = None
+  best: Callable[[Sequence[int]], int | None] | None = None
+
+  def policy(self) -> v1.training.preservation_policies.PreservationPolicy:
+    """Return Orbax's policy that keeps these steps."""
+    policies = v1.training.preservation_policies
+    kept: list[Any] = [policies.LatestN(self.newest)]
+    if self.every is not None:
+      kept.append(policies.EveryNSteps(self.every))
+    if self.best is not None:
+      kept.append(_Best(self.best))
+    return policies.AnyPreservationPolicy(kept)
+
+
+class _Best:
+  """A policy that keeps one step by what our own sealed records say.
+
+  Orbax's `BestN` ranks by metrics in a file beside them. It would not know
+  those of steps from before, and nothing would notice damage to the file.
+  """
+
+  def __init__(self, best: Callable[[Sequence[int]], int | None]) -> None:
+    self._best = best
+
+  def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+    """Return whether each of the checkpoints is the best."""
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    best = self._best(steps)
+    return [step == best for step in steps]
+
+
 class Writer:
   """Save steps into one directory, one at a time, in the background.
 
@@ -48,7 +92,7 @@ class Writer:
 
   Args:
     directory: where the steps are.
-    keep: how many of the newest steps stay.
+    kept: the steps that stay.
     on_saved: is called with a step when that is on the disk, by another thread.
       None: nothing is.
 
@@ -59,11 +103,11 @@ class Writer:
   def __init__(
     self,
     directory: epath.Path,
-    keep: int,
+    kept: Kept,
     on_saved: Callable[[int], None] | None = None,
   ) -> None:
     self._directory = directory
-    self._keep, self._on_saved = keep, on_saved
+    self._kept, self._on_saved = kept, on_saved
     self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
     self._names = contextlib.ExitStack()
     self._checkpointer: v1.training.Checkpointer | None = self._open()
@@ -148,14 +192,13 @@ class Writer:
     self._names.close()
 
   def _open(self) -> v1.training.Checkpointer:
-    policy = v1.training.preservation_policies.LatestN(self._keep)
     try:
       self._directory.mkdir(parents=True, exist_ok=True)
       self._names.close()
       return v1.training.Checkpointer(
         self._names.enter_context(_plain_name(self._directory)),
         context=_context(),
-        preservation_policy=policy,
+        preservation_policy=self._kept.policy(),
         cleanup_tmp_directories=True,
       )
     except OSError as error:
@@ -259,6 +302,27 @@ def rename(path: epath.Path, target: epath.Path) -> None:
       failure = f"{path}: cannot be renamed to {target.name}: {reason(error)}"
   if not all_processes(failure is None):
     raise CheckpointError(failure or f"{path}: cannot be renamed")
+
+
+def delete(path: epath.Path) -> None:
+  """Delete the directory of a step.
+
+  It first gets a name of Orbax's unfinished saves. A kill in between therefore
+  leaves no half step, and the next `Writer` removes the rest.
+
+  Raises:
+    CheckpointError: it cannot be deleted.
+  """
+  gone = path.with_name(f"{path.name}.orbax-checkpoint-tmp")
+  try:
+    if gone.exists():
+      gone.rmtree()
+    path.rename(gone)
+    gone.rmtree()
+  except OSError as error:
+    raise CheckpointError(
+      f"{path}: cannot be deleted: {reason(error)}"
+    ) from error
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:

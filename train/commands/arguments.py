@@ -40,6 +40,10 @@ SystemArg = Annotated[
 ]
 
 
+#: The option `--step`; `train.best_checkpoint.find` gives the number.
+StepArg = int | Literal["best"] | None
+
+
 @dataclasses.dataclass(frozen=True)
 class DataPlaces:
   """The places of a run's data, if it was moved."""

@@ -1,4 +1,4 @@
-"""`rebased checkpoints RUN`: list a run's checkpoints, newest last."""
+"""`rebased checkpoints RUN`: list a run's checkpoints, or delete some."""
 
 import dataclasses
 
@@ -16,11 +16,17 @@ from train.records.run_folder import RunFolder
 class CheckpointsArgs:
   """List the checkpoints of a run, with the last held-out metrics of each.
 
-  `rebased evaluate RUN --step N` and `rebased generate RUN --step N` take one.
+  The best is marked. `rebased evaluate RUN --step N`, and `generate` and
+  `export` likewise, take one of them, and `--step best` the best.
   """
 
   #: The run's folder.
   run_dir: RunArg
+  #: Delete these steps. A run that trains now refuses.
+  delete: tuple[int, ...] = ()
+  #: Delete them although no readable checkpoint is left. The run then starts
+  #: again at step 0.
+  force: bool = False
 
 
 def run(args: list[str]) -> int:
@@ -32,42 +38,94 @@ def run(args: list[str]) -> int:
     args: the arguments after the verb.
 
   Raises:
-    ValueError: there is no such run, or its checkpoints are gone.
+    ValueError: there is no such run, its checkpoints are gone, or the steps
+      cannot be deleted. Nothing was deleted.
+    CheckpointError: the checkpoints cannot be listed, or a step not deleted.
   """
   parsed = parse(CheckpointsArgs, "rebased checkpoints", args)
   folder, console = RunFolder(parsed.run_dir), Console()
-  folder.read_config()  # says so if it is no run
+  config = folder.read_config()
   # Imported when the options are right: orbax takes seconds.
+  from train import best_checkpoint
+  from train.checkpoint.checkpoints import best_of
+
+  folder.check_checkpoints()
+  if parsed.delete:
+    with folder.locked():
+      _delete(folder, parsed.delete, console, force=parsed.force)
+  elif parsed.force:
+    raise ValueError("--force: expected the steps to --delete, too")
+  found, damaged = _read(folder)
+  if not found:
+    say(console, "no checkpoint yet")
+    return 0
+  name = config.keep_best or best_checkpoint.DEFAULT
+  score = best_checkpoint.score_by(name)
+  best = best_of(
+    {step: None if x is None else score(step, x) for step, x in found.items()}
+  )
+  console.print(_table(found, best, f"best by {name}"))
+  for message in damaged:
+    say(console, message)
+  return 1 if damaged else 0
+
+
+def _read(folder: RunFolder) -> tuple[dict[int, dict | None], list[str]]:
+  """Return the `meta` of each step, None if damaged, and what is damaged."""
   from train.checkpoint.checkpoints import (
     CheckpointError,
     read_meta,
     saved_steps,
   )
 
-  folder.check_checkpoints()
   run_id = folder.run_id()
-  steps = saved_steps(folder.checkpoints)
-  if not steps:
-    say(console, "no checkpoint yet")
-    return 0
   found, damaged = {}, []
-  for step in steps:
+  for step in saved_steps(folder.checkpoints):
     try:
       found[step] = read_meta(folder.checkpoints, step, run=run_id)[1]
     except CheckpointError as error:
       found[step] = None
       damaged.append(str(error))
-  console.print(_table(found))
-  for message in damaged:
-    say(console, message)
-  return 1 if damaged else 0
+  return found, damaged
 
 
-def _table(found: dict[int, dict | None]) -> Table:
+def _delete(
+  folder: RunFolder, steps: tuple[int, ...], console: Console, *, force: bool
+) -> None:
+  """Delete checkpoints of a locked run.
+
+  Raises:
+    ValueError: a step is not there, or no readable one would be left.
+  """
+  from train.checkpoint.checkpoints import delete
+
+  found, _ = _read(folder)
+  given = " ".join(map(str, steps))
+  if missing := [x for x in steps if x not in found]:
+    raise ValueError(
+      f"--delete {given}: there is no step {missing[0]}: expected some of "
+      f"{', '.join(map(str, found))}"
+    )
+  left = [step for step in found if step not in steps]
+  if not force and all(found[step] is None for step in left):
+    raise ValueError(
+      f"--delete {given}: no readable checkpoint would be left, and the run "
+      "would start again at step 0: expected fewer steps, or --force too"
+    )
+  # First, so that a kill in between leaves no step that seems to be lost.
+  folder.forget_saves_after(max(left, default=None))
+  for step in sorted(set(steps), reverse=True):
+    delete(folder.checkpoints, step)
+    say(console, f"deleted step {step}")
+
+
+def _table(found: dict[int, dict | None], best: int | None, mark: str) -> Table:
   """Return a table of checkpoints.
 
   Args:
     found: the `meta` of each by its step; None where it cannot be read.
+    best: the step that gets the mark; None for none.
+    mark: the mark.
   """
   from train.metrics import table_labels  # imports jax
 
@@ -90,5 +148,7 @@ def _table(found: dict[int, dict | None]) -> Table:
       state = "unreadable"
     else:
       state = meta.get("finished") or "can be resumed"
+    if step == best:
+      state = f"{state}, {mark}"
     table.add_row(str(step), *values, Text(state))
   return table

@@ -10,7 +10,12 @@ import dataclasses
 from rich.console import Console
 
 from rebased_jax.which_weights import Weights
-from train.commands.arguments import DataPlaces, RunArg, parse_run
+from train.commands.arguments import (
+  DataPlaces,
+  RunArg,
+  StepArg,
+  parse_run,
+)
 from train.commands.parsing import parse
 from train.config import RunConfig, TextData
 from train.data.checks import require
@@ -30,8 +35,9 @@ class EvaluateArgs:
 
   #: The run's folder. With --text or other data also an exported model.
   run_dir: RunArg
-  #: The step of the checkpoint. None: the newest.
-  step: int | None = None
+  #: The step of the checkpoint. "best": the best by the run's --keep-best, or
+  #: by the held-out loss if it has none. None: the newest.
+  step: StepArg = None
   #: The weights: trained, or ema for the average of a run with --ema.
   weights: Weights = "trained"
   #: Evaluate on the test split instead of the validation split.
@@ -89,17 +95,19 @@ def run(args: list[str]) -> int:
   require(asked.text != (), "text", (), "one file or more")
   # Imported when the options are right: jax takes seconds.
   from rebased_jax import model_files
+  from train import best_checkpoint
   from train.commands import evaluate_documents
   from train.devices import backend, processes
   from train.records import report
   from train.watchdog import Watchdog
 
+  step = best_checkpoint.find(asked.run_dir, asked.step)
   if asked.text or (
     paths
     and not asked.allow_data_change
-    and evaluate_documents.is_other_data(paths, asked.run_dir, asked.step)
+    and evaluate_documents.is_other_data(paths, asked.run_dir, step)
   ):
-    return _evaluate_documents(asked)
+    return _evaluate_documents(asked, step)
   if model_files.is_exported(asked.run_dir):
     raise ValueError(
       f"{asked.run_dir} is an exported model, which has no held-out rows: "
@@ -119,7 +127,7 @@ def run(args: list[str]) -> int:
     return report.evaluate_run(
       config,
       RunFolder(parsed.run_dir),
-      parsed.step,
+      step,
       Console(),
       weights=parsed.weights,
       test=parsed.test,
@@ -128,8 +136,13 @@ def run(args: list[str]) -> int:
     )
 
 
-def _evaluate_documents(asked: EvaluateArgs) -> int:
-  """Evaluate whole documents, and return the exit code."""
+def _evaluate_documents(asked: EvaluateArgs, step: int | None) -> int:
+  """Evaluate whole documents, and return the exit code.
+
+  Args:
+    asked: the arguments.
+    step: the step of the checkpoint. None: the newest.
+  """
   used = (
     *(
       "run_dir",
@@ -156,7 +169,7 @@ def _evaluate_documents(asked: EvaluateArgs) -> int:
   request = evaluate_documents.Request(
     asked.run_dir,
     text_completion.ModelSource(
-      asked.step, asked.tokenizer, asked.eos, asked.weights
+      step, asked.tokenizer, asked.eos, asked.weights
     ),
     asked.text or (),
     asked.data.path,

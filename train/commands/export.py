@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rebased_jax.which_weights import Weights
-from train.commands.arguments import RunArg
+from train.commands.arguments import RunArg, StepArg
 from train.commands.parsing import parse
 from train.console import say
 
@@ -22,8 +22,9 @@ class ExportArgs:
   run_dir: RunArg
   #: The folder to write: a new one.
   out: str
-  #: The step of the checkpoint. None: the newest.
-  step: int | None = None
+  #: The step of the checkpoint. "best": the best by the run's --keep-best, or
+  #: by the held-out loss if it has none. None: the newest.
+  step: StepArg = None
   #: The weights: trained, or ema for the average of a run with --ema.
   weights: Weights = "trained"
   #: "bytes", a tokenizer.json, or a folder that holds one. None: the copy in
@@ -49,13 +50,14 @@ def run(args: list[str]) -> int:
   parsed = parse(ExportArgs, "rebased export", args)
   # Imported when the options are right: jax takes seconds.
   from rebased_jax import parameter_count
-  from train import export_model
+  from train import best_checkpoint, export_model
   from train.text_completion import ModelSource
 
+  step = best_checkpoint.find(parsed.run_dir, parsed.step)
   model, step = export_model.export(
     parsed.run_dir,
     parsed.out,
-    ModelSource(parsed.step, parsed.tokenizer, parsed.eos, parsed.weights),
+    ModelSource(step, parsed.tokenizer, parsed.eos, parsed.weights),
     max_file_bytes=parsed.max_file_mb * 1_000_000,
   )
   console = Console()

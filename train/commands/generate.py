@@ -6,7 +6,7 @@ The text is printed as the model makes it.
 import dataclasses
 
 from rebased_jax.which_weights import Weights
-from train.commands.arguments import RunArg
+from train.commands.arguments import RunArg, StepArg
 from train.commands.parsing import parse
 
 
@@ -32,8 +32,9 @@ class GenerateArgs:
   seed: int = 0
   #: Strings that end the text. They are not printed.
   stop: tuple[str, ...] = ()
-  #: The step of the checkpoint. None: the newest.
-  step: int | None = None
+  #: The step of the checkpoint. "best": the best by the run's --keep-best, or
+  #: by the held-out loss if it has none. None: the newest.
+  step: StepArg = None
   #: The weights: trained, or ema for the average of a run with --ema.
   weights: Weights = "trained"
   #: "bytes", a tokenizer.json, or a folder that holds one. None: the copy in
@@ -55,7 +56,7 @@ def run(args: list[str]) -> int:
   """
   parsed = parse(GenerateArgs, "rebased generate", args)
   # Imported when the options are right: jax takes seconds.
-  from train import text_completion
+  from train import best_checkpoint, text_completion
   from train.devices import backend
 
   backend.devices()  # says so if there are none
@@ -67,8 +68,9 @@ def run(args: list[str]) -> int:
     seed=parsed.seed,
     stop=parsed.stop,
   )
+  step = best_checkpoint.find(parsed.run_dir, parsed.step)
   source = text_completion.ModelSource(
-    parsed.step, parsed.tokenizer, parsed.eos, parsed.weights
+    step, parsed.tokenizer, parsed.eos, parsed.weights
   )
   parts = text_completion.stream(
     parsed.run_dir, parsed.prompt, sampling, source

@@ -270,6 +270,20 @@ class RunFolder:
     """Remember that a step is saved, so that its loss would be noticed."""
     self.write(self.last_save_file.name, json.dumps({"step": step}) + "\n")
 
+  def forget_saves_after(self, step: int | None) -> None:
+    """Note that the saves after a step were deleted on purpose.
+
+    Args:
+      step: the newest step that stays. None: none does.
+    """
+    saved = self.last_save()
+    if saved is None or (step is not None and saved <= step):
+      return
+    if step is None:
+      self.last_save_file.unlink()
+    else:
+      self.note_save(step)
+
   @contextlib.contextmanager
   def locked(self) -> Iterator[None]:
     """Keep other processes of this host from training in the folder.
