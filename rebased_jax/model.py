@@ -35,6 +35,7 @@ from rebased_jax.embedding import look_up, token_positions
 from rebased_jax.explicit_mesh import method_on_any_mesh
 from rebased_jax.integers import integer_rows
 from rebased_jax.model_config import ModelConfig, check_length
+from rebased_jax.random_keys import in_linear_time
 
 
 def _position_outputs(arguments: dict[str, Any]) -> str:
@@ -69,11 +70,12 @@ class LM(Decoder):
         or a mixer has more heads than the width has channels.
     """
     compute_dtype(config.dtype)
+    keys = in_linear_time(rngs)
 
     def embedding(rows: int) -> nnx.Param:
       shape = rows, config.width
       return nnx.Param(
-        0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
+        0.02 * jax.random.normal(keys.params(), shape, jnp.float32)
       )
 
     self.config = config
@@ -81,9 +83,9 @@ class LM(Decoder):
     rows = config.positions
     self.position_embedding = None if rows is None else embedding(rows)
     self.pairs = blocks.stack(
-      [config.make_pair(index, rngs=rngs) for index in range(config.pairs)]
+      [config.make_pair(index, rngs=keys) for index in range(config.pairs)]
     )
-    self.norm = blocks.make_layer_norm(config.width, config.dtype, rngs)
+    self.norm = blocks.make_layer_norm(config.width, config.dtype, keys)
 
   @method_on_any_mesh("BT", _position_outputs)
   def __call__(
