@@ -29,6 +29,8 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 #: Precisions of float32 products, as `pallas_kernels.numerics` has them.
 PRECISIONS = ("default", "high", "highest")
 
+_LARGEST = 2**31 - 1  # size of an axis
+
 
 def make_scalars_plain(config: object) -> None:
   """Replace NumPy and jax scalars in a config's fields by Python numbers.
@@ -80,17 +82,22 @@ def keep_precision_name(config: object, name: str) -> None:
 
 
 def check_positive(config: object, *names: str) -> None:
-  """Check that each named field is an integer ≥ 1, or None.
+  """Check that each named field is an integer from 1 to 2³¹ − 1, or None.
+
+  jax cannot describe an array with an axis of 2⁶³ or more.
 
   Raises:
     ValueError: a field has another value.
   """
   for name in names:
     value = getattr(config, name)
-    if value is not None and not is_positive_integer(value):
-      raise ValueError(
-        f"{type(config).__name__}.{name}={value!r}: expected an integer ≥ 1"
-      )
+    if value is None:
+      continue
+    field = f"{type(config).__name__}.{name}={value!r}"
+    if not is_positive_integer(value):
+      raise ValueError(f"{field}: expected an integer ≥ 1")
+    if value > _LARGEST:
+      raise ValueError(f"{field}: expected at most {_LARGEST}")
 
 
 def check_one_of(config: object, name: str, *allowed: str | None) -> None:

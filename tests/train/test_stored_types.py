@@ -54,6 +54,14 @@ _WRONG = {
   "run.model.scan_layers": ("no", "scan_layers='no': expected bool"),
   "run.model.pairs": (2**31, "run.model: .*pairs=2147483648: expected at most"),
   "run.model.width": (16.0, "run.model.width=16.0: expected int"),
+  "run.model.vocab_size": (
+    2**63,
+    "vocab_size=9.*: expected at most 2147483647",
+  ),
+  "run.model.first.taps": (
+    2**31,
+    "taps=2147483648: expected at most 2147483647",
+  ),
   "run.model.dropout": ("0", "run.model.dropout='0': expected float"),
   "run.model.first": (None, "run.model.first=None: expected MixerConfig"),
   "run.model.second.heads": ([2], r"second.heads=\(2,\): expected int"),
