@@ -102,8 +102,8 @@ def find(run_dir: epath.PathLike, step: Step) -> int | None:
   if best is None:
     raise ValueError(
       f"step='best': no checkpoint of {run_dir} has a held-out {name} that was "
-      "measured at its step: expected the number of a step, which `rebased checkpoints` "
-      "lists"
+      "measured at its step: expected the number of a step; `rebased "
+      "checkpoints` lists them"
     )
   return best
 

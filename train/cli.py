@@ -205,6 +205,8 @@ def _exit_code_of_lost_output(error: console.OutputLost) -> int:
 
 def _find_and_run(args: list[str]) -> int:
   """Run the verb that the arguments begin with, and return the exit code."""
+  if args[:1] == ["help"] and args[1:2] and args[1] in VERBS:
+    args = [args[1], "--help"]
   if not args or args[0] in ("-h", "--help", "help"):
     print(_help())
     return 0 if args else 2
@@ -227,7 +229,7 @@ def _check_preset(verb: str, args: list[str]) -> int | None:
 
   The catalogue needs no jax, so that a wrong name is answered at once.
   """
-  if args and args[0] in ("-h", "--help"):
+  if args and args[0] in ("-h", "--help", "help"):
     print(f"usage: rebased {verb} PRESET [--options]")
     print(f"       rebased {verb} --config RUN/config.json [--options]\n")
     print("presets:")

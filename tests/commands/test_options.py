@@ -26,14 +26,20 @@ _WRONG = {
     "--data.path with mqar: expected a preset such as lm-tiny",
   ),
   "nothing alike": (["--zzzz", "x"], "there is no option --zzzz\n"),
-  "argument": (["more"], "'more' is one argument too many"),
+  "argument": (["more"], "'more' is one argument too many; `rebased"),
+  "without dashes": (["steps=3"], "'steps=3' is one argument too many; did "),
+  "value of a switch": (
+    ["--tensorboard", "yes"],
+    "'yes' is one argument too many: --tensorboard takes no value, and --no-t",
+  ),
+  "one of the past": (["--resume", "x"], "--resume; did you mean --run-dir?"),
   "no value": (["--steps"], "--steps: expected a value after it"),
   "not a number": (["--steps", "many"], "--steps='many': expected an integer"),
   "not a number or None": (
     ["--stop-accuracy", "x"],
     "--stop-accuracy='x': expected None or a number",
   ),
-  "choice": (["--nan", "x"], "--nan='x': expected one of abort, skip"),
+  "choice": (["--nan", "x"], "--nan='x': expected one of ('abort', 'skip')"),
   "dtype": (
     ["--model.dtype", "bf16"],
     "--model.dtype='bf16': expected one of ('float32', 'bfloat16', 'float16', "
@@ -42,7 +48,7 @@ _WRONG = {
   "mixer": (["--model.second.heads", "0"], "--model.second.heads=0: expected"),
   "no system": (
     ["--model.mixer", "mambo"],
-    "--model.mixer='mambo': expected one of attention, based, conv-attention",
+    "--model.mixer='mambo': expected one of ('attention', 'based', 'conv-att",
   ),
   "mixer of both layers": (
     ["--model.mixer", "attention", "--model.mixer.heads", "0"],
@@ -78,15 +84,25 @@ def test_a_missing_argument_is_named(capsys) -> None:
   assert "rebased: missing: --out STR " in capsys.readouterr().err
 
 
+def test_help_stands_before_or_behind_a_verb(capsys) -> None:
+  for words in (["help", "presets"], ["presets", "--help"], ["train", "help"]):
+    with pytest.raises(SystemExit) as stop:
+      cli.main(words)
+    shown = capsys.readouterr().out
+    assert not stop.value.code and "usage: rebased " in shown
+    assert words[words[0] == "help"] in shown.splitlines()[0]
+
+
 def test_names_of_fields_become_options() -> None:
   options = ["--data.vocab-size", "--steps"]
   for message, expected in (
     ("data.vocab_size=3: a", "--data.vocab-size=3: a"),
     ("below steps=2", "below --steps=2"),
     ("--steps=2", "--steps=2"),
+    ("data.vocab_size: 3 → 4; other: 1 → 2", "--data.vocab-size: 3 → 4; oth"),
     ("other=2", "other=2"),
   ):
-    assert parsing.as_options(message, options) == expected
+    assert parsing.as_options(message, options).startswith(expected)
 
 
 def _trained(*args: str) -> RunConfig:

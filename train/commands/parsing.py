@@ -23,15 +23,23 @@ _SYNONYMS = {
   "batch": ("bs", "batch-size", "global-batch-size", "train-batch-size"),
   "accumulate": ("grad-accum", "gradient-accumulation-steps"),
   "steps": ("max-steps", "num-steps", "train-steps", "epochs"),
-  "run-dir": ("output-dir", "out-dir", "workdir", "logdir"),
+  "run-dir": (
+    *("output-dir", "out-dir", "workdir", "logdir"),
+    *("resume", "resume-from", "resume-from-checkpoint"),
+  ),
   "eval-every": ("eval-steps", "eval-interval"),
   "save-every": ("save-steps", "save-interval", "checkpoint-period"),
+  "keep": ("save-total-limit", "max-to-keep"),
+  "keep-best": ("metric-for-best-model", "load-best-model-at-end"),
+  "wandb": ("report-to", "wandb-project"),
   "log-every": ("logging-steps", "log-interval", "log-period"),
   "learning-rate": ("lr", "max-lr"),
   "final-fraction": ("min-lr", "min-lr-ratio"),
   "weight-decay": ("wd",),
   "warmup-steps": ("warmup",),
   "clip-norm": ("grad-clip", "max-grad-norm", "clip"),
+  "model.mixer": ("system", "arch", "model"),
+  "model.dtype": ("bf16", "fp16", "mixed-precision"),
   "model.width": ("d-model", "dim", "hidden-size", "embed-dim"),
   "model.pairs": ("layers", "num-layers", "n-layer", "num-hidden-layers"),
   "heads": ("num-heads", "n-head", "num-attention-heads"),
@@ -95,7 +103,7 @@ def parse(
     raise ValueError(message) from error
   if unknown:
     options = _options(kind, prog, given)
-    raise ValueError(_unknown(unknown, options, prog, elsewhere))
+    raise ValueError(_unknown(unknown, args, options, prog, elsewhere))
   return parsed
 
 
@@ -172,6 +180,7 @@ def nearest(option: str, options: list[str]) -> list[str]:
 
 def _unknown(
   words: list[str],
+  args: list[str],
   options: list[str],
   prog: str,
   elsewhere: Callable[[str], str],
@@ -179,9 +188,10 @@ def _unknown(
   """Return the message about words that are no options of a verb."""
   names = [x.partition("=")[0] for x in words if x.startswith("-")]
   if not names:
+    hint = _hint_about_value(words[0], args, options)
     return (
-      f"{words[0]!r} is one argument too many; `{prog} --help` shows what is "
-      "expected"
+      f"{words[0]!r} is one argument too many{hint}; `{prog} --help` shows "
+      "what is expected"
     )
   lines = []
   for name in names:
@@ -193,13 +203,27 @@ def _unknown(
   return "\n".join([*lines, f"`{prog} --help` shows the options"])
 
 
+def _hint_about_value(word: str, args: list[str], options: list[str]) -> str:
+  """Return how a word is written that belongs to no option, or nothing."""
+  name, equals, _ = word.partition("=")
+  if equals and (near_names := nearest(f"--{name}", options)):
+    return f"; did you mean {near_names[0]}{word[len(name) :]}?"
+  before = args[args.index(word) - 1] if word in args[1:] else ""
+  place, _, last = before.removeprefix("--").rpartition(".")
+  opposite = f"--{place}.no-{last}" if place else f"--no-{last}"
+  if opposite in options:
+    return f": {before} takes no value, and {opposite} is its opposite"
+  return ""
+
+
 def _wrong_choice(value: str, option: str, listed: str) -> str:
   """Return the message about a value that is none of an option's choices."""
   # tyro lists them in no order.
-  choices = sorted(listed.strip("()").replace("'", "").split(", "))
-  choices.sort(key=lambda x: x == "None")
+  choices = sorted(re.findall(r"'([^']*)'", listed))
   hint = near(value, choices)
-  return f"{option}={value!r}: expected one of {', '.join(choices)}{hint}"
+  shown = ", ".join(repr(x) for x in choices if x != "None")
+  unset = " or None" * ("None" in choices)
+  return f"{option}={value!r}: expected one of ({shown}){unset}{hint}"
 
 
 def _name_kinds(text: str) -> str:
@@ -218,7 +242,8 @@ def _options(kind: type, prog: str, given: dict[str, Any]) -> list[str]:
   # a description names is not.
   kind_of_value = r"(?= \{| \[| [A-Z]{3}|, --\S*no-)"
   names = re.findall(
-    rf"(?<![\w-])--[A-Za-z][\w.-]+{kind_of_value}", text.getvalue()
+    rf"(?<![\w-])--[A-Za-z][\w.-]+{kind_of_value}|(?<=, )--\S*no-[\w-]+",
+    text.getvalue(),
   )
   return list(dict.fromkeys(names))
 
@@ -234,7 +259,8 @@ def _wrong_value(text: str) -> str:
   parts = re.split(r"[─-]{10,}", " ".join(rows))
   words = " ".join(parts[min(1, len(parts) - 1)].split())
   if words.startswith("Missing from"):
-    return "missing: " + words.partition(": ")[2].removesuffix(" (required)")
+    named = words.partition(": ")[2].split(" (required)")
+    return "missing: " + "; ".join(x.strip() for x in named if x.strip())
   if missing := re.match(r"Missing value for argument '(\S+)'", words):
     return f"{missing[1]}: expected a value after it"
   if choice := _CHOICE.match(words):

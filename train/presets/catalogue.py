@@ -225,7 +225,7 @@ def _nearest(name: str) -> list[str]:
     if sizes:
       closest = sorted(sizes, key=lambda x: abs(x - int(number)))[:2]
       return [f"{stem}-{x}" for x in sorted(closest)]
-  return difflib.get_close_matches(name, PRESETS, n=3)
+  return difflib.get_close_matches(name.lower(), PRESETS, n=3)
 
 
 def as_text() -> str:
