@@ -314,6 +314,8 @@ def _make_mixer(config: MixerConfig, site: Site, rngs: nnx.Rngs) -> Mixer:
     raise TypeError(
       f"{type(config).__name__}.make returned {found}: expected a Mixer"
     )
+  if mixer.dropout_stream is not None:
+    del mixer.dropout_stream  # the model's calls hand its mixers their keys
   return mixer
 
 
@@ -615,6 +617,8 @@ def attention_matrix(pairs: Pair, x_BTD: Array) -> Array:
   """Return the attention matrix (B, H, T, T) of the last of all pairs."""
   count = len(jax.tree.leaves(nnx.state(pairs))[0])
   *before, last = (unstack(pairs, index) for index in range(count))
+  for pair in (*before, last):
+    pair.eval()
   stream = Stream(x_BTD)
   for pair in before:
     stream = pair(stream)

@@ -10,7 +10,6 @@ tokens, except in mixers that say so, such as softmax attention.
 import abc
 from typing import Any, NamedTuple
 
-from flax import nnx
 import jax
 from jax import Array
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels import ShardAxes
 from pallas_kernels.arguments import check_integers
 from rebased_jax import blocks
+from rebased_jax.dropout import DropsInTraining
 from rebased_jax.explicit_mesh import layouts, method_on_any_mesh
 from rebased_jax.integers import integer_rows, power_of_two, to_int32
 from rebased_jax.layer_norm import LayerNorm
@@ -44,7 +44,7 @@ def _prefill_outputs(arguments: dict[str, Any]) -> tuple[str, LMState]:
   return logits, _state_outputs(arguments["state"])
 
 
-class Decoder(nnx.Module):
+class Decoder(DropsInTraining):
   """Abstract: what a language model does with a state.
 
   A subclass sets `pairs` and `norm`, and defines `_embed`, `_positions` and

@@ -317,6 +317,7 @@ def _programs(
 
   def make(params: nnx.State) -> LM:
     model = nnx.merge(graph, params)
+    model.eval()
     if room:
       enlarge_caches(model, room)
     return model

@@ -31,6 +31,7 @@ from rebased_jax import blocks
 from rebased_jax.argument_names import explain_unknown_names
 from rebased_jax.config_checks import compute_dtype
 from rebased_jax.decoding import Decoder
+from rebased_jax.dropout import draws_own_key
 from rebased_jax.embedding import look_up, token_positions
 from rebased_jax.explicit_mesh import method_on_any_mesh
 from rebased_jax.integers import integer_rows
@@ -63,7 +64,8 @@ class LM(Decoder):
 
     Args:
       config: the model's config.
-      rngs: draws the initial parameters.
+      rngs: draws the initial parameters. A stream named "dropout" is kept, for
+        calls after train().
 
     Raises:
       ValueError: the compute dtype is float64 and `jax_enable_x64` is not set,
@@ -86,7 +88,9 @@ class LM(Decoder):
       [config.make_pair(index, rngs=keys) for index in range(config.pairs)]
     )
     self.norm = blocks.make_layer_norm(config.width, config.dtype, keys)
+    self.keep_dropout_stream(rngs)
 
+  @draws_own_key
   @method_on_any_mesh("BT", _position_outputs)
   def __call__(
     self,
@@ -109,10 +113,12 @@ class LM(Decoder):
         last block's queries and output, are computed only there. Logits at a
         position outside [0, T) are NaN. None: all positions.
       axes: the mesh axes that split batch, heads and time. None: no mesh.
-      dropout_key: a PRNG key, which switches dropout on. None: no dropout.
+      dropout_key: a PRNG key, which switches dropout on. None: no dropout,
+        except after train(), when the model draws a key.
 
     Raises:
-      ValueError: T is larger than the position table, or a shape does not fit.
+      ValueError: T is larger than the position table, a shape does not fit, or
+        there is no key in training mode.
     """
     return self.head(
       self.features(
@@ -124,6 +130,7 @@ class LM(Decoder):
       )
     )
 
+  @draws_own_key
   @method_on_any_mesh("BT", _position_outputs)
   def features(
     self,
@@ -237,6 +244,11 @@ class LM(Decoder):
       precision=asked_precision(self.config.precision, x_D.dtype),
       preferred_element_type=sum_dtype(x_D.dtype),
     )
+
+  @property
+  def has_dropout(self) -> bool:
+    """Whether embeddings or a mixer have dropout."""
+    return self.config.dropout > 0 or self.pairs.has_dropout
 
   @property
   def heads_to_split(self) -> int | None:

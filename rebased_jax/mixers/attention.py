@@ -106,6 +106,7 @@ class Attention(Mixer):
     self.implementation = config.implementation
     self.dropout = config.dropout
     self.takes_dropout_key = config.dropout > 0
+    self.keep_dropout_stream(rngs)
 
   def _mix(
     self,

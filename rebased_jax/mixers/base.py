@@ -35,7 +35,6 @@ from collections.abc import Callable
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
-from flax import nnx
 import jax
 from jax import Array
 import jax.numpy as jnp
@@ -51,6 +50,7 @@ from rebased_jax.config_checks import (
   compute_dtype,
   is_positive_integer,
 )
+from rebased_jax.dropout import DropsInTraining, draws_own_key
 from rebased_jax.explicit_mesh import layouts, method_on_any_mesh
 from rebased_jax.integers import to_int32
 from rebased_jax.mixer_configs import MixerConfig as MixerConfig, Site as Site
@@ -68,7 +68,7 @@ def _rows(state: MixerState) -> Any:
   return jax.tree.map(lambda x: "B", state)
 
 
-class Mixer(nnx.Module):
+class Mixer(DropsInTraining):
   """Abstract: a causal map of x (B, T, D) to y (B, T, D), with a state.
 
   A subclass defines `init_state` and `_prefill`, and may define `_mix`,
@@ -160,6 +160,7 @@ class Mixer(nnx.Module):
       return super().__getattribute__(name)  # raises the usual error
 
   @final
+  @draws_own_key
   @method_on_any_mesh("BTD", _mix_outputs)
   def __call__(
     self,
@@ -180,10 +181,11 @@ class Mixer(nnx.Module):
       query_positions: integers (B, M), each in [0, T). A position outside has
         NaN. None: all positions.
       dropout_key: a PRNG key, which switches the mixer's dropout on. None: no
-        dropout.
+        dropout, except after train(), when the mixer draws a key.
 
     Raises:
-      ValueError: an argument has a wrong shape or dtype.
+      ValueError: an argument has a wrong shape or dtype, or there is no key in
+        training mode.
       NotImplementedError: the mixer cannot split time or keep documents apart.
     """
     self._check_row(x_BTD, segment_ids, axes)
@@ -304,6 +306,11 @@ class Mixer(nnx.Module):
     """
     del x_BTD
     raise NotImplementedError(f"{self._name} has no attention matrix")
+
+  @property
+  def has_dropout(self) -> bool:
+    """Whether the mixer has a dropout."""
+    return self.takes_dropout_key
 
   @property
   def has_attention_matrix(self) -> bool:
