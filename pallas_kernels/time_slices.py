@@ -4,22 +4,35 @@ A recurrence has one program for each row and group of channels. Where these are
 too few for the device, time is cut into slices of whole chunks.
 """
 
+from typing import NamedTuple
+
 from jax import Array
 import jax.numpy as jnp
 
 
-def cut_time(
-  chunks: int, walks: int, programs: int, least: int
-) -> tuple[int, int]:
+class Cut(NamedTuple):
+  """Where and how finely time is cut, for a kernel.
+
+  A cut costs another pass over the inputs. It is made where rows and groups of
+  channels alone leave multiprocessors without work.
+  """
+
+  enough: int  # programs that a launch may have without a cut
+  programs: int  # programs that a launch has at most with one
+  least: int  # the fewest chunks of a slice
+
+
+def cut_time(chunks: int, walks: int, cut: Cut) -> tuple[int, int]:
   """Return (slices, chunks of a slice); the last slice may have fewer.
 
   Args:
     chunks: of a row, which slices have whole numbers of.
     walks: programs that each slice has, one a row and group of channels.
-    programs: how many programs a launch should have.
-    least: the fewest chunks of a slice.
+    cut: where and how finely time is cut.
   """
-  slices = max(1, min(programs // walks, chunks // least))
+  slices = 1
+  if walks < cut.enough:
+    slices = max(1, min(cut.programs // walks, chunks // cut.least))
   each = -(-chunks // slices)
   return -(-chunks // each), each
 

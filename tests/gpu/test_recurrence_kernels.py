@@ -24,7 +24,14 @@ from recurrence_cases import (
   wkv_inputs,
 )
 
-from pallas_kernels import devices, empty_wkv_state, selective_scan, wkv
+from pallas_kernels import (
+  WKVState,
+  devices,
+  empty_wkv_state,
+  selective_scan,
+  wkv,
+)
+from pallas_kernels.time_slices import Cut, cut_time
 from rebased_jax import MambaConfig, RWKVConfig
 from rebased_jax.mixers import base
 
@@ -42,6 +49,7 @@ from pallas_kernels.selective_scan.gpu import (
 from pallas_kernels.wkv.gpu import (
   backward as wkv_backward,
   forward as wkv_forward,
+  passes as wkv_passes,
   walk as wkv_walk,
 )
 
@@ -55,9 +63,8 @@ def interpreted(monkeypatch):
   monkeypatch.setitem(devices.KERNEL_PLATFORMS, "gpu", ("cpu",))
 
   def cut(walk, slices: int, programs: int) -> None:
-    least = "SLICE_BLOCKS" if walk is wkv_walk else "SLICE_CHUNKS"
-    monkeypatch.setattr(walk, "PROGRAMS", slices * programs)
-    monkeypatch.setattr(walk, least, 1)
+    cut = Cut(enough=1000, programs=slices * programs, least=1)
+    monkeypatch.setattr(walk, "CUT", cut)
 
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
     yield cut
@@ -199,6 +206,22 @@ def test_rows_of_any_length_lower(operator, rows, T, cut) -> None:
     assert (f"{kernels}_{name}" in text) == cut
 
 
+@pytest.mark.parametrize(
+  "chunks, walks, expected",
+  [
+    (64, 1024, (1, 64)),
+    (256, 200, (1, 256)),  # enough programs without a cut
+    (1024, 64, (8, 128)),
+    (70, 64, (7, 10)),  # slices of at least 8 chunks
+    (75, 64, (8, 10)),  # the last one has 5
+    (7, 1, (1, 7)),
+  ],
+)
+def test_time_is_cut_where_programs_are_few(chunks, walks, expected) -> None:
+  cut = Cut(enough=200, programs=528, least=8)
+  assert cut_time(chunks, walks, cut) == expected
+
+
 @pytest.mark.parametrize("T", [pytest.param(1, marks=pytest.mark.slow), 33])
 def test_short_rows_lower(T) -> None:
   assert "selective_scan_backward" in _lowered(
@@ -207,13 +230,108 @@ def test_short_rows_lower(T) -> None:
   assert "wkv_backward" in _lowered(wkv, _wkv_shapes(3, T, 128, "float32"))
 
 
-def test_rows_and_channels_are_split_over_a_mesh() -> None:
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_rows_and_channels_lower_over_a_mesh(kind) -> None:
+  mesh = jax.make_mesh((2, 2), ("data", "model"), (kind,) * 2)
+  place = jax.NamedSharding(mesh, jax.P("data", None, "model"))
+  with jax.set_mesh(mesh):
+    k, v, *channels = _wkv_shapes(4, 40, 256)
+    k, v = (ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in (k, v))
+    text = _lowered(wkv, (k, v, *channels))
+  assert "@CustomSPMDPartitioning" in text
+
+
+def _row_and_group(operator):
+  """Return XLA's operator of one row and one group of channels."""
+
+  def scan(x_TW, delta_TW, A_WN, B_TN, C_TN, h_WN):
+    row = (x[None] for x in (x_TW, delta_TW, B_TN, C_TN, h_WN))
+    x, delta, B, C, h = row
+    y, last = selective_scan(x, delta, A_WN, B, C, initial_state=h)
+    return y[0], last[0]
+
+  def rwkv(k_TW, v_TW, w_W, u_W, *state):
+    row = WKVState(*(x[None] for x in state))
+    y, last = wkv(k_TW[None], v_TW[None], w_W, u_W, initial_state=row)
+    return y[0], *(x[0] for x in last)
+
+  return scan if operator is SCAN else rwkv
+
+
+@pytest.fixture
+def seen(monkeypatch) -> set[tuple[int, ...]]:
+  """Let XLA stand in for the kernels; collect the shapes of x and k."""
+  shapes = set()
+  over = lambda run, inputs, outputs: jax.vmap(jax.vmap(run, inputs, outputs))
+  scans = over(_row_and_group(SCAN), (1, 1, 0, 0, 0, 0), (1, 0))
+  wkvs = over(_row_and_group(WKV), (1, 1, 0, 0, 0, 0, 0), (1, 0, 0, 0))
+  names = wkv_walk.sums_names
+
+  def scan_inputs_of(arrays, state):
+    """Return the arguments of `scans`: each group has its own B and C."""
+    each = lambda x: jnp.repeat(x[:, None], state.shape[1], axis=1)
+    x, delta, A = arrays["x"], arrays["delta"], arrays["A"]
+    return x, delta, A, each(arrays["B"]), each(arrays["C"]), state
+
+  def scan_forward(arrays):
+    shapes.add(arrays["x"].shape)
+    y, last = scans(*scan_inputs_of(arrays, arrays["h"]))
+    return dict(y=y, last=last, before=arrays["h"][:, None])
+
+  def scan_backward(arrays):
+    inputs = scan_inputs_of(arrays, arrays["before"][:, 0])
+    grads = jax.vjp(scans, *inputs)[1]((arrays["dy"], arrays["dlast"]))
+    found = "dx", "ddelta", "dA", "dB", "dC", "dh"
+    return dict(zip(found, grads, strict=True))
+
+  def wkv_forward(arrays):
+    shapes.add(arrays["k"].shape)
+    state = [arrays[name] for name in names("state")]
+    y, *last = wkvs(*(arrays[name] for name in "kvwu"), *state)
+    found = dict(zip(names("last"), last, strict=True), y=y)
+    before = (x[:, None] for x in state)
+    return found | dict(zip(names("before"), before, strict=True))
+
+  def wkv_backward(arrays):
+    before = [arrays[name][:, 0] for name in names("before")]
+    pull = jax.vjp(wkvs, *(arrays[name] for name in "kvwu"), *before)[1]
+    a, b, _ = (arrays[name] for name in names("end"))
+    *grads, da, db, _ = pull((arrays["dy"], a, -b, jnp.zeros_like(a)))
+    found = dict(zip(("dk", "dv", "dw", "du"), grads, strict=True))
+    first = da, -db, -before[2]
+    return found | dict(zip(names("first"), first, strict=True))
+
+  monkeypatch.setitem(devices.KERNEL_PLATFORMS, "gpu", ("cpu",))
+  monkeypatch.setattr(scan_passes, "_forward", scan_forward)
+  monkeypatch.setattr(scan_passes, "_backward", scan_backward)
+  monkeypatch.setattr(wkv_passes, "_forward", wkv_forward)
+  monkeypatch.setattr(wkv_passes, "_backward", wkv_backward)
+  return shapes
+
+
+@pytest.mark.parametrize("operator", [SCAN, WKV])
+def test_devices_compute_their_rows_and_channels(operator, seen) -> None:
+  """Values and gradients over 2 x 2 devices equal those of one."""
+  if operator is SCAN:
+    inputs = scan_inputs(2, 5, 128, 8, "float32", 1e-3, 1)
+    part = (1, 5, 1, 64)
+    places = dict(A=jax.P("model"), B=jax.P("data"), C=jax.P("data"))
+  else:
+    inputs = wkv_inputs(2, 5, 256, "float32", 1)
+    part = (1, 5, 1, 128)
+    places = dict(w=jax.P("model"), u=jax.P("model"))
+  places["initial_state"] = jax.P("data", "model")
+  wanted = answer(operator, inputs, None, "xla")
   mesh = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2)
   with jax.set_mesh(mesh):
-    text = _lowered(selective_scan, _scan_shapes(4, 40, 128, 16))
-    assert text.count("custom_partitioning") or "CustomSPMD" in text
-    text = _lowered(wkv, _wkv_shapes(4, 40, 256))
-    assert text.count("custom_partitioning") or "CustomSPMD" in text
+    tokens = jax.P("data", None, "model")
+    split = {
+      name: jax.device_put(x, places.get(name, tokens))
+      for name, x in inputs.items()
+    }
+    found = answer(operator, split, None, "gpu")
+  assert part in seen
+  assert_near(found, wanted, 1e-5)
 
 
 @pytest.mark.parametrize(

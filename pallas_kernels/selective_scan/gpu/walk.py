@@ -29,17 +29,15 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.time_slices import cut_time
+from pallas_kernels.time_slices import Cut, cut_time
 
 W = 64  # channels of a program, as a tensor core's tile has rows
 C = 32  # tokens of a chunk; one state a chunk is kept for the backward
 f32 = jnp.float32
 
-# Programs that a launch should have: two for each of a Hopper GPU's 132
-# multiprocessors. Where rows and channels give fewer, time is cut into slices
-# of at least SLICE_CHUNKS chunks. Chosen by arithmetic, not yet measured.
-PROGRAMS = 264
-SLICE_CHUNKS = 8
+# Four programs fit a Hopper GPU's 132 multiprocessors each, two those of the
+# backward. Chosen by arithmetic, not yet measured.
+CUT = Cut(enough=200, programs=4 * 132, least=8)
 
 STATES = plgpu.Layout.WGMMA  # of a tile (W, N)
 CHANNELS = STATES.reduce(1)  # one value for each channel of a tile
@@ -86,7 +84,7 @@ def make_launch(x_BTGW: Array, states: int, *, documents: bool) -> Launch:
     documents: whether rows hold several documents.
   """
   B, T, G, _ = x_BTGW.shape
-  cut = cut_time(-(-T // C), B * G, PROGRAMS, SLICE_CHUNKS)
+  cut = cut_time(-(-T // C), B * G, CUT)
   return Launch(B, T, G, states, x_BTGW.dtype, documents, *cut)
 
 

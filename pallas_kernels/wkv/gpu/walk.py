@@ -22,7 +22,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.devices import WARPGROUP
-from pallas_kernels.time_slices import cut_time
+from pallas_kernels.time_slices import Cut, cut_time
 from pallas_kernels.wkv.state import EMPTY, WKVState, add_token
 
 W = WARPGROUP  # channels of a program, one a thread
@@ -30,11 +30,9 @@ C = 8  # tokens of a chunk; the sums before each are kept for the backward
 BLOCK = 2 * C  # tokens that the forward loads at once; slices are whole blocks
 f32 = jnp.float32
 
-# Programs that a launch should have: two for each of a Hopper GPU's 132
-# multiprocessors. Where rows and channels give fewer, time is cut into slices
-# of at least SLICE_BLOCKS blocks. Chosen by arithmetic, not yet measured.
-PROGRAMS = 264
-SLICE_BLOCKS = 16
+# Three programs fit a Hopper GPU's 132 multiprocessors each. `least` counts
+# blocks. Chosen by arithmetic, not yet measured.
+CUT = Cut(enough=200, programs=3 * 132, least=16)
 
 _CHANNELS = plgpu.Layout.WG_STRIDED((W,), vec_size=1)
 
@@ -75,7 +73,7 @@ def make_launch(k_BTGW: Array, *, documents: bool) -> Launch:
     documents: whether rows hold several documents.
   """
   B, T, G, _ = k_BTGW.shape
-  slices, blocks = cut_time(-(-T // BLOCK), B * G, PROGRAMS, SLICE_BLOCKS)
+  slices, blocks = cut_time(-(-T // BLOCK), B * G, CUT)
   return Launch(B, T, G, k_BTGW.dtype, documents, slices, blocks * BLOCK)
 
 
