@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 
 class Cut(NamedTuple):
-  """Where and how finely time is cut, for a kernel.
+  """The numbers that decide where a kernel cuts time, and how finely.
 
   A cut costs another pass over the inputs. It is made where rows and groups of
   channels alone leave multiprocessors without work.

@@ -212,7 +212,7 @@ def test_rows_of_any_length_lower(operator, rows, T, cut) -> None:
     (64, 1024, (1, 64)),
     (256, 200, (1, 256)),  # enough programs without a cut
     (1024, 64, (8, 128)),
-    (70, 64, (7, 10)),  # slices of at least 8 chunks
+    (40, 64, (5, 8)),  # slices of at least 8 chunks
     (75, 64, (8, 10)),  # the last one has 5
     (7, 1, (1, 7)),
   ],
