@@ -7,7 +7,8 @@ import mixer_equations
 import numpy as np
 import pytest
 
-from rebased_jax import MambaConfig, Site, parameter_count
+from pallas_kernels import implementations
+from rebased_jax import MambaConfig, Site, mixer_configs, parameter_count
 
 B = 2
 
@@ -84,8 +85,18 @@ def test_a_training_step_never_holds_all_states() -> None:
 
 @pytest.mark.parametrize(
   ("field", "value"),
-  [("state", 0), ("taps", 0), ("expand", 1.5), ("initialization", "fixed")],
+  [
+    ("state", 0),
+    ("taps", 0),
+    ("expand", 1.5),
+    ("initialization", "fixed"),
+    ("implementation", "tpu"),
+  ],
 )
 def test_a_wrong_field_is_named(field, value) -> None:
   with pytest.raises(ValueError, match=rf"MambaConfig\.{field}="):
     MambaConfig(**{field: value})
+
+
+def test_the_config_knows_the_implementations_of_the_operators() -> None:
+  assert mixer_configs.RECURRENCES == implementations.RECURRENCES
