@@ -31,6 +31,8 @@ def test_every_preset_is_in_the_catalogue_and_on_the_page(capsys) -> None:
   assert not stop.value.code
   for name, preset in catalogue.PRESETS.items():
     assert f"  {name} " in shown and f"{preset.parameters:,}" in shown
+  assert max(map(len, shown.splitlines())) <= 80
+  assert catalogue.PRESETS["mqar"].ended in shown
 
 
 def _assert_counted(name: str) -> None:
