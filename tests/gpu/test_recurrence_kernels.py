@@ -162,8 +162,8 @@ def test_inf_and_nan_stay_in_their_document(interpreted) -> None:
 
 def _scan_shapes(rows, T, I, N, dtype="float32"):
   shape = lambda *sizes: ShapeDtypeStruct(sizes, dtype)
-  tokens, readers = shape(rows, T, I), shape(rows, T, N)
-  return tokens, tokens, shape(I, N), readers, readers
+  tokens, vectors = shape(rows, T, I), shape(rows, T, N)
+  return tokens, tokens, shape(I, N), vectors, vectors
 
 
 def _wkv_shapes(rows, T, D, dtype="bfloat16"):

@@ -36,12 +36,11 @@ from pallas_kernels.selective_scan.gpu.walk import (
   kernel,
   load_channels,
   load_rates,
-  load_readers,
   load_states,
+  load_vector,
   over_channels,
   over_states,
   place,
-  reader_stream,
   scratch,
   slice_outputs,
   start_stream,
@@ -49,6 +48,7 @@ from pallas_kernels.selective_scan.gpu.walk import (
   store_chunk,
   sub_chunks,
   tokens_of,
+  vector_stream,
   walk,
   zero_channels,
   zero_if,
@@ -74,7 +74,7 @@ def slice_cotangents(
   streams = dict(
     delta=channel_stream(launch),
     dy=channel_stream(launch),
-    C=reader_stream(launch),
+    C=vector_stream(launch),
   )
   if launch.documents:
     streams["starts"] = start_stream()
@@ -89,7 +89,7 @@ def slice_cotangents(
         for t in reversed(each):
           delta_W = load_channels(inputs["delta"].at[t])
           dy_W = load_channels(inputs["dy"].at[t])
-          C_N = load_readers(inputs["C"].at[t])
+          C_N = load_vector(inputs["C"].at[t])
           g_WN = g_WN + add_drive(launch, dy_W, C_N)
           g_WN = decay(delta_W, rates_WN, launch) * g_WN
           if launch.documents:
@@ -134,7 +134,7 @@ def backward(launch: Launch, arrays: dict[str, Array]) -> dict[str, Array]:
     each group of channels.
   """
   streams = {name: channel_stream(launch) for name in ("x", "delta", "dy")}
-  streams |= {name: reader_stream(launch) for name in ("B", "C")}
+  streams |= {name: vector_stream(launch) for name in ("B", "C")}
   streams["before"] = state_stream(launch)
   if launch.documents:
     streams["starts"] = start_stream()
@@ -231,7 +231,7 @@ def _sub_chunk(launch: Launch, inputs, shared, each, rates_WN, carry):
     x_W, delta_W, dy_W = (
       load_channels(inputs[name].at[t]) for name in ("x", "delta", "dy")
     )
-    B_N, C_N = (load_readers(inputs[name].at[t]) for name in ("B", "C"))
+    B_N, C_N = (load_vector(inputs[name].at[t]) for name in ("B", "C"))
     a_WN = decay(delta_W, rates_WN, launch)
     past_WN = a_WN * h_WN
     start = None

@@ -24,18 +24,18 @@ from pallas_kernels.selective_scan.gpu.walk import (
   kernel,
   load_channels,
   load_rates,
-  load_readers,
   load_states,
+  load_vector,
   over_channels,
   over_states,
   place,
-  reader_stream,
   scratch,
   slice_outputs,
   start_stream,
   store_chunk,
   sub_chunks,
   tokens_of,
+  vector_stream,
   walk,
   zero_channels,
   zero_if,
@@ -56,7 +56,7 @@ def slice_states(launch: Launch, arrays: dict[str, Array]) -> dict[str, Array]:
     "sums" (B, slices − 1, G, W, N), and "steps" (B, slices − 1, G, W), the sums
     of Δ; float32.
   """
-  streams = _streams(launch, readers=("B",))
+  streams = _streams(launch, vectors=("B",))
 
   def body(refs, shared):
     here = place(launch)
@@ -102,7 +102,7 @@ def forward(launch: Launch, arrays: dict[str, Array]) -> dict[str, Array]:
     "y" (B, T, G, W) in x's dtype; "last" (B, G, W, N) and "before"
     (B, chunks, G, W, N) in float32.
   """
-  streams = _streams(launch, readers=("B", "C"))
+  streams = _streams(launch, vectors=("B", "C"))
 
   def body(refs, shared):
     here = place(launch)
@@ -116,7 +116,7 @@ def forward(launch: Launch, arrays: dict[str, Array]) -> dict[str, Array]:
       def tokens(each, h_WN):
         for t in each:
           h_WN, _ = advance(launch, inputs, t, rates_WN, h_WN)
-          C_WN = over_channels(load_readers(inputs["C"].at[t]), launch)
+          C_WN = over_channels(load_vector(inputs["C"].at[t]), launch)
           y_W = (h_WN * C_WN).sum(axis=1)
           shared["y"][t] = y_W.astype(launch.dtype)
         return h_WN
@@ -154,7 +154,7 @@ def advance(
   """Return the state after token t of a chunk, and the token's Δ."""
   delta_W = load_channels(inputs["delta"].at[t])
   drive_W = delta_W * load_channels(inputs["x"].at[t])
-  B_N = load_readers(inputs["B"].at[t])
+  B_N = load_vector(inputs["B"].at[t])
   past_WN = decay(delta_W, rates_WN, launch) * h_WN
   if launch.documents:
     past_WN = zero_if(inputs["starts"][t] != 0, past_WN)
@@ -166,10 +166,10 @@ def add_drive(launch: Launch, drive_W: Array, B_N: Array) -> Array:
   return over_states(drive_W, launch) * over_channels(B_N, launch)
 
 
-def _streams(launch: Launch, readers: tuple[str, ...]):
+def _streams(launch: Launch, vectors: tuple[str, ...]):
   """Describe the inputs that are read chunk by chunk."""
   streams = {name: channel_stream(launch) for name in ("x", "delta")}
-  streams |= {name: reader_stream(launch) for name in readers}
+  streams |= {name: vector_stream(launch) for name in vectors}
   if launch.documents:
     streams["starts"] = start_stream()
   return streams

@@ -35,13 +35,13 @@ W = 64  # channels of a program, as a tensor core's tile has rows
 C = 32  # tokens of a chunk; one state a chunk is kept for the backward
 f32 = jnp.float32
 
-# Four programs fit a Hopper GPU's 132 multiprocessors each, two those of the
-# backward. Chosen by arithmetic, not yet measured.
+# Each of a Hopper GPU's 132 multiprocessors runs four programs at once, or two
+# of the backward. These numbers were computed and not yet measured.
 CUT = Cut(enough=200, programs=4 * 132, least=8)
 
 STATES = plgpu.Layout.WGMMA  # of a tile (W, N)
-CHANNELS = STATES.reduce(1)  # one value for each channel of a tile
-READERS = STATES.reduce(0)  # one value for each state of a channel
+CHANNELS = STATES.reduce(1)  # one value for each of its channels
+VECTOR = STATES.reduce(0)  # B or C of a token, one value for each state
 _STAGES = 2  # chunks of inputs in shared memory
 
 
@@ -125,9 +125,9 @@ def load_channels(ref_W) -> Array:
   return plgpu.load(ref_W, layout=CHANNELS, optimized=False).astype(f32)
 
 
-def load_readers(ref_N) -> Array:
+def load_vector(ref_N) -> Array:
   """Load B or C of a token, as float32."""
-  return plgpu.load(ref_N, layout=READERS, optimized=False).astype(f32)
+  return plgpu.load(ref_N, layout=VECTOR, optimized=False).astype(f32)
 
 
 def over_states(x_W: Array, launch: Launch) -> Array:
@@ -188,7 +188,7 @@ def channel_stream(launch: Launch) -> Stream:
   return Stream((C, W), launch.dtype, tokens)
 
 
-def reader_stream(launch: Launch) -> Stream:
+def vector_stream(launch: Launch) -> Stream:
   """Describe an array (B, T, N)."""
   tokens = lambda ref, here, i: ref.at[here.b, pl.ds(i * C, C)]
   return Stream((C, launch.N), launch.dtype, tokens)
