@@ -4,7 +4,7 @@
 
     model = LM(config, rngs=nnx.Rngs(0, dropout=1))      the way of NNX
     model.train()
-    model(tokens)                                        draws a key from its stream
+    model(tokens)                                        draws a key by itself
 
 A call with a `dropout_key` has dropout in every mode. Without one the mode
 decides. A new module has no dropout until train(), and holds no random state

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
   )
 
 
+#: eps of Based and ReBased in the paper's own code.
+OFFICIAL_EPS = 1e-12
 #: Implementations of softmax attention.
 ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
 
@@ -112,7 +114,9 @@ class PolynomialConfig(MixerConfig):
   heads: int = 12
   #: F, the width of queries and keys a head.
   features: int = 16
-  #: P, the width of values a head. None: floor(width / heads).
+  #: P, the width of values a head. None: floor(width / heads), with a warning
+  #: where the heads do not divide the width. The paper's models, with their eps
+  #: of 1e-12, have that floor and no warning.
   value_features: int | None = None
   #: Added to the denominator Σ sim. The paper's code has 1e-12.
   eps: float = 1e-6

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal, NamedTuple
 
 from rebased_jax.mixer_configs import (
+  OFFICIAL_EPS,
   AttentionConfig,
   BaseConvConfig,
   BasedConfig,
@@ -16,18 +17,16 @@ from rebased_jax.mixer_configs import (
 )
 from rebased_jax.model_config import ModelConfig
 
-EPS = 1e-12  # that of the official code
-
 #: The kernels of Table 1, from x² to ReBased's (γ ∘ norm(x) + β)², and Based.
 VARIANTS: dict[str, PolynomialConfig] = {
-  "based": BasedConfig(eps=EPS),
+  "based": BasedConfig(eps=OFFICIAL_EPS),
   "x2": ReBasedConfig(
-    eps=EPS, normalize=False, use_gamma=False, use_beta=False
+    eps=OFFICIAL_EPS, normalize=False, use_gamma=False, use_beta=False
   ),
-  "norm": ReBasedConfig(eps=EPS, use_gamma=False, use_beta=False),
-  "gamma": ReBasedConfig(eps=EPS, normalize=False, use_beta=False),
-  "gamma-beta": ReBasedConfig(eps=EPS, normalize=False),
-  "rebased": ReBasedConfig(eps=EPS),
+  "norm": ReBasedConfig(eps=OFFICIAL_EPS, use_gamma=False, use_beta=False),
+  "gamma": ReBasedConfig(eps=OFFICIAL_EPS, normalize=False, use_beta=False),
+  "gamma-beta": ReBasedConfig(eps=OFFICIAL_EPS, normalize=False),
+  "rebased": ReBasedConfig(eps=OFFICIAL_EPS),
 }
 
 

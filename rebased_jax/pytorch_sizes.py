@@ -150,7 +150,10 @@ def _polynomial_sizes(
   changes: dict[str, Any] = {"heads": H}
   if queries is not None:
     changes["features"] = queries // H
-  if values is not None and values // H != width // H:
+  # Where the heads do not divide the width, the floor is what the arrays have.
+  # The mixer needs no warning of it then.
+  is_default = values == width or (not is_fla and values == width // H * H)
+  if values is not None and not is_default:
     changes["value_features"] = values // H
   if is_fla:
     changes["eps"] = FLA_EPS[type(mixer)]

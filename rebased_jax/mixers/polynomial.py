@@ -12,6 +12,7 @@ import abc
 from collections.abc import Callable
 import functools
 from typing import ClassVar
+import warnings
 
 from flax import nnx
 from jax import Array
@@ -29,7 +30,7 @@ from pallas_kernels import (
 from rebased_jax.argument_names import explain_unknown_names
 from rebased_jax.config_checks import DType, Precision
 from rebased_jax.linear import Linear, linear
-from rebased_jax.mixer_configs import HeadShape, PolynomialConfig
+from rebased_jax.mixer_configs import OFFICIAL_EPS, HeadShape, PolynomialConfig
 from rebased_jax.mixers.base import Mixer, take_positions
 
 #: Up to this many `query_positions` a row, quadratic attention of them alone
@@ -106,6 +107,7 @@ class PolynomialMixer(Mixer):
     """
     super().__init__(width, config, dtype=dtype, param_dtype=param_dtype)
     self.shape = config.shape(width)
+    _warn_of_floor(config, width)
     self.heads_to_split = self.shape.heads
     make = functools.partial(
       linear,
@@ -229,3 +231,22 @@ class PolynomialMixer(Mixer):
       coefficients=self.coefficients,
       eps=self.eps,
     )
+
+
+def _warn_of_floor(config: PolynomialConfig, width: int) -> None:
+  """Warn where the heads do not divide the width, and nobody chose P.
+
+  Python shows the same warning once. The models of the paper have 12 heads at
+  widths from 64 to 512. Their eps tells that the floor is meant.
+  """
+  H = config.heads
+  is_chosen = config.value_features is not None or config.eps == OFFICIAL_EPS
+  if is_chosen or width % H == 0:
+    return
+  P = width // H
+  warnings.warn(
+    f"{type(config).__name__}.heads={H} does not divide the width {width}: "
+    f"each head has floor({width} / {H}) = {P} values, {H * P} in all; set "
+    f"heads to a divisor, or value_features={P} if this is meant",
+    stacklevel=2,
+  )

@@ -133,6 +133,26 @@ def test_a_wrong_field_is_named(field, value) -> None:
     ReBasedConfig(**{field: value})
 
 
+def test_heads_that_do_not_divide_the_width_are_a_warning() -> None:
+  make = lambda config, width: nnx.eval_shape(
+    lambda: config.make(Site(width), rngs=nnx.Rngs(0))
+  )
+  words = (
+    r"^ReBasedConfig.heads=3 does not divide the width 8: each head has "
+    r"floor\(8 / 3\) = 2 values, 6 in all; set heads to a divisor, or "
+  )
+  with pytest.warns(UserWarning, match=words):
+    make(ReBasedConfig(heads=3), 8)
+  with pytest.warns(UserWarning, match="^BasedConfig.heads=12 does not divide"):
+    make(BasedConfig(), 64)
+  for quiet in (  # a warning would be an error here
+    (ReBasedConfig(heads=3, value_features=2), 8),
+    (ReBasedConfig(heads=4), 8),
+    (presets.VARIANTS["rebased"], 64),
+  ):
+    make(*quiet)
+
+
 @pytest.mark.parametrize("config", [ReBasedConfig(heads=12), BasedConfig()])
 def test_more_heads_than_width_is_named(config) -> None:
   name = type(config).__name__

@@ -183,7 +183,9 @@ def _renamed(name: str) -> dict[str, np.ndarray]:
 
 def test_a_model_with_layers_of_fla_has_their_config() -> None:
   model = pytorch.load(_renamed("based"), system="based")
-  assert model.config.second == BasedConfig(heads=12, features=16, eps=1e-6)
+  assert model.config.second == BasedConfig(
+    heads=12, features=16, value_features=2, eps=1e-6
+  )
   arrays = {
     k: x
     for k, x in _renamed("rebased").items()
@@ -194,7 +196,7 @@ def test_a_model_with_layers_of_fla_has_their_config() -> None:
   arrays[f"{mixer}.feature_map.beta"] = np.ones(16, np.float32)
   model = pytorch.load(arrays, system="rebased", heads=12)
   assert model.config.second == ReBasedConfig(
-    heads=12, features=16, eps=1e-5, norm_scope="head"
+    heads=12, features=16, value_features=2, eps=1e-5, norm_scope="head"
   )
   gamma = model.pairs.second.mixer.key_affine.gamma[0]
   np.testing.assert_array_equal(gamma.reshape(12, 16)[7], np.arange(16))
@@ -320,7 +322,7 @@ def test_wrong_arguments_are_named(tmp_path: Path, monkeypatch) -> None:
   with pytest.raises(WeightsError, match="needs the package torch: pip"):
     pytorch.load(tmp_path / "x.pth", system="based")
   golden, arrays = _fla("fla_rebased")
-  wrong = dataclasses.replace(_HEADS, heads=4, features=4)
+  wrong = dataclasses.replace(_HEADS, heads=4, features=4, value_features=6)
   with pytest.raises(WeightsError, match="gamma has shape .32,.: expected .16"):
     pytorch.load_mixer(arrays, wrong, width=26, prefix="model.layers.3.attn.")
   with pytest.raises(WeightsError, match="project/q/kernel is missing"):
