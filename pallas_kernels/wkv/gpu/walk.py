@@ -30,8 +30,8 @@ C = 8  # tokens of a chunk; the sums before each are kept for the backward
 BLOCK = 2 * C  # tokens that the forward loads at once; slices are whole blocks
 f32 = jnp.float32
 
-# Each of a Hopper GPU's 132 multiprocessors runs three programs at once. `least`
-# counts blocks. These numbers were computed and not yet measured.
+# Each of a Hopper GPU's 132 multiprocessors runs three programs at once. The
+# least is in blocks. These numbers were computed and not yet measured.
 CUT = Cut(enough=200, programs=3 * 132, least=16)
 
 _CHANNELS = plgpu.Layout.WG_STRIDED((W,), vec_size=1)
