@@ -37,6 +37,7 @@ from pallas_kernels.compile_once import keep_programs
 from pallas_kernels.explicit_mesh import explicit_axes, layout
 from pallas_kernels.numerics import sum_dtype
 from pallas_kernels.sharding import Axis
+from rebased_jax.argument_names import explain_unknown_names
 from rebased_jax.config_checks import is_positive_integer
 from rebased_jax.decoding import LMState, enlarge_caches
 from rebased_jax.integers import power_of_two, to_int32
@@ -92,6 +93,7 @@ class _Part(NamedTuple):
   is_read_B: np.ndarray  # whether a row has such a part
 
 
+@explain_unknown_names
 def generate(
   model: LM,
   prompt: Prompts,
@@ -175,6 +177,7 @@ def generate(
   return tokens_BS
 
 
+@explain_unknown_names
 def stream(
   model: LM,
   prompts: Sequence[Any],

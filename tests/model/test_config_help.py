@@ -118,6 +118,14 @@ def rebased(**options):
       "LM.__call__ has no argument 'train': dropout is on",
     ),
     (
+      lambda: rebased_jax.generate(None, [[1]], max_new_tokens=3),
+      "generate has no argument 'max_new_tokens': write steps=…",
+    ),
+    (
+      lambda: rebased(rng=rngs()),
+      "ReBased has no argument 'rng': write rngs=…",
+    ),
+    (
       lambda: rebased_jax.linen.mixer(CONV, d_model=4),
       "mixer has no argument 'd_model': write width=…",
     ),
