@@ -22,6 +22,7 @@ class Heartbeat:
     doing: returns the line to print now. None: there is none to print.
     active: whether anything is printed. In one process of a run it is.
     every: seconds without a line after which one is printed.
+    first: the same for the first line. None: `every`.
 
   Attributes:
     doing: see above; a display of the run's progress may replace it.
@@ -34,9 +35,11 @@ class Heartbeat:
     *,
     active: bool = True,
     every: float = 30.0,
+    first: float | None = None,
   ):
     self.doing = doing
     self._console, self._active, self._every = console, active, every
+    self._wait = every if first is None else first
     self._said = time.monotonic()
     self._closed = threading.Event()
 
@@ -47,12 +50,13 @@ class Heartbeat:
       console_lib.say(self._console, text)
 
   def _beat(self) -> None:
-    while not self._closed.wait(self._every / 10):
-      if time.monotonic() - self._said < self._every:
+    while not self._closed.wait(self._wait / 10):
+      if time.monotonic() - self._said < self._wait:
         continue
       text = self.doing()
       if text is not None:
         self.line(text)
+        self._wait = self._every
 
   def __enter__(self) -> Self:
     self._said = time.monotonic()
@@ -62,3 +66,20 @@ class Heartbeat:
 
   def __exit__(self, *_: object) -> None:
     self._closed.set()
+
+
+def on_stderr(
+  doing: Callable[[], str | None], *, active: bool = True
+) -> Heartbeat:
+  """Return a heartbeat for a command whose result goes to standard output.
+
+  On a terminal its first line comes after 2 seconds, so that somebody who waits
+  knows why.
+
+  Args:
+    doing: returns the line to print now. None: there is none to print.
+    active: whether anything is printed.
+  """
+  console = Console(stderr=True)
+  first = 2.0 if console.is_terminal else None
+  return Heartbeat(console, doing, active=active, first=first)

@@ -50,6 +50,16 @@ def test_a_run_that_prints_needs_no_further_lines() -> None:
   assert text.getvalue() == "[mine]\n"
 
 
+def test_the_first_line_may_come_sooner_than_others() -> None:
+  text = io.StringIO()
+  lines = iter(("one", "two"))
+  console = Console(file=text, width=80)
+  with Heartbeat(console, lambda: next(lines), every=1e6, first=0.01):
+    _wait_for(text, "one\n")
+    time.sleep(0.05)
+  assert text.getvalue() == "one\n"
+
+
 def test_a_phase_lasts_until_the_next(monkeypatch) -> None:
   clock = [0.0]
   monkeypatch.setattr(time, "perf_counter", lambda: clock[0])

@@ -94,10 +94,13 @@ def run(args: list[str]) -> int:
   paths = asked.data.path
   require(asked.text != (), "text", (), "one file or more")
   # Imported when the options are right: jax takes seconds.
+  import jax
+
   from rebased_jax import model_files
   from train import best_checkpoint
   from train.commands import evaluate_documents
   from train.devices import backend, processes
+  from train.heartbeat import on_stderr
   from train.records import report
   from train.watchdog import Watchdog
 
@@ -123,7 +126,11 @@ def run(args: list[str]) -> int:
   config = with_recall(config, parsed.recall, parsed.recall_limit)
   processes.start(parsed.distributed, parsed.join_timeout)
   backend.devices()  # says so if there are none
-  with Watchdog(parsed.step_timeout) as watch:
+  first = jax.process_index() == 0
+  with (
+    Watchdog(parsed.step_timeout) as watch,
+    on_stderr(watch.doing, active=first),
+  ):
     return report.evaluate_run(
       config,
       RunFolder(parsed.run_dir),
@@ -164,6 +171,7 @@ def _evaluate_documents(asked: EvaluateArgs, step: int | None) -> int:
   from train import text_completion
   from train.commands import evaluate_documents
   from train.devices import backend
+  from train.heartbeat import on_stderr
   from train.watchdog import Watchdog
 
   request = evaluate_documents.Request(
@@ -178,7 +186,7 @@ def _evaluate_documents(asked: EvaluateArgs, step: int | None) -> int:
     asked.out,
   )
   backend.devices()  # says so if there are none
-  with Watchdog(asked.step_timeout) as watch:
+  with Watchdog(asked.step_timeout) as watch, on_stderr(watch.doing):
     return evaluate_documents.run(request, watch)
 
 

@@ -58,6 +58,8 @@ def run(args: list[str]) -> int:
   # Imported when the options are right: jax takes seconds.
   from train import best_checkpoint, text_completion
   from train.devices import backend
+  from train.heartbeat import on_stderr
+  from train.watchdog import Watchdog
 
   backend.devices()  # says so if there are none
   sampling = text_completion.Sampling(
@@ -75,6 +77,11 @@ def run(args: list[str]) -> int:
   parts = text_completion.stream(
     parsed.run_dir, parsed.prompt, sampling, source
   )
+  watch = Watchdog()
+  watch.beat("reading the model and compiling")
+  with on_stderr(watch.doing):
+    first = next(parts, "")
+  print(first, end="", flush=True)
   for part in parts:
     print(part, end="", flush=True)
   print()

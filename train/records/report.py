@@ -1,5 +1,7 @@
 """The end of a run: pictures and a table; and the table of an evaluation."""
 
+import itertools
+
 from flax import nnx
 import jax
 from jax.experimental import multihost_utils
@@ -155,6 +157,8 @@ def evaluate_run(
     test=test,
     allow_data_change=allow_data_change,
   )
+  watch = watch or Watchdog()
+  watch.beat("reading the checkpoint")
   mesh = mesh_lib.make_mesh(config.mesh)
   with processes.naming_lost_peers(), jax.set_mesh(mesh):
     built = compiled_steps.build(config, mesh)
@@ -176,9 +180,12 @@ def evaluate_run(
     data = make(config.micro_batch, config.seed)
     data = InVocabulary(data, config.model.vocab_size)
 
+    batches = itertools.count(1)
+
     def no_interrupt() -> bool:
-      if watch is not None:
-        watch.beat("evaluation")
+      watch.beat(
+        "evaluation", part=f"batch {next(batches)} of {data.num_batches}"
+      )
       return False
 
     found = evaluate.evaluate(
