@@ -235,7 +235,7 @@ def test_an_export_generates_the_text_of_its_run(
   code, _, err = call("export", str(finished), "--out", str(out))
   assert code == 2 and "is not empty: expected a new folder" in err
   code, _, err = call("generate", str(out), *words, "--step", "2")
-  assert code == 2 and "has no steps" in err
+  assert code == 2 and "has one set of weights" in err
   bare = tmp_path / "bare"
   code, _, err = call(
     *("export", str(finished), "--out", str(bare), "--step", "2"),
