@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from etils import epath
 
+from rebased_jax.model_files import is_exported
 from train import metrics
 from train.checkpoint.checkpoints import (
   CheckpointError,
@@ -95,6 +96,11 @@ def find(run_dir: epath.PathLike, step: Step) -> int | None:
   """
   if step != "best":
     return step
+  if is_exported(run_dir):
+    raise ValueError(
+      f"step='best': {run_dir} is an exported model, which has no steps: "
+      "expected no --step, or the folder of a run"
+    )
   folder = RunFolder(run_dir)
   name = folder.read_config().keep_best or DEFAULT
   folder.check_checkpoints()

@@ -25,6 +25,10 @@ _WRONG = {
     ["--data.path", "x"],
     "--data.path with mqar: expected a preset such as lm-tiny",
   ),
+  "file": (
+    ["--config", "f"],
+    "--config with mqar: expected `rebased train --c",
+  ),
   "nothing alike": (["--zzzz", "x"], "there is no option --zzzz\n"),
   "argument": (["more"], "'more' is one argument too many; `rebased"),
   "without dashes": (["steps=3"], "'steps=3' is one argument too many; did "),

@@ -126,6 +126,12 @@ def test_the_best_is_marked_and_found(run: RunFolder, call) -> None:
     )
     code, _, err = call(verb, str(run.path), *words, "--step", "bets")
     assert code == 2 and "--step='bets': expected None, an integer or be" in err
+  exported = run.path / "exported"
+  exported.mkdir()
+  (exported / "config.json").write_text('{"format": "rebased_jax", "model": 1}')
+  (exported / "model.safetensors").touch()
+  with pytest.raises(ValueError, match="exported model, which has no steps"):
+    best_checkpoint.find(exported, "best")
   with run.locked():
     run.update(tiny(steps=14, keep_best="perplexity"))
   with pytest.raises(
@@ -139,6 +145,8 @@ def test_steps_are_deleted_unless_none_is_left(run: RunFolder, call) -> None:
   for words, expected in (
     (("--delete", "3"), "there is no step 3: expected some of 2, 4, 6, 8"),
     (("--delete", "2", "4", "6", "8"), "no readable checkpoint would be left"),
+    (("--delete",), "--delete: expected the steps after it"),
+    (("--delete", "x"), "--delete='x': expected None or integers"),
     (("--force",), "--force: expected the steps to --delete, too"),
   ):
     code, _, err = call("checkpoints", path, *words)

@@ -101,6 +101,8 @@ def parse_preset(
   args = _with_layers(args, config.model)
 
   def elsewhere(option: str) -> str:
+    if option == "--config":
+      return f" with {words}: expected `rebased {verb} --config FILE` instead"
     have = [x for x in presets if option in option_names(presets[x])]
     if not have:
       return ""

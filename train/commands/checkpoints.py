@@ -22,8 +22,8 @@ class CheckpointsArgs:
 
   #: The run's folder.
   run_dir: RunArg
-  #: Delete these steps. A run that trains now refuses.
-  delete: tuple[int, ...] = ()
+  #: Delete these steps, unless the run trains now. None: delete none.
+  delete: tuple[int, ...] | None = None
   #: Delete them although no readable checkpoint is left. The run then starts
   #: again at step 0.
   force: bool = False
@@ -50,7 +50,9 @@ def run(args: list[str]) -> int:
   from train.checkpoint.checkpoints import best_of
 
   folder.check_checkpoints()
-  if parsed.delete:
+  if parsed.delete == ():
+    raise ValueError("--delete: expected the steps after it")
+  if parsed.delete is not None:
     with folder.locked():
       _delete(folder, parsed.delete, console, force=parsed.force)
   elif parsed.force:

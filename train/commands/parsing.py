@@ -57,7 +57,11 @@ _KINDS = (
   (r"invalid literal for int\(\) .*?: (?P<value>'.*')", "an integer"),
   (r"could not convert string to float: (?P<value>'.*')", "a number"),
   (
-    r"no type matching (?P<kinds>\S+) could be .* from \[(?P<value>.*?)\]\.",
+    r"Could not find valid parse for arguments: \[(?P<value>.*?)\]",
+    "values of the kind that --help shows",
+  ),
+  (
+    r"no type matching (?P<kinds>.+?) could be .* from \[(?P<value>.*?)\]\.",
     "",
   ),
 )
@@ -228,8 +232,15 @@ def _wrong_choice(value: str, option: str, listed: str) -> str:
 
 def _name_kinds(text: str) -> str:
   """Return tyro's `{None}|INT|{best}` as `None, an integer or best`."""
-  names = {"INT": "an integer", "FLOAT": "a number", "STR": "a text"}
-  kinds = [names.get(x, x.strip("{}")) for x in text.split("|")]
+  names = {
+    "INT": "an integer",
+    "FLOAT": "a number",
+    "STR": "a text",
+    "[INT [INT ...]]": "integers",
+    "[STR [STR ...]]": "texts",
+  }
+  plain = [x.strip("{}") for x in text.split("|")]
+  kinds = [names.get(x, x) for x in plain]
   return " or ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]]))
 
 
