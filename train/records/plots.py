@@ -114,11 +114,14 @@ def _curve(
 
 
 def _finish(axis: Any, panel: metrics.Panel) -> None:
+  from matplotlib import ticker
+
   axis.set_ylabel(panel.label)
   if panel.log:
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
   axis.set_ylim(panel.limits)
   axis.grid(alpha=0.3)
 
