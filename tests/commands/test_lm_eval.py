@@ -220,7 +220,7 @@ def test_wrong_arguments_are_errors(model: Path, call) -> None:
     assert code != 0 and expected in err, err
   for options, expected in (
     (dict(batch_size="many"), "batch_size='many': expected a number"),
-    (dict(step=3), "has no steps"),
+    (dict(step=3), "has one set of weights"),
   ):
     with pytest.raises(ValueError, match=expected):
       RebasedLM(str(model), **options)
