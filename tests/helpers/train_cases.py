@@ -155,7 +155,8 @@ def environment(cache: Path, devices: int = 1) -> dict[str, str]:
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
   """Return (exit code, stdout, stderr) of a process of `command`."""
-  with contextlib.closing(process.stdout):
+  with contextlib.closing(process.stdout), contextlib.ExitStack() as hung:
+    hung.callback(process.kill)  # does nothing to one that has ended
     out, err = process.communicate(timeout=300)
   return process.returncode, out, err
 

@@ -387,6 +387,24 @@ def _checksum_by_hand(array: np.ndarray) -> int:
   return total % 2**32
 
 
+def test_one_checksum_is_computed_at_a_time(monkeypatch) -> None:
+  """Many queued programs can make the devices of a CPU wait for good."""
+  seen = []
+
+  class Sum:
+    def __int__(self) -> int:
+      seen.append("read")
+      return 0
+
+  def start(_: jax.Array) -> Sum:
+    seen.append("start")
+    return Sum()
+
+  monkeypatch.setattr(verify, "_checksum", start)
+  verify.checksums({name: jnp.ones(1) for name in "abc"})
+  assert seen == ["start", "read"] * 3
+
+
 def test_checksums_are_those_that_older_checkpoints_hold() -> None:
   rng = np.random.default_rng(0)
   arrays = {

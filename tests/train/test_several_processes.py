@@ -25,8 +25,7 @@ from train.devices import mesh as mesh_lib, processes as distributed
 from train.devices.mesh import MeshConfig
 from train.records.run_folder import RunFolder
 
-# On two cores the eight fake devices of one process can wait for each other
-# for good (seen once in a full run, jax 0.10.2), which ends pytest's worker.
+# Many programs for eight devices, and up to four processes a test.
 pytestmark = pytest.mark.slow
 
 _CONFIG = tiny(
