@@ -35,7 +35,7 @@ from train.devices import batch_sharding
 put, count = batch_sharding.put_batch, 0
 def put_batch(*args):
   global count
-  count += "evaluate" not in sys._getframe(1).f_code.co_name
+  count += sys._getframe(2).f_code.co_name == "put_ahead"
   if count == {at} + 1:
     os.kill(os.getpid(), signal.{name})
   return put(*args)
