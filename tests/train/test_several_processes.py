@@ -72,6 +72,7 @@ def test_resume_on_other_devices(
   folder = tmp_path / "run"
   shutil.copytree(undisturbed, folder)
   shutil.rmtree(folder / "checkpoints" / "6")
+  RunFolder(folder).note_save(4)  # as if step 6 never was
   devices(count)
   outcome, out = run(_on(mesh), folder)
   assert outcome.step == 6 and "resuming at step 4" in out
