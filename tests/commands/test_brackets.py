@@ -91,6 +91,7 @@ def _prints_of_text(tree: ast.AST) -> list[int]:
     for node in ast.walk(tree)
     if isinstance(node, ast.Call)
     and ast.unparse(node.func).endswith("console.print")
+    and node.args  # a call without one prints an empty line
     and isinstance(node.args[0], ast.Constant | ast.JoinedStr | ast.BinOp)
   ]
 

@@ -40,7 +40,7 @@ def test_import_writes_a_model_that_load_reads(call, tmp_path: Path) -> None:
     model.token_embedding[...],
     arrays["backbone.embeddings.word_embeddings.weight"],
   )
-  code, shown, err = call("inspect", str(out))
+  code, shown, err = call("inspect", str(out), "--all")
   assert (code, err) == (0, "") and "│ second.eps" in shown, shown
   assert "tokenizer: {'type': 'bytes', 'eos': None" in shown
   for verb in ("resume", "export"):

@@ -77,9 +77,9 @@ def test_a_run_without_a_reader_is_saved_and_resumed(
   words = ("train", "mqar", *flags(_CONFIG), "--run-dir", str(folder))
   assert _code_without_reader(*words) == 141
   err = capfd.readouterr().err
-  assert err.startswith("nobody reads the output: stopped at step 1 and saved")
+  assert err.startswith("nobody reads the output: stopped at step 0 and saved")
   assert f"rebased resume {folder}" in err
-  assert read_meta(folder / "checkpoints")[0] == 1
+  assert read_meta(folder / "checkpoints")[0] == 0
   assert start_run.run(_CONFIG, folder).reason == "finished"
   run(_CONFIG, tmp_path / "undisturbed")
   assert saved_bits(folder, _CONFIG) == saved_bits(
