@@ -46,7 +46,7 @@ _OURS = {
   "scan_layers": ("scan", "use_scan"),
   "segment_ids": ("segments", "document_ids", "segment_positions"),
   "state": ("d_state", "state_size", "cache", "carry"),
-  "steps": ("max_new_tokens", "max_tokens", "num_tokens", "max_length"),
+  "steps": ("max_new_tokens", "max_tokens", "num_tokens"),
   "stop_tokens": ("eos_token_id", "eos_id", "eos", "stop"),
   "taps": ("kernel_size", "conv_size", "d_conv"),
   "use_bias": ("bias",),

@@ -30,7 +30,7 @@ of a memory, merge what is left instead. A forgotten document with an Inf or NaN
 leaves a NaN.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import functools
 import hashlib
 import os
@@ -60,7 +60,7 @@ _SHORTEST = 16
 
 def read(
   model: LM,
-  documents: Sequence[Any],
+  documents: Iterable[Any],
   *,
   rows: int = 8,
   piece: int = 1024,
@@ -72,7 +72,8 @@ def read(
 
   Args:
     model: the language model.
-    documents: integers (length,) each, in [0, V), of any lengths ≥ 1.
+    documents: integers (length,) each, in [0, V), of any lengths ≥ 1; or one
+      array (N, length).
     rows: documents that run at a time.
     piece: the most tokens of a document that run at a time.
 

@@ -151,8 +151,11 @@ def load(
   if not is_exported(folder):
     with import_trainer() as trainer:
       return trainer.load(folder, step, weights=weights, sharding=sharding)
-  for name, value in (("step", step), ("weights", weights)):
-    if value not in (None, "trained"):
+  for name, value, only in (
+    ("step", step, None),
+    ("weights", weights, "trained"),
+  ):
+    if value != only:
       raise ValueError(
         f"{name}={value}: {folder} is an exported model, which has one set of "
         f"weights: expected no {name}, or the folder of a run"

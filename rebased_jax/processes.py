@@ -5,8 +5,9 @@ of one process must end the work of all: the others would wait for its part of
 the next array for ever. Arrays of one process need none of this.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
+import functools
 from typing import Any
 
 import jax
@@ -40,7 +41,13 @@ def gather(x: jax.Array) -> jax.Array:
       "expected a NamedSharding"
     )
   whole = NamedSharding(mesh, PartitionSpec())
-  return jax.jit(lambda x: x, out_shardings=whole)(x)
+  return _whole_on_each_device(whole)(x)
+
+
+@functools.lru_cache(maxsize=8)
+def _whole_on_each_device(sharding: NamedSharding) -> Callable[[Any], Any]:
+  """Return one function a mesh, so that jax compiles once for each shape."""
+  return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 @contextlib.contextmanager
@@ -60,7 +67,7 @@ def failing_together(together: bool) -> Iterator[None]:
   error = None
   try:
     yield
-  except (ValueError, OSError, OtherProcessFailed) as found:
+  except Exception as found:  # noqa: BLE001 - raised below, after the exchange
     error = found
   # Imported when needed: the module takes long to import.
   from jax.experimental import multihost_utils

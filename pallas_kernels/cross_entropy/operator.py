@@ -123,7 +123,8 @@ def cross_entropy(
   parts = positive_integer("parts", parts)
   check_axes(axes)
   asked = asked_precision(precision, x.dtype)
-  if not (isinstance(z_loss, int | float) and 0 <= z_loss < math.inf):
+  is_number = isinstance(z_loss, int | float) and not isinstance(z_loss, bool)
+  if not (is_number and 0 <= z_loss < math.inf):
     raise ValueError(f"z_loss={z_loss!r}: expected a finite Python number ≥ 0")
   if parts > 1:
     _check_parts(x, parts, axes)

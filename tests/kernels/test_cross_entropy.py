@@ -351,7 +351,7 @@ def test_logits_are_never_whole() -> None:
 
 
 def test_a_wrong_z_loss_is_refused() -> None:
-  for z_loss in (-1e-4, float("nan"), jnp.float32(0.1)):
+  for z_loss in (-1e-4, float("nan"), True, jnp.float32(0.1)):
     with pytest.raises(ValueError, match="z_loss=.*finite Python number ≥ 0"):
       cross_entropy(*_inputs(), z_loss=z_loss)
 

@@ -438,6 +438,10 @@ def test_an_existing_folder_is_not_changed(exported, tmp_path) -> None:
 def test_a_step_of_an_export_is_refused(exported: Path) -> None:
   with pytest.raises(ValueError, match="step=3: .* has one set of weights"):
     rebased_jax.load(exported, 3)
+  with pytest.raises(ValueError, match="step=trained: .* expected no step"):
+    rebased_jax.load(exported, "trained")
+  with pytest.raises(ValueError, match="weights=None: .* expected no weights"):
+    rebased_jax.load(exported, weights=None)
 
 
 _ELSEWHERE = """
