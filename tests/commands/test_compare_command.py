@@ -114,6 +114,20 @@ def test_names_are_as_long_as_they_must_be(call, tmp_path: Path) -> None:
   assert _table(out)["run"] == ["one/run", "two/run"]
 
 
+def test_the_best_of_averaged_weights(call, tmp_path: Path) -> None:
+  records = [
+    {**_eval(step, 1.0, 0.5), "ema_accuracy": x, "ema_ar_share": 0.5}
+    for step, x in ((2, 0.75), (4, 0.25))
+  ]
+  first = _run(tmp_path / "first", *records, steps=4)
+  new = _run(tmp_path / "new", steps=4)
+  code, out, _ = call("compare", first, new, "--out", "none")
+  rows = _table(out)
+  assert code == 0
+  assert rows["best accuracy, averaged weights"][:1] == ["0.75 at 2"]
+  assert "best AR share of targets, averaged weights" not in rows
+
+
 def test_what_cannot_be_compared(call, runs: Path, tmp_path: Path) -> None:
   first = str(runs / "first")
   for words, expected in (

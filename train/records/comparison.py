@@ -18,8 +18,6 @@ from train.console import number
 from train.records.run_folder import RunFolder, RunFolderError
 
 _NONE = "–"  # in a table, where a run has no value
-#: Held-out metrics whose best value is the greatest. Of others it is the least.
-_GREATEST = ("accuracy",)
 #: Fields that say nothing about what a run computes.
 _APART = ("wandb", "tensorboard", "data.cache_dir")
 
@@ -114,7 +112,7 @@ def table(runs: Sequence[Run]) -> dict[str, list[str]]:
     rows[f"held-out {label}"] = [
       _last(run.of_kind("eval"), name) for run in runs
     ]
-    if name != "ar_share":
+    if metrics.better(name) is not None:
       rows[f"  best {label}"] = [_best(run, name) for run in runs]
   for name, label in (
     ("tokens_per_second", "tokens/s, median"),
@@ -196,7 +194,7 @@ def _best(run: Run, name: str) -> str:
   ]
   if not found:
     return _NONE
-  sign = -1 if name in _GREATEST else 1
+  sign = -1 if metrics.better(name) == "higher" else 1
   value, step = min(found, key=lambda x: (sign * x[0], x[1]))
   return f"{number(value)} at {step:,}"
 
