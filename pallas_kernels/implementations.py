@@ -1,5 +1,6 @@
 """Checks of a call that names an implementation with kernels."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -14,17 +15,20 @@ Recurrence = Literal["xla", "gpu"]
 RECURRENCES: tuple[Recurrence, ...] = ("xla", "gpu")
 
 
-def check_kernels(implementation: str | None, x: Array) -> bool:
-  """Whether the Hopper kernels were named; they can be lowered then.
+def check_kernels(
+  implementation: str | None, x: Array, why_not: Callable[[], str | None]
+) -> bool:
+  """Return whether the Hopper kernels were named; check that they can run.
 
   Args:
     implementation: the name that the caller gave; None stands for "xla".
     x: the operator's first array.
+    why_not: returns what the kernels cannot do of this call, or None.
 
   Raises:
     ValueError: there is no implementation of that name.
-    NotImplementedError: this jax or these devices do not have the kernels, or
-      each device of a mesh would run the whole of them.
+    NotImplementedError: this jax or these devices do not have the kernels, each
+      device of a mesh would run the whole of them, or `why_not` has a reason.
   """
   if implementation not in (None, *RECURRENCES):
     raise ValueError(
@@ -36,6 +40,11 @@ def check_kernels(implementation: str | None, x: Array) -> bool:
   devices.check_named("gpu")
   is_split("gpu", None)
   outside_checked_shard_map("gpu", x)
+  reason = why_not()
+  if reason is not None:
+    raise NotImplementedError(
+      f"implementation='gpu' does not do {reason}; 'xla' does"
+    )
   return True
 
 

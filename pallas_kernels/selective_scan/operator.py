@@ -93,7 +93,7 @@ def selective_scan(
   if chunk is not None:
     chunk = positive_integer("chunk", chunk)
   arrays = vary_alike(x, delta, A, B, C, initial_state, _starts(segment_ids))
-  if not _is_kernel_named(implementation, x, A):
+  if not check_kernels(implementation, x, lambda: _passes().why_not(x, A)):
     chunk = chunk or xla.chunk_tokens(rows)
     return compile_once(xla.scan_chunks, (chunk,), *arrays)
   if chunk is not None:
@@ -110,20 +110,6 @@ def _starts(segment_ids_BT: Array | None) -> Array | None:
   if segment_ids_BT is None:
     return None
   return jnp.diff(document_runs(segment_ids_BT), axis=1, prepend=0) != 0
-
-
-def _is_kernel_named(
-  implementation: str | None, x_BTI: Array, A_IN: Array
-) -> bool:
-  """Whether the kernels were named; they can do the call then."""
-  if not check_kernels(implementation, x_BTI):
-    return False
-  reason = _passes().why_not(x_BTI, A_IN)
-  if reason is not None:
-    raise NotImplementedError(
-      f"implementation='gpu' does not do {reason}; 'xla' does"
-    )
-  return True
 
 
 def _passes():

@@ -89,7 +89,7 @@ def wkv(
     segment_ids = integer_array("segment_ids", segment_ids, (B, T))
     changes_BT = jnp.diff(document_runs(segment_ids), axis=1) > 0
     starts_BT = jnp.pad(changes_BT, ((0, 0), (1, 0)))
-  named = _is_kernel_named(implementation, k, w)
+  named = check_kernels(implementation, k, lambda: _passes().why_not(k, w))
   if starts_BT is None and not named:
     starts_BT = jnp.zeros((B, T), bool)
   arrays = vary_alike(k, v, w, u, initial_state, starts_BT)
@@ -149,20 +149,6 @@ def _state(
       for field, x in zip(WKVState._fields, state, strict=True)
     )
   )
-
-
-def _is_kernel_named(
-  implementation: str | None, k_BTD: Array, w_D: Array
-) -> bool:
-  """Whether the kernels were named; they can do the call then."""
-  if not check_kernels(implementation, k_BTD):
-    return False
-  reason = _passes().why_not(k_BTD, w_D)
-  if reason is not None:
-    raise NotImplementedError(
-      f"implementation='gpu' does not do {reason}; 'xla' does"
-    )
-  return True
 
 
 def _passes():
