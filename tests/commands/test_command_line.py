@@ -87,6 +87,11 @@ _REFUSED = {
     _train("--distributed", "yes"),
     ["distributed='yes'", "auto"],
   ),
+  # The other processes are joined before jax is asked for them.
+  "distributed, best step": (
+    ("evaluate", "none", "--step", "best", "--distributed", "yes"),
+    ["distributed='yes'", "auto"],
+  ),
   "too many steps": (
     ("train", "mqar-paper-rebased-128", "--steps", "12545"),
     ["steps=12545", "12544 batches"],

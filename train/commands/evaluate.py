@@ -104,6 +104,8 @@ def run(args: list[str]) -> int:
   from train.records import report
   from train.watchdog import Watchdog
 
+  # Before a checkpoint is read, which asks jax for the other processes.
+  processes.start(asked.distributed, asked.join_timeout)
   step = best_checkpoint.find(asked.run_dir, asked.step)
   if asked.text or (
     paths
@@ -124,7 +126,6 @@ def run(args: list[str]) -> int:
     data = dataclasses.replace(config.data, cache_dir=parsed.data.cache_dir)
     config = dataclasses.replace(config, data=data)
   config = with_recall(config, parsed.recall, parsed.recall_limit)
-  processes.start(parsed.distributed, parsed.join_timeout)
   backend.devices()  # says so if there are none
   first = jax.process_index() == 0
   with (
