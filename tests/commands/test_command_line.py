@@ -100,9 +100,12 @@ _REFUSED = {
     ("train", "mqar-paper-rebased-512", "--batch", "131072"),
     ["rows=131072", "at most examples=100000 with drop_last"],
   ),
-  "init-from": (_train("--init-from", "none"), ["none", "no run folder"]),
-  "resume": (("resume", "none"), ["none is no run folder"]),
-  "evaluate": (("evaluate", "none"), ["none is no run folder"]),
+  "init-from": (
+    _train("--init-from", "none"),
+    ["none does not exist: expected"],
+  ),
+  "resume": (("resume", "none"), ["none does not exist: expected"]),
+  "evaluate": (("evaluate", "none"), ["none does not exist: expected"]),
   "inspect": (
     ("inspect", "mqar-papr-rebased-128"),
     ["no preset, model, run folder", "mean 'mqar-paper-rebased-128'"],

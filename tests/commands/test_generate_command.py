@@ -91,7 +91,7 @@ def test_wrong_arguments_are_errors(
   shutil.copy(finished / "config.json", bare)
   for words, expected in (
     ((mqar, "--prompt", "x"), "MQARStreamData: expected a language model"),
-    ((tmp_path / "none", "--prompt", "x"), "no run folder"),
+    ((tmp_path / "none", "--prompt", "x"), "none does not exist: expected"),
     ((bare, "--prompt", "x"), "no checkpoint yet"),
     ((finished,), "--prompt"),
     ((finished, "--prompt", ""), "prompt='': expected some text"),

@@ -211,7 +211,7 @@ def test_wrong_arguments_are_errors(model: Path, call) -> None:
   assert code == 2 and "--tasks" in out
   assert call("lm-eval", "--help")[0] == 0
   for words, expected in (
-    (("none", "--tasks", "x"), "none is no run folder"),
+    (("none", "--tasks", "x"), "none does not exist: expected"),
     (("a,b", "--tasks", "x"), "a,b: expected a path without a comma"),
     ((str(model), "--model", "hf"), "--model: expected no such option"),
     ((str(model), "--device=cpu"), "--device: expected no such option"),

@@ -94,7 +94,10 @@ def test_steps_and_rate_are_changed_on_purpose(resumed) -> None:
     (("RUN", "more"), "'more' is one argument too many"),
     ((), "missing: RUN"),
     (("--steps", "9"), "missing: RUN"),
-    (("--steps", "9", "RUN-none"), "is no run folder: no config.json"),
+    (
+      ("--steps", "9", "RUN-none"),
+      "does not exist: expected the folder of a run",
+    ),
   ],
 )
 def test_what_is_refused(

@@ -348,7 +348,14 @@ class RunFolder:
 
   def _read_config_file(self, read: Callable[[str], _T]) -> _T:
     if not self.config_file.exists():
-      raise RunFolderError(f"{self.path} is no run folder: no config.json")
+      if not self.path.exists():
+        raise RunFolderError(
+          f"{self.path} does not exist: expected the folder of a run"
+        )
+      raise RunFolderError(
+        f"{self.path} is no run folder: no config.json: expected the folder of "
+        "a run"
+      )
     try:
       return read(self.config_file.read_text())
     except (stored_config.ConfigError, UnicodeDecodeError) as error:
