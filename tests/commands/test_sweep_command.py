@@ -67,11 +67,12 @@ def test_a_sweep_is_a_cell_a_width(tmp_path, capsys, monkeypatch):
 def test_a_wrong_sweep_is_an_error_that_names_it(tmp_path, capsys, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for args, expected in (
-    (["mqar"], "MQARStreamData: expected MQARPaperData"),
+    (["mqar"], "take a preset mqar-paper-…, such as"),
     (["mqr"], "did you mean"),
-    ([_PRESET, "--steps", "5"], "Cell.run.steps=5: expected a multiple"),
-    ([_PRESET, "--rates", "0"], "Cell.rates has 0.0: expected positive"),
-    ([_PRESET, "--seeds", "1", "1"], "expected different values"),
+    ([_PRESET, "--steps", "5"], "--steps=5: expected a multiple"),
+    ([_PRESET, "--rates", "0"], "--rates=(0.0,): expected positive"),
+    ([_PRESET, "--seeds", "1", "1"], "--seeds=(1, 1): expected different"),
+    ([_PRESET, "--init-from", "x"], "--init-from='x': expected None"),
     ([_PRESET, "--widths", "0"], "ModelConfig.width=0"),
   ):
     code, out = _sweep(capsys, *args)

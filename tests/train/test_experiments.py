@@ -154,11 +154,11 @@ def test_a_record_of_fewer_runs_is_shown_as_what_it_is(tmp_path, capsys):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"rates": ()}, r"Cell.rates=\(\): expected at least one"),
+    ({"rates": ()}, r"^rates=\(\): expected at least one"),
     ({"rates": (0.1, 0.1)}, "expected different values"),
-    ({"rates": (0.0,)}, r"Cell.rates has 0.0: expected positive"),
+    ({"rates": (0.0,)}, r"^rates=\(0.0,\): expected positive"),
     ({"rates": (float("nan"),)}, "expected positive"),
-    ({"seeds": (-1,)}, r"Cell.seeds has -1: expected 0"),
+    ({"seeds": (-1,)}, r"^seeds=\(-1,\): expected integers, 0"),
   ],
 )
 def test_a_wrong_grid_is_refused(change, message):

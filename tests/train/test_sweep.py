@@ -229,10 +229,16 @@ def test_a_run_that_is_not_finite_stops(tmp_path):
 
 
 def test_what_a_sweep_does_not_do_is_refused():
-  with pytest.raises(ValueError, match="Cell.run.ema=0.9: expected None"):
-    Cell(_run(ema=0.9), rates=(1e-3,), seeds=(0,))
+  for change, message in (
+    (dict(ema=0.9), "ema=0.9: expected None"),
+    (dict(nan="skip"), "nan='skip': expected 'abort'"),
+    (dict(init_from="run"), "init_from='run': expected None"),
+    (dict(wandb="project"), "wandb='project': expected None"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      Cell(_run(**change), rates=(1e-3,), seeds=(0,))
   run = _run(data=MQARStreamData(vocab_size=64, length=16, pairs=2))
   with pytest.raises(ValueError, match="MQARStreamData: expected MQARPaper"):
     Cell(run, rates=(1e-3,), seeds=(0,))
-  with pytest.raises(ValueError, match=r"Cell.rates=\(\)"):
+  with pytest.raises(ValueError, match=r"^rates=\(\)"):
     Cell(_run(), rates=(), seeds=(0,))

@@ -2,17 +2,18 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
 import tyro
 
 from train import console as lines
 from train.commands.arguments import parse_preset
-from train.commands.run_cells import run_cells
+from train.commands.parsing import naming_options
 from train.config import RunConfig
-from train.experiments import own_sweep, record as records
-from train.experiments.sweep import Cell
+
+if TYPE_CHECKING:
+  from train.experiments.sweep import Cell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +48,16 @@ def run(args: list[str]) -> int:
     ValueError: an argument is wrong, or the folder is of another sweep.
   """
   name, parsed = parse_preset(SweepArgs, "sweep", args)
+  # Imported when the options are right: jax takes seconds.
+  from train.commands.run_cells import run_cells
+  from train.experiments import own_sweep, record as records
+
   folder = Path(parsed.out or Path("sweeps", name))
-  cells = {
-    f"{name}-d{width}": _cell(parsed, width)
-    for width in parsed.widths or (parsed.run.model.width,)
-  }
+  with naming_options(parsed), naming_options(parsed.run):
+    cells = {
+      f"{name}-d{width}": _cell(parsed, width)
+      for width in parsed.widths or (parsed.run.model.width,)
+    }
   console = Console()
   places = {each: folder / "cells" / f"{each}.json" for each in cells}
   recorded = {
@@ -76,8 +82,10 @@ def run(args: list[str]) -> int:
   return code
 
 
-def _cell(args: SweepArgs, width: int) -> Cell:
+def _cell(args: SweepArgs, width: int) -> "Cell":
   """Return the cell of one width."""
+  from train.experiments.sweep import Cell
+
   config = args.run
   model = dataclasses.replace(config.model, width=width)
   return Cell(

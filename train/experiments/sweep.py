@@ -43,6 +43,11 @@ _ATTENTION_ROWS = 250  # whose attention matrices are in memory at a time
 _ATTENTION_SEED = 62  # of examples that are in neither data set
 # A smaller program takes a compilation, which few epochs do not earn.
 _EPOCHS_WORTH_COMPILING = 8
+# Fields of a run that a sweep cannot follow, and so takes at their defaults.
+_WITHOUT = (
+  *("ema", "init_from", "nan", "mesh", "profile"),
+  *("keep_every", "keep_best", "tensorboard", "wandb"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,37 +69,39 @@ class Cell:
   def __post_init__(self) -> None:
     if not isinstance(self.run.data, MQARPaperData):
       raise ValueError(
-        f"Cell.run.data is a {type(self.run.data).__name__}: expected "
-        "MQARPaperData, whose examples fit on the device, as presets "
-        "mqar-paper-… have it"
+        f"the data is {type(self.run.data).__name__}: expected MQARPaperData, "
+        "whose examples fit on a device: take a preset mqar-paper-…, such as "
+        "mqar-paper-rebased-128"
       )
     if self.run.steps < 1 or self.run.steps % self.epoch_steps:
       raise ValueError(
-        f"Cell.run.steps={self.run.steps}: expected a multiple of the steps of "
-        f"an epoch, {self.epoch_steps}"
+        f"steps={self.run.steps}: expected a multiple of the steps of an "
+        f"epoch, {self.epoch_steps}"
       )
-    if self.run.ema is not None:
-      raise ValueError(
-        f"Cell.run.ema={self.run.ema}: expected None: a sweep evaluates the "
-        "trained weights alone"
-      )
+    for field in dataclasses.fields(self.run):
+      value = getattr(self.run, field.name)
+      if field.name in _WITHOUT and value != field.default:
+        raise ValueError(
+          f"{field.name}={value!r}: expected {field.default!r}, because a "
+          "sweep has no such setting: `rebased train` has it, for one run"
+        )
     if self.attention_examples % _ATTENTION_ROWS:
       raise ValueError(
-        f"Cell.attention_examples={self.attention_examples}: expected a "
-        f"multiple of {_ATTENTION_ROWS}"
+        f"attention_examples={self.attention_examples}: expected a multiple of "
+        f"{_ATTENTION_ROWS}"
       )
     for name in ("rates", "seeds"):
       if not getattr(self, name):
-        raise ValueError(f"Cell.{name}=(): expected at least one")
+        raise ValueError(f"{name}=(): expected at least one")
       values = getattr(self, name)
       if len(set(values)) < len(values):
-        raise ValueError(f"Cell.{name}={values}: expected different values")
+        raise ValueError(f"{name}={values}: expected different values")
     for rate in self.rates:
       if not 0 < rate < float("inf"):
-        raise ValueError(f"Cell.rates has {rate}: expected positive numbers")
+        raise ValueError(f"rates={self.rates}: expected positive numbers")
     for seed in self.seeds:
       if not 0 <= seed < 2**31:
-        raise ValueError(f"Cell.seeds has {seed}: expected 0 to 2**31 - 1")
+        raise ValueError(f"seeds={self.seeds}: expected integers, 0 to 2³¹ − 1")
 
   @property
   def runs(self) -> list[tuple[float, int]]:
