@@ -3,19 +3,19 @@
 import dataclasses
 import fnmatch
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 import tyro
 
 from train import console as lines
 from train.commands.parsing import parse
-from train.commands.run_cells import run_cells
-from train.experiments import page, paper, record as records, results
-from train.experiments.paper import Experiment
-from train.experiments.sweep import Cell, Sweep
+
+# The rest is imported when the options are right: jax takes seconds.
+if TYPE_CHECKING:
+  from train.experiments.paper import Experiment
+  from train.experiments.sweep import Cell
 
 _Positional = Annotated[str, tyro.conf.Positional]
 
@@ -98,6 +98,9 @@ def run(args: list[str]) -> int:
 
 
 def _run(args: RunArgs, console: Console) -> int:
+  from train.commands.run_cells import run_cells
+  from train.experiments import paper, results
+
   experiments = paper.make_experiments()
   if args.name not in experiments:
     known = (*experiments, "list", "page", "verify")
@@ -124,14 +127,16 @@ def _run(args: RunArgs, console: Console) -> int:
   return code
 
 
-def _with_grid(cell: Cell, args: RunArgs) -> Cell:
+def _with_grid(cell: "Cell", args: RunArgs) -> "Cell":
   """Return the cell with the rates and seeds of the command."""
   return dataclasses.replace(
     cell, rates=args.rates or cell.rates, seeds=args.seeds or cell.seeds
   )
 
 
-def _choose(experiment: Experiment, only: tuple[str, ...]) -> dict[str, Cell]:
+def _choose(
+  experiment: "Experiment", only: tuple[str, ...]
+) -> "dict[str, Cell]":
   """Return the cells whose names match a pattern; all if there is none."""
   if not only:
     return dict(experiment.cells)
@@ -148,7 +153,9 @@ def _choose(experiment: Experiment, only: tuple[str, ...]) -> dict[str, Cell]:
   return chosen
 
 
-def _small(experiment: Experiment) -> Experiment:
+def _small(experiment: "Experiment") -> "Experiment":
+  from train.experiments import paper
+
   cells = {
     f"quick-{name}": paper.make_small(experiment.cells[name])
     for name in experiment.quick
@@ -163,6 +170,8 @@ def _small(experiment: Experiment) -> Experiment:
 
 
 def _list(args: ListArgs, console: Console) -> int:
+  from train.experiments import paper, results
+
   folder = Path(args.out) / "cells"
   # Without a frame the rows fit into 80 columns.
   table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
@@ -181,6 +190,8 @@ def _list(args: ListArgs, console: Console) -> int:
 
 
 def _page(args: PageArgs, console: Console) -> int:
+  from train.experiments import page
+
   folder = Path(args.out)
   if not (folder / "cells").is_dir():
     raise ValueError(
@@ -194,6 +205,8 @@ def _page(args: PageArgs, console: Console) -> int:
 
 def _ours(record: dict | None) -> tuple[str, str]:
   """Return our accuracy and the size of our run."""
+  from train.experiments import record as records
+
   if record is None:
     return "not run", ""
   best = records.best_rate(record)
@@ -203,6 +216,11 @@ def _ours(record: dict | None) -> tuple[str, str]:
 
 
 def _verify(args: VerifyArgs, console: Console) -> int:
+  import numpy as np
+
+  from train.experiments import record as records
+  from train.experiments.sweep import Sweep
+
   record = records.read(Path(args.cell))
   cell = records.cell_of(record)
   count = min(args.epochs, record["epochs_done"])

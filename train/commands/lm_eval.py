@@ -4,8 +4,6 @@ import importlib
 import importlib.util
 import sys
 
-from rebased_jax import model_files
-from train.devices import backend
 from train.records.run_folder import RunFolder
 
 _HELP = """\
@@ -20,9 +18,10 @@ lm-evaluation-harness. All options are those of its command `lm-eval run`:
   --limit N             examples of each task
   --output_path DIR     where the results go
   --model_args KEY=VALUE …
-                        step=N, the checkpoint; piece=N, the most tokens that
-                        run at a time; max_length, max_gen_toks, tokenizer, eos,
-                        seed
+                        step=N or step=best, the checkpoint; weights=ema, the
+                        average of a run with --ema; piece=N, the most tokens
+                        that run at a time; max_length, max_gen_toks, tokenizer,
+                        eos, seed
 
 `lm-eval run --help` shows all of them.
 It needs: pip install 'rebased-jax[eval]'"""
@@ -50,6 +49,10 @@ def run(args: list[str]) -> int:
     return 0 if args[:1] in (["-h"], ["--help"]) else 2
   run_dir, *rest = args
   _check_arguments(run_dir, rest)
+  # Imported when the arguments are right: jax takes seconds.
+  from rebased_jax import model_files
+  from train.devices import backend
+
   # The harness would look for its tasks first.
   if not model_files.is_exported(run_dir):
     RunFolder(run_dir).read_config()
