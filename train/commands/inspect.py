@@ -34,11 +34,10 @@ _HINT = "--all shows every field and the shape of every parameter"
 class InspectArgs:
   """Show a preset, a model, a run, or a checkpoint RUN/checkpoints/STEP.
 
-  A model is one that was exported, or one of the paper's.
-
-  The paper's are those whose parameters it counts, such as table-4-mamba-64.
-  table-4 and table-9 show all of a table, beside the paper's counts. A folder
-  of runs shows them side by side. `rebased inspect data PATH` shows a data set.
+  A model is an exported one, or a model of the paper's tables, such as
+  table-4-mamba-64. table-4 and table-9 show all models of a table, beside the
+  paper's parameter counts. A folder of runs shows its runs side by side.
+  `rebased inspect data PATH` shows a data set.
   """
 
   #: The name of a preset or of a model, or a folder. Several runs are shown
