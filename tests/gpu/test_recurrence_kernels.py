@@ -183,6 +183,32 @@ def _lowered(operator, shapes, documents=False, **options) -> str:
   return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+def test_copies_to_hbm_end_within_their_row(monkeypatch) -> None:
+  """Mosaic copies a chunk that has no gaps beyond the end of its axis.
+
+  The interpreter cuts such copies off, so that the shapes are compared. With
+  one group of channels, all outputs of the scan have chunks without gaps.
+  """
+  copies = []
+
+  def copy(source, target):
+    shape, indices = target.ref.shape, target.transforms[-1].indices
+    sizes = [
+      (n, x.size)
+      for n, x in zip(shape, indices, strict=True)
+      if hasattr(x, "size")
+    ]
+    copies.append(sizes)
+    original(source, target)
+
+  original = plgpu.copy_smem_to_gmem
+  monkeypatch.setattr(plgpu, "copy_smem_to_gmem", copy)
+  _lowered(selective_scan, _scan_shapes(2, 45, 64, 16))
+  assert len(copies) >= 5  # y, dx, dΔ, dB and dC
+  for sizes in copies:
+    assert all(whole % part == 0 for whole, part in sizes), sizes
+
+
 @pytest.mark.parametrize(
   "rows, T, cut",
   [

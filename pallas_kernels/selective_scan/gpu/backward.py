@@ -129,16 +129,16 @@ def backward(launch: Launch, arrays: dict[str, Array]) -> dict[str, Array]:
       are documents.
 
   Returns:
-    "dx" and "ddelta" (B, T, G, W) in x's dtype; in float32 "dh" (B, G, W, N),
-    "dA" (B, slices, G, W, N) of each slice, and "dB" and "dC" (B, G, T, N) of
-    each group of channels.
+    "dx" and "ddelta" (B, padded T, G, W) in x's dtype; in float32 "dh" (B, G,
+    W, N), "dA" (B, slices, G, W, N) of each slice, and "dB" and "dC" (B, G,
+    padded T, N) of each group of channels.
   """
   streams = {name: channel_stream(launch) for name in ("x", "delta", "dy")}
   streams |= {name: vector_stream(launch) for name in ("B", "C")}
   streams["before"] = state_stream(launch)
   if launch.documents:
     streams["starts"] = start_stream()
-  B, T, G, N = launch.B, launch.T, launch.G, launch.N
+  B, T, G, N = launch.B, launch.padded_T, launch.G, launch.N
 
   def body(refs, shared):
     here = place(launch)

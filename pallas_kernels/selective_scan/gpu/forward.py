@@ -99,7 +99,7 @@ def forward(launch: Launch, arrays: dict[str, Array]) -> dict[str, Array]:
       returns, and "broken" if there are documents.
 
   Returns:
-    "y" (B, T, G, W) in x's dtype; "last" (B, G, W, N) and "before"
+    "y" (B, padded T, G, W) in x's dtype; "last" (B, G, W, N) and "before"
     (B, chunks, G, W, N) in float32.
   """
   streams = _streams(launch, vectors=("B", "C"))
@@ -133,7 +133,7 @@ def forward(launch: Launch, arrays: dict[str, Array]) -> dict[str, Array]:
 
   B, G, N = launch.B, launch.G, launch.N
   states = lambda *shape: jax.ShapeDtypeStruct((*shape, G, W, N), f32)
-  tokens = jax.ShapeDtypeStruct((B, launch.T, G, W), launch.dtype)
+  tokens = jax.ShapeDtypeStruct((B, launch.padded_T, G, W), launch.dtype)
   outputs = dict(
     y=tokens, last=states(B), before=states(B, launch.total_chunks)
   )

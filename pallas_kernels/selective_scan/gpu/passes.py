@@ -146,7 +146,8 @@ def _forward(arrays: dict[str, Array]) -> dict[str, Array]:
   launch, arrays = _launch(arrays)
   if launch.slices > 1:
     arrays = arrays | forward_kernels.slice_states(launch, arrays)
-  return forward_kernels.forward(launch, arrays)
+  found = forward_kernels.forward(launch, arrays)
+  return found | dict(y=found["y"][:, : launch.T])
 
 
 def _backward(arrays: dict[str, Array]) -> dict[str, Array]:
@@ -154,7 +155,14 @@ def _backward(arrays: dict[str, Array]) -> dict[str, Array]:
   if launch.slices > 1:
     arrays = arrays | backward_kernels.slice_cotangents(launch, arrays)
   found = backward_kernels.backward(launch, arrays)
-  return found | dict(dA=found["dA"].sum(axis=1))
+  return dict(
+    dx=found["dx"][:, : launch.T],
+    ddelta=found["ddelta"][:, : launch.T],
+    dA=found["dA"].sum(axis=1),
+    dB=found["dB"][:, :, : launch.T],
+    dC=found["dC"][:, :, : launch.T],
+    dh=found["dh"],
+  )
 
 
 def _launch(arrays: dict[str, Array]) -> tuple[Launch, dict[str, Array]]:

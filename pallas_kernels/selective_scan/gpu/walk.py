@@ -74,6 +74,11 @@ class Launch:
     """Chunks of a row."""
     return -(-self.T // C)
 
+  @property
+  def padded_T(self) -> int:
+    """Tokens of whole chunks, which the outputs have; see `store_chunk`."""
+    return self.total_chunks * C
+
 
 def make_launch(x_BTGW: Array, states: int, *, documents: bool) -> Launch:
   """Return the launch of a call, with time cut into slices.
@@ -268,7 +273,12 @@ def walk(
 
 
 def store_chunk(buffer_s, target) -> None:
-  """Start the copy of a chunk's results from shared memory to HBM."""
+  """Start the copy of a chunk's results from shared memory to HBM.
+
+  The target must have all C tokens. Where a chunk lies in HBM without gaps (one
+  group of channels, say), Mosaic copies its bytes as they are: those beyond the
+  last token would go to the next row.
+  """
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(buffer_s, target)
 
