@@ -22,6 +22,7 @@ from train.experiments import (
 )
 from train.experiments.claims import Claim
 from train.experiments.run_cell import run_cell
+from train.experiments.sweep import Epoch
 
 _EXPERIMENTS = paper.make_experiments()
 
@@ -210,7 +211,48 @@ def test_the_page_shows_ious_at_the_best_epoch(tmp_path):
   )
   row = f"| {name} | 0.173 | 0.080 ± 0.010 (1.000 ± 0.000) | "
   assert row in page.text(tmp_path)
+  # Of the first seed at the best rate, which is the fourth of the six runs.
+  found = record["attention"]
+  assert (found["learning_rate"], found["seed"]) == (3e-3, 42)
+  assert np.shape(found["right_columns"]) == (3, 32)
+  found["weights"] = np.full((3, 32, 64), 0.75 / 63)
+  rows, queries = np.indices((3, 32))
+  found["weights"][rows, queries, found["right_columns"]] = 0.25
+  found["weights"] = found["weights"].tolist()
+  records.write(tmp_path / f"cells/{name}.json", record)
+  text = page.text(tmp_path)
+  assert f"| {name} | 0.250 | 0.750 | 63.0 of 63 |" in text
+  pictures = drawings.write(tmp_path, tmp_path / "figures")
+  names = {path.stem for path in pictures if path.stat().st_size > 10_000}
+  assert {"figure-5", "figure-8", "figure-9"} <= names
   assert records.cell_of(record) == cell
+
+
+def test_attention_is_that_of_the_best_epoch():
+  cell = _EXPERIMENTS["table-3"].cells["iou-rebased-L128-d48"]
+  cell = dataclasses.replace(cell, rates=(3e-3,), seeds=(42, 43))
+  history = records.History.empty(cell)
+  weights = np.ones((2, 3, 32, 64), np.float32)
+  for number, accuracy in enumerate(([0.2, 0.5], [0.9, 0.4], [0.9, 0.1])):
+    ones = np.ones(2, np.float32)
+    epoch = Epoch(
+      number=number,
+      runs=(0, 1),
+      active_R=np.ones(2, bool),
+      finite_R=np.ones(2, bool),
+      accuracy_R=np.asarray(accuracy, np.float32),
+      loss_R=ones,
+      train_loss_R=ones,
+      metrics_SR={},
+      affine_R2={},
+      iou_R=dict.fromkeys(history.iou_ER, ones),
+      attention_R=(number + 1) * weights,
+      seconds=1.0,
+    )
+    history.add(epoch)
+  stored = records.History.from_arrays(history.arrays())
+  np.testing.assert_array_equal(stored.attention_R[0], 2 * weights[0])
+  np.testing.assert_array_equal(stored.attention_R[1], weights[1])
 
 
 def test_verdicts_of_claims():

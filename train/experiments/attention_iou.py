@@ -34,10 +34,7 @@ def overlaps(model: LM, tokens_BT: Array, positions_BN: Array) -> Array:
     the two sums.
   """
   N = positions_BN.shape[1]
-  A_BHTS = model.attention_matrix(tokens_BT)
-  rows_B1NS = positions_BN[:, None, :, None]
-  A_BHNS = jnp.take_along_axis(A_BHTS, rows_B1NS, axis=2)[..., : 2 * N]
-  A_BHNS = A_BHNS.astype(jnp.float32)
+  A_BHNS = query_weights(model, tokens_BT, positions_BN)
   A_BKNS = jnp.concatenate([A_BHNS.mean(1, keepdims=True), A_BHNS], axis=1)
   G_BNS = right_columns(tokens_BT, positions_BN)
   G_B1NS = G_BNS.astype(jnp.float32)[:, None]
@@ -53,6 +50,24 @@ def overlaps(model: LM, tokens_BT: Array, positions_BN: Array) -> Array:
     )
 
   return jnp.stack([sums(A_BKNS), sums(largest_BKNS)])
+
+
+def query_weights(model: LM, tokens_BT: Array, positions_BN: Array) -> Array:
+  """Return A: the weights of the query rows over the columns of the pairs.
+
+  Args:
+    model: its second mixer has an attention matrix.
+    tokens_BT: rows of the pairs, then the queries.
+    positions_BN: where the queries are.
+
+  Returns:
+    float32 (B, H, N, 2 N).
+  """
+  N = positions_BN.shape[1]
+  A_BHTS = model.attention_matrix(tokens_BT)
+  rows_B1NS = positions_BN[:, None, :, None]
+  A_BHNS = jnp.take_along_axis(A_BHTS, rows_B1NS, axis=2)[..., : 2 * N]
+  return A_BHNS.astype(jnp.float32)
 
 
 def right_columns(tokens_BT: Array, positions_BN: Array) -> Array:

@@ -7,7 +7,12 @@ from typing import Any
 from matplotlib import figure
 import numpy as np
 
-from train.experiments import paper, record as records, results
+from train.experiments import (
+  attention_figures,
+  paper,
+  record as records,
+  results,
+)
 from train.records import plots
 
 _GREEK = {"gamma": "γ", "beta": "β"}
@@ -45,6 +50,7 @@ def write(folder: Path, pictures: Path) -> list[Path]:
   if affine:
     paths.append(pictures / "figure-10.png")
     _draw_figure_10(affine, paths[-1])
+  paths += attention_figures.write(every, pictures)
   paths.append(pictures / "figure-2.png")
   _draw_figure_2(paths[-1])
   return paths
@@ -53,12 +59,6 @@ def write(folder: Path, pictures: Path) -> list[Path]:
 def has_affine(record: Mapping[str, Any]) -> bool:
   """Whether a record has γ or β of each epoch."""
   return any("affine" in run for run in record["runs"])
-
-
-def shown_run(record: dict[str, Any]) -> dict[str, Any]:
-  """Return the run of the best learning rate and the first seed."""
-  rate = records.best_rate(record)["learning_rate"]
-  return next(run for run in record["runs"] if run["learning_rate"] == rate)
 
 
 def moments(
@@ -136,7 +136,7 @@ def _draw_figure_10(found: Mapping[str, Any], path: Path) -> None:
   for row, letter in zip(panels, _GREEK, strict=True):
     for panel, side in zip(row, ("query", "key"), strict=True):
       for number, (name, record) in enumerate(found.items()):
-        values = moments(shown_run(record), side, letter)
+        values = moments(records.shown_run(record), side, letter)
         if values is None:
           continue
         mean, std = np.asarray(values[0], float), np.asarray(values[1], float)

@@ -16,7 +16,13 @@ import numpy as np
 from rebased_jax import atomic
 from train import compiled_steps, stored_config
 from train.experiments import attention_iou
-from train.experiments.sweep import Cell, Epoch, affine_moments
+from train.experiments.sweep import (
+  ATTENTION_SHOWN,
+  Cell,
+  Epoch,
+  affine_moments,
+  attention_columns,
+)
 
 VERSION = 2  # 1 listed a run's epochs after its stop too
 
@@ -37,25 +43,39 @@ class History:
   runs_ER: np.ndarray  # how many runs the epoch's program had
   affine_ER2: dict[str, np.ndarray]  # mean and deviation, by `affine_moments`
   iou_ER: dict[str, np.ndarray]  # of attention, if the cell wants it
+  # (R, X, N, 2 N): `Epoch.attention_R` at each run's best epoch so far. Empty
+  # if the cell does not want it.
+  attention_R: np.ndarray
 
   @classmethod
   def empty(cls, cell: Cell) -> "History":
     """Return the history before the first epoch."""
     shape = cell.epochs, len(cell.runs)
-    *fields, _, _ = dataclasses.fields(cls)
+    *fields, _, _, _ = dataclasses.fields(cls)
     params = nnx.state(compiled_steps.abstract_lm(cell.run.model))
     names = jax.eval_shape(affine_moments, params)
     ious = attention_iou.NAMES if cell.attention_examples else ()
+    weights = np.zeros(0, np.float32)
+    if cell.attention_examples:
+      pairs = cell.batches.config.pairs
+      size = len(cell.runs), ATTENTION_SHOWN, pairs, 2 * pairs
+      weights = np.full(size, np.nan, np.float32)
     return cls(
       *(np.full(shape, np.nan, np.float32) for _ in fields),
       {name: np.full((*shape, 2), np.nan, np.float32) for name in names},
       {name: np.full(shape, np.nan, np.float32) for name in ious},
+      weights,
     )
 
   def add(self, epoch: Epoch) -> None:
     """Enter an epoch."""
     on_R = epoch.active_R
     runs = np.asarray(epoch.runs)[on_R]
+    if epoch.attention_R is not None:
+      best_R = np.nan_to_num(self.accuracy_ER[: epoch.number, runs], nan=-1.0)
+      better_R = epoch.accuracy_R[on_R] > best_R.max(axis=0, initial=-1.0)
+      weights_R = epoch.attention_R[on_R]
+      self.attention_R[runs[better_R]] = weights_R[better_R]
     self.accuracy_ER[epoch.number, runs] = epoch.accuracy_R[on_R]
     self.loss_ER[epoch.number, runs] = epoch.loss_R[on_R]
     self.train_loss_ER[epoch.number, runs] = epoch.train_loss_R[on_R]
@@ -78,7 +98,11 @@ class History:
     Args:
       arrays: as `arrays` returns them, with array-likes.
     """
-    groups: dict[str, Any] = {"affine_ER2": {}, "iou_ER": {}}
+    groups: dict[str, Any] = {
+      "affine_ER2": {},
+      "iou_ER": {},
+      "attention_R": np.zeros(0, np.float32),
+    }
     return cls(**(groups | jax.tree.map(np.array, arrays)))
 
 
@@ -107,7 +131,7 @@ def make(
   trained_ER = np.isfinite(history.runs_ER)
   # Time of a step of one run, in each epoch.
   step_ER = history.seconds_ER / history.runs_ER / cell.epoch_steps
-  return {
+  record = {
     "version": VERSION,
     "name": name,
     "key": key(cell),
@@ -129,6 +153,9 @@ def make(
       for index, (rate, seed) in enumerate(cell.runs)
     ],
   }
+  if cell.attention_examples:
+    record["attention"] = _attention_record(record, cell, history)
+  return record
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
@@ -252,6 +279,16 @@ def best_rate(record: dict[str, Any]) -> dict[str, float]:
   }
 
 
+def shown_run(record: dict[str, Any]) -> dict[str, Any]:
+  """Return the run of the best learning rate and the first seed.
+
+  Args:
+    record: the record of the cell.
+  """
+  rate = best_rate(record)["learning_rate"]
+  return next(run for run in record["runs"] if run["learning_rate"] == rate)
+
+
 def accuracy_by_rate(record: dict[str, Any]) -> dict[float, list[float]]:
   """Return the best epoch's accuracy of each seed, by learning rate.
 
@@ -311,8 +348,26 @@ def _run_record(
   }
 
 
-def _numbers(values: np.ndarray) -> list[float | None]:
+def _attention_record(
+  record: dict[str, Any], cell: Cell, history: History
+) -> dict[str, Any]:
+  """Return the attention weights of the run that figures show."""
+  run = shown_run(record)
+  index = cell.runs.index((run["learning_rate"], run["seed"]))
+  return {
+    "learning_rate": run["learning_rate"],
+    "seed": run["seed"],
+    "right_columns": attention_columns(cell).tolist(),
+    "weights": [
+      [_numbers(weights_S, 4) for weights_S in weights_NS]
+      for weights_NS in history.attention_R[index]
+    ],
+  }
+
+
+def _numbers(values: np.ndarray, digits: int = 6) -> list[float | None]:
   """Return numbers that JSON can hold; None where one is not finite."""
   return [
-    round(float(value), 6) if np.isfinite(value) else None for value in values
+    round(float(value), digits) if np.isfinite(value) else None
+    for value in values
   ]

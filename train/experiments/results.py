@@ -3,6 +3,7 @@
 FOLDER/cells/NAME.json    the records
 FOLDER/EXPERIMENT.md      ours beside the paper's, cell by cell
 FOLDER/EXPERIMENT.png     the same as a plot
+FOLDER/figure-5.png …     attention, where the records have it
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from matplotlib import figure
 import numpy as np
 
 from rebased_jax import atomic
-from train.experiments import record as records
+from train.experiments import attention_figures, record as records
 from train.experiments.paper import Experiment
 from train.records import plots
 
@@ -220,11 +221,11 @@ def expected_best_unbiased(values: list[float]) -> list[float]:
 
 
 def write(experiment: Experiment, folder: Path) -> list[Path]:
-  """Write the page and the plot of an experiment.
+  """Write the page and the plots of an experiment.
 
   Args:
     experiment: the experiment.
-    folder: holds `cells/`, and gets the two files.
+    folder: holds `cells/`, and gets the files.
 
   Returns:
     The files.
@@ -233,11 +234,12 @@ def write(experiment: Experiment, folder: Path) -> list[Path]:
     RecordError: a record cannot be read, or is of another cell.
   """
   found = read_cells(experiment, folder / "cells")
+  figures = attention_figures.write(found, folder)
   page = folder / f"{experiment.name}.md"
   picture = folder / f"{experiment.name}.png"
   atomic.write_text(page, table(experiment, found))
   draw(experiment, found, picture)
-  return [page, picture]
+  return [page, picture, *figures]
 
 
 def ours(record: dict[str, Any] | None) -> str:

@@ -40,6 +40,7 @@ from train.experiments import attention_iou
 
 _EVAL_ROWS = 500  # of the test set, at a time
 _ATTENTION_ROWS = 250  # whose attention matrices are in memory at a time
+ATTENTION_SHOWN = 3  # of these examples, whose weights are kept
 _ATTENTION_SEED = 62  # of examples that are in neither data set
 # A smaller program takes a compilation, which few epochs do not earn.
 _EPOCHS_WORTH_COMPILING = 8
@@ -164,6 +165,9 @@ class Epoch(NamedTuple):
   metrics_SR: dict[str, np.ndarray]  # every metric of every step
   affine_R2: dict[str, np.ndarray]  # as `affine_moments`, after the epoch
   iou_R: dict[str, np.ndarray]  # as `attention_iou.ious`, after the epoch
+  # Weights (X, N, 2 N) of each run on the first examples, as the mean over
+  # heads, after the epoch. None: the cell does not want them.
+  attention_R: np.ndarray | None
   seconds: float  # of training and evaluation together
 
 
@@ -326,6 +330,7 @@ class Sweep:
       metrics_SR=metrics_SR,
       affine_R2=tested_R.affine,
       iou_R=tested_R.iou,
+      attention_R=tested_R.attention,
       seconds=time.perf_counter() - begin,
     )
     self.epoch += 1
@@ -448,6 +453,7 @@ class _Tested(NamedTuple):
   sums: dict[str, Array]  # `metrics.target_sums` of the test set
   affine: dict[str, Array]  # `affine_moments`
   iou: dict[str, Array]  # `attention_iou.ious`, if the cell wants them
+  attention: Array | None  # (X, N, 2 N), weights on the first examples, or None
 
 
 def _test(
@@ -471,11 +477,17 @@ def _test(
       return attention_iou.overlaps(model, batch["tokens"], batch["positions"])
 
     sums = total(evaluate, test_N["test"], _EVAL_ROWS)
-    iou = {}
+    iou, attention = {}, None
     if "attention" in test_N:
       overlaps = total(look, test_N["attention"], _ATTENTION_ROWS)
       iou = attention_iou.ious(overlaps)
-    return _Tested(sums, affine_moments(params), iou)
+      weights_XHNS = attention_iou.query_weights(
+        nnx.merge(program.graph, params),
+        test_N["attention"]["tokens"][:ATTENTION_SHOWN],
+        test_N["attention"]["positions"][:ATTENTION_SHOWN],
+      )
+      attention = weights_XHNS.mean(axis=1)
+    return _Tested(sums, affine_moments(params), iou, attention)
 
   return jax.vmap(results)(params_R)
 
@@ -497,6 +509,23 @@ def _check_memory(program: Any, device: jax.Device, runs: int) -> None:
       f"{runs} runs in one program take {needed / 2**30:.1f} GiB, and a device "
       f"has {limit / 2**30:.1f} GiB"
     )
+
+
+def attention_columns(cell: Cell) -> np.ndarray:
+  """Return the right column of each query that `Epoch.attention_R` shows.
+
+  Args:
+    cell: a cell with `attention_examples`.
+
+  Returns:
+    Integers (X, N), in 0 … 2 N − 1.
+  """
+  examples = _examples(_attention_batches(cell))
+  G_XNS = attention_iou.right_columns(
+    examples["tokens"][:ATTENTION_SHOWN],
+    examples["positions"][:ATTENTION_SHOWN],
+  )
+  return np.asarray(G_XNS.argmax(axis=-1))
 
 
 def _attention_batches(cell: Cell) -> mqar_paper.MQARPaper:
