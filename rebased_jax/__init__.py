@@ -24,6 +24,7 @@ from etils import epy
 # The modules must not have the names of the functions: no generate.py.
 with epy.lazy_api_imports(globals()):
   from pallas_kernels import ShardAxes
+  from rebased_jax import evaluate, linen, memory, presets, pytorch
   from rebased_jax.attention_fn import polynomial_attention_fn
   from rebased_jax.decoding import LMState
   from rebased_jax.find_trainer import import_trainer
@@ -78,12 +79,17 @@ __all__ = [
   "ShardAxes",
   "Site",
   "WeightsError",
+  "evaluate",
   "generate",
   "import_trainer",
+  "linen",
   "load",
+  "memory",
   "name_parameter_axes",
   "parameter_count",
   "polynomial_attention_fn",
+  "presets",
+  "pytorch",
   "save",
 ]
 

@@ -8,6 +8,7 @@ import ast
 from collections.abc import Iterator
 import importlib
 import pathlib
+import re
 import types
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -82,6 +83,22 @@ def test_names_of_our_packages_exist() -> None:
     for path in sorted((ROOT / folder).rglob("*.py"))
     for name in missing_names(path.read_text())
   ]
+  assert not missing, "\n".join(missing)
+
+
+def test_pages_use_what_the_import_of_the_package_gives() -> None:
+  """`rebased_jax.linen.load` on a page needs no import but rebased_jax's."""
+  import rebased_jax
+
+  missing = []
+  for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for block in re.findall(
+      r"```python\n(.*?)```", path.read_text(), re.DOTALL
+    ):
+      imported = re.findall(r"^(?:from|import) rebased_jax\.(\w+)", block, re.M)
+      used = re.findall(r"\brebased_jax\.(\w+)", block)
+      absent = set(used) - set(imported) - set(rebased_jax.__all__)
+      missing += [f"{path.name}: rebased_jax.{name}" for name in absent]
   assert not missing, "\n".join(missing)
 
 

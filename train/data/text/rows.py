@@ -87,6 +87,12 @@ def open_source(path: str, packing: Packing = "stream") -> TokenSource:
     unit = "sequence" if packing == "rows" else "document"
     stamp = _stamp(place.parent, place.name, f"{place.stem}*.bin")
     return _opened_megatron(os.fspath(place), unit, stamp)
+  if place.is_file():
+    raise DataError(
+      f"{path} is a file: expected a prepared folder or a Megatron .idx file; "
+      f"`rebased prepare {path} --out DIR` makes a folder of text, and "
+      "`rebased evaluate --text` takes text as it is"
+    )
   raise DataError(f"{path}: expected a prepared folder or a Megatron .idx file")
 
 
