@@ -11,8 +11,12 @@ all singular values of a matrix near 1. It acts on the kernels of projections,
 and muon gives every other parameter to adamw. The factor
 s = 0.2 · √max(rows, columns) makes the size of an update that of adamw's
 (arXiv 2502.16982), so that both take one learning rate and one weight decay.
+
+Frozen parameters have no update, no weight decay and no state. The clipped norm
+is that of the other gradients.
 """
 
+import fnmatch
 import math
 from types import ModuleType
 from typing import Any
@@ -27,6 +31,8 @@ from train.optimizer_config import MOMENTUM, OptimizerConfig
 
 #: Muon's root mean square of an update, which AdamW's updates usually have.
 _MUON_RMS = 0.2
+# Names in the optimiser's state, and so in checkpoints.
+_TRAINED, _FROZEN = "trained", "frozen"
 
 
 def schedule(
@@ -95,8 +101,51 @@ def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
   """
   rule = _rule(config, schedule(config, steps))
   if config.clip_norm is None:
-    return optax.chain(rule)
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+    rule = optax.chain(rule)
+  else:
+    rule = optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+  if not config.frozen:
+    return rule
+  return optax.partition(
+    {_TRAINED: rule, _FROZEN: optax.set_to_zero()},
+    lambda params: parts(params, config.frozen),
+  )
+
+
+def parts(params: Any, frozen: tuple[str, ...]) -> Any:
+  """Return a tree that says of each parameter "trained" or "frozen".
+
+  Args:
+    params: nested dicts of arrays.
+    frozen: patterns of paths with slashes, as `fnmatch` has them: "*" stands
+      for any text.
+
+  Raises:
+    ValueError: a pattern matches no parameter, or no parameter is trained.
+  """
+  paths = jax.tree_util.tree_map_with_path(
+    lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"),
+    params,
+  )
+  known = jax.tree.leaves(paths)
+  for pattern in frozen:
+    if not any(fnmatch.fnmatchcase(path, pattern) for path in known):
+      raise ValueError(
+        f"optimizer.frozen={frozen}: {pattern!r} matches no parameter: "
+        f"expected a pattern of the paths {', '.join(known)}"
+      )
+
+  def part(path: str) -> str:
+    matches = any(fnmatch.fnmatchcase(path, pattern) for pattern in frozen)
+    return _FROZEN if matches else _TRAINED
+
+  found = jax.tree.map(part, paths)
+  if _TRAINED not in jax.tree.leaves(found):
+    raise ValueError(
+      f"optimizer.frozen={frozen} matches every parameter: expected patterns "
+      "that leave some to be trained"
+    )
+  return found
 
 
 def _rule(

@@ -64,8 +64,13 @@ class OptimizerConfig:
   weight_decay: float = 0.1
   #: Which parameters decay: all, or only the kernels of projections.
   decay: Literal["all", "matrices"] = "all"
-  #: Largest norm of the gradient over all parameters. None: no clipping.
+  #: Largest norm of the gradient over all parameters that are trained. None: no
+  #: clipping.
   clip_norm: float | None = None
+  #: Parameters that keep their first values: patterns of their paths, such as
+  #: "pairs/first/*" or "token_embedding". `rebased inspect PRESET --all` lists
+  #: the paths.
+  frozen: tuple[str, ...] = ()
 
   def __post_init__(self):
     make_scalars_plain(self)
@@ -106,6 +111,8 @@ class OptimizerConfig:
       check(value is None or value >= 1, name, "≥ 1")
     check(0 <= self.final_fraction <= 1, "final_fraction", "0 to 1")
     check(self.decay in ("all", "matrices"), "decay", "'all' or 'matrices'")
+    patterns = fits(self.frozen, tuple[str, ...]) and all(self.frozen)
+    check(patterns, "frozen", "a tuple of patterns of parameter paths")
 
   def check(self, steps: int) -> None:
     """Check that the schedule fits into a run.

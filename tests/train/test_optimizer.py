@@ -1,5 +1,6 @@
 """Update rules, schedules and the decay mask, against NumPy and optax."""
 
+import dataclasses
 import math
 
 from flax import nnx
@@ -382,3 +383,52 @@ def _trained(tx: optax.GradientTransformation, params, *gradients):
     updates, state = tx.update(gradient, state, params)
     params = optax.apply_updates(params, updates)
   return params
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "muon"])
+def test_frozen_parameters_stay_and_the_rest_trains_without_them(name) -> None:
+  """The others move as in a tree that has no frozen parameters at all."""
+  config = OptimizerConfig(
+    name=name, learning_rate=0.1, weight_decay=0.3, clip_norm=0.5
+  )
+  frozen = ("pairs/first/*", "token_embedding")
+  make = lambda seed: jax.tree.map(
+    lambda shape: np.float32(np.random.default_rng(seed).normal(size=shape)),
+    _STACKED,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+  def train(config, pick):
+    params = jax.tree.map(jnp.asarray, pick(make(0)))
+    tx = optimizer.make(config, 8)
+    state = tx.init(params)
+    for seed in (1, 2):
+      updates, state = tx.update(pick(make(seed)), state, params)
+      params = optax.apply_updates(params, updates)
+    return _flat(params)
+
+  whole = lambda tree: tree
+  rest = lambda tree: {"pairs": {"second": tree["pairs"]["second"]}}
+  found = train(dataclasses.replace(config, frozen=frozen), whole)
+  expected = train(config, rest)
+  first = _flat(make(0))
+  assert len(expected) == 2 and len(found) == 5
+  for path, value in found.items():
+    np.testing.assert_array_equal(value, expected.get(path, first[path]))
+    assert (path in expected) == (value != first[path]).all(), path
+
+
+def test_wrong_patterns_of_frozen_parameters_are_named() -> None:
+  params = {"norm": {"scale": jnp.ones(2), "bias": jnp.ones(2)}}
+  init = lambda *frozen: optimizer.make(OptimizerConfig(frozen=frozen), 8).init(
+    params
+  )
+  with pytest.raises(
+    ValueError, match=r"'pair/\*' matches no parameter.*norm/"
+  ):
+    init("norm/bias", "pair/*")
+  with pytest.raises(ValueError, match="matches every parameter"):
+    init("norm/scale", "*bias")
+  for wrong in ("norm", ("",), (1,)):
+    with pytest.raises(ValueError, match="frozen=.*expected a tuple"):
+      OptimizerConfig(frozen=wrong)
