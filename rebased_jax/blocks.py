@@ -160,9 +160,9 @@ class PreNormBlock(Block):
       mlp_width: hidden width of the MLP. None: no MLP.
       rngs: draws the initial parameters.
     """
-    self.norm1 = make_layer_norm(site.width, site.dtype, rngs)
+    self.norm1 = make_layer_norm(site.width, site.dtype, rngs, site.param_dtype)
     self.mixer = _make_mixer(mixer, site, rngs)
-    self.norm2 = make_layer_norm(site.width, site.dtype, rngs)
+    self.norm2 = make_layer_norm(site.width, site.dtype, rngs, site.param_dtype)
     self.mlp = _make_mlp(site, mlp_width, rngs)
 
   def sum_and_norm(
@@ -191,7 +191,11 @@ class MambaBlock(Block):
   def __init__(self, mixer: MixerConfig, site: Site, *, rngs: nnx.Rngs):
     """Make the block of a mixer's config at a place in the model."""
     self.norm1 = nnx.RMSNorm(
-      site.width, epsilon=NORM_EPS, dtype=jnp.dtype(site.dtype), rngs=rngs
+      site.width,
+      epsilon=NORM_EPS,
+      dtype=jnp.dtype(site.dtype),
+      param_dtype=jnp.dtype(site.param_dtype),
+      rngs=rngs,
     )
     self.mixer = _make_mixer(mixer, site, rngs)
 
@@ -297,9 +301,17 @@ class Pair(nnx.Module):
     return self.second.mixer.attention_matrix(n_BTD)
 
 
-def make_layer_norm(width: int, dtype: DType, rngs: nnx.Rngs) -> LayerNorm:
-  """Return a layer norm with weight and bias, its statistics in float32."""
-  return LayerNorm(width, eps=NORM_EPS, dtype=jnp.dtype(dtype), rngs=rngs)
+def make_layer_norm(
+  width: int, dtype: DType, rngs: nnx.Rngs, param_dtype: DType
+) -> LayerNorm:
+  """Return a layer norm with scale and bias, its statistics in float32."""
+  return LayerNorm(
+    width,
+    eps=NORM_EPS,
+    dtype=jnp.dtype(dtype),
+    rngs=rngs,
+    param_dtype=param_dtype,
+  )
 
 
 def _make_mixer(config: MixerConfig, site: Site, rngs: nnx.Rngs) -> Mixer:
@@ -329,6 +341,7 @@ def _make_mlp(site: Site, mlp_width: int | None, rngs: nnx.Rngs) -> MLP | None:
     stddev=output_stddev(site.layers),
     rngs=rngs,
     precision=site.precision,
+    param_dtype=site.param_dtype,
   )
 
 

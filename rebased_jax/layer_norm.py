@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import ShardAxes, add_layer_norm, layer_norm
 from pallas_kernels.layer_norm import residual_sum
+from rebased_jax.config_checks import DType
 
 
 class Stream(NamedTuple):
@@ -33,10 +34,16 @@ class Stream(NamedTuple):
 
 
 class LayerNorm(nnx.Module):
-  """Layer normalisation with parameters scale and bias (D,), both float32."""
+  """Layer normalisation with parameters scale and bias (D,)."""
 
   def __init__(
-    self, width: int, *, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs
+    self,
+    width: int,
+    *,
+    eps: float,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+    param_dtype: DType = "float32",
   ):
     """Make the parameters: ones and zeros.
 
@@ -45,8 +52,9 @@ class LayerNorm(nnx.Module):
       eps: added to the variance.
       dtype: of the result; statistics are float32, or float64.
       rngs: a source of keys, which the initialisers do not use.
+      param_dtype: of scale and bias.
     """
-    make = lambda init: nnx.Param(init(rngs.params(), (width,), jnp.float32))
+    make = lambda init: nnx.Param(init(rngs.params(), (width,), param_dtype))
     self.scale = make(nnx.initializers.ones)
     self.bias = make(nnx.initializers.zeros)
     self.eps = eps

@@ -26,19 +26,26 @@ class MLP(nnx.Module):
     stddev: float,
     rngs: nnx.Rngs,
     precision: Precision | None = None,
+    param_dtype: DType = "float32",
   ):
     """Draw W₁ from N(0, 0.02²) and W₂ from N(0, stddev²).
 
     Args:
       width: D.
       hidden: the hidden width.
-      dtype: of the computation; parameters are float32.
+      dtype: of the computation.
       stddev: standard deviation of W₂'s initial entries.
       rngs: a source of keys.
       precision: of float32 products, as `linear` takes it.
+      param_dtype: dtype of the parameters.
     """
     make = functools.partial(
-      linear, dtype=dtype, rngs=rngs, use_bias=True, precision=precision
+      linear,
+      dtype=dtype,
+      rngs=rngs,
+      use_bias=True,
+      precision=precision,
+      param_dtype=param_dtype,
     )
     self.up = make(width, hidden, stddev=0.02)
     self.down = make(hidden, width, stddev=stddev)

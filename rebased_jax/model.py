@@ -68,16 +68,17 @@ class LM(Decoder):
         calls after train().
 
     Raises:
-      ValueError: the compute dtype is float64 and `jax_enable_x64` is not set,
-        or a mixer has more heads than the width has channels.
+      ValueError: a dtype is float64 and `jax_enable_x64` is not set, or a mixer
+        has more heads than the width has channels.
     """
     compute_dtype(config.dtype)
+    param_dtype = compute_dtype(config.param_dtype)
     keys = in_linear_time(rngs)
 
     def embedding(rows: int) -> nnx.Param:
       shape = rows, config.width
       return nnx.Param(
-        0.02 * jax.random.normal(keys.params(), shape, jnp.float32)
+        0.02 * jax.random.normal(keys.params(), shape, param_dtype)
       )
 
     self.config = config
@@ -87,7 +88,9 @@ class LM(Decoder):
     self.pairs = blocks.stack(
       [config.make_pair(index, rngs=keys) for index in range(config.pairs)]
     )
-    self.norm = blocks.make_layer_norm(config.width, config.dtype, keys)
+    self.norm = blocks.make_layer_norm(
+      config.width, config.dtype, keys, config.param_dtype
+    )
     self.keep_dropout_stream(rngs)
 
   @draws_own_key

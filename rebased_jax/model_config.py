@@ -49,9 +49,8 @@ class ModelConfig:
   #: Dropout of the embeddings in training.
   dropout: float = 0.0
   #: Compute dtype: "float32", "bfloat16", "float16" or "float64". Python code
-  #: may give anything that jax takes for a dtype; the name is kept. Parameters
-  #: are float32. The residual stream is float32 too, or float64 if this is
-  #: float64.
+  #: may give anything that jax takes for a dtype; the name is kept. The
+  #: residual stream is float32, or float64 if this is float64.
   dtype: DType = "float32"
   #: Precision of float32 products, forward and backward: "default", "high" or
   #: "highest", as `jax.lax.Precision` has them. None: jax's setting,
@@ -73,11 +72,23 @@ class ModelConfig:
   #: that it has the logits that it has alone. False, as published: they run
   #: through the row.
   restart_positions: bool = False
+  #: Dtype of the parameters, as `dtype`. Gradients and the optimiser's state
+  #: have it too. "bfloat16" halves their memory, and loses updates that are
+  #: smaller than 1/256 of a parameter.
+  param_dtype: DType = "float32"
 
   def __post_init__(self) -> None:
     keep_dtype_name(self, "dtype")
+    keep_dtype_name(self, "param_dtype")
     keep_precision_name(self, "precision")
     make_scalars_plain(self)
+    for name in ("first", "second"):
+      mixer = getattr(self, name)
+      if not isinstance(mixer, MixerConfig):
+        raise TypeError(
+          f"ModelConfig.{name}={mixer!r}: expected the config of a mixer, such "
+          "as ReBasedConfig(heads=4)"
+        )
     check_positive(
       self, "vocab_size", "width", "pairs", "positions", "mlp_width"
     )
@@ -130,6 +141,7 @@ class ModelConfig:
       self.dtype,
       self.positions,
       self.precision,
+      self.param_dtype,
     )
     if self.block == "mamba":
       return MambaBlock(mixer, site, rngs=rngs)

@@ -7,12 +7,13 @@ else changes a config.
 
 import dataclasses
 import math
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from rebased_jax import ModelConfig
 from rebased_jax.config_checks import make_scalars_plain
 from rebased_jax.config_help import with_help
 from rebased_jax.field_types import fits
+from rebased_jax.which_weights import Weights
 from train.data.checks import absolute, require
 from train.data.config import (
   DataConfig as DataConfig,
@@ -100,6 +101,9 @@ class RunConfig:
   #: A run folder or an exported model: start from its weights, with a fresh
   #: optimiser. The model must be the same.
   init_from: str | None = None
+  #: Which weights of the run in `init_from`: "trained", or "ema" for the
+  #: average that it keeps.
+  init_weights: Weights = "trained"
   #: Write TensorBoard event files too.
   tensorboard: bool = False
   #: How devices share the work. A resumed run may change it.
@@ -120,6 +124,16 @@ class RunConfig:
   def __post_init__(self):
     make_scalars_plain(self)
     require(self.nan in ("abort", "skip"), "nan", self.nan, "'abort' or 'skip'")
+    weights = self.init_weights
+    known = weights in get_args(Weights)
+    require(known, "init_weights", weights, "'trained' or 'ema'")
+    require(
+      weights == "trained" or self.init_from is not None,
+      "init_weights",
+      weights,
+      "'trained' without init_from; set init_from to a run that keeps an "
+      "average",
+    )
     integers = ("steps", "batch", "accumulate", "eval_every", "save_every")
     for name in (*integers, "log_every", "keep", "loss_chunks"):
       value = getattr(self, name)
@@ -166,6 +180,15 @@ class RunConfig:
     require(0 <= z_loss < math.inf, "z_loss", z_loss, "a finite number ≥ 0")
     averages = ema is None or 0 < ema < 1
     require(averages, "ema", ema, "a number above 0, below 1, or None")
+    # Each step moves the average by less than a 16-bit number can show.
+    wide = self.model.param_dtype in ("float32", "float64")
+    require(
+      ema is None or wide,
+      "ema",
+      ema,
+      f"None with model.param_dtype={self.model.param_dtype}, which is too "
+      "coarse for an average; set model.param_dtype to float32",
+    )
     self.optimizer.check(self.steps)
     self.profile.check(self.steps)
     accuracy = self.stop_accuracy

@@ -6,6 +6,8 @@ and mean the same there: the mixers must be of the same classes.
 
 from typing import Any
 
+import jax
+
 from rebased_jax import ModelConfig, WeightsError, model_files
 from rebased_jax.config_json import to_dict
 from train import compiled_steps
@@ -14,10 +16,13 @@ from train.compiled_steps import Built
 from train.config import RunConfig
 from train.devices import processes
 from train.records.run_folder import RunFolder, RunFolderError
+from train.trained_model import part_of_state
 
 # Fields that change how the model is computed, or trained, but not what its
 # weights mean.
-_HARMLESS = ("dropout", "dtype", "scan_layers", "remat", "precision")
+_HARMLESS = (
+  *("dropout", "dtype", "param_dtype", "scan_layers", "remat", "precision"),
+)
 _HARMLESS_IN_MIXER = ("implementation", "initialization", "dropout")
 
 
@@ -37,21 +42,28 @@ def source_weights(config: RunConfig, built: Built) -> tuple[Any, list[str]]:
   assert source is not None
   target = built.abstract.params
   if model_files.is_exported(source):
-    return _exported(source, config.model, target)
+    return _exported(source, config, target)
   folder = RunFolder(source)
-  model = folder.read_config().model
+  stored = folder.read_config()
   folder.check_checkpoints()
-  notes = compare(source, model, config.model)
+  notes = compare(source, stored.model, config.model)
   try:
+    part = part_of_state(stored, config.init_weights)
+    as_stored = _with_dtypes_of(stored.model, target)
     step, params = restore_params(
       folder.checkpoints,
-      compiled_steps.to_dicts(target),
+      compiled_steps.to_dicts(as_stored),
       run=folder.run_id(),
+      part=part,
     )
-  except CheckpointError as error:
+  except (CheckpointError, ValueError) as error:
     raise RunFolderError(f"init_from={source}: {error}") from error
-  first = f"weights of {folder.path}, step {step}; fresh optimiser"
-  return compiled_steps.from_dicts(params, target), [first, *notes]
+  which = f"{config.init_weights} weights" if stored.ema else "weights"
+  first = f"{which} of {folder.path}, step {step}; fresh optimiser"
+  if stored.ema and config.init_weights == "trained":
+    first += "; --init-weights ema takes their average"
+  params = compiled_steps.from_dicts(params, as_stored)
+  return _cast(params, target), [first, *notes]
 
 
 def compare(source: str, old: ModelConfig, new: ModelConfig) -> list[str]:
@@ -98,16 +110,40 @@ def compare(source: str, old: ModelConfig, new: ModelConfig) -> list[str]:
 
 
 def _exported(
-  source: str, config: ModelConfig, target: Any
+  source: str, config: RunConfig, target: Any
 ) -> tuple[Any, list[str]]:
   notes, params = [], None
   with processes.all_or_none():
+    if config.init_weights != "trained":
+      raise RunFolderError(
+        f"init_weights={config.init_weights}: {source} is an exported model, "
+        "which has one set of weights: expected init_weights=trained, or the "
+        "folder of a run in init_from"
+      )
     try:
-      notes = compare(source, model_files.read_info(source).config, config)
-      params = model_files.read_parameters(source, target)
+      stored = model_files.read_info(source).config
+      notes = compare(source, stored, config.model)
+      as_stored = _with_dtypes_of(stored, target)
+      params = _cast(model_files.read_parameters(source, as_stored), target)
     except WeightsError as error:
       raise RunFolderError(f"init_from={source}: {error}") from error
   return params, [f"weights of {source}; fresh optimiser", *notes]
+
+
+def _with_dtypes_of(config: ModelConfig, target: Any) -> Any:
+  """Return `target`, a tree of shapes, with the dtypes of a model's weights."""
+  return jax.tree.map(
+    lambda x, stored: jax.ShapeDtypeStruct(
+      x.shape, stored.dtype, sharding=x.sharding
+    ),
+    target,
+    model_files.abstract_lm(config)[1],
+  )
+
+
+def _cast(params: Any, target: Any) -> Any:
+  """Return parameters in the dtypes of `target`, where they are."""
+  return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), params, target)
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:

@@ -158,7 +158,9 @@ def _mean_gradient(
     sum_gradient, batch, key, program.accumulate
   )
   scale = 1 / sums["tokens"]  # 1 / Σ w
-  return loss * scale, jax.tree.map(lambda g: g * scale, grads), sums
+  # A gradient has the dtype of its parameter.
+  grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+  return loss * scale, grads, sums
 
 
 def loss_sums(

@@ -339,8 +339,17 @@ def test_a_mesh_gives_what_one_device_gives() -> None:
     ("mlp_width", 0),
     ("dropout", 1.0),
     ("dtype", "int8"),
+    ("param_dtype", "int8"),
   ],
 )
 def test_a_wrong_field_is_named(field, value) -> None:
   with pytest.raises(ValueError, match=rf"ModelConfig\.{field}="):
     dataclasses.replace(CONFIG, **{field: value})
+
+
+@pytest.mark.parametrize("value", ["rebased", type(CONFIG.second), None])
+def test_what_is_no_mixer_is_named(value) -> None:
+  with pytest.raises(
+    TypeError, match=r"ModelConfig\.second=.*expected the con"
+  ):
+    dataclasses.replace(CONFIG, second=value)

@@ -116,6 +116,15 @@ def test_decoding_has_the_precision_too() -> None:
       assert equation.params["precision"] == HIGHEST
 
 
+def test_every_parameter_has_the_param_dtype() -> None:
+  for name, system in SYSTEMS.items():
+    config = config_of(system, param_dtype=jnp.bfloat16)
+    assert config.param_dtype == "bfloat16"
+    model = nnx.eval_shape(lambda c=config: LM(c, rngs=nnx.Rngs(0)))
+    for x in jax.tree.leaves(nnx.state(model, nnx.Param)):
+      assert x.dtype == jnp.bfloat16, name
+
+
 def test_unknown_precisions_are_refused_by_name() -> None:
   words = r"precision='float32': expected .*'highest'"
   with pytest.raises(ValueError, match=words):

@@ -17,13 +17,15 @@ from train_cases import (
 )
 
 import rebased_jax
+from train import compiled_steps, init_weights
 from train.commands import evaluate as evaluate_command, export
+from train.devices import mesh as mesh_lib
 from train.devices.mesh_config import MeshConfig
-from train.records.run_folder import RunFolder
+from train.records.run_folder import RunFolder, RunFolderError
 
 _CONFIG = tiny(
   model=dict(mlp_width=8),
-  optimizer=dict(name="muon", schedule="wsd"),
+  optimizer=dict(name="muon", schedule="wsd", frozen=("norm/*",)),
   ema=0.5,
   z_loss=1e-2,
   accumulate=2,
@@ -46,6 +48,15 @@ def _named(tree) -> dict:
     jax.tree_util.keystr(path, simple=True, separator="/"): x
     for path, x in jax.tree_util.tree_leaves_with_path(tree)
   }
+
+
+def test_frozen_parameters_have_no_momentum_and_stay(finished) -> None:
+  params = _named(finished[1].state.params)
+  assert (params["norm/scale"] == 1).all() and not params["norm/bias"].any()
+  assert (params["pairs/first/norm1/scale"] != 1).any()
+  momenta = _named(finished[1].state.opt_state)
+  assert not any(path.endswith("/mu/norm/scale") for path in momenta)
+  assert any(path.endswith("/norm1/scale") for path in momenta)
 
 
 def test_momentum_and_average_lie_where_the_parameter_lies(finished) -> None:
@@ -109,6 +120,41 @@ def test_the_average_is_exported(finished, tmp_path: Path) -> None:
   )
   with pytest.raises(ValueError, match="weights=ema: .* an exported model"):
     rebased_jax.load(out, weights="ema")
+
+
+def test_another_run_starts_from_the_average(finished, tmp_path) -> None:
+  folder, outcome = finished
+  begin = tiny(model=dict(mlp_width=8), batch=8, init_from=str(folder))
+  mesh = mesh_lib.make_mesh()
+  with jax.set_mesh(mesh):
+    built = compiled_steps.build(begin, mesh)
+    for name in ("trained", "ema"):
+      config = dataclasses.replace(begin, init_weights=name)
+      params, (note,) = init_weights.source_weights(config, built)
+      assert note.startswith(f"{name} weights of {folder}, step 4")
+      assert ("--init-weights ema" in note) == (name == "trained")
+      state = outcome.state.params if name == "trained" else outcome.state.ema
+      chex.assert_trees_all_equal(jax.device_get(params), jax.device_get(state))
+  # A run without an average, and an exported model.
+  other = RunFolder(tmp_path / "run")
+  other.open(tiny(model=dict(mlp_width=8)))
+  exported = tmp_path / "model"
+  rebased_jax.save(rebased_jax.load(folder), exported)
+  for source, message in (
+    (other.path, "weights='ema': expected 'trained'"),
+    (exported, "init_weights=ema: .* is an exported model"),
+  ):
+    config = dataclasses.replace(
+      begin, init_from=str(source), init_weights="ema"
+    )
+    with pytest.raises(RunFolderError, match=message):
+      init_weights.source_weights(config, built)
+  with pytest.raises(ValueError, match="init_weights=.* without init_from"):
+    tiny(init_weights="ema")
+  with pytest.raises(ValueError, match="init_weights='mean': expected 'trai"):
+    tiny(init_from="run", init_weights="mean")
+  with pytest.raises(ValueError, match="ema=0.9: .*param_dtype=bfloat16"):
+    tiny(ema=0.9, model=dict(param_dtype="bfloat16"))
 
 
 def test_a_run_without_an_average_says_so(tmp_path: Path) -> None:

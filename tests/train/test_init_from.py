@@ -76,6 +76,35 @@ def test_a_run_starts_from_an_exported_model(source, tmp_path: Path) -> None:
   assert again.step == outcome.step and again.reason == "finished"
 
 
+def test_weights_become_those_of_another_param_dtype(source, tmp_path) -> None:
+  """A step keeps that dtype; an export has it, and becomes float32 again."""
+  narrow = _from(source, param_dtype=jnp.bfloat16)
+  narrow = dataclasses.replace(narrow, batch=16, accumulate=2)
+  wanted = nnx.state(rebased_jax.load(source), nnx.Param)
+  mesh = mesh_lib.make_mesh()
+  with jax.set_mesh(mesh):
+    built = compiled_steps.build(narrow, mesh)
+    inputs = compiled_steps.step_inputs(narrow, built)
+    for x in jax.tree.leaves(built.train_step.eval_shape(*inputs)[0][2:]):
+      assert x.dtype == (jnp.bfloat16 if x.ndim else jnp.int32)
+    params, notes = init_weights.source_weights(narrow, built)
+    assert notes == [f"weights of {source}; fresh optimiser"]
+  params = jax.device_get(params)
+  graph, _ = model_files.abstract_lm(narrow.model)
+  export = tmp_path / "export"
+  rebased_jax.save(nnx.merge(graph, params), export)
+  assert rebased_jax.load(export).config == narrow.model
+  with jax.set_mesh(mesh):
+    built = compiled_steps.build(_CONFIG, mesh)
+    wide, _ = init_weights.source_weights(_from(export), built)
+  for x, y, z in zip(
+    *map(jax.tree.leaves, (params, wide, wanted)), strict=True
+  ):
+    assert (x.dtype, y.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_array_equal(x, z.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(y, x.astype(np.float32))
+
+
 def _refuse(config, folder: Path, message: str) -> None:
   with pytest.raises(RunFolderError, match=message):
     run(config, folder)

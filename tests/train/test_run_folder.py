@@ -116,6 +116,7 @@ _OTHER = {
   "keep_best": dict(keep_best="loss"),
   "stop_accuracy": dict(stop_accuracy=0.5),
   "init_from": dict(init_from="elsewhere"),
+  "init_weights": dict(init_from="elsewhere", init_weights="ema"),
   "tensorboard": dict(tensorboard=True),
   "wandb": dict(wandb="project"),
   "profile": dict(profile=ProfileConfig(1, 2)),
@@ -130,7 +131,7 @@ _OTHER = {
 }
 _ABOUT_DATA = {"data", "batch", "accumulate", "seed"}
 _ABOUT_OPTIMIZER = {"optimizer", "steps", "z_loss"}
-_IDENTITY = {"model", "init_from", "ema"}
+_IDENTITY = {"model", "init_from", "init_weights", "ema"}
 
 
 @pytest.mark.parametrize("name", _OTHER)
