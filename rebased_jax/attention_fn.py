@@ -110,6 +110,9 @@ def _refuse(**arguments: tuple[object, str]) -> None:
   """Refuse each argument that is not None, with the reason beside it."""
   for name, (value, reason) in arguments.items():
     if value is not None:
+      shape = getattr(value, "shape", None)
+      shown = f"={value!r}" if isinstance(value, float) else ""
+      shown = shown if shape is None else f" of shape {shape}"
       raise NotImplementedError(
-        f"polynomial_attention_fn with {name}: {reason}"
+        f"polynomial_attention_fn with {name}{shown}: {reason}"
       )
