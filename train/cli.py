@@ -6,7 +6,7 @@ importing jax takes seconds: a misspelt verb is answered at once, and the verbs
 that only read and write tokens never import it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import contextlib
 import dataclasses
 import importlib
@@ -15,14 +15,13 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
-from types import FrameType
 from typing import Any, NoReturn
 
 import rebased_jax
 from train import console
 from train.data.cache_folder import home_cache_folder
 from train.presets import catalogue
+from train.stop_signals import leaving_at_signals
 
 # The table in docs/training.md says more.
 _EXIT_CODES = """\
@@ -290,7 +289,9 @@ def _run(verb: Verb, args: list[str]) -> int:
   for name, value in {**verb.environment, **kept}.items():
     os.environ.setdefault(name, value)
   interrupts = (
-    _leaving_at_ctrl_c() if verb.uses_jax else contextlib.nullcontext()
+    leaving_at_signals(_before_leaving)
+    if verb.uses_jax
+    else contextlib.nullcontext()
   )
   try:
     with interrupts:
@@ -329,31 +330,13 @@ def _compilation_cache() -> dict[str, str]:
   }
 
 
-@contextlib.contextmanager
-def _leaving_at_ctrl_c() -> Iterator[None]:
-  """End the process at Ctrl-C, with one line. Training has its own handler.
-
-  Python's KeyboardInterrupt would not do: jax has callbacks that drop it, and
-  an import that it interrupts may fail with another error.
-  """
-  in_main = threading.current_thread() is threading.main_thread()
-  before = signal.getsignal(signal.SIGINT)
-  if not in_main or before is not signal.default_int_handler:
-    yield  # somebody else decides, as the shell does for a job with `&`
-    return
-  signal.signal(signal.SIGINT, _leave)
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGINT, before)
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-  with contextlib.suppress(OSError):
-    os.write(2, b"rebased: stopped\n")
+def _before_leaving(code: int) -> None:
+  """End the children, and tell the other processes of the run."""
   for child in multiprocessing.active_children():
     child.kill()  # a stopped one does not hear SIGTERM
-  os._exit(128 + number)
+  processes = sys.modules.get("train.devices.processes")
+  if processes is not None:
+    processes.say_end(code)
 
 
 #: Exceptions that mean that a verb failed, exit code 1, by their modules.

@@ -10,17 +10,22 @@ process at once with the same code, even while the main thread computes: Python
 runs signal handlers only when the main thread returns to Python, so that a
 separate thread counts the signals. SIGHUP and SIGUSR1 never end it at once: a
 shell repeats SIGHUP, and after SIGUSR1 SLURM sends SIGTERM.
+
+Where nothing can be saved yet, or any more, the first signal ends the process
+with one line: see `leaving_at_signals`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterator
 import contextlib
 import os
 import signal
 import socket
 import threading
+import time
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 _URGENT = (signal.SIGTERM, signal.SIGINT)
 _POLITE = (signal.SIGHUP, signal.SIGUSR1)
@@ -31,7 +36,92 @@ def polite_signals() -> list[signal.Signals]:
 
   A program may have its own handler, and `nohup` ignores SIGHUP.
   """
-  return [x for x in _POLITE if signal.getsignal(x) == signal.SIG_DFL]
+  return [x for x in _POLITE if _is_default(signal.getsignal(x))]
+
+
+def _is_default(handler: Any) -> bool:
+  """Whether a handler is the system's, Python's or `leaving_at_signals`'s."""
+  return isinstance(handler, _Leave) or handler in (
+    signal.SIG_DFL,
+    signal.default_int_handler,
+  )
+
+
+class _Leave:
+  """A handler that ends the process with one line.
+
+  A thread does it, because the main thread may be compiling for minutes.
+
+  Args:
+    numbers: the signals.
+    before: is called first, with the exit code.
+  """
+
+  def __init__(self, numbers: Collection[int], before: Callable[[int], None]):
+    self._numbers, self._before = numbers, before
+    self._reader, self.writer = socket.socketpair()
+    self.writer.setblocking(False)
+    self._thread = threading.Thread(
+      target=self._watch, name="leave at signals", daemon=True
+    )
+    self._thread.start()
+
+  def __call__(self, number: int, frame: FrameType | None) -> NoReturn:
+    # Again, because a library may have taken the wakeup descriptor.
+    self.writer.send(bytes([number]))
+    while True:  # the thread ends the process meanwhile
+      time.sleep(1)
+
+  def _watch(self) -> None:
+    while received := self._reader.recv(1):
+      number = received[0]
+      if number in self._numbers:
+        text = f"rebased: stopped by {signal.Signals(number).name}\n"
+        with contextlib.suppress(OSError):  # standard error may be lost
+          os.write(2, text.encode())
+        self._before(128 + number)
+        os._exit(128 + number)
+
+  def close(self) -> None:
+    """End the thread."""
+    self.writer.close()
+    self._thread.join()
+    self._reader.close()
+
+
+@contextlib.contextmanager
+def leaving_at_signals(before: Callable[[int], None]) -> Iterator[None]:
+  """End the process at a signal that stops a run, with one line.
+
+  The exit code is 128 + the signal's number. `StopSignals` inside the context
+  takes its place. A signal that somebody else handles or ignores is left to
+  them, as the shell ignores SIGINT for a job with `&`.
+
+  Python's KeyboardInterrupt would not do: jax has callbacks that drop it, and
+  an import that it interrupts may fail with another error.
+
+  Args:
+    before: is called with the exit code before the process ends.
+  """
+  in_main = threading.current_thread() is threading.main_thread()
+  found = {x: signal.getsignal(x) for x in (*_URGENT, *_POLITE)}
+  handlers = {
+    x: handler for x, handler in found.items() if _is_default(handler)
+  }
+  if not in_main or not handlers:
+    yield
+    return
+  leave = _Leave(handlers, before)
+  for number in handlers:
+    signal.signal(number, leave)
+  old = signal.set_wakeup_fd(leave.writer.fileno(), warn_on_full_buffer=False)
+  try:
+    yield
+  finally:
+    signal.set_wakeup_fd(old)
+    for number, handler in handlers.items():
+      signal.signal(number, handler)
+    leave.close()
 
 
 class StopSignals:

@@ -14,6 +14,7 @@ from train_cases import ROOT, call as call, tiny, trainer as trainer
 from train import cli
 from train.data import prefetch
 from train.records.run_folder import RunFolder
+from train.stop_signals import StopSignals, leaving_at_signals
 
 
 @pytest.mark.parametrize(
@@ -64,13 +65,15 @@ def test_an_ascii_terminal_gets_escapes(monkeypatch, args: list[str]) -> None:
 
 
 _INTERRUPTED = """
-import dataclasses, os, signal, sys, time, types
+import dataclasses, hashlib, os, signal, sys, threading, types
 from train import cli
 
 def run(args):
+  send = lambda: os.kill(os.getpid(), int(sys.argv[1]))
+  threading.Timer(0.1, send).start()
   try:
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(60)
+    # Does not return to Python, as a compilation does not.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
   except BaseException as error:  # as an import that is interrupted
     raise AttributeError("module 'jax' has no attribute 'core'") from error
 
@@ -82,16 +85,30 @@ cli.main(["train", "mqar"])
 """
 
 
-def test_ctrl_c_at_the_start_is_one_line() -> None:
+@pytest.mark.parametrize(
+  "number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+)
+def test_a_signal_at_the_start_is_one_line(number: signal.Signals) -> None:
   done = subprocess.run(
-    [sys.executable, "-c", _INTERRUPTED],
+    [sys.executable, "-c", _INTERRUPTED, str(int(number))],
     capture_output=True,
     text=True,
     timeout=60,
     env=os.environ | {"PYTHONPATH": str(ROOT)},
   )
-  assert (done.returncode, done.stdout) == (130, "")
-  assert done.stderr == "rebased: stopped\n"
+  assert (done.returncode, done.stdout) == (128 + number, "")
+  assert done.stderr == f"rebased: stopped by {number.name}\n"
+
+
+def test_training_takes_all_signals_from_the_handler_of_the_start() -> None:
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+  try:
+    with leaving_at_signals(lambda code: os._exit(99)), StopSignals() as stop:
+      for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+      assert stop.signal_name == "SIGHUP"
+  finally:
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_the_handler_of_a_program_stays() -> None:
@@ -100,7 +117,7 @@ def test_the_handler_of_a_program_stays() -> None:
   mine = lambda *_: seen.append("mine")
   before = signal.signal(signal.SIGINT, mine)
   try:
-    with cli._leaving_at_ctrl_c():
+    with leaving_at_signals(lambda code: None):
       os.kill(os.getpid(), signal.SIGINT)
     assert seen == ["mine"] and signal.getsignal(signal.SIGINT) is mine
   finally:

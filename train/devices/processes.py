@@ -59,6 +59,8 @@ def start(how: str, timeout: float = JOIN_TIMEOUT) -> None:
   place, local = _find_cluster() if how == "auto" else (_parse(how), None)
   _peers = Peers(place, versions(), timeout)
   address = _peers.jax_address
+  # It would drop the first SIGTERM that comes before training handles it.
+  jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(
       address,
