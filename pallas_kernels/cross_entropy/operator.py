@@ -133,11 +133,11 @@ def cross_entropy(
   targets = jnp.where(is_outside & (weights == 0), 0, targets)
   if parts == 1:
     logits = xla.logits(x, embedding, precision=asked)
-    tokens = xla.token_losses(logits, targets)
+    tokens, log_sum_BM = xla.token_losses_and_log_sums(logits, targets)
     fixed = jax.tree.map(jax.lax.stop_gradient, tokens)
     loss_BM = tokens.nll_BM
     if z_loss:
-      loss_BM += z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2
+      loss_BM += z_loss * log_sum_BM**2
     return (weights * loss_BM).sum(), fixed
   arrays = vary_alike(x, embedding, targets, weights)
   plan = _Plan(parts, axes, asked, float(z_loss))

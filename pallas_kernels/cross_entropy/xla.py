@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 from jax import Array
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import devices
 from pallas_kernels.numerics import sum_dtype
@@ -44,18 +45,13 @@ def logits(
   )
 
 
-def token_losses(logits_V: Array, targets: Array) -> TokenLosses:
-  """Return each token's loss, differentiable by jax in the logits (…, V)."""
-  of_target = _logit_of_target(logits_V, targets)
-  nll = jax.nn.logsumexp(logits_V, axis=-1) - of_target
-  best = jnp.argmax(logits_V, axis=-1)
-  return TokenLosses(nll, _is_correct(best, targets))
-
-
 def token_losses_and_log_sums(
   logits_V: Array, targets: Array
 ) -> tuple[TokenLosses, Array]:
-  """Return each token's loss, and log Σ exp z; without a derivative on GPUs."""
+  """Return each token's loss, and log Σ exp z (…), of logits z (…, V).
+
+  The result has derivatives of any kind and order in the logits.
+  """
   log_sum, best = log_sum_and_best(logits_V)
   return losses_from_log_sums(logits_V, targets, log_sum, best), log_sum
 
@@ -127,10 +123,27 @@ def _logit_of_target(logits_V: Array, targets: Array) -> Array:
   V = logits_V.shape[-1]
   # A negative index would count from the end, and a large one could wrap.
   index = jnp.where(is_outside(targets, V), V, targets).astype(jnp.int32)
+  return _take_logit(logits_V, index)
+
+
+@jax.custom_jvp
+def _take_logit(logits_V: Array, index: Array) -> Array:
+  """Return z_index (…), NaN for index V.
+
+  The gradient that jax makes is a scatter into an array of zeros, which XLA
+  cannot fuse with the softmax. Ours compares each place with the index.
+  """
   found = jnp.take_along_axis(
     logits_V, index[..., None], axis=-1, mode="fill", fill_value=jnp.nan
   )
   return found.take(0, axis=-1)
+
+
+@_take_logit.defjvp
+def _take_logit_tangent(primals, tangents):
+  (logits_V, index), (dlogits_V, _) = primals, tangents
+  at_index_V = jnp.where(_is_target(logits_V, index), dlogits_V, 0)
+  return _take_logit(logits_V, index), at_index_V.sum(axis=-1)
 
 
 def is_outside(targets: Array, V: int) -> Array:
@@ -150,9 +163,18 @@ def log_sum_and_best(logits_V: Array) -> tuple[Array, Array]:
   On a GPU one reduction makes both, which reads the logits once. On other
   devices XLA makes slow code of such a reduction, so there are two.
   """
-  if devices.platform() != "gpu":
-    log_sum = jax.nn.logsumexp(logits_V, axis=-1)
-    return log_sum, jnp.argmax(logits_V, axis=-1)
+  if devices.platform() == "gpu":
+    return _in_one_reduction(logits_V)
+  log_sum = jax.nn.logsumexp(logits_V, axis=-1)
+  return log_sum, jnp.argmax(logits_V, axis=-1)
+
+
+@jax.custom_jvp
+def _in_one_reduction(logits_V: Array) -> tuple[Array, Array]:
+  """Compute `log_sum_and_best` in one reduction.
+
+  The derivative is our own because jax does not differentiate such a reduction.
+  """
   axis = logits_V.ndim - 1
   least = jnp.asarray(jnp.finfo(logits_V.dtype).min, logits_V.dtype)
   zero = jnp.zeros((), logits_V.dtype)
@@ -176,6 +198,15 @@ def log_sum_and_best(logits_V: Array) -> tuple[Array, Array]:
     (axis,),
   )
   return top + jnp.log(total), best
+
+
+@_in_one_reduction.defjvp
+def _in_one_reduction_tangents(primals, tangents):
+  (logits_V,), (dlogits_V,) = primals, tangents
+  log_sum, best = _in_one_reduction(logits_V)
+  softmax_V = jnp.exp(logits_V - log_sum[..., None])
+  no_tangent = np.zeros(best.shape, jax.dtypes.float0)
+  return (log_sum, best), ((softmax_V * dlogits_V).sum(axis=-1), no_tangent)
 
 
 def logits_gradient(

@@ -67,14 +67,41 @@ def gpu(monkeypatch) -> None:
   monkeypatch.setattr(devices, "platform", lambda: "gpu")
 
 
-def test_one_reduction_gives_the_same(gpu) -> None:
+def test_one_reduction_gives_the_same(monkeypatch) -> None:
   inputs = _inputs()
-  wanted = _run(inputs)
-  found = _run(inputs, parts=4)
+  wanted = [_run(inputs, z_loss=z_loss) for z_loss in (0.0, 0.1)]
+  monkeypatch.setattr(devices, "platform", lambda: "gpu")
   one = str(jax.make_jaxpr(log_sum_and_best)(jnp.ones(3)))
-  assert one.count("reduce") == 1
-  _assert_near(found[0], wanted[0], 1e-6)
-  _assert_near(found[1], wanted[1], TOLERANCES["float32"])
+  assert one.count(" reduce[") == 1
+  for options in (dict(parts=1), dict(parts=4), dict(parts=1, z_loss=0.1)):
+    found = _run(inputs, **options)
+    _assert_near(found, wanted["z_loss" in options], TOLERANCES["float32"])
+
+
+def test_the_logits_get_no_gradient_by_scatter() -> None:
+  # XLA could not fuse it, and would write an array of zeros as large as they.
+  run = jax.jit(jax.grad(lambda *inputs: cross_entropy(*inputs)[0]))
+  assert "scatter" not in run.lower(*_inputs()).as_text()
+
+
+def test_one_part_has_derivatives_of_any_kind(gpu) -> None:
+  x, embedding, targets, weights = _inputs()
+  x, targets, weights = x[:1, :3], targets[:1, :3], weights[:1, :3] + 1
+
+  def loss(x):
+    return cross_entropy(x, embedding, targets, weights, z_loss=0.1)[0]
+
+  def plain(x):
+    z = x @ embedding.T
+    log_sum = jax.nn.logsumexp(z, axis=-1)
+    nll = log_sum - jnp.take_along_axis(z, targets[..., None], -1)[..., 0]
+    return (weights * (nll + 0.1 * log_sum**2)).sum()
+
+  @jax.jit
+  def derivatives(x):
+    return [jax.jvp(jax.grad(f), (x,), (x + 1,)) for f in (loss, plain)]
+
+  _assert_near(*derivatives(x), 1e-5)
 
 
 def _wide_inputs(vocabulary_size: int = 1048):
