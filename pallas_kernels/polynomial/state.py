@@ -81,7 +81,9 @@ IN_PARTS = StateProducts(
 
 def state_widths(F: int, coefficients: Coefficients) -> tuple[int, int]:
   """Return (E, G): the number of features, and the width of k̃."""
-  return feature_weights(F, coefficients).size, F + coefficients.affine
+  c0, c1, c2 = dataclasses.astuple(coefficients)
+  E = (c2 != 0) * F * (F // 2 + 1) + (c1 != 0) * F + (c0 != 0)
+  return E, F + coefficients.affine
 
 
 def zero_state(

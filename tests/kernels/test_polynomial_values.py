@@ -223,6 +223,13 @@ def test_the_range_of_products(size, implementation):
     assert error <= 5e-5 * norm, name  # as in `tolerance`
 
 
+def test_the_number_of_features_is_known_without_making_them():
+  """As `rebased inspect` does with the config of any model."""
+  F = 2**31
+  E, G = state_lib.state_widths(F, COEFFICIENTS["based"])
+  assert (E, G) == (F * (F // 2 + 1) + F + 1, F + 1)
+
+
 @pytest.mark.parametrize("F", range(1, 10))
 @pytest.mark.parametrize("name", ["rebased", "based"])
 def test_features_and_weights_give_the_similarity(F, name):
