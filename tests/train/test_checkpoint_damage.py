@@ -188,17 +188,24 @@ def test_readers_fall_back_without_renaming(tmp_path: Path, caplog) -> None:
   assert names(tmp_path) == {"1", "2"}
 
 
-@pytest.mark.parametrize("error", [MemoryError(), PermissionError(13, "no")])
 def test_failures_of_the_machine_are_not_damage(
-  tmp_path: Path, monkeypatch, error
+  tmp_path: Path, monkeypatch
 ) -> None:
   fill(tmp_path)
-  with Checkpoints(tmp_path) as checkpoints:
+  codes = (
+    *("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED"),
+    *("UNAVAILABLE", "DEADLINE_EXCEEDED"),
+  )
+  said = [ValueError(f"{code}: reading a chunk") for code in codes]
+  for error in (MemoryError(), PermissionError(13, "no"), *said):
 
-    def fail(*args):
+    def fail(*args, error=error):
       raise error
 
-    monkeypatch.setattr(storage.v1, "load_checkpointables", fail, raising=True)
-    with pytest.raises(CheckpointError, match="2: cannot be read"):
+    monkeypatch.setattr(storage.v1, "load_checkpointables", fail)
+    with (
+      Checkpoints(tmp_path) as checkpoints,
+      pytest.raises(CheckpointError, match="2: cannot be read"),
+    ):
       checkpoints.restore(abstract(make_state(0)))
-  assert names(tmp_path) == {"1", "2"}
+    assert names(tmp_path) == {"1", "2"}

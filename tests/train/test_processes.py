@@ -100,6 +100,21 @@ def test_the_number_of_processes_must_agree() -> None:
   assert expected in found[0] and expected in found[1]
 
 
+def test_each_process_has_its_own_number() -> None:
+  first, second, _ = _places(3)
+  found = _meet([first, second, second])
+  expected = "two processes are number 1: expected each number once"
+  assert all(expected in x for x in found)
+
+
+def test_processes_have_equally_many_devices(monkeypatch) -> None:
+  devices = [SimpleNamespace(process_index=i) for i in (0, 0, 1)]
+  monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+  monkeypatch.setattr(processes.jax, "devices", lambda: devices)
+  with pytest.raises(ValueError, match=r"\[2, 1\] devices, .* the same number"):
+    processes.gather("a value")
+
+
 @pytest.mark.parametrize(
   ("host", "reason"),
   [("no-such-host.invalid", "no such host"), ("127.0.0.1", "refused")],
