@@ -80,7 +80,10 @@ def test_a_model_has_forward_mode(name: str) -> None:
 
 def test_without_it_forward_mode_is_refused() -> None:
   x = jnp.ones((2, 4))
+  to_half = lambda x: layer_norm(x, dtype="bfloat16")
   with plain_derivatives():
     jax.jvp(layer_norm, (x,), (x,))
+    y, dy = jax.eval_shape(lambda x: jax.jvp(to_half, (x,), (x,)), x)
+  assert y.dtype == dy.dtype == jnp.bfloat16
   with pytest.raises(TypeError, match="forward-mode"):
     jax.jvp(layer_norm, (x,), (x,))

@@ -6,6 +6,7 @@ import signal
 import struct
 import sys
 import threading
+import time
 import types
 
 from etils import epath
@@ -47,7 +48,17 @@ class _FakeWandb(types.ModuleType):
   def __init__(self):
     super().__init__("wandb")
     self.inits, self.records, self.finished = [], [], 0
-    self.exit_codes = []
+    self.exit_codes, self.verified = [], []
+
+  class Error(Exception):
+    """As that of wandb, which is no RuntimeError."""
+
+  def Settings(self, project):
+    if "/" in project:
+      raise self.Error(f"Invalid project name {project!r}:\nfound '/'")
+
+  def login(self, verify):
+    self.verified.append(verify)
 
   def init(self, **options):
     self.inits.append(options)
@@ -164,6 +175,36 @@ def test_wandb_that_is_not_installed(call, monkeypatch) -> None:
   code, _, err = call(*words)
   assert code == 2 and "pip install 'rebased-jax[wandb]'" in err
   assert list(Path.cwd().iterdir()) == []
+
+
+def test_wandb_refuses_before_the_folder_is_made(call, monkeypatch) -> None:
+  fake = _FakeWandb()
+  monkeypatch.setitem(sys.modules, "wandb", fake)
+  words = ("train", "mqar", *flags(tiny()), "--wandb")
+  code, _, err = call(*words, "a/b")
+  assert code == 2 and "Invalid project name 'a/b': found '/'" in err
+
+  def login(verify):
+    raise fake.Error("No API key configured.")
+
+  monkeypatch.setattr(fake, "login", login)
+  code, _, err = call(*words, "recall")
+  assert code == 2 and "No API key configured.: expected a project" in err
+  assert "WANDB_MODE=offline" in err and fake.inits == []
+  assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_run_that_wandb_refuses_later_is_named(call, monkeypatch) -> None:
+  fake = _FakeWandb()
+  monkeypatch.setitem(sys.modules, "wandb", fake)
+
+  def init(**options):
+    raise fake.Error("permission denied")
+
+  monkeypatch.setattr(fake, "init", init)
+  code, _, err = call("train", "mqar", *flags(tiny()), "--wandb", "recall")
+  assert code == 1 and err.startswith("rebased: wandb='recall': permission")
+  assert fake.verified == [True] and "Traceback" not in err
 
 
 def test_a_profile_of_two_steps(tmp_path: Path) -> None:
@@ -342,9 +383,12 @@ def test_a_row_of_skipped_steps_goes_on_in_a_resumed_run(
 
 def test_too_many_in_a_row_end_the_run(tmp_path: Path, monkeypatch) -> None:
   monkeypatch.setattr(nonfinite_steps, "IN_A_ROW", 2)
+  monkeypatch.setattr(nonfinite_steps, "DUMPS", 2)
   _spoil(monkeypatch, 1, 3, 4)
   with pytest.raises(TrainingFailed, match="step 4 .* 2 in a row were not"):
     run(tiny(nan="skip"), tmp_path / "run")
+  kept = [x.name for x in (tmp_path / "run").glob("skipped-step-*")]
+  assert sorted(kept) == ["skipped-step-1", "skipped-step-3"]
 
 
 def test_within_returns_raises_or_times_out() -> None:
@@ -359,8 +403,10 @@ def test_within_returns_raises_or_times_out() -> None:
 def test_a_hurried_wait_is_shorter(monkeypatch) -> None:
   monkeypatch.setattr(prefetch, "_HURRIED", 0.1)
   for seconds in (30.0, None):
+    begin = time.monotonic()
     with pytest.raises(DataTimeout, match=r"it .* within 0.1 s after a signal"):
       within(seconds, "it", threading.Event().wait, lambda: True)
+    assert time.monotonic() - begin < 10
     assert within(seconds, "it", lambda: 3, lambda: True) == 3
     slow = threading.Event()
     threading.Timer(0.5, slow.set).start()
