@@ -170,13 +170,14 @@ def polynomial_attention(
       * `None` (default): the kernels of the platform that the program is
         lowered for, if they can do the call and its device is known. Else
         "xla"; on a GPU or TPU, a warning then says why.
-      * `"gpu"`: Pallas kernels for Hopper GPUs.
+      * `"gpu"`: Pallas kernels for Hopper GPUs. For float32 they must be named.
       * `"tpu"`: Pallas kernels for TPUs v5e, v5p and v6e.
       * `"xla"`: plain jax, on every device: in chunks of 64 tokens, or in spans
         of chunks where calls are expected to run on a GPU.
       * `"reference"`: the equations as they stand, quadratic in T.
 
-      The kernels multiply operands of q's dtype.
+      The kernels multiply operands of q's dtype. "gpu" multiplies float32 ones
+      as two bfloat16 numbers each, which sum to 16 bits.
 
   Returns:
     An array (B, T, H, P) of v's dtype. With `return_state=True`, the pair of
@@ -474,12 +475,23 @@ def _choose(
     is_split(name, axes)
     outside_checked_shard_map(name, q)
     _kernels(name).supports(q, v, kernel, states=states)
+    if implementation is None:
+      _check_default(name, q)
   except NotImplementedError as error:
     if implementation is not None:
       raise
     _warn_of_xla(error)
     return "xla"
   return name
+
+
+def _check_default(name: Implementation, q: Array) -> None:
+  """Refuse what kernels do only where their implementation is named."""
+  if name == "gpu" and q.dtype == jnp.float32:
+    raise NotImplementedError(
+      "the Hopper kernels have not been timed with float32; "
+      "implementation='gpu' runs them"
+    )
 
 
 def _warn_of_xla(reason: object) -> None:

@@ -87,7 +87,8 @@ def test_calls_with_states_lower(T, F):
   [
     (dict(F=65), "F=65"),
     (dict(P=129), "P=129"),
-    (dict(dtype=jnp.float32), "float32"),
+    (dict(dtype=jnp.float64), "float64"),
+    (dict(dtype=jnp.float32, F=17), "float32 with F=17"),
     (dict(eps=0.0), "eps"),
     (dict(F=8, states=True), "states with F=8"),
   ],

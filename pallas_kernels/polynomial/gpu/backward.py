@@ -61,6 +61,8 @@ from pallas_kernels.polynomial.gpu.tiles import (
   high_low,
   mma,
   mmas,
+  operand,
+  store,
   times,
 )
 from pallas_kernels.polynomial.gpu.warpgroup import Work
@@ -102,9 +104,10 @@ def backward_queries(
       (launch.B, launch.walks, launch.total_chunks * C), f32
     )
     shape = (launch.B, launch.padded_T, launch.walks, PART)
-    outputs = (jax.ShapeDtypeStruct(shape, launch.dtype), vector, vector)
+    dq = jax.ShapeDtypeStruct(shape, launch.array_dtype)
+    outputs = (dq, vector, vector)
     staging = (
-      Staging("dq", (C, PART), tiles.SWIZZLE_32),
+      Staging("dq", (C, PART), tiles.output_swizzle(launch, PART)),
       Staging("vectors", (2, C), None),
     )
     steps = steps._replace(finish=_finish_queries)
@@ -152,11 +155,11 @@ def backward_keys(
   if launch.fused:
     at = launch.B, launch.padded_T
     outputs = (
-      jax.ShapeDtypeStruct((*at, launch.walks, PART), launch.dtype),
-      jax.ShapeDtypeStruct((*at, launch.H, launch.P), launch.dtype),
+      jax.ShapeDtypeStruct((*at, launch.walks, PART), launch.array_dtype),
+      jax.ShapeDtypeStruct((*at, launch.H, launch.P), launch.array_dtype),
     )
     staging = (
-      Staging("dk", (C, PART), tiles.SWIZZLE_32),
+      Staging("dk", (C, PART), tiles.output_swizzle(launch, PART)),
       pipeline.value_staging("dv", launch),
     )
     steps = steps._replace(finish=_finish_keys)
@@ -215,7 +218,7 @@ def _query_gradients(work: Work, chunk, slot):
     (dnum, dden, z, num): (C, PART) twice and (C,) twice, float32.
   """
   launch = work.launch
-  q_s, do_s = (work.inputs[name].at[slot] for name in ("q", "do"))
+  q_s, do_s = (tiles.read(work, slot, name) for name in ("q", "do"))
   x = tiles.load(work, slot, "q")
   dnum, linear, num = tiles.zeros((C, PART)), None, None
   for blocks in launch.block_groups(features.QUERY_GRADIENT_BLOCKS):
@@ -254,15 +257,17 @@ def _finish_queries(work: Work, chunk, slot, from_outside) -> None:
   a query sees one key only, the two terms of da are equal and cancel.
   """
   launch, width = work.launch, QUERY_GRADIENT_COLUMNS
-  q_s, k_s, v_s, do_s = (work.inputs[x].at[slot] for x in ("q", "k", "v", "do"))
+  q_s, k_s, v_s, do_s = (
+    tiles.read(work, slot, x) for x in ("q", "k", "v", "do")
+  )
   dnum, dden, z, num = from_outside
   scores = []
   for start in range(0, C, width):
     some = pl.ds(start, width)
     a, dsim = mmas(
       work,
-      ((C, width), (q_s, k_s.at[some].transpose((1, 0)))),
-      ((C, width), (do_s, v_s.at[some].transpose((1, 0)))),
+      ((C, width), (q_s, tiles.transposed_lines(k_s, some))),
+      ((C, width), (do_s, tiles.transposed_lines(v_s, some))),
     )
     seen = documents.causal_mask(work, slot, start, width, query_axis=0)
     sim = jnp.where(seen, tiles.polynomial(a, launch), 0.0)
@@ -277,9 +282,8 @@ def _finish_queries(work: Work, chunk, slot, from_outside) -> None:
     da = (columns(r, width) * dsim + columns(dz, width)) * slope
     seen = documents.causal_mask(work, slot, start, width, query_axis=0)
     da = jnp.where(seen, da, 0.0)
-    dq = add_mma(
-      work, dq, (da.astype(launch.dtype), k_s.at[pl.ds(start, width)])
-    )
+    k_lines = tiles.lines(k_s, pl.ds(start, width))
+    dq = add_mma(work, dq, (operand(launch, da), k_lines))
   _write_queries(work, chunk, dq, r, dz)
 
 
@@ -292,7 +296,7 @@ def _write_queries(work: Work, chunk, dq, r, dz) -> None:
   token = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=FIRST_AXIS)
   exists = chunk * C + token < launch.T
   plgpu.wait_smem_to_gmem(0)
-  dq_s[...] = dq.astype(launch.dtype)
+  dq_s[...] = dq.astype(launch.array_dtype)
   vectors_s[0] = jnp.where(exists, r, 0.0)
   vectors_s[1] = jnp.where(exists, dz, 0.0)
   plgpu.commit_smem()
@@ -317,12 +321,13 @@ def _write_query_features(work: Work, chunk, slot) -> None:
   for blocks in launch.block_groups(features.BLOCKS_AT_ONCE):
     rolled = features.roll(work, q_s, blocks)
     phi = features.query_features(x, rolled, blocks, launch, r)
-    features.store_blocks(shared.phi, blocks, phi)
+    features.store_blocks(work, blocks, phi)
+  first, second = ((slice(None), pl.ds(n * PART, PART)) for n in (0, 1))
   extended = x_f32 * times(dz, launch.c2)
-  shared.extended[:, pl.ds(0, PART)] = extended.astype(launch.dtype)
+  store(shared.extended, first, operand(launch, extended))
   if launch.c1:
     line = jnp.where(tiles.iota((C, PART), 1) == 0, dz * launch.c1, 0.0)
-    shared.extended[:, pl.ds(PART, PART)] = line.astype(launch.dtype)
+    store(shared.extended, second, operand(launch, line))
 
 
 def _summed_queries(work: Work, slot):
@@ -333,7 +338,7 @@ def _key_gradients(work: Work, chunk, slot):
   """Compute dk (C, PART) and dv (C, TILE) from the queries after the chunk."""
   del chunk
   launch = work.launch
-  k_s, v_s = (work.inputs[name].at[slot] for name in "kv")
+  k_s, v_s = (tiles.read(work, slot, name) for name in "kv")
   x = tiles.load(work, slot, "k")
   dk = 2.0 * mma(work, *features.times_kk(work, k_s), shape=(C, PART))
   if launch.c1:
@@ -361,7 +366,9 @@ def _finish_keys(work: Work, chunk, slot, from_outside) -> None:
   a left operand in registers.
   """
   launch, here, width = work.launch, work.here, KEY_GRADIENT_COLUMNS
-  q_s, k_s, v_s, do_s = (work.inputs[x].at[slot] for x in ("q", "k", "v", "do"))
+  q_s, k_s, v_s, do_s = (
+    tiles.read(work, slot, x) for x in ("q", "k", "v", "do")
+  )
 
   def for_each_key(name, some):
     value = plgpu.load(work.inputs[name].at[slot, some], layout=SECOND_AXIS)
@@ -373,24 +380,24 @@ def _finish_keys(work: Work, chunk, slot, from_outside) -> None:
     some = pl.ds(start, width)
     a, dsim = mmas(
       work,
-      ((C, width), (k_s, q_s.at[some].transpose((1, 0)))),
-      ((C, width), (v_s, do_s.at[some].transpose((1, 0)))),
+      ((C, width), (k_s, tiles.transposed_lines(q_s, some))),
+      ((C, width), (v_s, tiles.transposed_lines(do_s, some))),
     )
     r, dz = for_each_key("r", some), for_each_key("dz", some)
     seen = documents.causal_mask(work, slot, start, width, query_axis=1)
     da = (r * dsim + dz) * tiles.derivative(a, launch)
-    da = jnp.where(seen, da, 0.0).astype(launch.dtype)
+    da = operand(launch, jnp.where(seen, da, 0.0))
     sim = jnp.where(seen, r * tiles.polynomial(a, launch), 0.0)
     dk, dv = add_mmas(
       work,
-      (dk, (da, q_s.at[some])),
-      (dv, (sim.astype(launch.dtype), do_s.at[some])),
+      (dk, (da, tiles.lines(q_s, some))),
+      (dv, (operand(launch, sim), tiles.lines(do_s, some))),
     )
   plgpu.wait_smem_to_gmem(0)
   dk_s, dv_s = work.staging["dk"], work.staging["dv"]
-  dk_s[...] = times(dk, 1 / launch.gradient_scale).astype(launch.dtype)
+  dk_s[...] = times(dk, 1 / launch.gradient_scale).astype(launch.array_dtype)
   dv = times(dv, 1 / launch.gradient_scale)
-  dv_s[...] = dv[:, : launch.tile_width].astype(launch.dtype)
+  dv_s[...] = dv[:, : launch.tile_width].astype(launch.array_dtype)
   plgpu.commit_smem()
   tokens = pl.ds(chunk * C, C)
   dk_ref, dv_ref = work.outputs

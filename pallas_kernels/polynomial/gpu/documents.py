@@ -25,11 +25,14 @@ from pallas_kernels import documents as documents_lib
 from pallas_kernels.polynomial.gpu.launch import C, Launch, Plan
 from pallas_kernels.polynomial.gpu.tiles import (
   FIRST_AXIS,
-  LAYOUT,
   SECOND_AXIS,
   columns,
   f32,
   iota,
+  load,
+  operand,
+  read,
+  store,
 )
 from pallas_kernels.polynomial.gpu.warpgroup import Work
 
@@ -221,15 +224,14 @@ def load_masked(work: Work, slot, bit: int, x_name: str, values_name: str):
   Returns:
     x (C, PART) in registers, and the same in shared memory.
   """
-  x_s = work.inputs[x_name].at[slot]
-  x = plgpu.load(x_s, layout=LAYOUT)
-  if not work.launch.segments:
-    return x, x_s
-  values = plgpu.load(work.inputs[values_name].at[slot], layout=LAYOUT)
-  shared = work.shared
+  x, launch, shared = load(work, slot, x_name), work.launch, work.shared
+  if not launch.segments:
+    return x, read(work, slot, x_name)
+  values = load(work, slot, values_name)
   x = mask(work, slot, bit, x)
-  shared.x[...] = x
-  shared.values[...] = mask(work, slot, bit, values)
+  store(shared.x, ..., operand(launch, x))
+  values = mask(work, slot, bit, values)
+  store(shared.values, ..., operand(launch, values))
   plgpu.commit_smem()
   return x, shared.x
 
@@ -238,4 +240,4 @@ def summed_tiles(work: Work, slot, x_name: str, values_name: str):
   """Select the tiles of x and of the values that a chunk adds to the state."""
   if work.launch.segments:
     return work.shared.x, work.shared.values
-  return work.inputs[x_name].at[slot], work.inputs[values_name].at[slot]
+  return read(work, slot, x_name), read(work, slot, values_name)

@@ -44,7 +44,7 @@ def _write_key_features(work: Work, chunk, slot) -> None:
   for blocks in launch.block_groups(features.BLOCKS_AT_ONCE):
     rolled = features.roll(work, kj_s, blocks)
     phi = features.key_features(x, rolled, blocks, launch)
-    features.store_blocks(shared.phi, blocks, phi)
+    features.store_blocks(work, blocks, phi)
   shared.extended[:, pl.ds(0, PART)] = x
 
 
@@ -62,7 +62,7 @@ def _write_query_features(work: Work, chunk, slot) -> None:
   for blocks in launch.block_groups(features.BLOCKS_AT_ONCE):
     rolled = features.roll(work, qj_s, blocks)
     phi = features.query_features(x, rolled, blocks, launch, r)
-    features.store_blocks(shared.phi, blocks, phi)
+    features.store_blocks(work, blocks, phi)
   extended = x.astype(f32) * times(dz, launch.c2)
   shared.extended[:, pl.ds(0, PART)] = extended.astype(launch.dtype)
 

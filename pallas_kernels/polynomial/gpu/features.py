@@ -38,10 +38,14 @@ from pallas_kernels.polynomial.gpu.tiles import (
   columns,
   f32,
   high_low,
+  lines,
   mma,
   mmas,
+  operand,
   split,
+  store,
   times,
+  transposed_lines,
   two_columns,
   zeros,
 )
@@ -99,9 +103,9 @@ def roll(work: Work, x_s, blocks: range):
 
 
 def roll_all(work: Work, x_s):
-  """Compute x Π of all blocks, (C, PART a block), in the operands' dtype."""
+  """Compute x Π of all blocks, (C, PART a block), in the arrays' dtype."""
   rolled = mma(work, (x_s, work.rolls), shape=(C, work.rolls.shape[1]))
-  return rolled.astype(work.launch.dtype)
+  return rolled.astype(work.launch.array_dtype)
 
 
 # Features.
@@ -126,7 +130,7 @@ def query_features(
       multiplied by it. None in the forward.
 
   Returns:
-    One (C, PART) in the operands' dtype for each block.
+    One (C, PART) in the arrays' dtype for each block.
   """
   once = x if r_C is None else x.astype(f32) * r_C
   once = times(once, launch.c2)
@@ -134,19 +138,19 @@ def query_features(
   features = []
   for i, r in enumerate(blocks):
     if r < SQUARE_BLOCKS:
-      heavy = weighted[weight(r, launch)].astype(launch.dtype)
-      features.append(heavy * rolled[:, block(i)].astype(launch.dtype))
+      heavy = weighted[weight(r, launch)].astype(launch.array_dtype)
+      features.append(heavy * rolled[:, block(i)].astype(launch.array_dtype))
     elif r == SQUARE_BLOCKS and launch.c1:
       linear = x.astype(f32)
       linear = linear * (launch.c1 if r_C is None else launch.c1 * r_C)
-      features.append(linear.astype(launch.dtype))
+      features.append(linear.astype(launch.array_dtype))
     elif r_C is None:
       constant = split(launch.c0, launch.dtype)
-      features.append(two_columns(launch.dtype, *constant))
+      features.append(two_columns(launch.array_dtype, *constant))
     else:
       value = launch.c0 * r_C
       high = value.astype(launch.dtype).astype(f32)
-      features.append(two_columns(launch.dtype, high, value - high))
+      features.append(two_columns(launch.array_dtype, high, value - high))
   return features
 
 
@@ -166,19 +170,20 @@ def key_features(
   features = []
   for i, r in enumerate(blocks):
     if r < SQUARE_BLOCKS:
-      features.append(x * rolled[:, block(i)].astype(launch.dtype))
+      features.append(x * rolled[:, block(i)].astype(launch.array_dtype))
     elif r == SQUARE_BLOCKS and launch.c1:
       features.append(x)
     else:
       one = 1.0 if exists is None else exists
-      features.append(two_columns(launch.dtype, one))
+      features.append(two_columns(launch.array_dtype, one))
   return features
 
 
-def store_blocks(phi_s, blocks: range, features: list) -> None:
-  """Store feature blocks in their columns of phi (C, E)."""
+def store_blocks(work: Work, blocks: range, features: list) -> None:
+  """Store feature blocks in their columns of `shared.phi` (C, E)."""
   for r, x in zip(blocks, features, strict=True):
-    phi_s[:, pl.ds(r * PART, PART)] = x
+    index = slice(None), pl.ds(r * PART, PART)
+    store(work.shared.phi, index, operand(work.launch, x))
 
 
 # Products with the state.
@@ -186,8 +191,12 @@ def store_blocks(phi_s, blocks: range, features: list) -> None:
 
 def times_kv(work: Work, phi: list) -> list:
   """List the operands whose products sum to φ KV, (C, TILE)."""
-  kv_of = lambda r: work.shared.kv.at[:, pl.ds(r * PART, PART)]
-  return [(x, kv_of(r).transpose((1, 0))) for r, x in enumerate(phi)]
+
+  def of_block(r):
+    columns_of_r = slice(None), pl.ds(r * PART, PART)
+    return transposed_lines(work.shared.kv, columns_of_r)
+
+  return [(operand(work.launch, x), of_block(r)) for r, x in enumerate(phi)]
 
 
 def times_kk(work: Work, x_s, *, transposed: bool = False) -> list:
@@ -239,16 +248,17 @@ def through_features(work: Work, values_s, x_s, blocks: range):
     blocks: which blocks.
 
   Returns:
-    (u, rolled): (C, PART a block) float32 and in the operands' dtype. `rolled`
+    (u, rolled): (C, PART a block) float32 and in the arrays' dtype. `rolled`
     has the products' blocks only, and is None where there are none.
   """
-  kv = work.shared.kv.at[:, pl.ds(blocks.start * PART, len(blocks) * PART)]
+  some = slice(None), pl.ds(blocks.start * PART, len(blocks) * PART)
+  kv = lines(work.shared.kv, some)
   products = [((C, len(blocks) * PART), (values_s, kv))]
   rolls = _rolls_of(work.rolls, blocks)
   if rolls is not None:
     products.append(((C, rolls.shape[1]), (x_s, rolls)))
   u, *rolled = mmas(work, *products)
-  return u, rolled[0].astype(work.launch.dtype) if rolled else None
+  return u, rolled[0].astype(work.launch.array_dtype) if rolled else None
 
 
 def add_square_gradient(
@@ -272,14 +282,16 @@ def add_square_gradient(
     weighted: whether the features carry weights, as those of queries do. c2 is
       not among them.
   """
-  second, twice, low = [], x + x, u.astype(work.launch.dtype)
+  launch = work.launch
+  second, twice, low = [], x + x, u.astype(launch.array_dtype)
   for i, r in enumerate(blocks):
     if r >= SQUARE_BLOCKS:
       break
-    heavy = weighted and weight(r, work.launch) == 2.0
+    heavy = weighted and weight(r, launch) == 2.0
     first = u[:, block(i)] * rolled[:, block(i)].astype(f32)
     gradient = gradient + (first + first if heavy else first)
-    second.append((low[:, block(i)] * (twice if heavy else x), _back(work, r)))
+    product = low[:, block(i)] * (twice if heavy else x)
+    second.append((operand(launch, product), _back(work, r)))
   if not second:
     return gradient
   return gradient + mma(work, *second, shape=(C, PART))

@@ -39,6 +39,8 @@ from pallas_kernels.polynomial.gpu.tiles import (
   f32,
   mma,
   mmas,
+  operand,
+  store,
   times,
 )
 from pallas_kernels.polynomial.gpu.warpgroup import Work
@@ -74,7 +76,7 @@ def forward(
   steps = feature_pairs.FORWARD if launch.pairs else FORWARD
   if launch.fused:
     shape = (launch.B, launch.padded_T, launch.H, launch.P)
-    outputs = (jax.ShapeDtypeStruct(shape, launch.dtype),)
+    outputs = (jax.ShapeDtypeStruct(shape, launch.array_dtype),)
     staging = (pipeline.value_staging("o", launch),)
     steps = steps._replace(finish=_finish)
   else:
@@ -128,10 +130,12 @@ def _write_key_features(work: Work, chunk, slot) -> None:
   for blocks in launch.block_groups(features.BLOCKS_AT_ONCE):
     rolled = features.roll(work, k_s, blocks)
     phi = features.key_features(x, rolled, blocks, launch, one)
-    features.store_blocks(shared.phi, blocks, phi)
-  shared.extended[:, pl.ds(0, PART)] = x
+    features.store_blocks(work, blocks, phi)
+  first, second = ((slice(None), pl.ds(n * PART, PART)) for n in (0, 1))
+  store(shared.extended, first, operand(launch, x))
   if one is not None:
-    shared.extended[:, pl.ds(PART, PART)] = tiles.two_columns(launch.dtype, one)
+    ones = tiles.two_columns(launch.array_dtype, one)
+    store(shared.extended, second, operand(launch, ones))
 
 
 def _exists(work: Work, chunk):
@@ -153,7 +157,7 @@ def _through_state(work: Work, chunk, slot):
   Returns:
     Σ sim' v (C, TILE) and Σ sim' (C,), float32.
   """
-  launch, q_s = work.launch, work.inputs["q"].at[slot]
+  launch, q_s = work.launch, tiles.read(work, slot, "q")
   rolled = features.roll_all(work, q_s)
   x = tiles.load(work, slot, "q")
   phi = features.query_features(x, rolled, range(launch.blocks), launch)
@@ -175,21 +179,21 @@ def _through_state(work: Work, chunk, slot):
 def _finish(work: Work, chunk, slot, from_outside) -> None:
   """Add the tokens of the chunk, divide, and write o."""
   launch, o_s = work.launch, work.staging["o"]
-  q_s, k_s, v_s = (work.inputs[name].at[slot] for name in "qkv")
+  q_s, k_s, v_s = (tiles.read(work, slot, name) for name in "qkv")
   numerator, z = from_outside
   for start in range(0, C, SCORE_COLUMNS):
     some = pl.ds(start, SCORE_COLUMNS)
-    operands = q_s, k_s.at[some].transpose((1, 0))
+    operands = q_s, tiles.transposed_lines(k_s, some)
     a = mma(work, operands, shape=(C, SCORE_COLUMNS))
     seen = documents.causal_mask(work, slot, start, SCORE_COLUMNS, query_axis=0)
     sim = jnp.where(seen, tiles.polynomial(a, launch), 0.0)
     numerator = add_mma(
-      work, numerator, (sim.astype(launch.dtype), v_s.at[some])
+      work, numerator, (operand(launch, sim), tiles.lines(v_s, some))
     )
     z = z + sim.sum(axis=1)
   o = numerator / columns(z + launch.eps, TILE)
   plgpu.wait_smem_to_gmem(0)  # the copy of the last chunk's o has read o_s
-  o_s[...] = o[:, : launch.tile_width].astype(launch.dtype)
+  o_s[...] = o[:, : launch.tile_width].astype(launch.array_dtype)
   plgpu.commit_smem()
   target = tiles.value_columns(work, work.outputs[0], chunk)
   plgpu.copy_smem_to_gmem(o_s, target)

@@ -63,7 +63,8 @@ class Launch:
     eps: the operator's eps, scaled as the coefficients are.
     slices: slices of time, which different programs walk at once.
     chunks: chunks of a slice; the last slice may have fewer.
-    dtype: of q, k and v, and of every operand of the tensor core.
+    dtype: of every operand of the tensor core, and of q, k and v unless they
+      are float32.
     segments: whether rows hold several documents.
     by_shared: whether operands reach the tensor core through shared memory
       only. The kernels are slower then. Interpret mode cannot run products with
@@ -71,6 +72,8 @@ class Launch:
     stages: chunks of inputs that fit shared memory at once.
     parts: m, the number of parts of q and k.
     pairs: whether the launch does the halves of pairs, instead of the squares.
+    float32: whether q, k and v are float32. An operand of the tensor core is a
+      high and a low tile of bfloat16 then (`tiles.HighLow`).
   """
 
   B: int
@@ -89,6 +92,21 @@ class Launch:
   stages: int = 2
   parts: int = 1
   pairs: bool = False
+  float32: bool = False
+
+  @property
+  def array_dtype(self) -> Any:
+    """The dtype of q, k, v and the outputs, in which features are computed."""
+    return jnp.float32 if self.float32 else self.dtype
+
+  @property
+  def warpgroups(self) -> int:
+    """Warpgroups of a program: two for each walk that fits a multiprocessor.
+
+    Two walks leave 128 registers a thread. The tiles of a float32 walk take
+    twice the shared memory, so that one fits, and threads have 255 registers.
+    """
+    return 2 if self.float32 else 4
 
   @property
   def fused(self) -> bool:
@@ -229,6 +247,7 @@ def make_plan(
   parts = -(-F // PART)
   c0, c1, c2 = dataclasses.astuple(kernel.coefficients)
   scaled_c2 = 1.0
+  is_float32 = q.dtype == jnp.float32
   if q.dtype == jnp.float16:
     scaled_c2 = 2.0 ** round(math.log2(c2))
   whole = Launch(
@@ -242,10 +261,11 @@ def make_plan(
     scaled_c2 * kernel.eps / c2,
     slices=1,
     chunks=-(-T // C),
-    dtype=q.dtype,
+    dtype=jnp.dtype(jnp.bfloat16) if is_float32 else q.dtype,
     segments=runs_BT is not None,
     by_shared=kernel.by_shared,
     parts=parts,
+    float32=is_float32,
   )
   # The linear term is a sum over the parts by itself. The constant is not: each
   # square takes an equal share of it.
@@ -257,9 +277,13 @@ def make_plan(
 
 
 def _cut_time(launch: Launch) -> Launch:
-  """Cut time into slices until there are about `WALKS` walks."""
+  """Cut time into slices until there are about `WALKS` walks.
+
+  With float32 a program has one walk instead of two, so that half are enough.
+  """
   total = launch.total_chunks
-  wanted = min(WALKS // (launch.B * launch.walks), total // SLICE_CHUNKS)
+  walks = WALKS * launch.warpgroups // 4
+  wanted = min(walks // (launch.B * launch.walks), total // SLICE_CHUNKS)
   slices = max(1, wanted)
   chunks = -(-total // slices)
   if slices > 1:

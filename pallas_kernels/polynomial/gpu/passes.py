@@ -49,10 +49,14 @@ def supports(q: Array, v: Array, kernel: Kernel, *, states: bool) -> None:
   F, P = q.shape[-1], v.shape[-1]
   reasons = [
     (
-      q.dtype not in (jnp.bfloat16, jnp.float16),
-      f"dtype {q.dtype}: bfloat16 and float16 only",
+      q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32),
+      f"dtype {q.dtype}: bfloat16, float16 and float32 only",
     ),
     (F > F_MAX, f"F={F}: 1 to {F_MAX}"),
+    (
+      q.dtype == jnp.float32 and F > PART,
+      f"float32 with F={F}: 1 to {PART}",
+    ),
     (states and F < PART, f"states with F={F}: {PART} or more"),
     (P > P_MAX, f"P={P}: 1 to {P_MAX}"),
     (kernel.coefficients.c2 <= 0, "c2 ≤ 0"),

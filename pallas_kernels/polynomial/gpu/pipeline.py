@@ -17,10 +17,10 @@ No data depends on the wait for the features, which only the state warpgroup
 reads. It keeps the two warpgroups in step: the state is updated while the
 output warpgroup works on the chunk itself.
 
-A program has two such walks. A kernel that only sums a state has no output
-warpgroup, and four walks in a program. Barriers are in
-shared memory, and `warpgroup.Shared` names them. Inputs are copied by TMA, one
-chunk or two ahead.
+A program has two such walks, or one with float32. A kernel that only sums a
+state has no output warpgroup, and twice as many walks in a program. Barriers
+are in shared memory, and `warpgroup.Shared` names them. Inputs are copied by
+TMA, one chunk or two ahead.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,8 +51,8 @@ from pallas_kernels.polynomial.gpu.launch import (
 from pallas_kernels.polynomial.gpu.tiles import LAYOUT, f32
 from pallas_kernels.polynomial.gpu.warpgroup import Place, Shared, Work
 
-FEATURE_INPUTS = ("q", "k", "qj", "kj")  # inputs that are PART columns wide
-WARPGROUPS = 4  # of a program, which leaves 128 registers a thread
+# Inputs that are PART columns wide.
+FEATURE_INPUTS = ("q", "k", "qj", "kj", "q_low", "k_low")
 SHARED_MEMORY = 230_000  # bytes of a program, without alignment and barriers
 
 
@@ -94,7 +94,7 @@ class Staging(NamedTuple):
 
 def value_staging(name: str, launch: Launch) -> Staging:
   """Describe the staging of a value tile."""
-  swizzle = tiles.SWIZZLE_128 if launch.P % TILE == 0 else tiles.SWIZZLE_32
+  swizzle = tiles.output_swizzle(launch, launch.P)
   return Staging(name, (C, launch.tile_width), swizzle)
 
 
@@ -130,6 +130,17 @@ def feature_streams(launch: Launch, **arrays: Array) -> dict[str, Array]:
   return arrays | {f"{name}j": x for name, x in arrays.items()}
 
 
+def _high_and_low(streams: dict[str, Array]) -> dict[str, Array]:
+  """Split float32 inputs into two of bfloat16 each, which sum to 16 bits."""
+  tiles_of = {}
+  for name, x in streams.items():
+    # XLA may drop a conversion to bfloat16 and back, but not this rounding.
+    high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    tiles_of[name] = high.astype(jnp.bfloat16)
+    tiles_of[tiles.low_name(name)] = (x - high).astype(jnp.bfloat16)
+  return tiles_of
+
+
 def run(name: str, launch: Launch, steps: Steps, arrays: Arrays) -> list[Array]:
   """Run a kernel over the grid (slices, groups of walks).
 
@@ -143,8 +154,11 @@ def run(name: str, launch: Launch, steps: Steps, arrays: Arrays) -> list[Array]:
     The outputs; then, where `write_states` asks for them, KVᵀ and KK after each
     slice (`state_shapes`).
   """
+  if launch.float32:
+    streams = _high_and_low(arrays.streams)
+    arrays = dataclasses.replace(arrays, streams=streams)
   state_only = steps.finish is None
-  per_program = WARPGROUPS if state_only else WARPGROUPS // 2
+  per_program = launch.warpgroups if state_only else launch.warpgroups // 2
   scratch = _scratch(launch, arrays, per_program, state_only=state_only)
   if _bytes(scratch) > SHARED_MEMORY:
     launch = dataclasses.replace(launch, stages=1)
@@ -224,7 +238,7 @@ def run(name: str, launch: Launch, steps: Steps, arrays: Arrays) -> list[Array]:
     kernel_name=f"polynomial_{launch.kernel_prefix}{name}",
     grid=(launch.slices, -(-launch.B * launch.walks // per_program)),
     grid_names=("s", "n"),
-    num_threads=WARPGROUPS,
+    num_threads=launch.warpgroups,
     thread_name="w",
   )
   return kernel(
@@ -294,14 +308,15 @@ def _state_warpgroup(
   launch, here, shared = work.launch, work.here, work.shared
   n, stages, state_only = here.in_program, launch.stages, steps.finish is None
   scale = 1.0 if from_end else launch.state_scale
-  shared.extended[...] = tiles.zeros((C, TILE), launch.dtype)
+  nothing = tiles.zeros((C, TILE), launch.array_dtype)
+  tiles.store(shared.extended, ..., tiles.operand(launch, nothing))
   plgpu.commit_smem()
   state = _load_state(before, here, launch, from_end=from_end)
   if state_only:
     for i in range(stages):
       pl.when(i < here.chunks)(functools.partial(fetch, chunk_at(i), i))
   else:
-    _write_state(shared, *state, scale)
+    _write_state(work, *state, scale)
     plgpu.barrier_arrive(shared.state_written.at[n])
 
   def step(i, state):
@@ -320,7 +335,7 @@ def _state_warpgroup(
       pl.when(ahead < here.chunks)(lambda: fetch(chunk_at(ahead), slot))
       return state
     plgpu.barrier_wait(shared.state_read.at[n])
-    _write_state(shared, *state, scale)
+    _write_state(work, *state, scale)
     plgpu.barrier_arrive(shared.state_written.at[n])
     return state
 
@@ -361,17 +376,22 @@ def _update(work: Work, state, x_s, values_s) -> tuple[Any, Any]:
   """Add valuesᵀ φ to KVᵀ, and k̃ᵀ k to KK, on the tensor core."""
   kv, kk = state
   extended, phi = work.shared.extended, work.shared.phi
+  transposed = functools.partial(
+    tiles.each, lambda tile_s: tile_s.transpose((1, 0))
+  )
   kv, kk = tiles.add_mmas(
     work,
-    (kv, (values_s.transpose((1, 0)), phi)),
-    (kk, (extended.transpose((1, 0)), x_s)),
+    (kv, (transposed(values_s), phi)),
+    (kk, (transposed(extended), x_s)),
   )
   return kv, kk
 
 
-def _write_state(shared: Shared, kv, kk, scale: float) -> None:
+def _write_state(work: Work, kv, kk, scale: float) -> None:
   """Write the tensor core's copy of a state to shared memory."""
-  shared.kv[...] = tiles.times(kv, scale).astype(shared.kv.dtype)
+  launch, shared = work.launch, work.shared
+  kv = tiles.operand(launch, tiles.times(kv, scale))
+  tiles.store(shared.kv, ..., kv)
   tiles.store_high_low(shared.kk, tiles.times(kk, scale))
   plgpu.commit_smem()
 
@@ -423,7 +443,11 @@ def _of_walk(shared: Shared, in_program, *, state_only: bool) -> Shared:
     names += ["kv", "kk"]
   buffers = {name: getattr(shared, name) for name in names}
   return shared._replace(
-    **{x: ref.at[in_program] for x, ref in buffers.items() if ref is not None}
+    **{
+      x: tiles.each(lambda tile_s: tile_s.at[in_program], ref)
+      for x, ref in buffers.items()
+      if ref is not None
+    }
   )
 
 
@@ -477,13 +501,19 @@ def _scratch(
     inputs[name] = plgpu.SMEM((per_program, stages, C), x.dtype)
   barrier = plgpu.Barrier(num_arrivals=1, num_barriers=per_program)
   tile = functools.partial(tiles.smem, launch, per_program)
+
+  def operand_tile(*shape: int):
+    if not launch.float32:
+      return tile(*shape)
+    return tiles.HighLow(tile(*shape), tile(*shape))
+
   shared = Shared(
-    phi=tile(C, launch.E),
-    extended=tile(C, TILE),
-    kv=None if state_only else tile(TILE, launch.E),
+    phi=operand_tile(C, launch.E),
+    extended=operand_tile(C, TILE),
+    kv=None if state_only else operand_tile(TILE, launch.E),
     kk=None if state_only else tile(2, TILE, PART),
-    x=tile(C, PART) if launch.segments else None,
-    values=tile(C, TILE) if launch.segments else None,
+    x=operand_tile(C, PART) if launch.segments else None,
+    values=operand_tile(C, TILE) if launch.segments else None,
     copied=plgpu.Barrier(
       num_arrivals=len(inputs), num_barriers=per_program * stages
     ),
@@ -496,13 +526,15 @@ def _scratch(
     rolls = tiles.smem(launch, 2, PART, HALF_BLOCKS * PART)
   staging = {}
   for name, shape, swizzle in arrays.staging:
+    shape = per_program, *shape
     if swizzle is None:
-      staging[name] = plgpu.SMEM((per_program, *shape), f32)
+      staging[name] = plgpu.SMEM(shape, f32)
     else:
-      staging[name] = tile(*shape, swizzle=swizzle)
+      dtype = launch.array_dtype
+      staging[name] = plgpu.SMEM(shape, dtype, transforms=swizzle)
   operand = None
   if launch.by_shared:
-    operand = tiles.smem(launch, WARPGROUPS, C, PART)
+    operand = tiles.smem(launch, launch.warpgroups, C, PART)
   return dict(
     inputs=inputs,
     loaded=plgpu.Barrier(num_arrivals=1 + launch.pairs, num_barriers=1),

@@ -8,9 +8,17 @@ threads of a warpgroup as the tensor core's results are (`LAYOUT`).
 Products sum in float32. Operands are bfloat16 or float16, as the inputs are.
 The left operand may be in registers or in shared memory, the right one is in
 shared memory. `mma` starts from zeros, `add_mma` from a tile.
+
+An operand of a float32 launch is a `HighLow`: two bfloat16 tiles whose sum is
+exact to 16 bits. A product of two such operands is three products,
+
+    A B ≈ A_high B_high + A_high B_low + A_low B_high
+
+The fourth, A_low B_low, is left out. It is at most 2⁻¹⁶ of the first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array, lax
@@ -31,6 +39,9 @@ f32 = jnp.float32
 # Swizzles, as the tensor core reads tiles of 16 and of 64 columns.
 SWIZZLE_32 = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32))
 SWIZZLE_128 = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+# Swizzles of float32 outputs.
+FLOAT32_64 = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(64))
+FLOAT32_128 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
 
 def compiler_params() -> plgpu.CompilerParams:
@@ -54,6 +65,13 @@ def smem(launch: Launch, *shape: int, swizzle=SWIZZLE_32):
   return plgpu.SMEM(shape, launch.dtype, transforms=swizzle)
 
 
+def output_swizzle(launch: Launch, width: int) -> tuple:
+  """Return the swizzle of the staging of an output this wide in HBM."""
+  if launch.float32:
+    return FLOAT32_128 if width % TILE == 0 else FLOAT32_64
+  return SWIZZLE_128 if width % TILE == 0 else SWIZZLE_32
+
+
 def zeros(shape: tuple[int, ...], dtype=f32):
   """Make a tile of zeros in registers."""
   return plgpu.layout_cast(jnp.zeros(shape, dtype), LAYOUT)
@@ -71,7 +89,11 @@ def block(r: int) -> slice:
 
 def load(work: Work, slot, name: str):
   """Load a chunk (C, ·) of an input from shared memory into registers."""
-  return plgpu.load(work.inputs[name].at[slot], layout=LAYOUT)
+  x_s = read(work, slot, name)
+  if isinstance(x_s, HighLow):
+    high, low = (plgpu.load(ref, layout=LAYOUT) for ref in x_s)
+    return high.astype(f32) + low.astype(f32)
+  return plgpu.load(x_s, layout=LAYOUT)
 
 
 def columns(x_C, width: int):
@@ -106,7 +128,81 @@ def value_columns(work: Work, ref, chunk):
   return ref.at[here.b, tokens, here.h, pl.ds(here.tile * TILE, TILE)]
 
 
+# Operands of the tensor core.
+
+
+class HighLow(NamedTuple):
+  """A float32 operand: two tiles, or references to them, that sum to it."""
+
+  high: Any
+  low: Any
+
+
+def operand(launch: Launch, x):
+  """Make an operand of a tile in registers."""
+  if not launch.float32:
+    return x.astype(launch.dtype)
+  # x rounded to bfloat16, by its bits: a float32 copy of a converted x would
+  # take conversions one by one, each as long as eight of these operations.
+  bits = lax.bitcast_convert_type(x, jnp.int32)
+  bits = (bits + 0x8000) & -0x10000
+  high = lax.bitcast_convert_type(bits, f32)
+  return HighLow(high.astype(launch.dtype), (x - high).astype(launch.dtype))
+
+
+def each(function: Callable, x):
+  """Apply a function to an operand, or to both tiles of a `HighLow`."""
+  return HighLow(*map(function, x)) if isinstance(x, HighLow) else function(x)
+
+
+def store(ref, index, x) -> None:
+  """Store an operand at an index of shared memory of its kind."""
+  if not isinstance(ref, HighLow):
+    ref[index] = x
+    return
+  for tile_s, tile in zip(ref, x, strict=True):
+    tile_s[index] = tile
+
+
+def read(work: Work, slot, name: str):
+  """Select a chunk (C, ·) of an input, as an operand in shared memory."""
+  x_s = work.inputs[name].at[slot]
+  if not work.launch.float32:
+    return x_s
+  return HighLow(x_s, work.inputs[low_name(name)].at[slot])
+
+
+def low_name(name: str) -> str:
+  """Name the input that holds the low tiles of an input."""
+  return f"{name}_low"
+
+
+def transposed_lines(x_s, some):
+  """Select lines of an operand in shared memory, as columns."""
+  return each(lambda ref: ref.at[some].transpose((1, 0)), x_s)
+
+
+def lines(x_s, some):
+  """Select lines of an operand in shared memory."""
+  return each(lambda ref: ref.at[some], x_s)
+
+
 # Products on the tensor core.
+
+
+def _single(operands) -> list[tuple]:
+  """List the products of single tiles that the operands' products stand for.
+
+  Of two `HighLow`, the product of both low tiles is left out.
+  """
+  tiles_of = lambda x: x if isinstance(x, HighLow) else (x,)
+  return [
+    (a_tile, b_tile)
+    for a, b in operands
+    for i, a_tile in enumerate(tiles_of(a))
+    for j, b_tile in enumerate(tiles_of(b))
+    if i + j < 2
+  ]
 
 
 def mma(work: Work, *operands, shape: tuple[int, int]) -> Array:
@@ -127,7 +223,7 @@ def mmas(work: Work, *products) -> Sequence[Array]:
 
   def run(*accs):
     for acc, (_, *operands) in zip(accs, products, strict=True):
-      for a, b in operands:
+      for a, b in _single(operands):
         plgpu.wgmma(acc, a, b)
     return tuple(acc[...] for acc in accs)
 
@@ -146,7 +242,7 @@ def add_mmas(work: Work, *sums) -> Sequence[Array]:
 
   def run(refs):
     for ref, (_, *operands) in zip(refs, sums, strict=True):
-      for a, b in operands:
+      for a, b in _single(operands):
         plgpu.wgmma(ref, a, b)
 
   refs = tuple(plgpu.ACC.init(acc) for acc, *_ in sums)
@@ -164,7 +260,7 @@ def _add_by_shared(work: Work, acc, operands):
 
     return pl.run_scoped(run, plgpu.ACC(acc.shape, f32))
 
-  for a, b in operands:
+  for a, b in _single(operands):
     if not isinstance(a, jax.Array):
       acc = acc + product(a, b)
       continue
