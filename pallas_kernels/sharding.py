@@ -132,7 +132,7 @@ def check_axes(
   if axes is None:
     return
   if not isinstance(axes, ShardAxes):
-    raise ValueError(f"axes={axes!r}: expected a ShardAxes, or None")
+    raise ValueError(f"axes={axes!r}: expected None or a ShardAxes")
   axes.check(batch, heads, time)
 
 

@@ -108,12 +108,12 @@ def check_one_of(config: object, name: str, *allowed: str | None) -> None:
   """
   value = getattr(config, name)
   if value not in allowed:
-    known = [x for x in allowed if x is not None]
+    known = tuple(x for x in allowed if x is not None)
     near = difflib.get_close_matches(str(value), known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(
-      f"{type(config).__name__}.{name}={value!r}: expected one of {allowed}"
-      f"{hint}"
+      f"{type(config).__name__}.{name}={value!r}: expected "
+      f"{'None or ' * (None in allowed)}one of {known}{hint}"
     )
 
 

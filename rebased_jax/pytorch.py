@@ -68,7 +68,7 @@ def load(
   """
   if system not in SYSTEMS:
     raise ValueError(
-      f"system={system!r}: expected one of {', '.join(sorted(SYSTEMS))}"
+      f"system={system!r}: expected one of {tuple(sorted(SYSTEMS))}"
     )
   arrays = without_wrappers(read(source))
   config = infer_config(arrays, SYSTEMS[system], heads)

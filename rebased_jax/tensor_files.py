@@ -214,7 +214,7 @@ def _write_file(
     if str(x.dtype) not in _DTYPES.values():
       raise WeightsError(
         f"{name} has the dtype {x.dtype}: expected one of "
-        f"{', '.join(_DTYPES.values())}"
+        f"{tuple(_DTYPES.values())}"
       )
   together = is_split(arrays.values())
   found = {}

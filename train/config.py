@@ -123,10 +123,11 @@ class RunConfig:
 
   def __post_init__(self):
     make_scalars_plain(self)
-    require(self.nan in ("abort", "skip"), "nan", self.nan, "'abort' or 'skip'")
+    choices = "abort", "skip"
+    require(self.nan in choices, "nan", self.nan, f"one of {choices}")
     weights = self.init_weights
-    known = weights in get_args(Weights)
-    require(known, "init_weights", weights, "'trained' or 'ema'")
+    choices = get_args(Weights)
+    require(weights in choices, "init_weights", weights, f"one of {choices}")
     require(
       weights == "trained" or self.init_from is not None,
       "init_weights",
@@ -140,7 +141,7 @@ class RunConfig:
       require(fits(value, int) and value >= 1, name, value, "an integer ≥ 1")
     every = self.keep_every
     whole = every is None or (fits(every, int) and every >= 1)
-    require(whole, "keep_every", every, "an integer ≥ 1, or None")
+    require(whole, "keep_every", every, "None or an integer ≥ 1")
     require(
       every is None or every % self.save_every == 0,
       "keep_every",
@@ -149,7 +150,7 @@ class RunConfig:
     )
     best = self.keep_best
     name = best is None or isinstance(best, str)
-    require(name, "keep_best", best, "the name of a held-out metric, or None")
+    require(name, "keep_best", best, "None or the name of a held-out metric")
     require(
       best is None or self.save_every % self.eval_every == 0,
       "save_every",
@@ -179,7 +180,7 @@ class RunConfig:
     z_loss, ema = self.z_loss, self.ema
     require(0 <= z_loss < math.inf, "z_loss", z_loss, "a finite number ≥ 0")
     averages = ema is None or 0 < ema < 1
-    require(averages, "ema", ema, "a number above 0, below 1, or None")
+    require(averages, "ema", ema, "None or a number above 0, below 1")
     # Each step moves the average by less than a 16-bit number can show.
     wide = self.model.param_dtype in ("float32", "float64")
     require(

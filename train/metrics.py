@@ -221,7 +221,7 @@ def check_metrics(metrics: Sequence[Metric]) -> None:
     if isinstance(metric, DerivedMetric) and metric.source not in sources:
       raise ValueError(
         f"the metric {metric.name!r} has the source {metric.source!r}: "
-        f"expected one of {sources}"
+        f"expected one of {tuple(sources)}"
       )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 from rebased_jax.config_checks import make_scalars_plain
 from rebased_jax.config_help import with_help
@@ -14,6 +14,18 @@ Shape = Literal["cosine", "linear", "wsd", "constant"]
 
 #: The momentum of a rule that has one, if the config does not say it.
 MOMENTUM = {"muon": 0.95, "sgd": 0.9}
+
+#: Fields that a rule or a schedule does not use.
+_UNUSED = {
+  "adamw": ("momentum", "nesterov"),
+  "lion": ("momentum", "nesterov", "eps"),
+  "muon": (),
+  "sgd": ("beta1", "beta2", "eps"),
+  "cosine": ("cooldown_steps",),
+  "linear": ("cooldown_steps",),
+  "wsd": (),
+  "constant": ("cooldown_steps", "final_fraction", "epoch_steps"),
+}
 
 
 @with_help
@@ -79,8 +91,8 @@ class OptimizerConfig:
       require(ok, f"optimizer.{name}", getattr(self, name), expected)
 
     rules, shapes = get_args(Rule), get_args(Shape)
-    check(self.name in rules, "name", f"one of {', '.join(rules)}")
-    check(self.schedule in shapes, "schedule", f"one of {', '.join(shapes)}")
+    check(self.name in rules, "name", f"one of {rules}")
+    check(self.schedule in shapes, "schedule", f"one of {shapes}")
     for name in ("learning_rate", "eps", "clip_norm"):
       value = getattr(self, name)
       unset = name == "clip_norm" and value is None
@@ -91,7 +103,7 @@ class OptimizerConfig:
       check(unset or 0 <= value < 1, name, "a number in [0, 1)")
     for name in ("momentum", "nesterov"):
       unused = self.name not in MOMENTUM and getattr(self, name) is not None
-      check(not unused, name, f"none: {self.name} has no such setting")
+      check(not unused, name, f"None, its default: {self.name} does not use it")
     check(
       not self.nesterov or self.momentum != 0,
       "nesterov",
@@ -104,15 +116,59 @@ class OptimizerConfig:
     check(
       self.cooldown_steps is None or self.schedule == "wsd",
       "cooldown_steps",
-      f"none with schedule={self.schedule!r}: only wsd has a cooldown",
+      f"None, its default: {self.schedule} does not use it",
     )
     for name in ("epoch_steps", "cooldown_steps"):
       value = getattr(self, name)
       check(value is None or value >= 1, name, "≥ 1")
     check(0 <= self.final_fraction <= 1, "final_fraction", "0 to 1")
-    check(self.decay in ("all", "matrices"), "decay", "'all' or 'matrices'")
+    decays = "all", "matrices"
+    check(self.decay in decays, "decay", f"one of {decays}")
     patterns = fits(self.frozen, tuple[str, ...]) and all(self.frozen)
     check(patterns, "frozen", "a tuple of patterns of parameter paths")
+
+  def check_unused(self, stored: Self | None = None) -> None:
+    """Check that fields have their defaults where nothing uses them.
+
+    Args:
+      stored: the optimiser of a run that is resumed, whose values may stay.
+        None: the run is new.
+
+    Raises:
+      ValueError: a field has another value, which would change nothing.
+    """
+    for owner in (self.name, self.schedule):
+      for field in _UNUSED[owner]:
+        value, default = getattr(self, field), getattr(OptimizerConfig, field)
+        stays = stored is not None and value == getattr(stored, field)
+        require(
+          stays or value == default,
+          f"optimizer.{field}",
+          value,
+          f"{default}, its default: {owner} does not use it",
+        )
+
+  def switched_to(self, name: str | None, schedule: str | None) -> Self:
+    """Return this optimiser with another rule or schedule.
+
+    Fields that these do not use get their defaults.
+
+    Args:
+      name: the rule. None, or no rule: this one's.
+      schedule: the schedule. None, or no schedule: this one's.
+    """
+    chosen = (
+      name if name in get_args(Rule) else self.name,
+      schedule if schedule in get_args(Shape) else self.schedule,
+    )
+    unused = {
+      field: getattr(OptimizerConfig, field)
+      for owner in chosen
+      for field in _UNUSED[owner]
+    }
+    return dataclasses.replace(
+      self, name=chosen[0], schedule=chosen[1], **unused
+    )
 
   def check(self, steps: int) -> None:
     """Check that the schedule fits into a run.

@@ -196,6 +196,8 @@ def train(
     allow_data_change=allow_data_change,
     allow_optimizer_change=allow_optimizer_change,
   )
+  if not folder.config_file.exists():
+    config.optimizer.check_unused()
   same_run.check(config, folder, **allowed)
   config = config.with_absolute_paths()
   mesh = mesh_lib.make_mesh(config.mesh)
@@ -211,7 +213,8 @@ def train(
     if config.init_from is not None and not folder.config_file.exists():
       weights = init_weights.source_weights(config, built)
     with processes.all_or_none():
-      wandb.check(config)
+      if first:
+        wandb.check(config)
       watch.beat("start of the data")
       initial_state.try_data(config)
       _check_named_kernels(config)

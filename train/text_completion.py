@@ -65,9 +65,9 @@ class Sampling:
     known = 0 <= self.temperature < float("inf")
     require(known, "temperature", self.temperature, "a number ≥ 0")
     some = self.top_k is None or self.top_k >= 1
-    require(some, "top_k", self.top_k, "1 or more, or None")
+    require(some, "top_k", self.top_k, "None or a number ≥ 1")
     most = self.top_p is None or 0 < self.top_p <= 1
-    require(most, "top_p", self.top_p, "a probability in (0, 1], or None")
+    require(most, "top_p", self.top_p, "None or a probability in (0, 1]")
     for name, value in (("top_k", self.top_k), ("top_p", self.top_p)):
       samples = self.temperature > 0 or value is None
       require(samples, name, value, "None with temperature=0")

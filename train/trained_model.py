@@ -59,7 +59,8 @@ def part_of_state(config: RunConfig, weights: Weights) -> str:
   Raises:
     ValueError: the run keeps no average.
   """
-  require(weights in get_args(Weights), "weights", weights, "'trained', 'ema'")
+  known = get_args(Weights)
+  require(weights in known, "weights", weights, f"one of {known}")
   require(
     weights == "trained" or config.ema is not None,
     "weights",

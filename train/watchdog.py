@@ -33,7 +33,7 @@ class Watchdog:
   def __init__(self, limit: float | None = None):
     if limit is not None and not limit > 0:
       raise ValueError(
-        f"step_timeout={limit!r}: expected a number of seconds above 0, or None"
+        f"step_timeout={limit!r}: expected None or a number of seconds above 0"
       )
     self._limit = limit
     self._phase, self._part = "start", ""

@@ -72,7 +72,7 @@ def layer_norm(
     bias = _filled(0, x, scale)
   dtype = x.dtype if dtype is None else jnp.dtype(dtype)
   if not jnp.issubdtype(dtype, jnp.floating):
-    raise ValueError(f"dtype={dtype}: expected a float dtype, or None")
+    raise ValueError(f"dtype={dtype}: expected None or a float dtype")
   arrays = vary_alike(x, scale, bias)
   return compile_once(_layer_norm, (eps, dtype), *arrays)
 

@@ -49,10 +49,14 @@ _WRONG = {
     "--model.dtype='bf16': expected one of ('float32', 'bfloat16', 'float16', "
     "'float64'); did you mean 'bfloat16'?",
   ),
+  "not used by the rule": (
+    ["--optimizer.name", "sgd", "--optimizer.beta2", "0.9"],
+    "--optimizer.beta2=0.9: expected 0.999, its default: sgd does not use it",
+  ),
   "mixer": (["--model.second.heads", "0"], "--model.second.heads=0: expected"),
   "no system": (
     ["--model.mixer", "mambo"],
-    "--model.mixer='mambo': expected one of ('attention', 'based', 'conv-att",
+    "--model.mixer='mambo': expected None or one of ('attention', 'based'",
   ),
   "mixer of both layers": (
     ["--model.mixer", "attention", "--model.mixer.heads", "0"],
@@ -141,6 +145,17 @@ def test_an_option_chooses_the_system_of_a_preset() -> None:
   assert (
     hybrid.second.heads == 2 and hybrid.first == presets["mqar"].model.first
   )
+
+
+def test_another_rule_leaves_what_it_does_not_use() -> None:
+  """The preset's beta2 and final rate are not those of a rule without them."""
+  preset = make_presets()["lm-tiny"].optimizer
+  other = ("--optimizer.name", "sgd", "--optimizer.schedule=constant")
+  found = _trained("lm-tiny", *other).optimizer
+  assert (found.name, found.schedule) == ("sgd", "constant")
+  assert (preset.beta2, preset.final_fraction) == (0.95, 0.1)
+  assert (found.beta2, found.final_fraction) == (0.999, 0.0)
+  assert _trained("lm-tiny", "--optimizer.name=muon").optimizer.beta2 == 0.95
 
 
 def test_a_system_that_no_preset_has_replaces_the_mixers() -> None:

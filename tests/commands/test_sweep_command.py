@@ -3,9 +3,10 @@
 import jax
 import pytest
 
+from rebased_jax import AttentionConfig
 from train import cli
 from train.commands import run_cells
-from train.experiments import record as records
+from train.experiments import own_sweep, record as records
 
 _SMALL = (
   *("--data.vocab-size", "64", "--data.length", "16", "--data.pairs", "2"),
@@ -57,6 +58,16 @@ def test_a_sweep_is_a_cell_a_width(tmp_path, capsys, monkeypatch):
   assert "| 12 | **0.01** | 0.6000 ± 0.2828 | 2 | 2 of 2 | 0 |" in page
   assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
+  # Another system has its own folder.
+  other = ("--model.mixer", "attention", "--model.mixer.heads", "2")
+  with monkeypatch.context() as patch:
+    patch.setattr(own_sweep, "write", lambda name, *_: [name])
+    code, out = _sweep(capsys, _PRESET, *_SMALL, *_GRID[:6], *other)
+  assert f"wrote {_PRESET}-attention" in out
+  assert code == 0 and list(cells)[2:] == [f"{_PRESET}-attention-d64"]
+  second = cells[f"{_PRESET}-attention-d64"].run.model.second
+  assert isinstance(second, AttentionConfig) and second.heads == 2
+
   # Another grid in the same folder leaves the records as they are.
   cells.clear()
   code, out = _sweep(capsys, _PRESET, *_SMALL, "--rates", "0.1", *_GRID[-3:])
@@ -71,9 +82,13 @@ def test_a_wrong_sweep_is_an_error_that_names_it(tmp_path, capsys, monkeypatch):
     (["mqr"], "did you mean"),
     ([_PRESET, "--steps", "5"], "--steps=5: expected a multiple"),
     ([_PRESET, "--rates", "0"], "--rates=(0.0,): expected positive"),
+    (
+      [_PRESET, "--model.mixer", "x"],
+      "--model.mixer='x': expected None or one",
+    ),
     ([_PRESET, "--seeds", "1", "1"], "--seeds=(1, 1): expected different"),
     ([_PRESET, "--init-from", "x"], "--init-from='x': expected None"),
-    ([_PRESET, "--widths", "0"], "ModelConfig.width=0"),
+    ([_PRESET, "--widths", "0"], "--widths=(0,): expected integers"),
   ):
     code, out = _sweep(capsys, *args)
     assert code == 2 and expected in out, out

@@ -307,7 +307,9 @@ def test_wrong_arrays_are_named(case: str) -> None:
 
 
 def test_wrong_arguments_are_named(tmp_path: Path, monkeypatch) -> None:
-  with pytest.raises(ValueError, match="system='rebasd': expected one of att"):
+  with pytest.raises(
+    ValueError, match="system='rebasd': expected one of .'att"
+  ):
     pytorch.load({}, system="rebasd")
   with pytest.raises(WeightsError, match="heads=5: the queries have 192"):
     pytorch.load(_arrays("based"), system="based", heads=5)

@@ -89,8 +89,8 @@ def test_only_metrics_of_the_run_rank_its_checkpoints() -> None:
   "changes, expected",
   [
     (dict(keep_every=3), "keep_every=3: expected a multiple of save_every=2"),
-    (dict(keep_every=0), "keep_every=0: expected an integer ≥ 1, or None"),
-    (dict(keep_best=2), "keep_best=2: expected the name of a held-out metric"),
+    (dict(keep_every=0), "keep_every=0: expected None or an integer ≥ 1"),
+    (dict(keep_best=2), "keep_best=2: expected None or the name of"),
     (dict(keep_best="loss", eval_every=4), "save_every=2: expected a multiple"),
   ],
 )

@@ -174,7 +174,7 @@ _WRONG_LISTS = {
   ),
   "an unknown source": (
     DerivedMetric("bits", "los", lambda x: x / math.log(2)),
-    r"'bits' has the source 'los': expected one of \['loss', 'accuracy'",
+    r"'bits' has the source 'los': expected one of \('loss', 'accuracy'",
   ),
   "a derived source": (
     DerivedMetric("bits", "perplexity", math.log2),

@@ -10,7 +10,7 @@ import tyro
 
 from rebased_jax import ModelConfig
 from rebased_jax.presets import SYSTEMS
-from train.commands.parsing import option_names, parse
+from train.commands.parsing import naming_options, option_names, parse
 from train.config import DataConfig, RunConfig, TextData
 from train.presets import make_presets, with_system
 from train.records.run_folder import RunFolder
@@ -99,6 +99,12 @@ def parse_preset(
     if system in SYSTEMS:  # a wrong name is answered when all are parsed
       config = with_system(name, system)
   args = _with_layers(args, config.model)
+  # A preset's beta2 is meant for the preset's rule, not for one without it.
+  rule = config.optimizer.switched_to(
+    _last_value(args, "--optimizer.name"),
+    _last_value(args, "--optimizer.schedule"),
+  )
+  config = dataclasses.replace(config, optimizer=rule)
 
   def elsewhere(option: str) -> str:
     if option == "--config":
@@ -110,7 +116,10 @@ def parse_preset(
     return f" with {words}: expected a preset such as {shown}"
 
   prog = f"rebased {verb} {words}"
-  return name, parse(kind, prog, args, kind(config), elsewhere)
+  parsed = parse(kind, prog, args, kind(config), elsewhere)
+  with naming_options(parsed.run):
+    parsed.run.optimizer.check_unused()
+  return name, parsed
 
 
 def _last_value(args: list[str], option: str) -> str | None:

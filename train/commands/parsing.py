@@ -226,8 +226,8 @@ def _wrong_choice(value: str, option: str, listed: str) -> str:
   choices = sorted(re.findall(r"'([^']*)'", listed))
   hint = near(value, choices)
   shown = ", ".join(repr(x) for x in choices if x != "None")
-  unset = " or None" * ("None" in choices)
-  return f"{option}={value!r}: expected one of ({shown}){unset}{hint}"
+  unset = "None or " * ("None" in choices)
+  return f"{option}={value!r}: expected {unset}one of ({shown}){hint}"
 
 
 def _name_kinds(text: str) -> str:

@@ -181,6 +181,7 @@ def _parse(args: list[str]) -> tuple[ResumeArgs, RunConfig, RunConfig]:
     scan_layers=parsed.model.scan_layers,
   )
   with naming_options(parsed):
+    parsed.optimizer.check_unused(stored.optimizer)
     config = dataclasses.replace(
       stored,
       model=model,

@@ -8,9 +8,10 @@ from rich.console import Console
 import tyro
 
 from train import console as lines
-from train.commands.arguments import parse_preset
+from train.commands.arguments import SystemArg, parse_preset
 from train.commands.parsing import naming_options
 from train.config import RunConfig
+from train.data.checks import require
 
 if TYPE_CHECKING:
   from train.experiments.sweep import Cell
@@ -26,6 +27,9 @@ class SweepArgs:
   """
 
   run: Annotated[RunConfig, tyro.conf.arg(name="")]
+  #: The system that the model gets, as in the preset of that system; see
+  #: `rebased train`. None: the preset's.
+  mixer: SystemArg = None
   #: Highest learning rates. Empty: the preset's.
   rates: tuple[float, ...] = ()
   #: Seeds. Empty: the preset's.
@@ -52,8 +56,12 @@ def run(args: list[str]) -> int:
   from train.commands.run_cells import run_cells
   from train.experiments import own_sweep, record as records
 
+  if parsed.mixer is not None:
+    name = f"{name}-{parsed.mixer}"
   folder = Path(parsed.out or Path("sweeps", name))
   with naming_options(parsed), naming_options(parsed.run):
+    positive = all(width >= 1 for width in parsed.widths)
+    require(positive, "widths", parsed.widths, "integers ≥ 1")
     cells = {
       f"{name}-d{width}": _cell(parsed, width)
       for width in parsed.widths or (parsed.run.model.width,)

@@ -110,7 +110,7 @@ def _size(shapes: str, kind: str, is_started: bool) -> int:
 def _width(dtype: str) -> int:
   if dtype not in _BYTES:
     raise NotImplementedError(
-      f"a collective of dtype {dtype}: expected one of {', '.join(_BYTES)}"
+      f"a collective of dtype {dtype}: expected one of {tuple(_BYTES)}"
     )
   return _BYTES[dtype]
 

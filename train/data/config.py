@@ -83,7 +83,7 @@ class DataConfig(abc.ABC):
     require(whole, "data.length", self.length, "a positive integer")
     size = self.vocab_size
     known = size is None or (fits(size, int) and size >= 1)
-    require(known, "data.vocab_size", size, "a positive integer, or None")
+    require(known, "data.vocab_size", size, "None or an integer ≥ 1")
     whole = fits(self.workers, int) and self.workers >= 0
     require(whole, "data.workers", self.workers, "0 or more")
     some = self.timeout is None or self.timeout > 0
@@ -379,7 +379,7 @@ class TextData(DataConfig):
     require(is_bool, "data.verify", self.verify, "True or False")
     rows = self.eval_rows
     some = rows is None or rows >= 1
-    require(some, "data.eval_rows", rows, "1 or more, or None")
+    require(some, "data.eval_rows", rows, "None or a number ≥ 1")
     limit, expected = self.recall_limit, "None, or 0 or more"
     whole = limit is None or (fits(limit, int) and limit >= 0)
     require(whole, "data.recall_limit", limit, expected)

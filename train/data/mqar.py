@@ -161,7 +161,7 @@ class MQARStream(Batches):
     known = self.split in SPLITS
     require(known, "split", self.split, f"one of {SPLITS}")
     some = self.examples is None or self.examples >= 1
-    require(some, "examples", self.examples, "1 or more, or None")
+    require(some, "examples", self.examples, "None or a number ≥ 1")
 
   @property
   def length(self) -> int:

@@ -85,7 +85,7 @@ class LMBatches(Batches):
     known = self.split in packing.SPLITS
     require(known, "split", self.split, f"one of {packing.SPLITS}")
     some = self.limit is None or self.limit >= 1
-    require(some, "limit", self.limit, "1 or more, or None")
+    require(some, "limit", self.limit, "None or a number ≥ 1")
     if self.weights:
       sizes = len(self.weights) == len(self.paths)
       expected = f"one for each of {len(self.paths)} paths"

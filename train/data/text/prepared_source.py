@@ -150,12 +150,13 @@ def _check_fields(path: Path, data: dict[str, Any]) -> None:
 
   _check_kinds(path, "", data, _FIELDS, needed=True)
   _check_kinds(path, "", data, _OPTIONAL, needed=False)
+  kinds = "documents", "rows"
+  check(data["kind"] in kinds, "kind", f"one of {kinds}")
   rows = data["kind"] == "rows"
-  check(rows or data["kind"] == "documents", "kind", "'documents' or 'rows'")
   if rows:
     length = data.get("length")
     check(type(length) is int and length >= 1, "length", "1 or more")
-  check(data["dtype"] in _DTYPES, "dtype", f"one of {', '.join(_DTYPES)}")
+  check(data["dtype"] in _DTYPES, "dtype", f"one of {tuple(_DTYPES)}")
   limit = 2 ** min(8 * _DTYPES[data["dtype"]].itemsize, 31)
   fits = 1 <= data["vocab_size"] <= limit
   check(fits, "vocab_size", f"1 to {limit}, as {data['dtype']} holds them")
