@@ -344,6 +344,7 @@ _FAILURES = {
   "train.data.prepare.shard": "PrepareError",
   "train.checkpoint.checkpoints": "CheckpointError",
   "train.nonfinite_steps": "TrainingFailed",
+  "train.records.wandb": "WandbError",
 }
 
 

@@ -189,7 +189,7 @@ def test_wandb_refuses_before_the_folder_is_made(call, monkeypatch) -> None:
 
   monkeypatch.setattr(fake, "login", login)
   code, _, err = call(*words, "recall")
-  assert code == 2 and "No API key configured.: expected a project" in err
+  assert code == 2 and "No API key configured: expected a project" in err
   assert "WANDB_MODE=offline" in err and fake.inits == []
   assert list(Path.cwd().iterdir()) == []
 

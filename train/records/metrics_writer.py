@@ -35,12 +35,13 @@ class MetricsWriter:
   ):
     self.exit_code = 0
     self._flushed = time.monotonic()
-    self._file = folder.append_to_metrics() if active else None
-    self._board = self._wandb = None
+    self._file = self._board = self._wandb = None
     if active and config.wandb is not None:
-      self._wandb = WandbRun(config, folder)
+      self._wandb = WandbRun(config, folder)  # may refuse, with nothing open
     if active and config.tensorboard:
       self._board = Board(folder.path / "tensorboard", start)
+    if active:
+      self._file = folder.append_to_metrics()
 
   def write(self, kind: str, step: int, **values: Any) -> None:
     """Write one record.

@@ -8,21 +8,39 @@ from train.records.run_folder import RunFolder
 from train.stored_config import to_dict
 
 
+class WandbError(RuntimeError):
+  """The run cannot be recorded at Weights & Biases."""
+
+
 def check(config: RunConfig) -> None:
-  """Check that wandb is installed, if the run asks for it.
+  """Check that the run can be recorded at wandb, if it asks for that.
 
   Raises:
-    ValueError: it is not.
+    ValueError: wandb is not installed, has no account of its server, cannot
+      reach the server, or does not take the project's name.
   """
   if config.wandb is None:
     return
   try:
-    import wandb  # noqa: F401  # optional
+    import wandb  # optional
   except ImportError as error:
     raise ValueError(
       f"wandb={config.wandb!r}: wandb is not installed; "
       "pip install 'rebased-jax[wandb]'"
     ) from error
+  try:
+    wandb.Settings(project=config.wandb)
+    wandb.login(verify=True)  # does nothing where WANDB_MODE is offline
+  except (wandb.Error, ValueError, OSError) as error:
+    raise ValueError(_refused(config, error)) from error
+
+
+def _refused(config: RunConfig, error: Exception) -> str:
+  reason = " ".join(str(error).split()).rstrip(".")
+  return (
+    f"wandb={config.wandb!r}: {reason}: expected a project of an account that "
+    "`wandb login` knows; WANDB_MODE=offline keeps the records here"
+  )
 
 
 class WandbRun:
@@ -33,6 +51,9 @@ class WandbRun:
   Args:
     config: the run; `config.wandb` is the project.
     folder: the run's folder.
+
+  Raises:
+    WandbError: wandb refuses the run.
   """
 
   def __init__(self, config: RunConfig, folder: RunFolder):
@@ -41,13 +62,16 @@ class WandbRun:
     file = folder.path / "wandb-id.txt"
     if not file.exists():
       folder.write(file.name, uuid.uuid4().hex[:12] + "\n")
-    self._run = wandb.init(
-      project=config.wandb,
-      id=file.read_text().strip(),
-      name=folder.path.name,
-      config=to_dict(config),
-      resume="allow",
-    )
+    try:
+      self._run = wandb.init(
+        project=config.wandb,
+        id=file.read_text().strip(),
+        name=folder.path.name,
+        config=to_dict(config),
+        resume="allow",
+      )
+    except wandb.Error as error:
+      raise WandbError(_refused(config, error)) from error
 
   def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
     """Write one record; wandb shows its numbers as `kind/name`."""
