@@ -9,6 +9,9 @@ from typing import NamedTuple
 from jax import Array
 import jax.numpy as jnp
 
+# Pallas makes the rows the third axis of a CUDA grid, which cannot be longer.
+MOST_ROWS = 65_535
+
 
 class Cut(NamedTuple):
   """The numbers that decide where a kernel cuts time, and how finely.

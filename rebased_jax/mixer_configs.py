@@ -348,8 +348,8 @@ class MambaConfig(MixerConfig):
   #: uniformly within ±1/√R, and b_Δ such that softplus(b_Δ) is log-uniform in
   #: [0.001, 0.1].
   initialization: Literal["published", "intended"] = "published"
-  #: What computes the scan: "xla", or "gpu", kernels for Hopper GPUs that were
-  #: not timed yet. None: "xla".
+  #: What computes the scan: "gpu", kernels for Hopper GPUs, or "xla". None: the
+  #: kernels on Hopper GPUs where they can, else "xla".
   implementation: str | None = None
 
   def __post_init__(self) -> None:
@@ -388,8 +388,8 @@ class RWKVConfig(MixerConfig):
   #: v, decay and first, as the code's float mode does; the recurrence itself is
   #: computed in float32. "float32" rounds nothing.
   wkv_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-  #: What computes the recurrence: "xla", or "gpu", kernels for Hopper GPUs that
-  #: were not timed yet. None: "xla".
+  #: What computes the recurrence: "gpu", kernels for Hopper GPUs, or "xla".
+  #: None: the kernels on Hopper GPUs where they can, else "xla".
   implementation: str | None = None
 
   def __post_init__(self) -> None:

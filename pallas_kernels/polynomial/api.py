@@ -11,7 +11,7 @@ from pallas_kernels.arguments import flag
 from pallas_kernels.compile_once import compile_once
 from pallas_kernels.explicit_mesh import on_any_mesh
 from pallas_kernels.implementations import (
-  is_split,
+  check_split,
   outside_checked_shard_map,
 )
 from pallas_kernels.plain_derivatives import are_plain
@@ -472,7 +472,7 @@ def _choose(
   states = states or (axes is not None and axes.time is not None)
   try:
     devices.check_named(name)
-    is_split(name, axes)
+    check_split(name, axes)
     outside_checked_shard_map(name, q)
     _kernels(name).supports(q, v, kernel, states=states)
     if implementation is None:

@@ -2,11 +2,13 @@
 
     h_t = exp(Δ_t A) ∘ h_{t−1} + (Δ_t ∘ x_t) B_tᵀ,   y_t = h_t C_t
 
-`xla.py` computes it on every device, `gpu` by Hopper kernels. Both keep one
-state a chunk, and compute the others again in the backward.
+`gpu` has kernels for Hopper GPUs, `xla.py` computes it on every device. Both
+keep one state a chunk, and compute the others again in the backward.
 """
 
+from collections.abc import Callable
 import functools
+from typing import Any
 
 import jax
 from jax import Array
@@ -18,11 +20,11 @@ from pallas_kernels.arguments import (
   integer_array,
   positive_integer,
 )
-from pallas_kernels.by_platform import by_platform
+from pallas_kernels.by_platform import by_platform, forward_by_platform
 from pallas_kernels.compile_once import compile_once, compiled_backward
 from pallas_kernels.documents import document_runs
 from pallas_kernels.explicit_mesh import on_any_mesh
-from pallas_kernels.implementations import Recurrence, check_kernels
+from pallas_kernels.implementations import Recurrence, chooses_kernels
 from pallas_kernels.selective_scan import xla
 from pallas_kernels.sharding import unsplit_axes, vary_alike
 
@@ -60,11 +62,16 @@ def selective_scan(
       starts from zeros. An Inf or NaN in one document stays in it. None: a row
       is one document.
     chunk: the most tokens of a row that "xla" scans at once. None: 32 to 256,
-      more for fewer rows.
-    implementation: what computes it. "xla": plain jax, on every device. "gpu":
-      kernels for Hopper GPUs, which hold states in float32; they take I
-      channels that are a multiple of 64, at most 32 states, and no float64.
-      None: "xla".
+      more for fewer rows. The kernels do no call with a chunk.
+    implementation: what computes it.
+
+      * `None` (default): "gpu" where the program is lowered for a GPU, the
+        process has Hopper GPUs, and the kernels can do the call. Else "xla";
+        on a GPU, a warning then says why.
+      * `"gpu"`: kernels for Hopper GPUs, which hold states in float32. They
+        take I channels that are a multiple of 64, at most 32 states, and no
+        float64.
+      * `"xla"`: plain jax, on every device.
 
   Returns:
     (y, state): y (B, T, I), and h (B, I, N) after the last token, of the last
@@ -93,16 +100,17 @@ def selective_scan(
   if chunk is not None:
     chunk = positive_integer("chunk", chunk)
   arrays = vary_alike(x, delta, A, B, C, initial_state, _starts(segment_ids))
-  if not check_kernels(implementation, x, lambda: _passes().why_not(x, A)):
+
+  def why_not() -> str | None:
+    if chunk is not None:
+      return f"chunk={chunk}, because its own chunks have one size"
+    return _passes().why_not(x, A)
+
+  if not chooses_kernels("selective_scan", implementation, arrays, why_not):
     chunk = chunk or xla.chunk_tokens(rows)
     return compile_once(xla.scan_chunks, (chunk,), *arrays)
-  if chunk is not None:
-    raise ValueError(
-      f"chunk={chunk} with implementation='gpu', whose chunks have one size: "
-      "expected chunk=None"
-    )
-  y, state = compile_once(_by_kernel, (bool(unsplit_axes()),), *arrays)
-  return y, state.astype(x.dtype)
+  elsewhere = _by_xla if implementation is None else None
+  return compile_once(_by_kernel, (elsewhere, bool(unsplit_axes())), *arrays)
 
 
 def _starts(segment_ids_BT: Array | None) -> Array | None:
@@ -119,8 +127,13 @@ def _passes():
   return passes
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_xla(x_BTI: Array, *arrays: Array | None) -> tuple[Array, Array]:
+  return xla.scan_chunks(xla.chunk_tokens(x_BTI.shape[0]), x_BTI, *arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _by_kernel(
+  elsewhere: Callable[..., Any] | None,
   by_xla: bool,
   x_BTI: Array,
   delta_BTI: Array,
@@ -130,41 +143,70 @@ def _by_kernel(
   h_BIN: Array,
   starts_BT: Array | None,
 ) -> tuple[Array, Array]:
+  """Return y and the last state by the kernels.
+
+  Args:
+    elsewhere: a function of the arrays that computes it on other platforms.
+      None: lowering for them raises NotImplementedError.
+    by_xla: whether XLA splits rows and channels over a mesh.
+    x_BTI: the input.
+    delta_BTI: the steps Δ.
+    A_IN: the rates.
+    B_BTN: what writes into the states.
+    C_BTN: what reads them.
+    h_BIN: the state before the row.
+    starts_BT: whether each token starts a document; None: a row is one.
+  """
   arrays = x_BTI, delta_BTI, A_IN, B_BTN, C_BTN, h_BIN, starts_BT
-  return _forward(by_xla, *arrays)[0]
+  return _forward(elsewhere, by_xla, *arrays)[0]
 
 
-_NAMES = ("x", "delta", "A", "B", "C", "h")
+_NAMES = ("x", "delta", "A", "B", "C", "h", "starts")
 
 
-def _named(arrays: tuple, starts_BT: Array | None) -> dict[str, Array]:
-  named = dict(zip(_NAMES, arrays, strict=True))
-  return named if starts_BT is None else named | dict(starts=starts_BT)
+def _named(arrays: tuple) -> dict[str, Array]:
+  pairs = zip(_NAMES, arrays, strict=True)
+  return {name: x for name, x in pairs if x is not None}
 
 
-def _forward(by_xla, *arrays):
-  *floats, starts_BT = arrays
-
-  def kernel(floats, starts_BT):
-    return _passes().forward(_named(floats, starts_BT), by_xla=by_xla)
+def _forward(elsewhere, by_xla, *arrays):
+  def kernel(*arrays):
+    named = _named(arrays)
+    y_BTI, last_BIN, before = _passes().forward(named, by_xla=by_xla)
+    return (y_BTI, last_BIN.astype(y_BTI.dtype)), before
 
   hopper = devices.kernels_of("gpu")
-  y_BTI, last_BIN, before = by_platform(
-    hopper, kernel, None, floats, starts_BT, is_split=by_xla
+  results, before = forward_by_platform(
+    hopper, kernel, elsewhere, *arrays, is_split=by_xla
   )
-  return (y_BTI, last_BIN), (floats, starts_BT, before)
+  return results, (arrays, before)
 
 
-def _backward(by_xla, kept, cotangents):
-  def kernel(kept, cotangents):
-    floats, starts_BT, before = kept
-    named = _named(floats, starts_BT)
-    return _passes().backward(named, before, *cotangents, by_xla=by_xla)
+def _backward(elsewhere, by_xla, kept, cotangents):
+  def kernel(arrays, before, cotangents):
+    dy_BTI, dlast_BIN = cotangents
+    dlast_BIN = dlast_BIN.astype(jnp.float32)
+    found = _passes().backward(
+      _named(arrays), before, dy_BTI, dlast_BIN, by_xla=by_xla
+    )
+    floats = zip(_NAMES[:-1], arrays[:-1], strict=True)
+    return tuple(found[name].astype(x.dtype) for name, x in floats)
 
-  hopper = devices.kernels_of("gpu")
-  found = by_platform(hopper, kernel, None, kept, cotangents, is_split=by_xla)
-  floats = zip(_NAMES, kept[0], strict=True)
-  return *(found[name].astype(x.dtype) for name, x in floats), None
+  def afresh(arrays, before, cotangents):
+    del before
+    *floats, starts_BT = arrays
+    run = lambda *floats: elsewhere(*floats, starts_BT)
+    return jax.vjp(run, *floats)[1](cotangents)
+
+  grads = by_platform(
+    devices.kernels_of("gpu"),
+    kernel,
+    elsewhere and afresh,
+    *kept,
+    cotangents,
+    is_split=by_xla,
+  )
+  return *grads, None
 
 
 _by_kernel.defvjp(_forward, compiled_backward(_backward))

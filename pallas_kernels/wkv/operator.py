@@ -5,11 +5,13 @@ Each channel on its own, with a decay w < 0 and a bonus u:
     A_{t+1} = e^w A_t + e^{k_t} v_t,   B_{t+1} = e^w B_t + e^{k_t}
     y_t = (A_t + e^{u + k_t} v_t) / (B_t + e^{u + k_t})
 
-`WKVState` holds A and B over e^m, m the largest exponent so far. `xla.py`
-computes it on every device, `gpu` by Hopper kernels.
+`WKVState` holds A and B over e^m, m the largest exponent so far. `gpu` has
+kernels for Hopper GPUs, `xla.py` computes it on every device.
 """
 
+from collections.abc import Callable
 import functools
+from typing import Any
 
 import jax
 from jax import Array
@@ -17,11 +19,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import devices
 from pallas_kernels.arguments import float_array, integer_array
-from pallas_kernels.by_platform import by_platform
+from pallas_kernels.by_platform import by_platform, forward_by_platform
 from pallas_kernels.compile_once import compile_once, compiled_backward
 from pallas_kernels.documents import document_runs
 from pallas_kernels.explicit_mesh import on_any_mesh
-from pallas_kernels.implementations import Recurrence, check_kernels
+from pallas_kernels.implementations import Recurrence, chooses_kernels
 from pallas_kernels.sharding import unsplit_axes, vary_alike
 from pallas_kernels.wkv import xla
 from pallas_kernels.wkv.state import (
@@ -64,9 +66,15 @@ def wkv(
       of the first token's document. None: no tokens before.
     segment_ids: integers (B, T). A document is a run of one id and sees itself
       alone. None: a row is one document.
-    implementation: what computes it. "xla": plain jax, on every device, in
-      about 3 √T steps one after the other. "gpu": kernels for Hopper GPUs; they
-      take D channels that are a multiple of 128, and no float64. None: "xla".
+    implementation: what computes it.
+
+      * `None` (default): "gpu" where the program is lowered for a GPU, the
+        process has Hopper GPUs, and the kernels can do the call. Else "xla";
+        on a GPU, a warning then says why.
+      * `"gpu"`: kernels for Hopper GPUs. They take D channels that are a
+        multiple of 128, and no float64.
+      * `"xla"`: plain jax, on every device, in about 3 √T steps one after the
+        other.
 
   Returns:
     (y, state): y (B, T, D) in v's dtype, and the state after the last token, of
@@ -89,13 +97,15 @@ def wkv(
     segment_ids = integer_array("segment_ids", segment_ids, (B, T))
     changes_BT = jnp.diff(document_runs(segment_ids), axis=1) > 0
     starts_BT = jnp.pad(changes_BT, ((0, 0), (1, 0)))
-  named = check_kernels(implementation, k, lambda: _passes().why_not(k, w))
-  if starts_BT is None and not named:
-    starts_BT = jnp.zeros((B, T), bool)
-  arrays = vary_alike(k, v, w, u, initial_state, starts_BT)
-  if named:
-    return compile_once(_by_kernel, (bool(unsplit_axes()),), *arrays)
-  return compile_once(xla.wkv, (), *arrays)
+  arrays = k, v, w, u, initial_state, starts_BT
+  why_not = lambda: _passes().why_not(k, w)
+  if not chooses_kernels("wkv", implementation, arrays, why_not):
+    if starts_BT is None:
+      starts_BT = jnp.zeros((B, T), bool)
+    arrays = vary_alike(k, v, w, u, initial_state, starts_BT)
+    return compile_once(xla.wkv, (), *arrays)
+  elsewhere = _by_xla if implementation is None else None
+  return compile_once(_by_kernel, (elsewhere, bool(unsplit_axes())), *arrays)
 
 
 @on_any_mesh("BD", ("BD", _STATE))
@@ -158,8 +168,16 @@ def _passes():
   return passes
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_xla(*arrays: Any) -> tuple[Array, WKVState]:
+  *floats, starts_BT = arrays
+  if starts_BT is None:
+    starts_BT = jnp.zeros(floats[0].shape[:2], bool)
+  return xla.wkv(*floats, starts_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _by_kernel(
+  elsewhere: Callable[..., Any] | None,
   by_xla: bool,
   k_BTD: Array,
   v_BTD: Array,
@@ -168,57 +186,69 @@ def _by_kernel(
   state: WKVState,
   starts_BT: Array | None,
 ) -> tuple[Array, WKVState]:
+  """Return y and the sums after the row by the kernels.
+
+  Args:
+    elsewhere: a function of the arrays that computes it on other platforms.
+      None: lowering for them raises NotImplementedError.
+    by_xla: whether XLA splits rows and channels over a mesh.
+    k_BTD: exponents of the tokens' weights.
+    v_BTD: values.
+    w_D: decays.
+    u_D: bonuses.
+    state: the sums before the row.
+    starts_BT: whether each token starts a document; None: a row is one.
+  """
   arrays = k_BTD, v_BTD, w_D, u_D, state, starts_BT
-  return _forward(by_xla, *arrays)[0]
+  return _forward(elsewhere, by_xla, *arrays)[0]
 
 
-def _named(arrays: tuple, starts_BT: Array | None) -> dict[str, Array]:
-  named = dict(zip("kvwu", arrays, strict=True))
+def _named(floats: tuple, starts_BT: Array | None) -> dict[str, Array]:
+  named = dict(zip("kvwu", floats, strict=True))
   return named if starts_BT is None else named | dict(starts=starts_BT)
 
 
-def _forward(by_xla, *arrays):
-  *floats, state, starts_BT = arrays
+def _forward(elsewhere, by_xla, *arrays):
+  def kernel(*arrays):
+    *floats, state, starts_BT = arrays
+    y_BTD, last, before = _passes().forward(
+      _named(floats, starts_BT), state, by_xla=by_xla
+    )
+    return (y_BTD, last), before
 
-  def kernel(floats, state, starts_BT):
-    named = _named(floats, starts_BT)
-    return _passes().forward(named, state, by_xla=by_xla)
+  hopper = devices.kernels_of("gpu")
+  results, before = forward_by_platform(
+    hopper, kernel, elsewhere, *arrays, is_split=by_xla
+  )
+  return results, (arrays, before, results[1].maximum)
 
-  y_BTD, last, before = by_platform(
+
+def _backward(elsewhere, by_xla, kept, cotangents):
+  def kernel(arrays, before, maximum_BD, cotangents):
+    *floats, state, starts_BT = arrays
+    dy_BTD, after = cotangents
+    # The last state's cotangents are λ and μ after the last token.
+    end = WKVState(after.numerator, -after.denominator, -maximum_BD)
+    grads, first = _passes().backward(
+      _named(floats, starts_BT), before, dy_BTD, end, by_xla=by_xla
+    )
+    return *(grads[name] for name in "kvwu"), state_gradient(state, first)
+
+  def afresh(arrays, before, maximum_BD, cotangents):
+    del before, maximum_BD
+    *floats, starts_BT = arrays
+    run = lambda *floats: elsewhere(*floats, starts_BT)
+    return jax.vjp(run, *floats)[1](cotangents)
+
+  grads = by_platform(
     devices.kernels_of("gpu"),
     kernel,
-    None,
-    floats,
-    state,
-    starts_BT,
+    elsewhere and afresh,
+    *kept,
+    cotangents,
     is_split=by_xla,
   )
-  kept = floats, state, starts_BT, before, last.maximum
-  return (y_BTD, last), kept
-
-
-def _backward(by_xla, kept, cotangents):
-  floats, state, starts_BT, before, maximum_BD = kept
-  dy_BTD, after = cotangents
-
-  def kernel(floats, starts_BT, before, dy_BTD, end):
-    named = _named(floats, starts_BT)
-    return _passes().backward(named, before, dy_BTD, end, by_xla=by_xla)
-
-  # The last state's cotangents are λ and μ after the last token.
-  end = WKVState(after.numerator, -after.denominator, -maximum_BD)
-  grads, first = by_platform(
-    devices.kernels_of("gpu"),
-    kernel,
-    None,
-    floats,
-    starts_BT,
-    before,
-    dy_BTD,
-    end,
-    is_split=by_xla,
-  )
-  return *(grads[name] for name in "kvwu"), state_gradient(state, first), None
+  return *grads, None
 
 
 _by_kernel.defvjp(_forward, compiled_backward(_backward))

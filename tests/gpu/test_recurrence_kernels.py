@@ -5,6 +5,7 @@ equations.
 """
 
 import dataclasses
+import functools
 
 from flax import nnx
 import jax
@@ -28,6 +29,7 @@ from pallas_kernels import (
   WKVState,
   devices,
   empty_wkv_state,
+  plain_derivatives,
   selective_scan,
   wkv,
 )
@@ -273,12 +275,18 @@ def _row_and_group(operator):
   def scan(x_TW, delta_TW, A_WN, B_TN, C_TN, h_WN):
     row = (x[None] for x in (x_TW, delta_TW, B_TN, C_TN, h_WN))
     x, delta, B, C, h = row
-    y, last = selective_scan(x, delta, A_WN, B, C, initial_state=h)
+    y, last = selective_scan(
+      x, delta, A_WN, B, C, initial_state=h, implementation="xla"
+    )
     return y[0], last[0]
 
   def rwkv(k_TW, v_TW, w_W, u_W, *state):
     row = WKVState(*(x[None] for x in state))
-    y, last = wkv(k_TW[None], v_TW[None], w_W, u_W, initial_state=row)
+    y, last = wkv(
+      *(k_TW[None], v_TW[None], w_W, u_W),
+      initial_state=row,
+      implementation="xla",
+    )
     return y[0], *(x[0] for x in last)
 
   return scan if operator is SCAN else rwkv
@@ -336,7 +344,9 @@ def seen(monkeypatch) -> set[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("operator", [SCAN, WKV])
-def test_devices_compute_their_rows_and_channels(operator, seen) -> None:
+def test_devices_compute_their_rows_and_channels(
+  hopper, operator, seen
+) -> None:
   """Values and gradients over 2 x 2 devices equal those of one."""
   if operator is SCAN:
     inputs = scan_inputs(2, 5, 128, 8, "float32", 1e-3, 1)
@@ -355,7 +365,7 @@ def test_devices_compute_their_rows_and_channels(operator, seen) -> None:
       name: jax.device_put(x, places.get(name, tokens))
       for name, x in inputs.items()
     }
-    found = answer(operator, split, None, "gpu")
+    found = answer(operator, split, None, None)
   assert part in seen
   assert_near(found, wanted, 1e-5)
 
@@ -376,21 +386,80 @@ def test_calls_beyond_the_kernels_name_the_reason(
 
 
 @pytest.mark.parametrize(
-  "config, kernel",
+  "operator, shapes, word",
   [
-    (MambaConfig(implementation="gpu"), "selective_scan_forward"),
-    (RWKVConfig(implementation="gpu"), "wkv_forward"),
+    (selective_scan, _scan_shapes(2, 8, 96, 16), "I=96"),
+    (wkv, _wkv_shapes(65536, 1, 128), "B=65536"),
   ],
 )
-def test_a_mixer_runs_the_kernels_only_if_named(config, kernel) -> None:
+def test_xla_does_such_calls_by_default(
+  hopper, monkeypatch, operator, shapes, word
+) -> None:
+  """It says why where the calls are expected on a GPU."""
+  monkeypatch.setattr(devices, "platform", lambda: "gpu")
+  with pytest.warns(UserWarning, match=f"runs 'xla': .*{word}"):
+    jax.eval_shape(operator, *shapes)
+
+
+def test_what_xla_computes_on_a_known_hopper_gpu(hopper, monkeypatch) -> None:
+  """A call with chunks, one in float64, and what `plain_derivatives` has."""
+  shapes = _scan_shapes(2, 8, 64, 16)
+
+  def kernels_of(call) -> bool:
+    # A new function at each call, because jax keeps what it traced.
+    return "by_platform" in str(jax.make_jaxpr(lambda *x: call(*x))(*shapes))
+
+  assert kernels_of(selective_scan)
+  assert not kernels_of(functools.partial(selective_scan, chunk=4))
+  assert not kernels_of(functools.partial(selective_scan, implementation="xla"))
+  with plain_derivatives():
+    assert not kernels_of(selective_scan)
+  with jax.enable_x64(True):
+    assert not kernels_of(selective_scan)
+  # The kind of a GPU that a program is only lowered for is not known.
+  monkeypatch.setattr(devices, "is_hopper", lambda: False)
+  assert not kernels_of(selective_scan)
+  with pytest.raises(NotImplementedError, match="chunk=4.*'xla' does"):
+    selective_scan(
+      **scan_inputs(1, 4, 64, 8, "float32", 1e-3, 1),
+      chunk=4,
+      implementation="gpu",
+    )
+
+
+@pytest.mark.parametrize("operator", [SCAN, WKV])
+def test_a_program_for_two_platforms(hopper, operator) -> None:
+  """It has the kernels for CUDA, and XLA's values and gradients for the CPU."""
+  inputs = (
+    scan_inputs(1, 7, 64, 4, "bfloat16", 1e-3, 1)
+    if operator is SCAN
+    else wkv_inputs(1, 7, 128, "bfloat16", 1)
+  )
+  ids = np.array([[0] * 3 + [1] * 4])
+  found = answer(operator, inputs, ids, None)
+  wanted = answer(operator, inputs, ids, "xla")
+  jax.tree.map(np.testing.assert_array_equal, found, wanted)
+  shapes = jax.tree.map(jax.typeof, jax.tree.map(jnp.asarray, inputs))
+  traced = jax.jit(lambda arrays: operator(**arrays)).trace(shapes)
+  text = traced.lower(lowering_platforms=("cpu", "cuda")).as_text()
+  assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize(
+  "config, kernel",
+  [(MambaConfig(), "selective_scan_forward"), (RWKVConfig(), "wkv_forward")],
+)
+def test_a_mixer_runs_the_kernels_by_default(hopper, config, kernel) -> None:
   x_BTD = ShapeDtypeStruct((1, 40, 128), "float32")
-  for named in (config, dataclasses.replace(config, implementation=None)):
+  for named in (config, dataclasses.replace(config, implementation="xla")):
     mixer = named.make(base.Site(128), rngs=nnx.Rngs(0))
     traced = jax.jit(mixer).trace(x_BTD)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert (kernel in text) == (named is config)
   # A decoded token runs no kernel.
-  mixer = config.make(base.Site(128), rngs=nnx.Rngs(0))
+  mixer = dataclasses.replace(config, implementation="gpu").make(
+    base.Site(128), rngs=nnx.Rngs(0)
+  )
   mixer.step(jnp.ones((1, 128)), mixer.init_state(1))
 
 

@@ -76,12 +76,38 @@ def test_repeats_have_equal_bits(operator) -> None:
     jax.tree.map(np.testing.assert_array_equal, again, first)
 
 
-def test_xla_is_the_default() -> None:
-  """The kernels run where they are named."""
+@pytest.mark.parametrize("operator", [SCAN, WKV])
+def test_mapped_calls_equal_calls_one_by_one(operator) -> None:
+  """`jax.vmap`, as a sweep maps its runs, adds an axis to a kernel's grid."""
+  if operator is SCAN:
+    inputs = scan_inputs(2, 70, 64, 16, "float32", 1e-3, 1)
+  else:
+    inputs = wkv_inputs(2, 70, 128, "float32", 1)
+  runs = jax.tree.map(lambda x: jnp.stack([x, x * 0.5, x * 0.25]), inputs)
+
+  @jax.jit
+  def with_gradients(inputs):
+    y, pull = jax.vjp(lambda inputs: operator(**inputs)[0], inputs)
+    return y, pull(jnp.cos(y))
+
+  found = jax.vmap(with_gradients)(runs)
+  for n in range(3):
+    run, own = (jax.tree.map(lambda x, n=n: x[n], x) for x in (runs, found))
+    jax.tree.map(np.testing.assert_array_equal, own, with_gradients(run))
+
+
+def test_the_kernels_are_the_default() -> None:
+  """XLA's program runs where it is named, and for arrays on the CPU."""
   scan = scan_inputs(1, 40, 64, 16, "float32", 1e-3, 1)
   sums = wkv_inputs(1, 40, 128, "float32", 1)
   for operator, arrays in ((selective_scan, scan), (wkv, sums)):
-    for name in (None, "gpu"):
+    arrays = jax.tree.map(jnp.asarray, arrays)
+    for name in (None, "gpu", "xla"):
       call = jax.jit(lambda x, f=operator, n=name: f(**x, implementation=n))
-      text = call.lower(jax.tree.map(jnp.asarray, arrays)).as_text()
-      assert ("mosaic_gpu" in text) == (name == "gpu")
+      text = call.lower(arrays).as_text()
+      assert ("mosaic_gpu" in text) == (name != "xla")
+    # Also outside `jax.jit`, beside a GPU that is the default device.
+    cpu = jax.devices("cpu")[0]
+    y, _ = operator(**jax.device_put(arrays, cpu))
+    assert y.device == cpu
+    np.testing.assert_allclose(y, operator(**arrays)[0], rtol=1e-4, atol=1e-4)

@@ -58,7 +58,10 @@ def documents(rows: int, T: int, chance: float) -> np.ndarray:
 
 
 def answer(
-  operator: Callable, inputs: dict[str, Any], ids: Any, implementation: str
+  operator: Callable,
+  inputs: dict[str, Any],
+  ids: Any,
+  implementation: str | None,
 ) -> dict[str, Any]:
   """Return an operator's results, and the gradients of a weighted sum."""
   weights = np.random.default_rng(1).normal(size=3).astype(np.float32)

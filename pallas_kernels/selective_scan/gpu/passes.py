@@ -18,7 +18,7 @@ from pallas_kernels.selective_scan.gpu import (
   forward as forward_kernels,
 )
 from pallas_kernels.selective_scan.gpu.walk import C, Launch, W, make_launch
-from pallas_kernels.time_slices import slices_with_starts
+from pallas_kernels.time_slices import MOST_ROWS, slices_with_starts
 
 _MOST_STATES = 32  # the tiles of so many states fit in a thread's registers
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -42,14 +42,16 @@ def why_not(x_BTI: Array, A_IN: Array) -> str | None:
     A_IN: the rates, likewise.
   """
   I, N = A_IN.shape
+  if any(map(jax.export.is_symbolic_dim, (*x_BTI.shape, N))):
+    return f"sizes that are left open, {x_BTI.shape}"
+  if x_BTI.shape[0] > MOST_ROWS:
+    return f"B={x_BTI.shape[0]} rows: at most {MOST_ROWS}"
   if x_BTI.dtype not in _DTYPES:
     return f"dtype {x_BTI.dtype}: float32, bfloat16 or float16 only"
   if I % W:
     return f"I={I} channels: a multiple of {W}"
   if N > _MOST_STATES:
     return f"N={N} states: at most {_MOST_STATES}"
-  if any(map(jax.export.is_symbolic_dim, x_BTI.shape)):
-    return f"sizes that are left open, {x_BTI.shape}"
   return "jax_enable_x64" if jax.config.jax_enable_x64 else None
 
 

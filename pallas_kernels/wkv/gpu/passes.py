@@ -13,7 +13,7 @@ import jax.export
 import jax.numpy as jnp
 
 from pallas_kernels.partitioning import over_rows_and_heads
-from pallas_kernels.time_slices import slices_with_starts
+from pallas_kernels.time_slices import MOST_ROWS, slices_with_starts
 from pallas_kernels.wkv.gpu import (
   backward as backward_kernels,
   forward as forward_kernels,
@@ -45,15 +45,17 @@ def why_not(k_BTD: Array, w_D: Array) -> str | None:
     k_BTD: the keys, of which shape and dtype are read.
     w_D: the decays, of which the dtype is read.
   """
-  D = k_BTD.shape[-1]
+  B, _, D = k_BTD.shape
+  if any(map(jax.export.is_symbolic_dim, k_BTD.shape)):
+    return f"sizes that are left open, {k_BTD.shape}"
+  if B > MOST_ROWS:
+    return f"B={B} rows: at most {MOST_ROWS}"
   if k_BTD.dtype not in _DTYPES:
     return f"dtype {k_BTD.dtype}: float32, bfloat16 or float16 only"
   if w_D.dtype != jnp.float32:
     return f"sums in {w_D.dtype}: float32 only"
   if D % W:
     return f"D={D} channels: a multiple of {W}"
-  if any(map(jax.export.is_symbolic_dim, k_BTD.shape)):
-    return f"sizes that are left open, {k_BTD.shape}"
   return "jax_enable_x64" if jax.config.jax_enable_x64 else None
 
 
