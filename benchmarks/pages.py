@@ -192,6 +192,42 @@ def kernel_peaks() -> str:
   return markdown([*header, "of the tensor core's peak"], rows)
 
 
+def recurrences() -> str:
+  """Return times of Mamba's and RWKV's operators by their kernels, and floors.
+
+  A floor is the largest of three times: bytes at the memory's peak, operations
+  at that of float32, and exponentials at an eighth of the latter.
+  """
+  memory, float32 = 4.8e12, 33.5e12  # a second, by an H200's data sheet
+  # Bytes, exponentials and operations of a token and channel, as in the page.
+  # (channels, forward, backward, each kernel that sums slices)
+  counts = {
+    "Mamba": (2048, (14, 16, 96), (24, 32, 384), (8, 16, 64), (8, 16, 64)),
+    "RWKV": (1024, (7.5, 4, 20), (11.5, 8, 50), (4, 2, 8), (7.5, 6, 30)),
+  }
+  rows = []
+  for row in read("recurrences_h200.json")["times"]:
+    if (row["part"], row["by"]) != ("operator", "gpu"):
+      continue
+    channels, *kernels = counts[row["system"]]
+    forward, backward, *slices = (
+      max(b / memory, 8 * e / float32, o / float32) * 65536 * channels * 1e3
+      for b, e, o in kernels
+    )
+    if row["T"] == 32768:  # two rows, which are cut into slices
+      forward, backward = forward + slices[0], backward + slices[1]
+    cells = [row["system"], f"{row['T']}"]
+    for ms, floor in (
+      (row["forward"], forward),
+      (row["both"], forward + backward),
+    ):
+      cells += [number(ms), number(floor), f"{100 * floor / ms:.0f} %"]
+    rows.append(cells)
+  header = ["operator", "T", "forward, ms", "floor, ms", "reached"]
+  header += ["with backward, ms", "floor, ms", "reached"]
+  return markdown(header, rows)
+
+
 def mixers() -> str:
   """Return times of one layer, and by which program it ran."""
   rows = read("mixers_gpu.json")["rows"]
@@ -302,6 +338,7 @@ TABLES: dict[str, Callable[[], str]] = {
   "aims": aims,
   "kernel-peaks": kernel_peaks,
   "mixers": mixers,
+  "recurrences": recurrences,
   "step-h200": lambda: steps("train_step_h200.json"),
   "step-h100": lambda: steps("train_step_gpu.json"),
   "step-details": lambda: step_details("train_step_h200.json"),
