@@ -20,6 +20,7 @@ from benchmarks.scaling import run as scaling  # noqa: E402
 
 PAGES = (
   *("docs/performance.md", "docs/scaling.md", "docs/kernels.md", "docs/tpu.md"),
+  "docs/generation.md",
   *("benchmarks/kernels/README.md", "benchmarks/train_step/README.md"),
 )
 PEERS = {
@@ -312,6 +313,81 @@ def training() -> str:
   return markdown(["case", "seed", "`gpu`", "`xla`", "difference"], rows)
 
 
+def paired() -> str:
+  """Return how far runs of equal seeds differ from XLA's and float32's."""
+  verdict = read("paired_runs.json")["verdict"]
+  rows = []
+  for name, (bias, error) in verdict["bias_at_start"].items():
+    row = verdict["variants"].get(name)
+    end = start = broken = "–"
+    if row is not None:
+      end = f"{row['mean']:+.5f} ± {row['standard_error']:.5f}"
+      start = f"{row['start_ratio']:.2f}"
+      failed = [key for key, passes in row["passes"].items() if not passes]
+      broken = ", ".join(failed) or "nothing"
+    at_start = f"{bias:+.6f} ± {error:.6f}"
+    rows.append([f"`{name}`", end, at_start, start, broken])
+  header = ["variant", "end, minus `xla`", "start, minus `float32`"]
+  return markdown([*header, "distance at the start", "breaks"], rows)
+
+
+def gradients() -> str:
+  """Return the gradient's error by variant, and what wrong kernels break."""
+  record = read("gradient_error.json")
+  verdict = record["verdict"]
+  first, last = record["points"]
+  rows = []
+  for name, broken in [("xla", []), *verdict["broken"].items()]:
+    cells = []
+    for point in (first, last):
+      row = record["points"][point][name]
+      cells += [f"{row['error']:.3f}", f"{row['mixers']:.3f}"]
+    found = verdict["variants"].get(name, {})
+    swaps = [row["swap"] for row in found.values()]
+    swap = "–"
+    if swaps:
+      low = min(x["smallest"] for x in swaps)
+      swap = f"{low:.3f} to {max(x['largest'] for x in swaps):.3f}"
+    breaks = (", ".join(broken) or "nothing") if swaps else "–"
+    rows.append([f"`{name}`", *cells, swap, breaks])
+  header = ["variant", f"{first}: whole", "mixers", f"{last}: whole", "mixers"]
+  return markdown([*header, "ratio by a swap", "breaks"], rows)
+
+
+def decoding() -> str:
+  """Return milliseconds a token, tokens per second and bytes of the state."""
+  found = [x for x in read("decode_gpu.json")["rows"] if "context" in x]
+  rows = []
+  for context, B in dict.fromkeys((x["context"], x["rows"]) for x in found):
+    cells = []
+    for row in found:
+      if (row["context"], row["rows"]) != (context, B):
+        continue
+      if "out_of_memory" in row:
+        cells += ["does not fit", "–", "–"]
+        continue
+      cells += [
+        number(row["ms_per_token"]),
+        f"{row['tokens_per_second']:,.0f}",
+        f"{row['state_bytes'] / 1e6:,.1f}",
+      ]
+    rows.append([f"{context:,}", str(B), *cells])
+  header = ["context", "rows", "ReBased, ms a token", "tokens/s", "state, MB"]
+  return markdown(
+    [*header, "attention, ms a token", "tokens/s", "cache, MB"], rows
+  )
+
+
+def first_tokens() -> str:
+  """Return the seconds to the first token after a prompt."""
+  found = [x for x in read("decode_gpu.json")["rows"] if "prompt" in x]
+  rows = []
+  for T in dict.fromkeys(x["prompt"] for x in found):
+    times = [x["first_token_seconds"] for x in found if x["prompt"] == T]
+    rows.append([f"{T:,}", *(f"{x:.3f}" for x in times)])
+  return markdown(["prompt", "ReBased, s", "attention, s"], rows)
+
+
 def tpu_schedule() -> str:
   """Return bundles per token and head at F = 16, from libtpu's schedule."""
   goals = {"v5e": ("1.7", "6"), "v5p": ("1.7", "6"), "v6e": ("1.3", "5")}
@@ -344,6 +420,10 @@ TABLES: dict[str, Callable[[], str]] = {
   "step-details": lambda: step_details("train_step_h200.json"),
   "text": text,
   "training": training,
+  "paired": paired,
+  "gradients": gradients,
+  "decoding": decoding,
+  "first-tokens": first_tokens,
   "scaling": lambda: scaling.tables(read("scaling.json")),
   "tpu-schedule": tpu_schedule,
 }
