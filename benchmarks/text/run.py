@@ -3,7 +3,7 @@
     python benchmarks/text/run.py --seconds 540
     python benchmarks/text/run.py --systems rebased --tokens 150_000_000
 
-The text comes from the Python installation (corpus.py), without a download. The
+The text comes from the Python installation, without a download. The
 script calls `rebased tokenizer train`, `rebased prepare` and `rebased train`.
 All systems see the same rows in the same order. Hyperparameters are the
 paper's, except batch, length and number of steps. Loss curves and perplexities
@@ -34,7 +34,8 @@ import jax
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.environment import RESULTS, ROOT, describe_in_child, python_path  # noqa: E402
-from benchmarks.text import corpus as text_corpus, report  # noqa: E402
+from benchmarks.text import report  # noqa: E402
+from train.experiments import text_corpus  # noqa: E402
 
 PRESETS = {
   "attention": "pile-127m-attention",

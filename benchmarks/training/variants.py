@@ -22,10 +22,10 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.text import corpus
 from rebased_jax import LM, BaseConvConfig, ModelConfig, ReBasedConfig
 from rebased_jax.mixers import polynomial
 from train import optimizer, step
+from train.experiments import text_corpus
 
 #: Operations with a Hopper kernel: the modules that ask whether it runs. The
 #: operator is not among them, because its config names the implementation.
@@ -206,7 +206,7 @@ def make_tokens(sizes: Sizes) -> tuple[np.ndarray, dict[str, Any]]:
   A token is a pair of bytes: the V − 1 most common ones, and one for the rest.
   The first hundredth is held out. Documents are those of `benchmarks/text`.
   """
-  documents = corpus.gather(False, sizes.text_bytes)
+  documents = text_corpus.gather(False, sizes.text_bytes)
   text = "".join(document.text for document in documents).encode()
   text = text[: len(text) // 2 * 2]
   pairs = np.frombuffer(text, np.uint16)

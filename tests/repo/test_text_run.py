@@ -10,8 +10,9 @@ import time
 import pytest
 import tyro
 
-from benchmarks.text import corpus as text_corpus, run as text_run
+from benchmarks.text import run as text_run
 from train.commands.train import TrainArgs
+from train.experiments import text_corpus
 from train.presets import make_presets
 
 ROOT = Path(__file__).parents[2]

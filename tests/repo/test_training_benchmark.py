@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.text import corpus
 from benchmarks.training import gradient_error, paired_runs, variants
+from train.experiments import text_corpus
 
 SEEDS, STEPS = 6, 200
 # What rounding changes in a step at the start, and in the end by chaos; nats.
@@ -130,8 +130,9 @@ def test_every_switch_reaches_a_kernel(monkeypatch) -> None:
 
 def test_tokens_are_the_most_common_pairs_of_bytes(monkeypatch) -> None:
   text = "aabbaa" * 10 + "é" + "zz"  # the é is two bytes
-  document = corpus.Document("a", "0", text + "c")  # the odd byte is left out
-  monkeypatch.setattr(corpus, "gather", lambda packages, most: [document])
+  # The odd byte is left out.
+  document = text_corpus.Document("a", "0", text + "c")
+  monkeypatch.setattr(text_corpus, "gather", lambda packages, most: [document])
   sizes = dataclasses.replace(variants.QUICK, vocab_size=3)
   tokens, found = variants.make_tokens(sizes)
   assert found["bytes"] == 2 * len(tokens) == len(text.encode())

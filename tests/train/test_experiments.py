@@ -299,6 +299,7 @@ def test_a_record_of_another_cell_is_refused(tmp_path):
     ("{", "no readable record"),
     ("[]", "version=None: expected 2"),
     (json.dumps({"version": 1}), "version=1: expected 2"),
+    (json.dumps({"kind": "text, 1"}), "is of a language model of Table 2"),
   ],
 )
 def test_a_file_that_is_no_record_is_named(tmp_path, content, message):

@@ -1,9 +1,11 @@
 """`rebased experiment NAME`: run an experiment of the paper, cell by cell."""
 
+from collections.abc import Mapping
 import dataclasses
 import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+import time
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
   from train.experiments.sweep import Cell
 
 _Positional = Annotated[str, tyro.conf.Positional]
+_AnyCell = TypeVar("_AnyCell")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +104,11 @@ def _run(args: RunArgs, console: Console) -> int:
   from train.commands.run_cells import run_cells
   from train.experiments import paper, results
 
+  if args.name == "table-2":
+    return _run_text(args, console)
   experiments = paper.make_experiments()
   if args.name not in experiments:
-    known = (*experiments, "list", "page", "verify")
+    known = (*experiments, "table-2", "list", "page", "verify")
     raise ValueError(lines.unknown("experiment", args.name, known))
   experiment = experiments[args.name]
   if args.quick:
@@ -111,7 +116,7 @@ def _run(args: RunArgs, console: Console) -> int:
     lines.say(console, "--quick: small cells; not of the paper's size")
   chosen = {
     name: _with_grid(cell, args)
-    for name, cell in _choose(experiment, args.only).items()
+    for name, cell in _choose(experiment.cells, args.only).items()
   }
   folder = Path(args.out)
   recorded = results.read_cells(experiment, folder / "cells")
@@ -127,6 +132,59 @@ def _run(args: RunArgs, console: Console) -> int:
   return code
 
 
+def _run_text(args: RunArgs, console: Console) -> int:
+  """Run the language models of Table 2."""
+  if args.rates:
+    raise ValueError(
+      f"--rates {args.rates}: expected none: the language models of table-2 "
+      "have the learning rate of their presets"
+    )
+  from train.experiments import language, language_results
+
+  size = language.QUICK if args.quick else language.FULL
+  seeds = args.seeds or (language.SEEDS[:1] if args.quick else language.SEEDS)
+  name = "table-2-quick" if args.quick else "table-2"
+  if args.quick:
+    lines.say(console, "--quick: small cells; not of the paper's size")
+  folder = Path(args.out) / "quick" if args.quick else Path(args.out)
+  cells = language.make_cells(size, seeds)
+  chosen = _choose(cells, args.only)
+  end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+  corpus = language.make_text(size, folder / "text", console)
+  lines.say(
+    console,
+    f"text: {corpus['bytes'] / 1e6:.0f} MB, {corpus['train']['tokens']:,} "
+    f"training tokens, sha256 {corpus['sha256'][:12]}",
+  )
+  code = 0
+  for cell in chosen.values():
+    seconds = None if end is None else end - time.monotonic()
+    if seconds is not None and seconds <= 0:
+      break
+    record, code = language.run_text_cell(
+      cell, folder, corpus, seconds=seconds, console=console
+    )
+    if record is None:
+      break
+    last = record["held_out"][-1]
+    lines.say(
+      console,
+      f"{cell.name}: perplexity {last['perplexity']:.2f}, AR "
+      f"{last['ar_perplexity']:.2f}, other {last['non_ar_perplexity']:.2f}; "
+      f"{record['seconds']:.0f} s, {record['tokens_per_second']:,} tokens/s",
+    )
+  found = language.read_cells(folder / "cells", size)
+  published = {} if args.quick else language_results.TABLE_2
+  for path in language_results.write(found, name, folder, published):
+    lines.say(console, f"wrote {path}")
+  left = len(cells.keys() - found.keys())
+  if left:
+    lines.say(
+      console, f"{left} cells have no record; the same command continues"
+    )
+  return code
+
+
 def _with_grid(cell: "Cell", args: RunArgs) -> "Cell":
   """Return the cell with the rates and seeds of the command."""
   return dataclasses.replace(
@@ -135,20 +193,20 @@ def _with_grid(cell: "Cell", args: RunArgs) -> "Cell":
 
 
 def _choose(
-  experiment: "Experiment", only: tuple[str, ...]
-) -> "dict[str, Cell]":
+  cells: Mapping[str, _AnyCell], only: tuple[str, ...]
+) -> dict[str, _AnyCell]:
   """Return the cells whose names match a pattern; all if there is none."""
   if not only:
-    return dict(experiment.cells)
+    return dict(cells)
   chosen = {
     name: cell
-    for name, cell in experiment.cells.items()
+    for name, cell in cells.items()
     if any(fnmatch.fnmatch(name, pattern) for pattern in only)
   }
   if not chosen:
     raise ValueError(
       f"--only {' '.join(only)}: expected a pattern that matches one of the "
-      f"cells {', '.join(experiment.cells)}"
+      f"cells {', '.join(cells)}"
     )
   return chosen
 
@@ -170,7 +228,7 @@ def _small(experiment: "Experiment") -> "Experiment":
 
 
 def _list(args: ListArgs, console: Console) -> int:
-  from train.experiments import paper, results
+  from train.experiments import language, paper, results
 
   folder = Path(args.out) / "cells"
   # Without a frame the rows fit into 80 columns.
@@ -185,6 +243,13 @@ def _list(args: ListArgs, console: Console) -> int:
       published = experiment.published.get(name)
       theirs = "" if published is None else str(published)
       table.add_row(f"  {name}", theirs, *_ours(found.get(name)))
+  texts = language.read_cells(folder)
+  planned = language.make_cells()
+  done = len(planned.keys() & texts.keys())
+  count = f"{done} of {len(planned)} cells"
+  table.add_row("table-2: perplexity", "", count, "")
+  for name in {**planned, **texts}:
+    table.add_row(f"  {name}", *_ours_of_text(name, texts.get(name)))
   console.print(table)
   return 0
 
@@ -213,6 +278,19 @@ def _ours(record: dict | None) -> tuple[str, str]:
   done, planned = record["epochs_done"], record["epochs_planned"]
   size = f"{len(record['runs'])} runs, {done}/{planned}"
   return f"{best['mean']:.4f} ± {best['std']:.4f}", size
+
+
+def _ours_of_text(name: str, record: dict | None) -> tuple[str, str, str]:
+  """Return the paper's perplexity, ours and the size of our run."""
+  from train.experiments import language_results
+
+  system = name.removeprefix("text-").rpartition("-seed")[0]
+  theirs = language_results.TABLE_2.get(system)
+  shown = "" if theirs is None else f"{theirs[0]:.2f}"
+  if record is None:
+    return shown, "not run", ""
+  ours = f"{record['held_out'][-1]['perplexity']:.2f}"
+  return shown, ours, f"{record['tokens'] / 1e6:.0f} M tokens"
 
 
 def _verify(args: VerifyArgs, console: Console) -> int:

@@ -9,6 +9,8 @@ import numpy as np
 
 from train.experiments import (
   attention_figures,
+  language,
+  language_results,
   paper,
   record as records,
   results,
@@ -51,6 +53,10 @@ def write(folder: Path, pictures: Path) -> list[Path]:
     paths.append(pictures / "figure-10.png")
     _draw_figure_10(affine, paths[-1])
   paths += attention_figures.write(every, pictures)
+  texts = language.read_cells(folder / "cells")
+  if texts:
+    paths.append(pictures / "table-2.png")
+    language_results.draw(texts, paths[-1])
   paths.append(pictures / "figure-2.png")
   _draw_figure_2(paths[-1])
   return paths

@@ -182,6 +182,11 @@ def read(path: Path) -> dict[str, Any]:
     record = json.loads(path.read_text())
   except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
     raise RecordError(f"{path}: no readable record ({error})") from error
+  if isinstance(record, dict) and "kind" in record:
+    raise RecordError(
+      f"{path} is of a language model of Table 2: expected the record of an "
+      "MQAR cell"
+    )
   version = record.get("version") if isinstance(record, dict) else None
   if version != VERSION:
     raise RecordError(f"{path}: version={version!r}: expected {VERSION}")

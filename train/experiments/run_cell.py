@@ -94,7 +94,11 @@ def run_cell(
         return None
     work.finish()
   result = records.make(
-    cell, work.history, name=name, commit=_commit(), seconds=work.seconds()
+    cell,
+    work.history,
+    name=name,
+    commit=commit_of_checkout(),
+    seconds=work.seconds(),
   )
   records.write(path, result)
   shutil.rmtree(partial, ignore_errors=True)
@@ -213,7 +217,7 @@ class _Work:
         group.keep(group.runs[: (count + 1) // 2])
 
 
-def _commit() -> str | None:
+def commit_of_checkout() -> str | None:
   """Return the commit of this checkout; None if there is none."""
   try:
     found = subprocess.run(
