@@ -55,10 +55,15 @@ def _wrong_values(o_BTHP: Array) -> Array:
   return o_BTHP * _around_one(o_BTHP)
 
 
-def _wrong_tokens(o_BTHP: Array) -> Array:
-  """Return o with the output of the token before at each hundredth token."""
-  T = o_BTHP.shape[1]
-  is_wrong_T = np.arange(T) % round(1 / DEFECT) == round(1 / DEFECT) // 2
+def _wrong_size(o_BTHP: Array) -> Array:
+  """Return o with each number 1 % too large, forward and backward."""
+  return (o_BTHP.astype(jnp.float32) * (1 + DEFECT)).astype(o_BTHP.dtype)
+
+
+def _wrong_tokens(o_BTHP: Array, *, share: float = DEFECT) -> Array:
+  """Return o with the output of the token before at a share of the tokens."""
+  T, period = o_BTHP.shape[1], round(1 / share)
+  is_wrong_T = np.arange(T) % period == period // 2
   source_T = np.arange(T) - is_wrong_T
   return o_BTHP[:, source_T]
 
@@ -103,7 +108,14 @@ VARIANTS = {
   "float32-ulp": dataclasses.replace(_FLOAT32, ulp=True),
   "wrong-values": Variant(defect=_wrong_values),
   "wrong-gradient": Variant(defect=_wrong_gradient),
+  "wrong-size": Variant(defect=_wrong_size),
   "wrong-tokens": Variant(defect=_wrong_tokens),
+  "wrong-tokens-3": Variant(
+    defect=functools.partial(_wrong_tokens, share=0.03)
+  ),
+  "wrong-tokens-10": Variant(
+    defect=functools.partial(_wrong_tokens, share=0.1)
+  ),
 }
 
 
