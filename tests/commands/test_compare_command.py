@@ -128,6 +128,15 @@ def test_the_best_of_averaged_weights(call, tmp_path: Path) -> None:
   assert "best AR share of targets, averaged weights" not in rows
 
 
+def test_a_run_that_reached_its_accuracy_says_so(call, tmp_path: Path) -> None:
+  paths = [
+    _run(tmp_path / name, _eval(2, 1.0, x), steps=4, stop_accuracy=0.5)
+    for name, x in (("above", 0.75), ("equal", 0.5))
+  ]
+  _, out, _ = call("compare", *paths, "--out", "none")
+  assert _table(out)["step"] == ["2 of 4, accuracy reached", "2 of 4"]
+
+
 def test_what_cannot_be_compared(call, runs: Path, tmp_path: Path) -> None:
   first = str(runs / "first")
   for words, expected in (

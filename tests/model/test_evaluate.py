@@ -121,12 +121,21 @@ def test_a_mesh_splits_texts_and_their_tokens() -> None:
       check(found, wanted)
 
 
-def test_attention_makes_its_cache_as_long_as_the_text() -> None:
+def test_attention_makes_its_cache_as_long_as_the_text(monkeypatch) -> None:
   # Neither the config nor the model says how long a cache is.
   mixer = AttentionConfig(heads=2, rotary=True)
   model = make(dataclasses.replace(CONFIG, second=mixer, pairs=1))
+  parts, row_losses = [], evaluate.row_losses
+
+  def noted(*args, **kwargs):
+    parts.append(kwargs["parts"])
+    return row_losses(*args, **kwargs)
+
+  monkeypatch.setattr(evaluate, "row_losses", noted)
+  monkeypatch.setattr(evaluate, "_MOST_LOGITS", 400)  # of 8 · 16 · V = 1408
   found = evaluate.loglikelihood(model, TEXTS, rows=8, piece=16)
   check(found, by_hand(model))
+  assert set(parts) == {4}  # few logits exist at a time
   with pytest.raises(ValueError, match="nothing says how long"):
     model.init_state(1)  # the model itself has not changed
 
