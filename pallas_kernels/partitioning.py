@@ -48,6 +48,31 @@ def over_rows_and_heads(
   return call
 
 
+def run_by_name(
+  run: Callable[[dict[str, Array]], dict[str, Array]],
+  arrays: dict[str, Array],
+  patterns: dict[str, str],
+  *,
+  by_xla: bool,
+) -> dict[str, Array]:
+  """Return run(arrays), which XLA splits over rows and heads if `by_xla`.
+
+  Args:
+    run: a function of arrays by name, as `over_rows_and_heads` takes it.
+    arrays: its argument.
+    patterns: the axes of each array of arguments and results, likewise.
+    by_xla: whether XLA may split the arrays. If not, this is the plain call.
+  """
+  if not by_xla:
+    return run(arrays)
+
+  def of(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [patterns[path[-1].key] for path, _ in leaves]
+
+  return over_rows_and_heads(run, of)(arrays)
+
+
 def _split(
   run: Callable[..., tuple[Array, ...]], inputs: list[str], outputs: list[str]
 ) -> Callable[..., tuple[Array, ...]]:

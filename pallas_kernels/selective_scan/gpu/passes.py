@@ -5,14 +5,12 @@ XLA can split rows and groups over a mesh. Sums over channels come back as one
 part for each group, and sums over tokens as one part for each row.
 """
 
-from typing import Any
-
 import jax
 from jax import Array
 import jax.export
 import jax.numpy as jnp
 
-from pallas_kernels.partitioning import over_rows_and_heads
+from pallas_kernels.partitioning import run_by_name
 from pallas_kernels.selective_scan.gpu import (
   backward as backward_kernels,
   forward as forward_kernels,
@@ -23,7 +21,7 @@ from pallas_kernels.time_slices import MOST_ROWS, slices_with_starts
 _MOST_STATES = 32  # the tiles of so many states fit in a thread's registers
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
-# The axes of each array as `over_rows_and_heads` names them. Its heads are the
+# The axes of each array as `run_by_name` takes them. Its heads are the
 # groups of channels.
 _PATTERNS = {
   **dict.fromkeys(("x", "delta", "dy", "y", "dx", "ddelta"), "B.H."),
@@ -71,7 +69,7 @@ def forward(
   """
   _, T, I = arrays["x"].shape
   N = arrays["A"].shape[1]
-  found = _over_mesh(_forward, by_xla)(_grouped(arrays))
+  found = run_by_name(_forward, _grouped(arrays), _PATTERNS, by_xla=by_xla)
   y_BTI = found["y"].reshape(-1, T, I)
   last_BIN = found["last"].reshape(-1, I, found["last"].shape[-1])[..., :N]
   return y_BTI, last_BIN, found["before"]
@@ -100,7 +98,8 @@ def backward(
   N = arrays["A"].shape[1]
   inputs = _grouped(arrays | dict(dy=dy_BTI, dlast=dlast_BIN))
   del inputs["h"]
-  found = _over_mesh(_backward, by_xla)(inputs | dict(before=before))
+  inputs |= dict(before=before)
+  found = run_by_name(_backward, inputs, _PATTERNS, by_xla=by_xla)
   return dict(
     x=found["dx"].reshape(B, T, I),
     delta=found["ddelta"].reshape(B, T, I),
@@ -109,15 +108,6 @@ def backward(
     C=found["dC"].sum(axis=1)[..., :N],
     h=found["dh"].reshape(B, I, -1)[..., :N],
   )
-
-
-def _over_mesh(run, by_xla: bool):
-  return over_rows_and_heads(run, _patterns) if by_xla else run
-
-
-def _patterns(tree: Any) -> list[str]:
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return [_PATTERNS[path[-1].key] for path, _ in leaves]
 
 
 def _grouped(arrays: dict[str, Array]) -> dict[str, Array]:

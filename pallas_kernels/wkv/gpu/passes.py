@@ -5,14 +5,12 @@ that XLA can split rows and groups over a mesh. Sums over tokens come back as
 one part for each row.
 """
 
-from typing import Any
-
 import jax
 from jax import Array
 import jax.export
 import jax.numpy as jnp
 
-from pallas_kernels.partitioning import over_rows_and_heads
+from pallas_kernels.partitioning import run_by_name
 from pallas_kernels.time_slices import MOST_ROWS, slices_with_starts
 from pallas_kernels.wkv.gpu import (
   backward as backward_kernels,
@@ -23,7 +21,7 @@ from pallas_kernels.wkv.state import WKVState
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
-# The axes of each array as `over_rows_and_heads` names them. Its heads are the
+# The axes of each array as `run_by_name` takes them. Its heads are the
 # groups of channels.
 _PATTERNS = {
   **dict.fromkeys(("k", "v", "dy", "y", "dk", "dv"), "B.H."),
@@ -76,7 +74,7 @@ def forward(
   """
   shape = arrays["k"].shape
   inputs = _grouped(arrays) | _named("state", state, _groups(shape))
-  found = _over_mesh(_forward, by_xla)(inputs)
+  found = run_by_name(_forward, inputs, _PATTERNS, by_xla=by_xla)
   before = {name: found[name] for name in sums_names("before")}
   return found["y"].reshape(shape), _sums(found, "last"), before
 
@@ -104,7 +102,7 @@ def backward(
   shape = arrays["k"].shape
   inputs = _grouped(arrays | dict(dy=dy_BTD)) | before
   inputs |= _named("end", end, _groups(shape))
-  found = _over_mesh(_backward, by_xla)(inputs)
+  found = run_by_name(_backward, inputs, _PATTERNS, by_xla=by_xla)
   grads = dict(
     k=found["dk"].reshape(shape),
     v=found["dv"].reshape(shape),
@@ -112,15 +110,6 @@ def backward(
     u=found["du"].sum(axis=0).reshape(-1),
   )
   return grads, _sums(found, "first")
-
-
-def _over_mesh(run, by_xla: bool):
-  return over_rows_and_heads(run, _patterns) if by_xla else run
-
-
-def _patterns(tree: Any) -> list[str]:
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return [_PATTERNS[path[-1].key] for path, _ in leaves]
 
 
 def _groups(shape: tuple[int, ...]) -> tuple[int, int, int]:
