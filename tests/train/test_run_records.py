@@ -147,6 +147,40 @@ def test_tensorboard_shows_each_step_once_after_a_kill(
   assert flushed >= {1, 2, 3}  # what the checkpoint knows of
   _, out = run(config, folder)
   assert "resuming at step 3" in out
+  _check_tensorboard(folder)
+
+
+def test_tensorboard_shows_an_evaluation_once_that_is_done_again(
+  tmp_path: Path, monkeypatch
+) -> None:
+  """A signal left it to a run that was killed right after it."""
+  config, folder = tiny(tensorboard=True, steps=4, eval_every=1), tmp_path / "x"
+
+  class Killed(BaseException):
+    pass
+
+  def stop(self, step, state):
+    if step == 2:
+      patch.setattr(StopSignals, "signal_number", signal.SIGTERM)
+
+  def die(self, step, state):
+    raise Killed
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Profile, "before", stop)
+    run(config, folder)
+  with monkeypatch.context() as patch:
+    patch.setattr(Profile, "before", die)
+    with pytest.raises(Killed):
+      run(config, folder)
+  assert ("eval/loss", 3) in [x[:2] for x in _shown_by_tensorboard(folder)]
+  _, out = run(config, folder)
+  assert "resuming at step 3" in out
+  _check_tensorboard(folder)
+
+
+def _check_tensorboard(folder: Path) -> None:
+  """Check that TensorBoard shows what metrics.jsonl has."""
   wanted = {
     (f"{x['kind']}/{name}", x["step"]): value
     for x in RunFolder(folder).read_metrics()

@@ -22,8 +22,8 @@ class MetricsWriter:
     config: the run, which says where else the records go.
     folder: the run's folder.
     active: whether this process writes. One process of a run does.
-    start: the step that the run starts from. Records of later steps, which a
-      killed run left at TensorBoard, are hidden there.
+    start: the step that the run starts from. Records that a killed run left at
+      TensorBoard, and that are not in metrics.jsonl any more, are hidden there.
 
   Attributes:
     exit_code: that of the process, for wandb: 0 for a finished run, 128 + its
@@ -40,6 +40,9 @@ class MetricsWriter:
       self._wandb = WandbRun(config, folder)  # may refuse, with nothing open
     if active and config.tensorboard:
       self._board = Board(folder.path / "tensorboard", start)
+      for record in folder.read_metrics():
+        if record["step"] == start:
+          self._to_board(**record)
     if active:
       self._file = folder.append_to_metrics()
 
@@ -57,12 +60,16 @@ class MetricsWriter:
     self._file.write(json.dumps(record) + "\n")
     self._file.flush()
     if self._board is not None:
-      named = {f"{kind}/{name}": value for name, value in values.items()}
-      self._board.write(step, named)
+      self._to_board(kind, step, **values)
       if time.monotonic() - self._flushed > _FLUSH_EVERY:
         self.flush()
     if self._wandb is not None:
       self._wandb.write(kind, step, values)
+
+  def _to_board(self, kind: str, step: int, **values: float) -> None:
+    assert self._board is not None
+    named = {f"{kind}/{name}": value for name, value in values.items()}
+    self._board.write(step, named)
 
   def flush(self) -> None:
     """Write what is buffered; call it before a save, so that it is not lost."""

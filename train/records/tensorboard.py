@@ -1,8 +1,8 @@
 """Event files for TensorBoard, the only module that knows their form.
 
-Each process of a run adds one file. It begins with the step that the process
-starts from: TensorBoard hides what earlier files have of this step and later
-ones, so that a killed and resumed run is shown once.
+Each process of a run adds one file. TensorBoard hides what earlier files have
+of the step that the process starts from, and of later ones, so that a killed
+and resumed run is shown once. What stays valid of that step is written again.
 """
 
 import time
@@ -28,7 +28,7 @@ class Board:
     suffix = f".{start}-{uuid.uuid4().hex[:8]}"
     self._file = EventsWriter(str(folder / "events"), suffix)
     begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    self._write(start + 1, session_log=begin)
+    self._write(start, session_log=begin)
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """Add a record; the numbers are float32 in the file."""
