@@ -157,12 +157,18 @@ def test_what_cannot_be_added_is_refused(lm, states) -> None:
     memory.read(table, DOCUMENTS)
   based = BasedConfig(heads=2).make(Site(16), rngs=nnx.Rngs(0))
   pair, array, bad = lm.init_state(2), jnp.zeros((1, 2)), [[1], [1, 2, V]]
+  # Of two rows, the second one has fewer tokens than are to be forgotten.
+  more, less = (
+    pair._replace(position_B=jnp.asarray(x, jnp.int32))
+    for x in ([5, 1], [2, 3])
+  )
   for words, call in (
     ("states is empty", lambda: memory.merge(lm, [])),
     ("state 1 is a list", lambda: memory.merge(lm, [states[0], [array]])),
     ("state 1 has position_B", lambda: memory.merge(lm, [states[0], pair])),
     ("state 0 has the structure", lambda: memory.merge(based, [array])),
     ("would have -14 tokens", lambda: memory.forget(lm, states[1], states[3])),
+    ("would have -2 tokens", lambda: memory.forget(lm, more, less)),
     ("piece=0", lambda: memory.read(lm, DOCUMENTS, piece=0)),
     (r"documents\[1\]\[2\] is the token 13", lambda: memory.read(lm, bad)),
     (r"documents\[0\] is float64\[0\]", lambda: memory.read(lm, [[]])),

@@ -218,7 +218,7 @@ def test_every_row_of_the_table_is_used() -> None:
 
 
 _QUERY = "backbone.layers.1.sequence_mixer.mixer.proj_q.weight"
-_Z = "backbone.layers.0.sequence_mixer.filter_fn"
+_DELTAS = "backbone.layers.0.sequence_mixer.filter_fn.modulation.deltas"
 
 
 def _with(name: str, **changes: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -273,7 +273,8 @@ _REFUSED = {
   ),
   "nan": (
     "based",
-    lambda: _with("based", **{_QUERY: np.full((192, 32), np.nan)}),
+    # One value of 192 · 32.
+    lambda: _with("based", **{_QUERY: np.pad([[np.nan]], ((9, 182), (0, 31)))}),
     "project/q/kernel has values that are not finite",
   ),
   "an untied head": (
@@ -288,7 +289,7 @@ _REFUSED = {
   ),
   "another window": (
     "hyena",
-    lambda: _with("hyena", **{f"{_Z}.modulation.deltas": np.ones((1, 1, 26))}),
+    lambda: _with("hyena", **{_DELTAS: 1.001 * _arrays("hyena")[_DELTAS]}),
     "modulation.deltas has other values",
   ),
   "both layouts": (
