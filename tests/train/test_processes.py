@@ -230,6 +230,21 @@ def test_a_stranger_at_the_port_changes_nothing(
   assert ends == [] and caplog.text == ""
 
 
+@pytest.mark.parametrize("words", [b"5\n", b"HTTP/1.1 400\r\n", b"[]\n", b""])
+def test_something_else_listens_where_process_0_should(words: bytes) -> None:
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    place = Place("127.0.0.1", server.getsockname()[1], 2, 1)
+
+    def answer() -> None:
+      link = server.accept()[0]
+      link.sendall(words)
+      link.close()
+
+    threading.Thread(target=answer, daemon=True).start()
+    with pytest.raises(ValueError, match="process 0 at 127.0.0.1:.* ended, or"):
+      peers.Peers(place, {}, 5)
+
+
 def test_reasons_are_in_words() -> None:
   assert peers._reason(OSError(errno.ECONNREFUSED, "x")) == "Connection refused"
   assert peers._reason(socket.gaierror(8, "x")) == "no such host"

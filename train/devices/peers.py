@@ -267,11 +267,12 @@ class Peers:
         text = await asyncio.wait_for(
           reader.readline(), self._timeout + _NOTICE
         )
-        answer = json.loads(text)
-      except (ValueError, OSError, TimeoutError) as error:
+        answer = dict(json.loads(text))
+      except (ValueError, TypeError, OSError, TimeoutError) as error:
         raise ValueError(
           f"distributed: process 0 at {place.address} ended, or did not answer "
-          "while the processes gathered; its own output may say why"
+          "while the processes gathered: expected process 0 of this run, whose "
+          "output may say why, and no other program at this port"
         ) from error
       if "refused" in answer:
         raise ValueError(answer["refused"])
