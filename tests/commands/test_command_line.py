@@ -89,7 +89,7 @@ _REFUSED = {
   ),
   # The other processes are joined before jax is asked for them.
   "distributed, best step": (
-    ("evaluate", "none", "--step", "best", "--distributed", "yes"),
+    ("evaluate", "gs://no/run", "--step", "best", "--distributed", "yes"),
     ["distributed='yes'", "auto"],
   ),
   "too many steps": (

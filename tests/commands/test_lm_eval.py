@@ -198,6 +198,7 @@ def test_the_command_prints_the_harnesss_table(
   code, out, err = call(
     *("lm-eval", str(model), "--tasks", "rebased_choice"),
     *("--include_path", str(TASKS), "--model_args", "piece=32"),
+    *("--weights", "trained"),
     *("--output_path", str(tmp_path / "results")),
   )
   assert code == 0, err

@@ -150,7 +150,15 @@ for words in (
   ["train", "mqar", "--steps", "x"],
   ["generate", "run", "--foo"],
   ["lm-eval", "run", "--device", "cpu"],
+  ["lm-eval", "run", "--weights", "mean"],
+  ["lm-eval", "run", "--step"],
   ["resume", "nothere"],
+  ["evaluate", "nothere"],
+  ["generate", "nothere", "--prompt", "a"],
+  ["export", "nothere", "--out", "new"],
+  ["inspect", "nothere"],
+  ["import", "nothere", "--system", "rebased", "--out", "new"],
+  ["import", "nothere", "--system", "rebasd", "--out", "new"],
 ):
   try:
     cli.main(words)

@@ -200,6 +200,14 @@ def _module_level(file: str) -> list[ast.AST]:
   return found
 
 
+def test_matplotlib_is_imported_when_a_picture_is_drawn() -> None:
+  """It takes a second, which commands without a picture need not wait."""
+  for folder in _PACKAGES:
+    for file in _FILES[folder]:
+      names = {_top(name) for name, _ in _imported(_module_level(file), file)}
+      assert "matplotlib" not in names, file
+
+
 def test_importing_the_modules_needs_no_trainer() -> None:
   code = "import sys, rebased_jax, rebased_jax.presets, rebased_jax.linen\n"
   code += "names = {name.partition('.')[0] for name in sys.modules}\n"

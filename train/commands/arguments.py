@@ -204,6 +204,22 @@ def parse_run(
   return parsed, config
 
 
+def check_model_is_there(path: str) -> None:
+  """Check that a folder may hold a model; no jax is imported for that.
+
+  Args:
+    path: the folder of a run or of an exported model. In a bucket nothing is
+      checked.
+
+  Raises:
+    ValueError: there is no such folder, or nothing of a model is in it.
+  """
+  files = "config.json", "model.safetensors", "model.safetensors.index.json"
+  some = any(os.path.exists(os.path.join(path, file)) for file in files)
+  if "://" not in path and not some:
+    RunFolder(path).read_config()  # says what is missing
+
+
 def moved(data: DataConfig, places: DataPlaces) -> DataConfig:
   """Return the data of a run at the places that a command names.
 

@@ -14,6 +14,7 @@ from train.commands.arguments import (
   DataPlaces,
   RunArg,
   StepArg,
+  check_model_is_there,
   parse_run,
 )
 from train.commands.parsing import parse
@@ -93,6 +94,7 @@ def run(args: list[str]) -> int:
   asked = parse(EvaluateArgs, "rebased evaluate", args)
   paths = asked.data.path
   require(asked.text != (), "text", (), "one file or more")
+  check_model_is_there(asked.run_dir)
   # Imported when the options are right: jax takes seconds.
   import jax
 

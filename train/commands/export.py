@@ -6,7 +6,11 @@ from pathlib import Path
 from rich.console import Console
 
 from rebased_jax.which_weights import Weights
-from train.commands.arguments import RunArg, StepArg
+from train.commands.arguments import (
+  RunArg,
+  StepArg,
+  check_model_is_there,
+)
 from train.commands.parsing import parse
 from train.console import say
 
@@ -48,6 +52,7 @@ def run(args: list[str]) -> int:
     OSError: the folder cannot be written.
   """
   parsed = parse(ExportArgs, "rebased export", args)
+  check_model_is_there(parsed.run_dir)
   # Imported when the options are right: jax takes seconds.
   from rebased_jax import parameter_count
   from train import best_checkpoint, export_model

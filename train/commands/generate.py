@@ -6,7 +6,11 @@ The text is printed as the model makes it.
 import dataclasses
 
 from rebased_jax.which_weights import Weights
-from train.commands.arguments import RunArg, StepArg
+from train.commands.arguments import (
+  RunArg,
+  StepArg,
+  check_model_is_there,
+)
 from train.commands.parsing import parse
 
 
@@ -55,6 +59,7 @@ def run(args: list[str]) -> int:
     CheckpointError: there is no such checkpoint, or it is unreadable.
   """
   parsed = parse(GenerateArgs, "rebased generate", args)
+  check_model_is_there(parsed.run_dir)
   # Imported when the options are right: jax takes seconds.
   from train import best_checkpoint, text_completion
   from train.devices import backend

@@ -1,14 +1,17 @@
 """`rebased import FILE`: turn a PyTorch checkpoint into an exported model."""
 
 import dataclasses
+import os
 from typing import Annotated
 
 from rich.console import Console
 import tyro
 
+from rebased_jax import presets
 from train.commands.export import describe
 from train.commands.parsing import parse
 from train.console import say
+from train.data.checks import require
 from train.data.prepare import tokenizer as tokenizer_lib
 
 
@@ -48,6 +51,11 @@ def run(args: list[str]) -> int:
     OSError: the folder cannot be written.
   """
   parsed = parse(ImportArgs, "rebased import", args)
+  systems = tuple(sorted({**presets.VARIANTS, **presets.SYSTEMS}))
+  known = parsed.system in systems
+  require(known, "system", parsed.system, f"one of {systems}")
+  kinds = "a .safetensors file, one of torch.save, or a folder of such files"
+  require(os.path.exists(parsed.file), "FILE", parsed.file, kinds)
   # Imported when the options are right: jax takes seconds.
   from rebased_jax import model_files, parameter_count, pytorch
   from train import export_model

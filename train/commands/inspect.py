@@ -27,6 +27,7 @@ from train.records.run_folder import RunFolder
 if TYPE_CHECKING:
   from rebased_jax import LM
 
+_NOTHING = "{!r} is no preset, model, run folder or checkpoint"
 _HINT = "--all shows every field and the shape of every parameter"
 
 
@@ -76,6 +77,8 @@ def run(args: list[str]) -> int:
     folders = comparison.find_folders(parsed.what)
     compare.show(comparison.read(folders), console)
     return 0
+  for what in parsed.what:
+    _check_is_something(what)
   # Imported when the options are right: jax takes seconds.
   from train.devices import backend
 
@@ -95,9 +98,26 @@ def _are_runs(what: Sequence[str]) -> bool:
     return False
 
 
+def _tables(models: dict[str, ModelConfig]) -> set[str]:
+  """Return the names of the paper's tables, such as table-4."""
+  return {"-".join(name.split("-")[:2]) for name in models}
+
+
+def _check_is_something(what: str) -> None:
+  """Check that there is a preset, model, table or folder of a name.
+
+  Raises:
+    ValueError: there is none.
+  """
+  models = make_models()
+  names = {*make_presets(), *models, *_tables(models)}
+  if what not in names and "://" not in what and not os.path.exists(what):
+    raise ValueError(_NOTHING.format(what) + near(what, tuple(names)))
+
+
 def _show(what: str, args: InspectArgs, console: Console) -> None:
   presets, models = make_presets(), make_models()
-  tables = {"-".join(name.split("-")[:2]) for name in models}
+  tables = _tables(models)
   if what in presets:
     config = dataclasses.replace(presets[what], mesh=args.mesh)
     show_config(config, what, console, everything=args.all)
@@ -264,10 +284,7 @@ def show_folder(
     return
   folder = RunFolder(path)
   if not folder.config_file.exists():
-    raise ValueError(
-      f"{what!r} is no preset, model, run folder or checkpoint"
-      + near(what, names)
-    )
+    raise ValueError(_NOTHING.format(what) + near(what, names))
   config = folder.read_config()
   if mesh is not None and mesh != MeshConfig():
     config = dataclasses.replace(config, mesh=mesh)

@@ -2,8 +2,10 @@
 
 import importlib
 import importlib.util
+import re
 import sys
 
+from train.commands.arguments import check_model_is_there
 from train.records.run_folder import RunFolder
 
 _HELP = """\
@@ -18,10 +20,13 @@ lm-evaluation-harness. All options are those of its command `lm-eval run`:
   --limit N             examples of each task
   --output_path DIR     where the results go
   --model_args KEY=VALUE …
-                        step=N or step=best, the checkpoint; weights=ema, the
-                        average of a run with --ema; piece=N, the most tokens
-                        that run at a time; max_length, max_gen_toks, tokenizer,
-                        eos, seed
+                        piece=N, the most tokens that run at a time; max_length,
+                        max_gen_toks, tokenizer, eos, seed
+
+Two options are those of `rebased evaluate`:
+
+  --step N              the run's checkpoint, or best
+  --weights ema         the average of a run with --ema
 
 `lm-eval run --help` shows all of them.
 It needs: pip install 'rebased-jax[eval]'"""
@@ -31,6 +36,12 @@ _INSTEAD = {
   "-M": "MODEL comes first",
   "--model": "MODEL comes first",
   "--device": "JAX_PLATFORMS chooses the devices",
+}
+
+#: Options of ours: the pattern of a value, and what it should be.
+_OURS = {
+  "--step": (r"\d+|best", "an integer or best"),
+  "--weights": ("trained|ema", "one of ('trained', 'ema')"),
 }
 
 
@@ -48,7 +59,10 @@ def run(args: list[str]) -> int:
     print(_HELP)
     return 0 if args[:1] in (["-h"], ["--help"]) else 2
   run_dir, *rest = args
+  chosen, rest = _take_options(rest)
+  model_args = ",".join([f"run={run_dir}", *chosen])
   _check_arguments(run_dir, rest)
+  check_model_is_there(run_dir)
   # Imported when the arguments are right: jax takes seconds.
   from rebased_jax import model_files
   from train.devices import backend
@@ -61,7 +75,7 @@ def run(args: list[str]) -> int:
 
   importlib.import_module("train.harness")  # registers the model
   before = sys.argv
-  words = ["run", "--model", "rebased", "--model_args", f"run={run_dir}"]
+  words = ["run", "--model", "rebased", "--model_args", model_args]
   if not any(x.split("=")[0] in ("-b", "--batch_size") for x in rest):
     words += ["--batch_size", "8"]
   sys.argv = ["rebased lm-eval", *words, *rest]
@@ -70,6 +84,26 @@ def run(args: list[str]) -> int:
   finally:
     sys.argv = before
   return 0
+
+
+def _take_options(rest: list[str]) -> tuple[list[str], list[str]]:
+  """Return our options as NAME=VALUE, and the arguments of the harness.
+
+  Raises:
+    ValueError: an option has no value, or a wrong one.
+  """
+  found, others, words = [], [], iter(rest)
+  for word in words:
+    option, equals, value = word.partition("=")
+    if option not in _OURS:
+      others.append(word)
+      continue
+    value = value if equals else next(words, "")
+    pattern, expected = _OURS[option]
+    if not re.fullmatch(pattern, value):
+      raise ValueError(f"{option}={value!r}: expected {expected}")
+    found.append(f"{option.removeprefix('--')}={value}")
+  return found, others
 
 
 def _check_arguments(run_dir: str, rest: list[str]) -> None:

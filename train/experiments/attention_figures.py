@@ -13,7 +13,6 @@ from pathlib import Path
 import re
 from typing import Any, NamedTuple
 
-from matplotlib import colors, figure, ticker
 import numpy as np
 
 from train.records import plots
@@ -80,6 +79,8 @@ def _draw_matrices(
   shown: Mapping[str, Any], examples: Sequence[int], path: Path
 ) -> None:
   """Draw the matrices of examples: a row for each, a column for each model."""
+  from matplotlib import colors, figure, ticker
+
   size = 4.2 * len(shown) + 1.0, 2.6 * len(examples) + 0.4
   drawing = figure.Figure(figsize=size, layout="constrained")
   panels = drawing.subplots(len(examples), len(shown), squeeze=False)
@@ -118,6 +119,8 @@ def _draw_matrices(
 
 def _draw_noise(shown: Mapping[str, Any], path: Path) -> None:
   """Draw the k-th largest weight of a wrong token, as the mean over queries."""
+  from matplotlib import figure
+
   drawing = figure.Figure(figsize=(6.4, 4.0), layout="constrained")
   panel = drawing.subplots()
   for number, (name, found) in enumerate(wrong_weights(shown).items()):

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib import figure
 import numpy as np
 
 from train.experiments import (
@@ -90,6 +89,8 @@ def moments(
 
 def _draw_figure_2(path: Path) -> None:
   """Draw similarity as a function of q·k / √F."""
+  from matplotlib import figure
+
   s = np.linspace(-3, 3, 301)
   drawing = figure.Figure(figsize=(5.4, 3.6), layout="constrained")
   panel = drawing.subplots()
@@ -110,6 +111,8 @@ def _draw_figure_2(path: Path) -> None:
 
 def _draw_figure_4(found: Mapping[str, Any], path: Path) -> None:
   """Draw the expected best accuracy against the number of tried rates."""
+  from matplotlib import figure
+
   places = {name: results.place(name) for name in found}
   grid = sorted({(x.length, x.width) for x in places.values()})
   size = 3.2 * len(grid) + 1.6, 3.4
@@ -137,6 +140,8 @@ def _draw_figure_4(found: Mapping[str, Any], path: Path) -> None:
 
 def _draw_figure_10(found: Mapping[str, Any], path: Path) -> None:
   """Draw mean and deviation of γ and β against the epoch."""
+  from matplotlib import figure
+
   drawing = figure.Figure(figsize=(8.4, 6.0), layout="constrained")
   panels = drawing.subplots(2, 2, sharex=True)
   for row, letter in zip(panels, _GREEK, strict=True):

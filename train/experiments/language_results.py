@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib import figure, ticker
 import numpy as np
 
 from rebased_jax import atomic
@@ -109,6 +108,8 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     found: the records by name.
     path: the PNG to write.
   """
+  from matplotlib import figure, ticker
+
   drawing = figure.Figure(figsize=(10.5, 3.8), layout="constrained")
   panels = drawing.subplots(1, 3)
   for panel, metric, title in zip(panels, _SHOWN, _TITLES, strict=True):

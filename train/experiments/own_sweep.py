@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib import figure
 import numpy as np
 
 from rebased_jax import atomic
@@ -45,7 +44,8 @@ def table(preset: str, found: Mapping[str, Any]) -> str:
     f"# Sweep of {preset}",
     "",
     "Accuracy is of the held-out rows at the best epoch: the mean over seeds, "
-    "± the standard deviation (n − 1). The best rate of a width is in bold.",
+    "± the standard deviation (n − 1). The best rate of a width is in bold. "
+    "An epoch of unlimited data is the steps between two evaluations.",
     "",
     "| width | rate | accuracy | seeds | epochs | not finite | time, device |",
     "|---|---|---|---|---|---|---|",
@@ -67,6 +67,8 @@ def table(preset: str, found: Mapping[str, Any]) -> str:
 
 def _draw(preset: str, found: Mapping[str, Any], path: Path) -> None:
   """Draw accuracy against the learning rate, a line for each width."""
+  from matplotlib import figure
+
   drawing = figure.Figure(figsize=(6.4, 4.0), layout="constrained")
   panel = drawing.subplots()
   for record in found.values():

@@ -12,7 +12,6 @@ from pathlib import Path
 import re
 from typing import Any, NamedTuple
 
-from matplotlib import figure
 import numpy as np
 
 from rebased_jax import atomic
@@ -158,6 +157,8 @@ def draw(experiment: Experiment, found: Mapping[str, Any], path: Path) -> None:
     found: its records, by the name of the cell.
     path: the PNG to write.
   """
+  from matplotlib import figure
+
   lengths = sorted({place(name).length for name in experiment.cells})
   systems = list(dict.fromkeys(place(name).system for name in experiment.cells))
   size = max(6.4, 3.0 * len(lengths)), 4.0
