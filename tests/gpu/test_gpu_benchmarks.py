@@ -85,3 +85,14 @@ def test_a_run_is_clean_only_if_all_of_it_is(summary, code, missing, clean):
   values = "errors of o, dq, dk, dv: [0.1] " + ("wrong" if missing else "right")
   text = f"{values}\n========= {summary}\n"
   assert sanitize.judge(text, code)["clean"] == bool(clean)
+
+
+@pytest.mark.parametrize(
+  "operator", ["selective_scan", pytest.param("wkv", marks=pytest.mark.slow)]
+)
+def test_the_case_of_a_recurrence_compares_every_array(operator):
+  """XLA stands in for the kernels; it differs from float32 by roundings."""
+  case = sanitize.Recurrence(operator, 1, 4, 2, (2,), "bfloat16", N=2)
+  errors = sanitize.recurrence_errors(case, "xla")
+  assert len(errors) == {"selective_scan": 8, "wkv": 9}[operator]
+  assert 0 < max(errors.values()) < 3e-2
