@@ -1,11 +1,13 @@
 """The Hopper kernels lower for CUDA on a machine without a GPU."""
 
+import functools
+
 import jax
 from jax import ShapeDtypeStruct
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import devices, zero_state
+from pallas_kernels import devices, polynomial_attention, zero_state
 from pallas_kernels.polynomial import arg_specs
 from pallas_kernels.polynomial.operator import Kernel
 
@@ -62,6 +64,36 @@ def test_every_named_shape_lowers(name):
     for line in text.splitlines():
       padded = "stablehlo.pad" in line and f"x{spec.T}x" in line
       assert not padded, "a padded copy"
+
+
+def test_float32_runs_the_kernels_only_where_they_are_named(monkeypatch):
+  monkeypatch.setattr(devices, "is_hopper", lambda: True)
+  x = ShapeDtypeStruct((2, 70, 3, 16), jnp.float32)
+
+  def traced(name):
+    call = functools.partial(polynomial_attention, implementation=name)
+    return str(jax.make_jaxpr(call)(x, x, x))
+
+  assert "polynomial_forward" not in traced(None)
+  text = traced("gpu")
+  assert "polynomial_forward" in text
+  # XLA may drop a conversion to bfloat16 and back, but not this operation.
+  assert text.count("reduce_precision[") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lm-1k", "lm-32k", "based-360m", "pile-157m"])
+def test_named_shapes_lower_in_float32(name):
+  spec = _EACH[name]
+  kernel = Kernel(spec.coefficients.scaled(spec.F**-0.5), 1e-6)
+  q, k, v = spec.arrays(jnp.float32)
+  run = _forward_and_backward(kernel, False)
+  text = _lowered(run, q, k, v, v, None, None)
+  for kernel_name in ("forward", "backward_queries", "backward_keys"):
+    assert f"polynomial_{kernel_name}" in text
+  o, _, *gradients, _ = jax.eval_shape(run, q, k, v, v, None, None)
+  assert o.dtype == jnp.float32
+  assert all(x.dtype == jnp.float32 for x in gradients)
 
 
 @pytest.mark.parametrize("T, F", [(1, 16), (63, 16), (520, 16), (1030, 24)])

@@ -14,14 +14,14 @@ pytestmark = pytest.mark.gpu
 if jax.devices()[0].platform != "gpu":
   pytest.skip("no GPU", allow_module_level=True)
 
-# Limit of ‖a − ref‖ / ‖ref‖: bfloat16 operands round to 2⁻⁹ each.
-_TOLERANCE = 5e-3
+# Limit of ‖a − ref‖ / ‖ref‖: operands round to 2⁻⁹, or to 2⁻¹⁸ in float32.
+_TOLERANCE = {"bfloat16": 5e-3, "float32": 2e-5}
 
 
-def _inputs(B, T, H, P, F=16, seed=0):
+def _inputs(B, T, H, P, F=16, seed=0, dtype="bfloat16"):
   keys = jax.random.split(jax.random.key(seed), 4)
   sizes = (F, F, P, P)
-  make = lambda key, size: jax.random.normal(key, (B, T, H, size), jnp.bfloat16)
+  make = lambda key, size: jax.random.normal(key, (B, T, H, size), dtype)
   return [make(key, size) for key, size in zip(keys, sizes, strict=True)]
 
 
@@ -78,8 +78,8 @@ def _before_cancellation(q, k, v, do, coefficients):
   return [jnp.linalg.norm(x) for x in jax.vjp(call, q, k)[1](do)]
 
 
-def _check(B, T, H, P, coefficients, states, F=16):
-  q, k, v, do = _inputs(B, T, H, P, F)
+def _check(B, T, H, P, coefficients, states, F=16, dtype="bfloat16"):
+  q, k, v, do = _inputs(B, T, H, P, F, dtype=dtype)
   state = dstate = None
   if states:
     state, dstate = _states(B, H, P, coefficients, F)
@@ -101,7 +101,7 @@ def _check(B, T, H, P, coefficients, states, F=16):
   for a, b, scale in pairs:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert np.isfinite(a).all()
-    limit = _TOLERANCE * max(np.linalg.norm(b), float(scale))
+    limit = _TOLERANCE[dtype] * max(np.linalg.norm(b), float(scale))
     assert np.linalg.norm(a - b) <= limit
 
 
@@ -113,6 +113,22 @@ def _check(B, T, H, P, coefficients, states, F=16):
 )
 def test_values_and_gradients_equal_xla(B, T, H, P, coefficients, states):
   _check(B, T, H, P, coefficients, states)
+
+
+@pytest.mark.parametrize(
+  "B, T, H, P, F, coefficients, states",
+  [
+    (2, 256, 3, 64, 16, REBASED, True),
+    (2, 104, 3, 48, 16, BASED, True),
+    (1, 4104, 2, 80, 16, BASED, True),
+    (1, 3001, 12, 12, 16, REBASED, False),
+    (2, 17, 3, 5, 16, REBASED, False),
+    (2, 200, 3, 64, 5, REBASED, False),
+    (1, 1, 12, 64, 16, REBASED, False),
+  ],
+)
+def test_float32_equals_xla(B, T, H, P, F, coefficients, states):
+  _check(B, T, H, P, coefficients, states, F, "float32")
 
 
 @pytest.mark.parametrize("T", [1, 64, 65, 3001])
@@ -180,9 +196,10 @@ def test_repeats_with_more_than_16_features_are_bit_identical(B, T, F):
   _repeat(100, *_inputs(B, T, 4, 48, F))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("B, T", [(64, 1024), (2, 32768)])
-def test_repeats_are_bit_identical(B, T):
-  _repeat(200, *_inputs(B, T, 12, 64))
+def test_repeats_are_bit_identical(B, T, dtype):
+  _repeat(200, *_inputs(B, T, 12, 64, dtype=dtype))
 
 
 def _repeat(count, q, k, v, do):
@@ -213,6 +230,9 @@ def test_gpu_is_the_default_and_warns_where_it_cannot_run():
   assert "polynomial_forward" in text
   with pytest.warns(UserWarning, match="runs 'xla'.*eps = 0"):
     polynomial_attention(q, k, v, eps=0.0)
+  wide = (x.astype(jnp.float32) for x in (q, k, v))
+  with pytest.warns(UserWarning, match="runs 'xla'.*float32"):
+    polynomial_attention(*wide)
   with pytest.raises(NotImplementedError, match="eps = 0"):
     polynomial_attention(q, k, v, eps=0.0, implementation="gpu")
 
