@@ -7,7 +7,8 @@ in float64 on small inputs, and two calls must give equal bits. Then it times,
 forward and with backward, the operator alone and a whole layer: bfloat16, D =
 1024, 65,536 tokens, T = 512 … 32768. `pallas_kernels.measure` takes the times.
 ptxas's report on registers and spills is kept. The script exits with 1 if
-values are wrong. It needs a Hopper GPU.
+values are wrong. It needs a Hopper GPU. A second call with the file of one that
+was stopped measures what the file does not have.
 """
 
 import argparse
@@ -102,9 +103,9 @@ def with_gradients(system: str, implementation: str, ids: Any):
   return jax.jit(run)
 
 
-def check() -> tuple[list[dict], bool]:
-  """Return a row for each case of `CHECKS`, and whether all are right."""
-  rows, good = [], True
+def check() -> list[dict]:
+  """Return a row for each case of `CHECKS`, which says whether it is right."""
+  rows = []
   for system, B, T, channels, dtype, scale, documents in CHECKS:
     rng = np.random.default_rng(0)
     ids = None
@@ -130,8 +131,7 @@ def check() -> tuple[list[dict], bool]:
     row |= dict(documents=documents, errors=errors, same=same, right=right)
     print(json.dumps(row), flush=True)
     rows.append(row)
-    good &= right
-  return rows, good
+  return rows
 
 
 def operator_times(system: str, T: int) -> dict[str, float]:
@@ -173,6 +173,25 @@ def _times(call, arrays: Any, y: Any) -> dict[str, float]:
   )
 
 
+def _stopped(path: Path, run: dict) -> dict:
+  """Return the record of a stopped run, {} if there is none.
+
+  Args:
+    path: of the record.
+    run: commit, device and versions of this run, which must be the same.
+  """
+  if not path.exists():
+    return {}
+  before = json.loads(path.read_text())
+  for key in ("commit", "device", "versions"):
+    if before[key] != run[key]:
+      sys.exit(
+        f"{path} has {key} {before[key]!r}, this run {run[key]!r}: expected "
+        "the same, or a new file"
+      )
+  return before
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--out", type=Path, required=True)
@@ -186,30 +205,35 @@ def main() -> None:
     if jax.devices()[0].platform != "gpu":
       sys.exit(f"expected a Hopper GPU; this is {jax.devices()[0].device_kind}")
     result = describe("pallas_kernels", "rebased_jax")
-    rows: list[dict] = []
+    before = _stopped(args.out, result)
+    rows: list[dict] = before.get("times", [])
 
     def write() -> None:
-      result["registers"] = kernel_times.registers(Path(folder))
+      found = kernel_times.registers(Path(folder))
+      result["registers"] = before.get("registers", []) + found
       result["times"] = rows
       args.out.write_text(json.dumps(result, indent=1) + "\n")
 
-    result["checks"], good = check()
+    result["checks"] = before.get("checks") or check()
     write()
     for row in result["registers"]:
       print(json.dumps(row), flush=True)
-    if not good:
+    if not all(row["right"] for row in result["checks"]):
       sys.exit("wrong values, not timed")
     # XLA's programs come last: they take longest to compile.
     jobs = [("operator", "gpu"), ("layer", "gpu"), ("layer", "xla")]
     for (part, by), T, system in itertools.product(
       jobs, args.lengths, args.systems
     ):
+      case = dict(system=system, part=part, by=by, T=T)
+      if any(case.items() <= row.items() for row in rows):
+        continue
       times = (
         operator_times(system, T)
         if part == "operator"
         else layer_times(system, by, T)
       )
-      rows.append(dict(system=system, part=part, by=by, T=T) | times)
+      rows.append(case | times)
       print(json.dumps(rows[-1]), flush=True)
       write()
 
