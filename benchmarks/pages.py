@@ -201,21 +201,21 @@ def recurrences() -> str:
   """
   memory, float32 = 4.8e12, 33.5e12  # a second, by an H200's data sheet
   # Bytes, exponentials and operations of a token and channel, as in the page.
-  # (channels, forward, backward, each kernel that sums slices)
+  # (channels, those of a program, forward, backward, each that sums slices)
   counts = {
-    "Mamba": (2048, (14, 16, 96), (24, 32, 384), (8, 16, 64), (8, 16, 64)),
-    "RWKV": (1024, (7.5, 4, 20), (11.5, 8, 50), (4, 2, 8), (7.5, 6, 30)),
+    "Mamba": (2048, 64, (14, 16, 96), (24, 32, 384), (8, 16, 64), (8, 16, 64)),
+    "RWKV": (1024, 128, (7.5, 4, 20), (11.5, 8, 50), (4, 2, 8), (7.5, 6, 30)),
   }
   rows = []
   for row in read("recurrences_h200.json")["times"]:
     if (row["part"], row["by"]) != ("operator", "gpu"):
       continue
-    channels, *kernels = counts[row["system"]]
+    channels, width, *kernels = counts[row["system"]]
     forward, backward, *slices = (
       max(b / memory, 8 * e / float32, o / float32) * 65536 * channels * 1e3
       for b, e, o in kernels
     )
-    if row["T"] == 32768:  # two rows, which are cut into slices
+    if 65536 // row["T"] * channels // width < 200:  # time is cut into slices
       forward, backward = forward + slices[0], backward + slices[1]
     cells = [row["system"], f"{row['T']}"]
     for ms, floor in (
