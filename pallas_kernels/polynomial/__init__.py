@@ -18,6 +18,11 @@ from pallas_kernels.polynomial.coefficients import (
   REBASED as REBASED,
   Coefficients as Coefficients,
 )
+from pallas_kernels.polynomial.position_cost import (
+  PositionCall as PositionCall,
+  expected_form as expected_form,
+  is_cheaper_alone as is_cheaper_alone,
+)
 from pallas_kernels.polynomial.state import (
   State as State,
   zero_state as zero_state,

@@ -27,15 +27,16 @@ from pallas_kernels import (
   polynomial_attention_weights,
   zero_state,
 )
+from pallas_kernels.polynomial import (
+  PositionCall,
+  expected_form,
+  is_cheaper_alone,
+)
 from rebased_jax.argument_names import explain_unknown_names
 from rebased_jax.config_checks import DType, Precision
 from rebased_jax.linear import Linear, linear
 from rebased_jax.mixer_configs import OFFICIAL_EPS, HeadShape, PolynomialConfig
 from rebased_jax.mixers.base import Mixer, take_positions
-
-#: Up to this many `query_positions` a row, quadratic attention of them alone
-#: is faster than the linear operator over the whole row.
-FEW_QUERIES = 64
 
 
 class Projections(nnx.Module):
@@ -150,7 +151,9 @@ class PolynomialMixer(Mixer):
     query_positions: Array | None,
   ) -> Array:
     k_BTHF, v_BTHP = self.key(x_BTD), self.value(x_BTD)
-    if query_positions is not None and self._are_few(query_positions, axes):
+    if query_positions is not None and self._is_cheaper_alone(
+      x_BTD, query_positions, axes
+    ):
       x_BMD = take_positions(x_BTD, query_positions)
       o_BMHP = polynomial_attention_at(
         self.query(x_BMD),
@@ -175,11 +178,27 @@ class PolynomialMixer(Mixer):
     o_BTD = o_BTHP.reshape(*o_BTHP.shape[:2], -1)
     return self.project.o(take_positions(o_BTD, query_positions))
 
-  def _are_few(self, query_positions: Array, axes: ShardAxes | None) -> bool:
+  def _is_cheaper_alone(
+    self, x_BTD: Array, positions_BM: Array, axes: ShardAxes | None
+  ) -> bool:
     """Whether to compute only these queries' rows of the attention matrix."""
-    few = query_positions.shape[1] <= FEW_QUERIES
     has_whole_rows = axes is None or axes.time is None
-    return few and has_whole_rows and self.implementation is None
+    if self.implementation is not None or not has_whole_rows:
+      return False
+    B, T, D = x_BTD.shape
+    H, F, P = self.shape
+    call = PositionCall(
+      rows=B if axes is None else B // axes.devices(axes.batch),
+      length=T,
+      positions=positions_BM.shape[1],
+      width=D,
+      heads=H,
+      features=F,
+      value_features=P,
+      coefficients=self.coefficients,
+      itemsize=self.dtype.itemsize,
+    )
+    return is_cheaper_alone(call, expected_form(self.dtype))
 
   def init_state(self, batch: int) -> State:
     """Return the state before a document's first token: all sums are 0."""

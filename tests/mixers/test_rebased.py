@@ -9,6 +9,8 @@ import mixer_equations
 import numpy as np
 import pytest
 
+from pallas_kernels import REBASED, ShardAxes
+from pallas_kernels.polynomial import PositionCall
 from rebased_jax import (
   BasedConfig,
   ReBasedConfig,
@@ -187,6 +189,44 @@ def test_the_reference_has_forward_and_second_derivatives() -> None:
   change = (slope(x + h * dx) - slope(x - h * dx)) / (2 * h)
   error = np.linalg.norm(curvature - change)
   assert error <= 0.02 * np.linalg.norm(change)  # of h² and float32
+
+
+def test_the_mixer_takes_the_cheaper_way(monkeypatch) -> None:
+  """Trace a call only: each way leaves its name."""
+  taken = []
+  for name in ("polynomial_attention", "polynomial_attention_at"):
+    run = getattr(polynomial, name)
+
+    def note(*args, name=name, run=run, **options):
+      taken.append(name.removeprefix("polynomial_attention"))
+      return run(*args, **options)
+
+    monkeypatch.setattr(polynomial, name, note)
+  calls = []
+
+  def decide(call, form):
+    calls.append((call, form))
+    return len(calls) == 1
+
+  monkeypatch.setattr(polynomial, "is_cheaper_alone", decide)
+  _, mixer = make()
+  x_BTD, positions_BM = jnp.zeros((4, 12, D)), np.zeros((4, 3), np.int32)
+
+  def run(axes=None):
+    jax.eval_shape(
+      lambda: mixer(x_BTD, query_positions=positions_BM, axes=axes)
+    )
+
+  run()
+  mesh = jax.make_mesh(
+    (2, 2), ("data", "time"), (jax.sharding.AxisType.Auto,) * 2
+  )
+  with jax.set_mesh(mesh):
+    run(ShardAxes(batch="data"))
+    run(ShardAxes(time="time"))  # no row is whole on a device
+  assert taken == ["_at", "", ""]
+  assert [call.rows for call, _ in calls] == [4, 2]
+  assert calls[0][0] == PositionCall(4, 12, 3, D, H, F, D // H, REBASED, 4)
 
 
 def test_a_named_implementation_takes_the_linear_operator(monkeypatch) -> None:
