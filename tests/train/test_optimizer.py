@@ -120,6 +120,10 @@ def _after_warm_up(fall: optax.Schedule) -> optax.Schedule:
       dict(schedule="wsd", cooldown_steps=8),
       _after_warm_up(_LINEAR(0.5, 0.05, 8, transition_begin=8)),
     ),
+    (  # it never begins before the end of the warm-up
+      dict(schedule="wsd", cooldown_steps=18),
+      _after_warm_up(_LINEAR(0.5, 0.05, 16)),
+    ),
   ],
 )
 def test_schedules_are_those_of_optax(changes, expected) -> None:

@@ -302,6 +302,11 @@ said["folder"] = of(base, path="other")
 said["option"] = of(base, allow_data_change=True)
 with jax.default_matmul_precision("highest" if index else None):
   said["setting"] = of(base)
+if index == 1:  # the same config, but other files
+  same_run.hash_of_code = lambda config: "other code"
+  same_run._identity = lambda batches: {"rows": "other rows"}
+  same_run._names = lambda run: ["other names"]
+said["files"] = of(base)
 
 def fail_in_one():
   with processes.all_or_none():
@@ -364,6 +369,12 @@ def test_two_processes_agree_or_refuse(tmp_path: Path, trainer: Path) -> None:
   assert one == ("refused by process 1: no such file", "no such file")
   assert first == second
   assert first.pop("same") is None
+  files = first.pop("files")
+  for text in (
+    *(" data.rows: ", " held_out_data.rows: ", " init_from_files: "),
+    "'other code' on process 1",
+  ):
+    assert text in files, files
   assert first.pop("most") == [15, 7]
   assert first.pop("all") == [False, True]
   assert first.pop("sum of rows × row") == sum(
