@@ -78,7 +78,8 @@ def test_a_sweep_is_a_cell_a_width(tmp_path, capsys, monkeypatch):
 def test_a_wrong_sweep_is_an_error_that_names_it(tmp_path, capsys, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for args, expected in (
-    (["mqar"], "take a preset mqar-paper-…, such as"),
+    (["lm-tiny"], "the data is TextData: expected MQAR"),
+    (["mqar", "--steps", "170"], "--steps=170: expected a multiple"),
     (["mqr"], "did you mean"),
     ([_PRESET, "--steps", "5"], "--steps=5: expected a multiple"),
     ([_PRESET, "--rates", "0"], "--rates=(0.0,): expected positive"),

@@ -19,9 +19,14 @@ from train.config import (
   RunConfig,
 )
 from train.devices import mesh as mesh_lib
-from train.experiments import record as records, sweep as sweep_lib
+from train.experiments import (
+  record as records,
+  run_cell as run_cell_lib,
+  sweep as sweep_lib,
+)
 from train.experiments.run_cell import run_cell
 from train.experiments.sweep import Cell, Sweep
+from train.presets import make_presets
 
 EXAMPLES, ROWS = 200, 64  # so that the last batch of an epoch is filled up
 
@@ -141,17 +146,55 @@ def test_runs_are_shared_among_devices():
   assert sharding.shard_shape((4,)) == (1,)
 
 
+def _stream(**changes) -> RunConfig:
+  data = MQARStreamData(vocab_size=64, length=16, pairs=2, test_examples=70)
+  return _run(data=data, eval_every=2, steps=6, **changes)
+
+
+def test_runs_on_unlimited_data_see_the_rows_of_their_seeds():
+  cell = Cell(_stream(), rates=(1e-3, 1e-2), seeds=(0, 3))
+  assert (cell.epochs, cell.epoch_steps) == (3, 2)
+  seeds = [seed for _, seed in cell.runs]
+  rows_N = cell.examples(1, seeds)
+  order_RSB, weights_SB = cell.order(1, seeds)
+  assert weights_SB.all() and len(rows_N["tokens"]) == 2 * 2 * ROWS
+  held_out = cell.held_out(seeds)
+  for run, seed in enumerate(seeds):
+    data = cell.run.data.train_batches(ROWS, seed)
+    for number in range(2):
+      for name, wanted in data.read_rows(2 + number, 0, ROWS).items():
+        found = rows_N[name][order_RSB[run, number]]
+        np.testing.assert_array_equal(found, wanted)
+    data = cell.run.data.eval_batches(70, seed)
+    for name, wanted in data.read_rows(0, 0, 70).items():
+      np.testing.assert_array_equal(held_out[name][run, :70], wanted)
+    assert held_out["weights"][run].sum() == 70 * 2
+
+
 def _numbers(record):
   """The record without what depends on time."""
   times = ("seconds", "ms_per_run_step", "commit")
   return {name: x for name, x in record.items() if name not in times}
 
 
-def test_a_cell_that_is_stopped_and_resumed_has_the_same_record(tmp_path):
-  cell = Cell(_run(), rates=(1e-3, 1e-2), seeds=(0,))
+@pytest.mark.parametrize(
+  "data", ["paper", pytest.param("stream", marks=pytest.mark.slow)]
+)
+def test_a_cell_that_is_killed_and_resumed_has_the_same_record(
+  tmp_path, data, monkeypatch
+):
+  monkeypatch.setattr(run_cell_lib, "_SAVE_SECONDS", 0)  # after each epoch
+  run = _run() if data == "paper" else _stream()
+  seeds = (0,) if data == "paper" else (0, 3)  # on 2 devices, or on 4
+  cell = Cell(run, rates=(1e-3, 1e-2), seeds=seeds)
   whole = run_cell("cell", cell, tmp_path / "whole")
-  stopped = run_cell("cell", cell, tmp_path / "parts", stop=lambda: True)
-  assert stopped is None
+
+  def kill(progress):
+    if progress.epoch.number == 1:
+      raise SystemExit("killed before the save")
+
+  with pytest.raises(SystemExit, match="killed before the save"):
+    run_cell("cell", cell, tmp_path / "parts", report=kill)
   assert not (tmp_path / "parts" / "cell.json").exists()
   epochs = []
   resumed = run_cell(
@@ -172,7 +215,7 @@ def test_a_cell_that_is_stopped_and_resumed_has_the_same_record(tmp_path):
 
 def test_another_cell_under_the_same_name_is_refused(tmp_path):
   cell = Cell(_run(), rates=(1e-3,), seeds=(0,))
-  run_cell("cell", cell, tmp_path, stop=lambda: True)
+  assert run_cell("cell", cell, tmp_path, stop=lambda: True) is None
   other = dataclasses.replace(cell, rates=(1e-2,))
   with pytest.raises(records.RecordError, match="is of another cell"):
     run_cell("cell", other, tmp_path)
@@ -237,8 +280,9 @@ def test_what_a_sweep_does_not_do_is_refused():
   ):
     with pytest.raises(ValueError, match=message):
       Cell(_run(**change), rates=(1e-3,), seeds=(0,))
-  run = _run(data=MQARStreamData(vocab_size=64, length=16, pairs=2))
-  with pytest.raises(ValueError, match="MQARStreamData: expected MQARPaper"):
-    Cell(run, rates=(1e-3,), seeds=(0,))
+  with pytest.raises(ValueError, match="TextData: expected MQAR"):
+    Cell(make_presets()["lm-tiny"], rates=(1e-3,), seeds=(0,))
+  with pytest.raises(ValueError, match=r"steps of an epoch, 4 \(eval_every\)"):
+    Cell(dataclasses.replace(_stream(), eval_every=4), (1e-3,), (0,))
   with pytest.raises(ValueError, match=r"^rates=\(\)"):
     Cell(_run(), rates=(), seeds=(0,))

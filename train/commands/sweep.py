@@ -23,7 +23,7 @@ class SweepArgs:
 
   The runs of a width are one compiled program, which the devices share. A sweep
   that was stopped continues. The preset's data must fit on a device: it is one
-  of mqar-paper-….
+  of mqar, mqar-… or mqar-paper-….
   """
 
   run: Annotated[RunConfig, tyro.conf.arg(name="")]

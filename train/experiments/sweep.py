@@ -7,7 +7,9 @@ runs differ in numbers only, so one compiled program trains all of them:
 
 Each run is `step.train_step` under `vmap`, with separate parameters, optimiser
 state, dropout key and order of the examples. The data set lies on the device,
-and an epoch is one `scan` over its steps. Every update rule is linear in the
+and an epoch is one `scan` over its steps. Unlimited MQAR has no epochs: there
+an epoch is the steps between two evaluations, with the rows of these steps on
+the device, those of each seed. Every update rule is linear in the
 learning rate, so it is made for rate 1 and each run multiplies its updates by
 its rate. Where there are several devices, each trains other runs.
 
@@ -34,8 +36,9 @@ import numpy as np
 import optax
 
 from train import compiled_steps, optimizer, step
-from train.config import MQARPaperData, RunConfig
+from train.config import MQARPaperData, MQARStreamData, RunConfig
 from train.data import mqar, mqar_paper
+from train.data.batches import Batch, Batches
 from train.experiments import attention_iou
 
 _EVAL_ROWS = 500  # of the test set, at a time
@@ -68,16 +71,16 @@ class Cell:
   attention_examples: int = 0
 
   def __post_init__(self) -> None:
-    if not isinstance(self.run.data, MQARPaperData):
+    if not isinstance(self.run.data, MQARPaperData | MQARStreamData):
       raise ValueError(
-        f"the data is {type(self.run.data).__name__}: expected MQARPaperData, "
-        "whose examples fit on a device: take a preset mqar-paper-…, such as "
+        f"the data is {type(self.run.data).__name__}: expected MQAR, whose "
+        "rows fit on a device: take a preset such as mqar or "
         "mqar-paper-rebased-128"
       )
     if self.run.steps < 1 or self.run.steps % self.epoch_steps:
       raise ValueError(
         f"steps={self.run.steps}: expected a multiple of the steps of an "
-        f"epoch, {self.epoch_steps}"
+        f"epoch, {self.epoch_steps}{' (eval_every)' * self.is_stream}"
       )
     for field in dataclasses.fields(self.run):
       value = getattr(self.run, field.name)
@@ -90,6 +93,11 @@ class Cell:
       raise ValueError(
         f"attention_examples={self.attention_examples}: expected a multiple of "
         f"{_ATTENTION_ROWS}"
+      )
+    if self.attention_examples and self.is_stream:
+      raise ValueError(
+        f"attention_examples={self.attention_examples}: expected 0 with "
+        "unlimited data"
       )
     for name in ("rates", "seeds"):
       if not getattr(self, name):
@@ -110,9 +118,16 @@ class Cell:
     return [(rate, seed) for rate in self.rates for seed in self.seeds]
 
   @property
+  def is_stream(self) -> bool:
+    """Whether each seed has rows of its own, without an end."""
+    return isinstance(self.run.data, MQARStreamData)
+
+  @property
   def epoch_steps(self) -> int:
     """Updates of the parameters in one epoch."""
-    return self.batches.steps_per_epoch
+    if isinstance(self.batches, mqar_paper.MQARPaper):
+      return self.batches.steps_per_epoch
+    return self.run.eval_every
 
   @property
   def epochs(self) -> int:
@@ -129,10 +144,15 @@ class Cell:
       seeds: the seed of each run.
 
     Returns:
-      (order_RSB, weights_SB): int32 indices of examples, the same as in
-      `MQARPaper`; float32 weights, 0 where the last batch is filled up.
+      (order_RSB, weights_SB): int32 indices of `examples`, so that a run sees
+      what `rebased train` shows it; float32 weights, 0 where the last batch is
+      filled up.
     """
     S, B = self.epoch_steps, self.run.batch
+    if not isinstance(self.batches, mqar_paper.MQARPaper):
+      first_R = [S * B * _unique(seeds).index(seed) for seed in seeds]
+      order_RSB = np.add.outer(first_R, np.arange(S * B)).reshape(-1, S, B)
+      return order_RSB.astype(np.int32), np.ones((S, B), np.float32)
     examples = self.batches.examples
     place_SB = np.arange(S * B).reshape(S, B)
     filled_SB = np.minimum(place_SB, examples - 1)
@@ -144,11 +164,55 @@ class Cell:
     weights_SB = (place_SB < examples).astype(np.float32)
     return order_RSB.astype(np.int32), weights_SB
 
+  def examples(self, epoch: int, seeds: Sequence[int]) -> Batch:
+    """Return the examples that the runs see in an epoch, which `order` counts.
+
+    Args:
+      epoch: the epoch, from 0. The paper's data is the same in each.
+      seeds: the seed of each run.
+
+    Returns:
+      Arrays by name, (N, …). Those of unlimited data are the rows of each seed
+      in turn.
+    """
+    if isinstance(self.batches, mqar_paper.MQARPaper):
+      return _examples(self.batches)
+    first = epoch * self.epoch_steps
+    steps = range(first, first + self.epoch_steps)
+    return _concatenated(
+      [
+        self.run.data.train_batches(self.run.batch, seed).read_rows(
+          step, 0, self.run.batch
+        )
+        for seed in _unique(seeds)
+        for step in steps
+      ]
+    )
+
+  def held_out(self, seeds: Sequence[int]) -> Batch:
+    """Return the held-out rows, the last ones of weight 0 where filled up.
+
+    Args:
+      seeds: the seed of each run.
+
+    Returns:
+      Arrays by name: (N, …) of the paper's data, which is the same for all, or
+      (R, N, …) of unlimited data.
+    """
+    if isinstance(self.batches, mqar_paper.MQARPaper):
+      return _examples(mqar_paper.paper_test_batches(self.batches.config))
+    by_seed = {
+      seed: _all_rows(self.run.data.eval_batches(_EVAL_ROWS, seed))
+      for seed in _unique(seeds)
+    }
+    parts = [by_seed[seed] for seed in seeds]
+    return {name: np.stack([x[name] for x in parts]) for name in parts[0]}
+
   @functools.cached_property
-  def batches(self) -> mqar_paper.MQARPaper:
+  def batches(self) -> mqar_paper.MQARPaper | mqar.MQARStream:
     """The batches of a run, for their sizes; the seed does not matter."""
     found = self.run.data.train_batches(self.run.batch, 0)
-    assert isinstance(found, mqar_paper.MQARPaper)
+    assert isinstance(found, mqar_paper.MQARPaper | mqar.MQARStream)
     return found
 
 
@@ -236,10 +300,10 @@ class Sweep:
       loss_chunks=run.loss_chunks,
       z_loss=run.z_loss,
     )
-    self._train_N = _examples(cell.batches)
-    self._test_N = {
-      "test": _examples(mqar_paper.paper_test_batches(cell.batches.config))
-    }
+    seeds = [cell.runs[index][1] for index in self.runs]
+    # Rows of unlimited data come with each epoch.
+    self._train_N = None if cell.is_stream else cell.examples(0, seeds)
+    self._test_N = {"test": cell.held_out(seeds)}
     if cell.attention_examples:
       self._test_N["attention"] = _examples(_attention_batches(cell))
     chosen = [cell.runs[index] for index in self.runs]
@@ -263,10 +327,9 @@ class Sweep:
     if self._compiled is not None:
       return
     begin = time.perf_counter()
-    order_RSB, weights_SB = self._order()
     with jax.default_matmul_precision(self.cell.precision):
       train = jax.jit(self._on_devices(_train_epoch), donate_argnums=0).lower(
-        self.state_R, self._keys_R, order_RSB, weights_SB, self._train_N
+        self.state_R, self._keys_R, *self._inputs()
       )
       evaluate = jax.jit(self._on_devices(_test)).lower(
         self.state_R.params, self._test_N
@@ -287,6 +350,8 @@ class Sweep:
     self.active_R = self.active_R[places]
     self.state_R = jax.tree.map(lambda x_R: x_R[places], self.state_R)
     self._keys_R = self._keys_R[places]
+    if self.cell.is_stream:
+      self._test_N = jax.tree.map(lambda x_R: x_R[places], self._test_N)
     self._place()
 
   def arrays(self) -> dict[str, Any]:
@@ -309,9 +374,8 @@ class Sweep:
     self.compile()
     train, evaluate = self._compiled
     begin = time.perf_counter()
-    order_RSB, weights_SB = self._order()
     self.state_R, metrics_SR = train(
-      self.state_R, self._keys_R, order_RSB, weights_SB, self._train_N
+      self.state_R, self._keys_R, *self._inputs()
     )
     tested_R = evaluate(self.state_R.params, self._test_N)
     metrics_SR, tested_R, ok_R = jax.device_get(
@@ -362,28 +426,38 @@ class Sweep:
     self.state_R, self._keys_R = jax.device_put(
       (self.state_R, self._keys_R), runs
     )
-    self._train_N, self._test_N = jax.device_put(
-      (self._train_N, self._test_N), everywhere
-    )
+    if self._train_N is not None:
+      self._train_N = jax.device_put(self._train_N, everywhere)
+    place = runs if self.cell.is_stream else everywhere
+    self._test_N = jax.device_put(self._test_N, place)
     self._compiled = None
 
-  def _order(self) -> tuple[Array, Array]:
-    """Return this epoch's order_RSB and weights_SB on the devices."""
+  def _inputs(self) -> tuple[Array, Array, dict[str, Array]]:
+    """Return order_RSB, weights_SB and train_N of this epoch on the devices."""
     seeds = [self.cell.runs[run][1] for run in self.runs]
     order_RSB, weights_SB = self.cell.order(self.epoch, seeds)
+    everywhere = NamedSharding(self._mesh, P())
+    train_N = self._train_N
+    if train_N is None:
+      rows_N = self.cell.examples(self.epoch, seeds)
+      train_N = jax.device_put(rows_N, everywhere)
     return (
       jax.device_put(order_RSB, NamedSharding(self._mesh, P("runs"))),
-      jax.device_put(weights_SB, NamedSharding(self._mesh, P())),
+      jax.device_put(weights_SB, everywhere),
+      train_N,
     )
 
   def _on_devices(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """Bind the program to a function, and give each device its own runs."""
     bound = functools.partial(function, program=self._program)
+    if function is _test:
+      bound = functools.partial(bound, own_rows=self.cell.is_stream)
     if self._mesh.size == 1:
       return bound
     if function is _test:
+      test = P("runs") if self.cell.is_stream else P()
       return jax.shard_map(
-        bound, mesh=self._mesh, in_specs=(P("runs"), P()), out_specs=P("runs")
+        bound, mesh=self._mesh, in_specs=(P("runs"), test), out_specs=P("runs")
       )
     return jax.shard_map(
       bound,
@@ -457,9 +531,13 @@ class _Tested(NamedTuple):
 
 
 def _test(
-  params_R: Any, test_N: dict[str, Any], *, program: step.Program
+  params_R: Any,
+  test_N: dict[str, Any],
+  *,
+  program: step.Program,
+  own_rows: bool,
 ) -> _Tested:
-  """Evaluate the runs."""
+  """Evaluate the runs; `own_rows`: `test_N` has an axis of runs in front."""
 
   def total(function, examples_N, rows):
     """Sum a function of batches over all examples."""
@@ -468,7 +546,7 @@ def _test(
     )
     return jax.tree.map(lambda x: x.sum(axis=0), jax.lax.map(function, parts))
 
-  def results(params):
+  def results(params, test_N):
     def evaluate(batch):
       return step.eval_step(params, batch, program)
 
@@ -489,7 +567,8 @@ def _test(
       attention = weights_XHNS.mean(axis=1)
     return _Tested(sums, affine_moments(params), iou, attention)
 
-  return jax.vmap(results)(params_R)
+  axis = 0 if own_rows else None
+  return jax.vmap(results, in_axes=(0, axis))(params_R, test_N)
 
 
 def _check_memory(program: Any, device: jax.Device, runs: int) -> None:
@@ -522,8 +601,8 @@ def attention_columns(cell: Cell) -> np.ndarray:
   """
   examples = _examples(_attention_batches(cell))
   G_XNS = attention_iou.right_columns(
-    examples["tokens"][:ATTENTION_SHOWN],
-    examples["positions"][:ATTENTION_SHOWN],
+    jnp.asarray(examples["tokens"][:ATTENTION_SHOWN]),
+    jnp.asarray(examples["positions"][:ATTENTION_SHOWN]),
   )
   return np.asarray(G_XNS.argmax(axis=-1))
 
@@ -536,10 +615,27 @@ def _attention_batches(cell: Cell) -> mqar_paper.MQARPaper:
   )
 
 
-def _examples(batches: mqar_paper.MQARPaper) -> dict[str, Array]:
-  """Return all examples of a data set, in its own order, on the device."""
+def _unique(seeds: Sequence[int]) -> list[int]:
+  """Return the seeds without repetitions, in their order."""
+  return list(dict.fromkeys(seeds))
+
+
+def _concatenated(parts: Sequence[Batch]) -> Batch:
+  return {name: np.concatenate([x[name] for x in parts]) for name in parts[0]}
+
+
+def _all_rows(batches: Batches) -> Batch:
+  """Return the rows of all batches, of which there are finitely many."""
+  count = batches.num_batches
+  assert count is not None
+  return _concatenated(
+    [batches.read_rows(step, 0, _EVAL_ROWS) for step in range(count)]
+  )
+
+
+def _examples(batches: mqar_paper.MQARPaper) -> Batch:
+  """Return all examples of a data set, in its own order."""
   parts = mqar_paper.load_paper_examples(
     batches.config, batches.examples, batches.data_seed, batches.cache_dir
   )
-  rows = mqar.mqar_rows(batches.config, *parts.astype(np.int32))
-  return {name: jnp.asarray(x) for name, x in rows.items()}
+  return mqar.mqar_rows(batches.config, *parts.astype(np.int32))
