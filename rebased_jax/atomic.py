@@ -89,6 +89,24 @@ def named_errors(path: Any) -> Iterator[None]:
     raise
 
 
+@contextlib.contextmanager
+def named_array_errors(path: Any) -> Iterator[None]:
+  """Do the same where NumPy writes an array.
+
+  NumPy says how many numbers it wrote, but neither the file nor a reason.
+
+  Args:
+    path: the file that is written.
+  """
+  with named_errors(path):
+    try:
+      yield
+    except OSError as error:
+      if error.errno is not None:
+        raise
+      raise OSError(f"{path}: {error}; is the disk full?") from error
+
+
 def write_bytes(
   path: Any, data: bytes, *, folder: Any = None, durable: bool = False
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rebased_jax.atomic import named_array_errors
 from train import compiled_steps
 from train.checkpoint.checkpoints import Checkpoints
 from train.data.batches import Batches
@@ -112,6 +113,7 @@ class NonfiniteSteps:
       return
     kept.path.mkdir(parents=True, exist_ok=True)
     batch: dict[str, Any] = dict(self._data.read(step))
-    with (kept.path / "batch.npz").open("wb") as file:
+    path = kept.path / "batch.npz"
+    with named_array_errors(path), path.open("wb") as file:
       np.savez(file, **batch)
     kept.write("reason.txt", message + "\n")

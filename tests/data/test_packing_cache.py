@@ -33,6 +33,19 @@ def test_the_cache_makes_a_plan_once(tmp_path: Path, caplog) -> None:
   assert len(calls) == 2 and len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_full_disk_names_the_file_of_a_plan(tmp_path, monkeypatch) -> None:
+  """NumPy itself says only how many numbers it has written."""
+
+  def save(path, array, **_) -> None:
+    with open("/dev/full", "wb", buffering=0) as file:
+      array.tofile(file)
+
+  monkeypatch.setattr(np, "save", save)
+  with pytest.raises(OSError, match=r"plan-.*/a\.npy: .* is the disk full\?"):
+    cached({"k": 1}, lambda: {"a": np.arange(5000)}, tmp_path)
+  assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("file", ["a.npy", "plan.json"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
 def test_a_damaged_plan_is_made_again(tmp_path, caplog, file, damage) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rebased_jax.atomic import replacing, sync
+from rebased_jax.atomic import named_array_errors, replacing, sync
 from train.data.batches import Batch, Batches, Fingerprint
 from train.data.cache_folder import cache_folder
 from train.data.checks import require
@@ -248,7 +248,7 @@ def _save(path: Path, parts: np.ndarray) -> None:
   """Write the array, and a checksum after it."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with replacing(path) as temporary:
-    with open(temporary, "wb") as file:
+    with named_array_errors(path), open(temporary, "wb") as file:
       np.save(file, parts)
       file.flush()
       file.write(_checksum(path, np.memmap(temporary, np.uint8, "r")))

@@ -19,6 +19,7 @@ import uuid
 
 import numpy as np
 
+from rebased_jax.atomic import named_array_errors
 from train.data.cache_folder import cache_folder
 from train.data.file_hashes import file_hash
 from train.data.one_maker import one_maker
@@ -128,7 +129,8 @@ def _save(folder: Path, text: str, arrays: Arrays) -> None:
     digests = {}
     for name, array in arrays.items():
       path = temporary / f"{name}.npy"
-      np.save(path, array, allow_pickle=False)
+      with named_array_errors(path):
+        np.save(path, array, allow_pickle=False)
       digests[name] = file_hash(path)
     record = {"key": text, "sha256": digests}
     sealed = {**record, "seal": _seal(record)}
