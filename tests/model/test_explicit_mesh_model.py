@@ -73,6 +73,16 @@ def test_mixers(mesh, name, split):
   )
 
 
+def test_heads_that_a_mesh_does_not_divide_stay_whole(mesh):
+  mixer = ReBasedConfig(heads=3, features=4).make(Site(12), rngs=nnx.Rngs(0))
+  with jax.set_mesh(mesh):
+    mixer = _split_last(mesh, mixer)
+    rows = NamedSharding(mesh, P("data"))
+    x_BTD = jax.device_put(jnp.ones((B, T, 12)), rows)
+    y_BTD = jax.eval_shape(mixer, x_BTD)
+  assert y_BTD.sharding.spec[0] == "data"
+
+
 @pytest.fixture(scope="module")
 def lm():
   config = ModelConfig(

@@ -144,7 +144,12 @@ def test_a_record_of_fewer_runs_is_shown_as_what_it_is(tmp_path, capsys):
   record = _record(cell, name, [0.8, 0.6])
   records.write(tmp_path / "cells" / f"{name}.json", record)
   page, _ = results.write(experiment, tmp_path)
-  assert "0.7000 ± 0.1414 | 2 | **0.003** | 2 of 64, " in page.read_text()
+  ours = "0.7000 ± 0.1414 | 2 | **0.003** | 2 of 64, 2 of 2 runs cut short"
+  assert ours in page.read_text()
+  # A run that ends by itself is not cut short.
+  run = record["runs"][0]
+  for ended in ({"finite": False}, {"best_accuracy": 1.0}, {"epochs": 64}):
+    assert not records.is_cut(record, run | ended), ended
   with pytest.raises(records.RecordError, match="rates or seeds differ"):
     run_cell(name, whole, tmp_path / "cells")
   args = "table-1", "--only", name, "--out", str(tmp_path)

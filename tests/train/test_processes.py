@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+import dataclasses
 import errno
 import importlib
 import json
@@ -432,11 +433,14 @@ def test_the_code_of_a_users_classes_is_compared(
   file.write_text(_THING.format(size=1))
   thing = importlib.import_module("users_thing").Thing()
   config = tiny()
-  hashes = [same_run.hash_of_code(x) for x in (config, (config, thing))]
+  inside = dataclasses.make_dataclass("Inside", ["thing"])(thing)
+  cases = (config, (config, thing), (config, (thing,)), (config, inside))
+  before = [same_run.hash_of_code(x) for x in cases]
   file.write_text(_THING.format(size=2))
-  hashes.append(same_run.hash_of_code((config, (thing,))))
-  assert len(set(hashes)) == 3
-  assert hashes[0] == same_run.hash_of_code(config)
+  after = [same_run.hash_of_code(x) for x in cases]
+  changed = [x != y for x, y in zip(before, after, strict=True)]
+  assert changed == [False, True, True, True]
+  assert before[0] not in before[1:]
 
 
 @pytest.mark.parametrize(
