@@ -133,10 +133,24 @@ def test_a_run_that_stopped_no_longer_moves():
   np.testing.assert_array_equal(second.active_R, [False, True])
 
 
-def test_a_cell_is_one_compilation():
+def test_a_cell_is_one_compilation(monkeypatch):
+  """The order of each epoch is made once, before the one before is read."""
+  order, get, done = Cell.order, jax.device_get, []
+
+  def note_order(cell, epoch, seeds):
+    done.append(epoch)
+    return order(cell, epoch, seeds)
+
+  def note_read(tree):
+    done.append("read")
+    return get(tree)
+
+  monkeypatch.setattr(Cell, "order", note_order)
+  monkeypatch.setattr(jax, "device_get", note_read)
   sweep = Sweep(Cell(_run(), rates=(1e-3,), seeds=(0, 1)))
   list(sweep.epochs())
   assert len(sweep.compile_seconds) == 1
+  assert done == [0, 1, "read", 2, "read", "read"]
 
 
 def test_runs_are_shared_among_devices():

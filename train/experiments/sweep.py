@@ -119,7 +119,7 @@ class Cell:
 
   @property
   def is_stream(self) -> bool:
-    """Whether each seed has rows of its own, without an end."""
+    """Whether each seed has other rows, without an end."""
     return isinstance(self.run.data, MQARStreamData)
 
   @property
@@ -235,6 +235,19 @@ class Epoch(NamedTuple):
   seconds: float  # of training and evaluation together
 
 
+class _HostInputs(NamedTuple):
+  """The inputs of an epoch on the host, made while the one before is computed.
+
+  They are of use as long as the sweep has the same runs.
+  """
+
+  epoch: int
+  runs: tuple[int, ...]
+  order_RSB: np.ndarray
+  weights_SB: np.ndarray
+  rows_N: dict[str, np.ndarray] | None  # None: the data lie on the devices
+
+
 class RunRate(NamedTuple):
   """State of `scale_by_run_rate`."""
 
@@ -311,6 +324,7 @@ class Sweep:
     seeds_R = jnp.asarray([seed for _, seed in chosen], jnp.int32)
     self.state_R = jax.jit(jax.vmap(self._first_state))(rates_R, seeds_R)
     self._keys_R = jax.vmap(compiled_steps.dropout_key)(seeds_R)
+    self._ahead = self._prepare(self.epoch)
     self._place()
 
   def epochs(self) -> Iterator[Epoch]:
@@ -378,6 +392,9 @@ class Sweep:
       self.state_R, self._keys_R, *self._inputs()
     )
     tested_R = evaluate(self.state_R.params, self._test_N)
+    if self.epoch + 1 < self.cell.epochs:
+      # While the devices compute.
+      self._ahead = self._prepare(self.epoch + 1)
     metrics_SR, tested_R, ok_R = jax.device_get(
       (metrics_SR, tested_R, self.state_R.ok)
     )
@@ -434,18 +451,24 @@ class Sweep:
 
   def _inputs(self) -> tuple[Array, Array, dict[str, Array]]:
     """Return order_RSB, weights_SB and train_N of this epoch on the devices."""
-    seeds = [self.cell.runs[run][1] for run in self.runs]
-    order_RSB, weights_SB = self.cell.order(self.epoch, seeds)
+    if (self._ahead.epoch, self._ahead.runs) != (self.epoch, self.runs):
+      self._ahead = self._prepare(self.epoch)
+    _, _, order_RSB, weights_SB, rows_N = self._ahead
     everywhere = NamedSharding(self._mesh, P())
     train_N = self._train_N
-    if train_N is None:
-      rows_N = self.cell.examples(self.epoch, seeds)
+    if rows_N is not None:
       train_N = jax.device_put(rows_N, everywhere)
     return (
       jax.device_put(order_RSB, NamedSharding(self._mesh, P("runs"))),
       jax.device_put(weights_SB, everywhere),
       train_N,
     )
+
+  def _prepare(self, epoch: int) -> _HostInputs:
+    """Make the inputs of an epoch on the host."""
+    seeds = [self.cell.runs[run][1] for run in self.runs]
+    rows_N = self.cell.examples(epoch, seeds) if self.cell.is_stream else None
+    return _HostInputs(epoch, self.runs, *self.cell.order(epoch, seeds), rows_N)
 
   def _on_devices(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """Bind the program to a function, and give each device its own runs."""
