@@ -16,6 +16,11 @@ from train.devices.peers import end_process
 #: The exit code of a process that made no progress within the limit.
 EXIT_HUNG = 4
 
+_LEFT = (
+  "every checkpoint is whole, and `rebased resume` continues from the newest, "
+  "if there is one"
+)
+
 
 class Watchdog:
   """Watch that a run makes progress while the context is open.
@@ -25,17 +30,18 @@ class Watchdog:
 
   Args:
     limit: seconds without progress after which the process ends. None: never.
+    left: what the process leaves behind, as the end of its last line.
 
   Raises:
     ValueError: the limit is not above 0.
   """
 
-  def __init__(self, limit: float | None = None):
+  def __init__(self, limit: float | None = None, left: str = _LEFT):
     if limit is not None and not limit > 0:
       raise ValueError(
         f"step_timeout={limit!r}: expected None or a number of seconds above 0"
       )
-    self._limit = limit
+    self._limit, self._left = limit, left
     self._phase, self._part = "start", ""
     self._idle = 0.0  # seconds since the last progress
     self._begin = self._since = self._phase_since = time.perf_counter()
@@ -93,7 +99,6 @@ class Watchdog:
         processes.say_end(EXIT_HUNG)
         end_process(
           f"no progress for {limit:g} s (--step-timeout) in: {self._phase}; "
-          "the last checkpoint is whole, and `rebased resume` continues from "
-          "it",
+          f"{self._left}",
           EXIT_HUNG,
         )

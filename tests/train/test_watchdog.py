@@ -41,6 +41,10 @@ def test_a_phase_that_lasts_too_long_is_named(ends, monkeypatch) -> None:
   assert code == told[0] == EXIT_HUNG == 4
   assert "no progress for 0.3 s (--step-timeout) in: save of step 4" in message
   assert "rebased resume" in message
+  ends.clear()
+  with Watchdog(0.1, "nothing was changed"):
+    _wait_for(ends)
+  assert ends[0][0].endswith(" in: start; nothing was changed")
 
 
 def test_progress_and_the_end_keep_the_process(ends) -> None:
@@ -56,7 +60,9 @@ def test_progress_and_the_end_keep_the_process(ends) -> None:
 
 @pytest.mark.parametrize("limit", [0, -1.0])
 def test_the_limit_must_be_positive(limit: float) -> None:
-  with pytest.raises(ValueError, match="step_timeout=.*expected a number of"):
+  with pytest.raises(
+    ValueError, match="step_timeout=.*expected None or a number"
+  ):
     Watchdog(limit)
 
 

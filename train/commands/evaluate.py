@@ -25,6 +25,9 @@ from train.devices.mesh_config import MeshConfig
 from train.records.run_folder import RunFolder
 from train.timeouts import JOIN_TIMEOUT, STEP_TIMEOUT
 
+# What an evaluation that hangs leaves behind.
+_LEFT = "nothing of the model was changed"
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateArgs:
@@ -131,7 +134,7 @@ def run(args: list[str]) -> int:
   backend.devices()  # says so if there are none
   first = jax.process_index() == 0
   with (
-    Watchdog(parsed.step_timeout) as watch,
+    Watchdog(parsed.step_timeout, _LEFT) as watch,
     on_stderr(watch.doing, active=first),
   ):
     return report.evaluate_run(
@@ -189,7 +192,10 @@ def _evaluate_documents(asked: EvaluateArgs, step: int | None) -> int:
     asked.out,
   )
   backend.devices()  # says so if there are none
-  with Watchdog(asked.step_timeout) as watch, on_stderr(watch.doing):
+  with (
+    Watchdog(asked.step_timeout, _LEFT) as watch,
+    on_stderr(watch.doing),
+  ):
     return evaluate_documents.run(request, watch)
 
 
