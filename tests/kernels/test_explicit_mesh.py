@@ -233,6 +233,15 @@ def _auto_mesh():
   return jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
 
 
+def test_axes_that_are_given_split_the_result(mesh):
+  """Also where the arrays are whole."""
+  axes = pk.ShardAxes(batch="data", time="tensor")
+  x_BTD = jnp.ones((B, 2, D))
+  with jax.set_mesh(mesh):
+    y_BTD = jax.eval_shape(lambda x_BTD: pk.gelu(x_BTD, axes=axes), x_BTD)
+  assert y_BTD.sharding.spec == P("data", "tensor", None)
+
+
 def test_no_kernel_runs_whole_on_each_device(hopper, monkeypatch):
   monkeypatch.setattr(devices, "platform", lambda: "gpu")
   x = _normal(B, T, 128).astype(jnp.bfloat16)
