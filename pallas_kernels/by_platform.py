@@ -287,7 +287,8 @@ def _no_tangents(primals, tangents, *, kernels, **_):
   del primals, tangents
   raise NotImplementedError(
     f"forward mode, or a second derivative, through kernels of {kernels.name!r}"
-    ": expected a first derivative in reverse mode"
+    ": expected a first derivative in reverse mode; for others enter "
+    "plain_derivatives() around the derivative"
   )
 
 
