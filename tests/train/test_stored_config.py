@@ -263,3 +263,23 @@ def test_older_configs_are_refused_with_advice() -> None:
   data["version"] = 1
   with pytest.raises(ConfigError, match="version=1: expected 2.*again"):
     stored_config.from_json(json.dumps(data))
+
+
+def test_what_a_change_is_about() -> None:
+  """It decides which option of a resume lets the field change, if any does."""
+  for fields, expected in (
+    ("steps z_loss optimizer.learning_rate optimizer.name", {"optimizer"}),
+    ("batch accumulate seed data.length data.test_examples", {"data"}),
+    ("data.path data.eval_path data.cache_dir", {"data", "paths"}),
+    ("data.workers data.timeout", {"data", "work"}),
+    ("log_every keep_best stop_accuracy nan loss_chunks", {"work"}),
+    ("mesh.fsdp profile.start model.remat model.scan_layers", {"work"}),
+    ("model.width model.second.heads model.dtype ema init_from", set()),
+  ):
+    for field in fields.split():
+      found = {
+        name
+        for name in ("data", "optimizer", "paths", "work")
+        if getattr(stored_config, f"is_about_{name}")(f"{field}: 1 → 2")
+      }
+      assert found == expected, field
