@@ -266,8 +266,8 @@ def _finish_queries(work: Work, chunk, slot, from_outside) -> None:
     some = pl.ds(start, width)
     a, dsim = mmas(
       work,
-      ((C, width), (q_s, tiles.transposed_lines(k_s, some))),
-      ((C, width), (do_s, tiles.transposed_lines(v_s, some))),
+      ((C, width), (q_s, tiles.transpose(tiles.select(k_s, some)))),
+      ((C, width), (do_s, tiles.transpose(tiles.select(v_s, some)))),
     )
     seen = documents.causal_mask(work, slot, start, width, query_axis=0)
     sim = jnp.where(seen, tiles.polynomial(a, launch), 0.0)
@@ -282,7 +282,7 @@ def _finish_queries(work: Work, chunk, slot, from_outside) -> None:
     da = (columns(r, width) * dsim + columns(dz, width)) * slope
     seen = documents.causal_mask(work, slot, start, width, query_axis=0)
     da = jnp.where(seen, da, 0.0)
-    k_lines = tiles.lines(k_s, pl.ds(start, width))
+    k_lines = tiles.select(k_s, pl.ds(start, width))
     dq = add_mma(work, dq, (operand(launch, da), k_lines))
   _write_queries(work, chunk, dq, r, dz)
 
@@ -380,8 +380,8 @@ def _finish_keys(work: Work, chunk, slot, from_outside) -> None:
     some = pl.ds(start, width)
     a, dsim = mmas(
       work,
-      ((C, width), (k_s, tiles.transposed_lines(q_s, some))),
-      ((C, width), (v_s, tiles.transposed_lines(do_s, some))),
+      ((C, width), (k_s, tiles.transpose(tiles.select(q_s, some)))),
+      ((C, width), (v_s, tiles.transpose(tiles.select(do_s, some)))),
     )
     r, dz = for_each_key("r", some), for_each_key("dz", some)
     seen = documents.causal_mask(work, slot, start, width, query_axis=1)
@@ -390,8 +390,8 @@ def _finish_keys(work: Work, chunk, slot, from_outside) -> None:
     sim = jnp.where(seen, r * tiles.polynomial(a, launch), 0.0)
     dk, dv = add_mmas(
       work,
-      (dk, (da, tiles.lines(q_s, some))),
-      (dv, (operand(launch, sim), tiles.lines(do_s, some))),
+      (dk, (da, tiles.select(q_s, some))),
+      (dv, (operand(launch, sim), tiles.select(do_s, some))),
     )
   plgpu.wait_smem_to_gmem(0)
   dk_s, dv_s = work.staging["dk"], work.staging["dv"]

@@ -38,14 +38,14 @@ from pallas_kernels.polynomial.gpu.tiles import (
   columns,
   f32,
   high_low,
-  lines,
   mma,
   mmas,
   operand,
+  select,
   split,
   store,
   times,
-  transposed_lines,
+  transpose,
   two_columns,
   zeros,
 )
@@ -194,7 +194,7 @@ def times_kv(work: Work, phi: list) -> list:
 
   def of_block(r):
     columns_of_r = slice(None), pl.ds(r * PART, PART)
-    return transposed_lines(work.shared.kv, columns_of_r)
+    return transpose(select(work.shared.kv, columns_of_r))
 
   return [(operand(work.launch, x), of_block(r)) for r, x in enumerate(phi)]
 
@@ -252,7 +252,7 @@ def through_features(work: Work, values_s, x_s, blocks: range):
     has the products' blocks only, and is None where there are none.
   """
   some = slice(None), pl.ds(blocks.start * PART, len(blocks) * PART)
-  kv = lines(work.shared.kv, some)
+  kv = select(work.shared.kv, some)
   products = [((C, len(blocks) * PART), (values_s, kv))]
   rolls = _rolls_of(work.rolls, blocks)
   if rolls is not None:

@@ -183,12 +183,12 @@ def _finish(work: Work, chunk, slot, from_outside) -> None:
   numerator, z = from_outside
   for start in range(0, C, SCORE_COLUMNS):
     some = pl.ds(start, SCORE_COLUMNS)
-    operands = q_s, tiles.transposed_lines(k_s, some)
+    operands = q_s, tiles.transpose(tiles.select(k_s, some))
     a = mma(work, operands, shape=(C, SCORE_COLUMNS))
     seen = documents.causal_mask(work, slot, start, SCORE_COLUMNS, query_axis=0)
     sim = jnp.where(seen, tiles.polynomial(a, launch), 0.0)
     numerator = add_mma(
-      work, numerator, (operand(launch, sim), tiles.lines(v_s, some))
+      work, numerator, (operand(launch, sim), tiles.select(v_s, some))
     )
     z = z + sim.sum(axis=1)
   o = numerator / columns(z + launch.eps, TILE)

@@ -376,13 +376,10 @@ def _update(work: Work, state, x_s, values_s) -> tuple[Any, Any]:
   """Add valuesᵀ φ to KVᵀ, and k̃ᵀ k to KK, on the tensor core."""
   kv, kk = state
   extended, phi = work.shared.extended, work.shared.phi
-  transposed = functools.partial(
-    tiles.each, lambda tile_s: tile_s.transpose((1, 0))
-  )
   kv, kk = tiles.add_mmas(
     work,
-    (kv, (transposed(values_s), phi)),
-    (kk, (transposed(extended), x_s)),
+    (kv, (tiles.transpose(values_s), phi)),
+    (kk, (tiles.transpose(extended), x_s)),
   )
   return kv, kk
 
@@ -444,7 +441,7 @@ def _of_walk(shared: Shared, in_program, *, state_only: bool) -> Shared:
   buffers = {name: getattr(shared, name) for name in names}
   return shared._replace(
     **{
-      x: tiles.each(lambda tile_s: tile_s.at[in_program], ref)
+      x: tiles.select(ref, in_program)
       for x, ref in buffers.items()
       if ref is not None
     }

@@ -142,8 +142,8 @@ def operand(launch: Launch, x):
   """Make an operand of a tile in registers."""
   if not launch.float32:
     return x.astype(launch.dtype)
-  # x rounded to bfloat16, by its bits: a float32 copy of a converted x would
-  # take conversions one by one, each as long as eight of these operations.
+  # Round x to bfloat16 by its bits. A conversion to bfloat16 and back would go
+  # number by number through a slow unit of the GPU.
   bits = lax.bitcast_convert_type(x, jnp.int32)
   bits = (bits + 0x8000) & -0x10000
   high = lax.bitcast_convert_type(bits, f32)
@@ -177,14 +177,14 @@ def low_name(name: str) -> str:
   return f"{name}_low"
 
 
-def transposed_lines(x_s, some):
-  """Select lines of an operand in shared memory, as columns."""
-  return each(lambda ref: ref.at[some].transpose((1, 0)), x_s)
+def select(x_s, index):
+  """Select lines or columns of an operand in shared memory."""
+  return each(lambda ref: ref.at[index], x_s)
 
 
-def lines(x_s, some):
-  """Select lines of an operand in shared memory."""
-  return each(lambda ref: ref.at[some], x_s)
+def transpose(x_s):
+  """Transpose an operand in shared memory, as the tensor core reads it."""
+  return each(lambda ref: ref.transpose((1, 0)), x_s)
 
 
 # Products on the tensor core.
