@@ -32,6 +32,7 @@ from pallas_kernels.arguments import check_not_cut
 from rebased_jax.config_checks import DType
 from rebased_jax.layer_norm import LayerNorm, Stream
 from rebased_jax.linear import output_stddev
+from rebased_jax.mixers.attention import AttentionState
 from rebased_jax.mixers.base import (
   Mixer,
   MixerConfig,
@@ -619,11 +620,52 @@ def step_pairs(pairs: Pair, x_BD: Array, states: Any) -> tuple[Array, Any]:
 def _step_pairs(
   program: _Program, parameters: Any, x_BD: Array, states: Any
 ) -> tuple[Array, Any]:
-  def body(x_BD: Array, inputs: tuple[Any, Any]) -> tuple[Array, Any]:
-    parameters, states = inputs
-    return nnx.merge(program.graph, parameters).step(x_BD, states)
+  # A step writes one slot of a cache. As an input and an output of the scan the
+  # cache would be two buffers, and a loop over tokens would copy one to the
+  # other. As its carry it is one. Other states are small, and written whole.
+  caches = tuple(x if isinstance(x, AttentionState) else None for x in states)
 
-  return jax.lax.scan(body, x_BD, (parameters, states))
+  def without_caches(states: tuple[Any, Any]) -> tuple[Any, ...]:
+    pairs = zip(states, caches, strict=True)
+    return tuple(x if cache is None else None for x, cache in pairs)
+
+  def body(
+    carry: tuple[Array, Any], inputs: tuple[Any, Any, Array]
+  ) -> tuple[tuple[Array, Any], Any]:
+    x_BD, caches = carry
+    parameters, others, index = inputs
+    own = jax.tree.map(
+      lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), caches
+    )
+    # One read, before the write: the stack is then not copied for later reads.
+    own = jax.lax.optimization_barrier(own)
+    states = tuple(
+      other if cache is None else cache
+      for other, cache in zip(others, own, strict=True)
+    )
+    x_BD, states = nnx.merge(program.graph, parameters).step(x_BD, states)
+    caches = tuple(
+      None if cache is None else _put(cache, state, index)
+      for cache, state in zip(caches, states, strict=True)
+    )
+    return (x_BD, caches), without_caches(states)
+
+  count = len(jax.tree.leaves(parameters)[0])
+  inputs = parameters, without_caches(states), jnp.arange(count)
+  (x_BD, caches), others = jax.lax.scan(body, (x_BD, caches), inputs)
+  return x_BD, tuple(
+    other if cache is None else cache
+    for other, cache in zip(others, caches, strict=True)
+  )
+
+
+def _put(stack: Any, state: Any, index: Array) -> Any:
+  """Return the stacked states with that of one pair replaced."""
+  return jax.tree.map(
+    lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, index, 0),
+    stack,
+    state,
+  )
 
 
 def attention_matrix(pairs: Pair, x_BTD: Array) -> Array:

@@ -445,6 +445,29 @@ def test_a_cache_is_as_long_as_the_text_and_a_filter_is_not() -> None:
     generate(LM(hyena, rngs=nnx.Rngs(0)), PROMPT_BT, steps=6)
 
 
+def test_a_loop_over_tokens_does_not_copy_the_caches() -> None:
+  config = dataclasses.replace(
+    CONFIG, second=AttentionConfig(heads=2, length=64), positions=None
+  )
+  model = LM(config, rngs=nnx.Rngs(0))
+
+  def read(state, tokens_BT):
+    step = lambda state, token_B: model.step(token_B, state)[::-1]
+    return jax.lax.scan(step, state, tokens_BT.T)
+
+  run = jax.jit(read, donate_argnums=0)
+  compiled = run.lower(model.init_state(2), PROMPT_BT).compile()
+  shape = "f32[2,2,64,2,4]"  # pairs, rows, slots, heads, features
+  text = compiled.as_text()
+  assert shape in text
+  assert not [
+    x for x in text.splitlines() if f"= {shape}" in x and "copy(" in x
+  ]
+  _, logits_TBV = compiled(model.init_state(2), PROMPT_BT)
+  wanted_BTV = jax.jit(model)(PROMPT_BT)
+  np.testing.assert_allclose(logits_TBV.swapaxes(0, 1), wanted_BTV, atol=1e-6)
+
+
 def test_a_wrong_prompt_of_a_list_is_named() -> None:
   model = make()
   mesh = jax.make_mesh((2,), ("data",))
