@@ -321,7 +321,7 @@ def test_checkpoints_are_listed_with_their_metrics(
   }
   before = files(finished)
   code, out, _ = call("checkpoints", str(finished))
-  assert code == 0 and "held-out accuracy" in out
+  assert code == 0 and "their held-out metrics" in out
   for step, state in ((2, "can be resumed"), (4, "can be"), (6, "finished")):
     row = next(x for x in out.splitlines() if x.startswith(f"│    {step} │"))
     assert f" {losses[step]:.4f} " in row and state in row

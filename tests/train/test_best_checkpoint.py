@@ -1,16 +1,19 @@
 """The checkpoints that stay, and the best of them."""
 
+import io
 import math
 from pathlib import Path
 
 from checkpoint_cases import names
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 from train_cases import call as call, tiny, trainer as trainer
 
 from train import best_checkpoint, metrics, stored_config
 from train.checkpoint import checkpoints as checkpoints_lib, orbax_storage
 from train.checkpoint.checkpoints import Checkpoints, saved_steps
+from train.commands import checkpoints as checkpoints_command
 from train.records.run_folder import RunFolder
 
 _LOSSES = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.0, 10: 4.0, 12: 5.0, 14: 6.0}
@@ -186,3 +189,16 @@ def test_a_kill_while_a_step_is_deleted_leaves_no_half_step(
   assert names(run.checkpoints) == {"2", "4", "6", "10"}
   with pytest.raises(orbax_storage.CheckpointError, match="cannot be deleted"):
     checkpoints_lib.delete(run.checkpoints, 8)
+
+
+def test_the_table_of_checkpoints_fits_a_terminal() -> None:
+  """Text with averaged weights has more metrics than 80 columns hold."""
+  held_out = dict.fromkeys(metrics.table_labels(), 1.5)
+  found = {10: {"held_out": held_out}, 20: {}, 30: None}
+  table = checkpoints_command._table(found, 10, "ar_perplexity")
+  console = Console(width=80, file=io.StringIO())
+  console.print(table)
+  text = console.file.getvalue()
+  assert "…" not in text and text.count("1.5000") == 5
+  for word in ("accuracy", "averaged", "best by", "unreadable"):
+    assert word in text

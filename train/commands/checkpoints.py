@@ -11,6 +11,9 @@ from train.commands.parsing import parse
 from train.console import say
 from train.records.run_folder import RunFolder
 
+#: Held-out metrics that fit a line; the metric of --keep-best comes too.
+_SHOWN = ("loss", "accuracy", "perplexity", "ema_loss")
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointsArgs:
@@ -66,7 +69,7 @@ def run(args: list[str]) -> int:
   best = best_of(
     {step: None if x is None else score(step, x) for step, x in found.items()}
   )
-  console.print(_table(found, best, f"best by {name}"))
+  console.print(_table(found, best, name))
   for message in damaged:
     say(console, message)
   return 1 if damaged else 0
@@ -121,36 +124,37 @@ def _delete(
     say(console, f"deleted step {step}")
 
 
-def _table(found: dict[int, dict | None], best: int | None, mark: str) -> Table:
+def _table(found: dict[int, dict | None], best: int | None, name: str) -> Table:
   """Return a table of checkpoints.
 
   Args:
     found: the `meta` of each by its step; None where it cannot be read.
-    best: the step that gets the mark; None for none.
-    mark: the mark.
+    best: the step that is marked as the best; None for none.
+    name: the held-out metric that it is the best by.
   """
   from train.metrics import table_labels  # imports jax
 
+  metas = [meta.get("held_out", {}) for meta in found.values() if meta]
+  measured = {x for held_out in metas for x in held_out}
   shown = [
-    (name, label)
-    for name, label in table_labels().items()
-    if any(name in meta.get("held_out", {}) for meta in found.values() if meta)
+    (x, label)
+    for x, label in table_labels().items()
+    if x in measured and x in (*_SHOWN, name)
   ]
-  table = Table(title="checkpoints", title_justify="left")
+  title = "checkpoints, and their held-out metrics"
+  table = Table(title=title, title_justify="left")
   table.add_column("step", justify="right")
   for _, label in shown:
-    table.add_column(f"held-out {label}", justify="right")
+    table.add_column(label, justify="right")
   table.add_column("state")
   for step, meta in found.items():
     held_out = {} if meta is None else meta.get("held_out", {})
-    values = [
-      f"{held_out[name]:.4f}" if name in held_out else "–" for name, _ in shown
-    ]
+    values = [f"{held_out[x]:.4f}" if x in held_out else "–" for x, _ in shown]
     if meta is None:
       state = "unreadable"
     else:
       state = meta.get("finished") or "can be resumed"
     if step == best:
-      state = f"{state}, {mark}"
+      state = f"{state}, best by {name}"
     table.add_row(str(step), *values, Text(state))
   return table
