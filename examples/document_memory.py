@@ -9,8 +9,10 @@ from rebased_jax import LM, BaseConvConfig, ModelConfig, ReBasedConfig, memory
 
 # A document says of two names, tokens 0 to 31, what they like: 32 to 63.
 NAMES, V, FACTS = 32, 64, 2
-mixers = dict(first=BaseConvConfig(), second=ReBasedConfig(heads=4))
-model = LM(ModelConfig(**mixers, vocab_size=V, width=64), rngs=nnx.Rngs(0))
+config = ModelConfig(
+  BaseConvConfig(), ReBasedConfig(heads=4), vocab_size=V, width=64
+)
+model = LM(config, rngs=nnx.Rngs(0))
 random = np.random.default_rng(0)
 
 

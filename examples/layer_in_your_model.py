@@ -46,5 +46,6 @@ for step in range(60):
   loss = train_step(model, optimizer, tokens_BT, labels_B)
   if step % 20 == 0:
     print(f"step {step}: loss {loss:.3f}")
+loss = loss_fn(model, tokens_BT, labels_B)
 print(f"last loss: {loss:.3f}")
 assert loss < 0.5

@@ -26,7 +26,8 @@ class Block(nn.Module):
 x_BTD = jax.random.normal(jax.random.key(0), (2, 16, 32))
 block = Block(width=32)
 variables = block.init(jax.random.key(1), x_BTD)
-print("block:", block.apply(variables, x_BTD).shape)
+y_BTD = jax.jit(block.apply)(variables, x_BTD)
+print("block:", y_BTD.shape)
 
 config = ModelConfig(
   first=BaseConvConfig(),

@@ -30,7 +30,9 @@ class MovingAverage(Mixer):
   config_type = MovingAverageConfig
   no_segment_ids = "it averages whole rows"
 
-  def __init__(self, width, config, *, dtype="float32", rngs):
+  def __init__(
+    self, width, config, *, dtype: jax.typing.DTypeLike = "float32", rngs
+  ):
     super().__init__(width, config, dtype=dtype)
     logit = jnp.log(config.decay / (1 - config.decay))
     self.decay_logit = nnx.Param(jnp.full(width, logit, jnp.float32))
