@@ -331,9 +331,12 @@ def _compilation_cache() -> dict[str, str]:
 
 
 def _before_leaving(code: int) -> None:
-  """End the children, and tell the other processes of the run."""
+  """End the children, remove an empty folder, and tell the other processes."""
   for child in multiprocessing.active_children():
     child.kill()  # a stopped one does not hear SIGTERM
+  run_folder = sys.modules.get("train.records.run_folder")
+  if run_folder is not None:
+    run_folder.remove_default_folders()
   processes = sys.modules.get("train.devices.processes")
   if processes is not None:
     processes.say_end(code)

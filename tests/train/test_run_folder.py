@@ -12,7 +12,7 @@ import pytest
 from train_cases import tiny
 
 from rebased_jax import atomic
-from train import initial_state, start_run, stored_config
+from train import cli, initial_state, start_run, stored_config
 from train.config import ProfileConfig
 from train.devices.mesh import MeshConfig
 from train.records import run_folder
@@ -218,6 +218,20 @@ def test_a_refused_run_leaves_no_default_folder(
   Path("runs").touch()
   with pytest.raises(RunFolderError, match="cannot be made"):
     start_run.run(tiny())
+
+
+def test_a_signal_at_the_start_leaves_no_default_folder(
+  tmp_path: Path, monkeypatch
+) -> None:
+  """The process ends inside the context, by `os._exit`."""
+  monkeypatch.chdir(tmp_path)
+  with default_folder():
+    cli._before_leaving(143)
+    assert list(tmp_path.iterdir()) == []
+  with default_folder() as path:
+    (path / "config.json").touch()
+    cli._before_leaving(143)
+    assert path.exists()
 
 
 def test_earlier_names_of_metrics_are_read(tmp_path: Path) -> None:

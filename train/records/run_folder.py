@@ -92,13 +92,31 @@ def default_folder(name: str = "") -> Iterator[Path]:
       path = first.with_name(f"{first.name}-{number}")
     except OSError as error:
       raise RunFolderError(f"{path} cannot be made: {error}") from error
+  folders = tuple(x.absolute() for x in ((path, root) if is_new else (path,)))
+  _default_folders.add(folders)
   try:
     yield path
   except BaseException:
-    for folder in (path, root) if is_new else (path,):
-      with contextlib.suppress(OSError):  # it is not empty
-        folder.rmdir()
+    _remove_if_empty(folders)
     raise
+  finally:
+    _default_folders.discard(folders)
+
+
+# The folders that open contexts of `default_folder` have made.
+_default_folders: set[tuple[Path, ...]] = set()
+
+
+def remove_default_folders() -> None:
+  """Remove default folders that are empty; call it before `os._exit`."""
+  for folders in list(_default_folders):
+    _remove_if_empty(folders)
+
+
+def _remove_if_empty(folders: Sequence[Path]) -> None:
+  for folder in folders:
+    with contextlib.suppress(OSError):  # it is not empty
+      folder.rmdir()
 
 
 class RunFolder:
