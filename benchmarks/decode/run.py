@@ -150,7 +150,7 @@ def evaluate_text(model: rj.LM, T: int) -> dict[str, Any]:
 
 
 def decode(model: rj.LM, T: int, rows: int, sizes: Sizes) -> dict[str, Any]:
-  """Return the speed after T tokens, and the bytes of the state."""
+  """Return the speed after T tokens, and the bytes that a token may move."""
   state = jax.tree.map(
     lambda x: jnp.full_like(x, T) if x.dtype == jnp.int32 else x,
     model.init_state(rows),
@@ -165,7 +165,9 @@ def decode(model: rj.LM, T: int, rows: int, sizes: Sizes) -> dict[str, Any]:
   )
   next(blocks), next(blocks)  # the first token, and the block that compiles
   seconds = _seconds(lambda: next(blocks))
+  parameters = jax.tree.leaves(nnx.state(model, nnx.Param))
   return {
+    "parameter_bytes": sum(x.nbytes for x in parameters),
     "state_bytes": size,
     "ms_per_token": 1e3 * seconds / sizes.block,
     "tokens_per_second": rows * sizes.block / seconds,

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from benchmarks.scaling import run as scaling
+from benchmarks.training import gradient_error, paired_runs
 
 _DOC = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
 
@@ -45,3 +46,12 @@ def test_recorded_faults_end_with_a_name_and_in_the_same_bits() -> None:
   for name, trial in record["trials"].items():
     assert trial["ok"] and trial["same_bits"], name
     assert trial["seconds"] < record["limit_s"], name
+
+
+def test_recorded_verdicts_are_those_of_todays_conditions() -> None:
+  read = lambda name: json.loads((scaling.PATH.parent / name).read_text())
+  record = read("paired_runs.json")
+  again = "judge it again with `--judge`"
+  assert record["verdict"] == paired_runs.judge(record["runs"]), again
+  record = read("gradient_error.json")
+  assert record["verdict"] == gradient_error.judge(record["points"]), again
