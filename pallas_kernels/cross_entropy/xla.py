@@ -45,6 +45,37 @@ def logits(
   )
 
 
+def logits_backward(
+  x_BMD: Array,
+  embedding_VD: Array,
+  dlogits_BMV: Array,
+  *,
+  precision: jax.lax.Precision | None,
+) -> tuple[Array, Array]:
+  """Return (dx, dE) of `logits`, each in the dtype of its primal.
+
+  Args:
+    x_BMD: (B, M, D).
+    embedding_VD: E, of any float dtype.
+    dlogits_BMV: the logits' cotangent, in x's dtype.
+    precision: of the products. None: jax's setting.
+  """
+  dx_BMD = jnp.einsum(
+    "bmv,vd->bmd",
+    dlogits_BMV,
+    embedding_VD.astype(x_BMD.dtype),
+    precision=precision,
+  )
+  dembedding_VD = jnp.einsum(
+    "bmv,bmd->vd",
+    dlogits_BMV,
+    x_BMD,
+    precision=precision,
+    preferred_element_type=sum_dtype(x_BMD.dtype),
+  )
+  return dx_BMD, dembedding_VD.astype(embedding_VD.dtype)
+
+
 def token_losses_and_log_sums(
   logits_V: Array, targets: Array
 ) -> tuple[TokenLosses, Array]:

@@ -84,6 +84,16 @@ def test_the_logits_get_no_gradient_by_scatter() -> None:
   assert "scatter" not in run.lower(*_inputs()).as_text()
 
 
+def test_bfloat16_products_take_a_bfloat16_gradient() -> None:
+  run = jax.jit(jax.grad(lambda *x: cross_entropy(*x)[0], argnums=(0, 1)))
+  text = run.lower(*_inputs("bfloat16")).as_text()
+  products = [x for x in text.splitlines() if "dot_general" in x]
+  assert len(products) == 3
+  for product in products:
+    operands = product.split(" : ")[1].split("->")[0]
+    assert operands.count("xbf16>") == 2
+
+
 def test_one_part_has_derivatives_of_any_kind(gpu) -> None:
   x, embedding, targets, weights = _inputs()
   x, targets, weights = x[:1, :3], targets[:1, :3], weights[:1, :3] + 1
