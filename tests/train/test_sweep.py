@@ -131,6 +131,12 @@ def test_a_run_that_stopped_no_longer_moves():
   moved = jax.tree.map(lambda a_R, b_R: (a_R[1] != b_R[1]).any(), before, after)
   assert any(jax.tree.leaves(moved))
   np.testing.assert_array_equal(second.active_R, [False, True])
+  # A sweep that is resumed knows which of its runs have stopped.
+  saved, active_R = sweep.arrays(), sweep.active_R
+  assert not active_R[0]
+  sweep.active_R = np.ones(2, bool)
+  sweep.load(saved, 2)
+  np.testing.assert_array_equal(sweep.active_R, active_R)
 
 
 def test_a_cell_is_one_compilation(monkeypatch):
