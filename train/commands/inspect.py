@@ -111,7 +111,9 @@ def _check_is_something(what: str) -> None:
   """
   models = make_models()
   names = {*make_presets(), *models, *_tables(models)}
-  if what not in names and "://" not in what and not os.path.exists(what):
+  # A step of a run that is there has a message of its kind.
+  is_there = any(map(os.path.exists, (what, os.path.dirname(what))))
+  if what not in names and "://" not in what and not is_there:
     raise ValueError(_NOTHING.format(what) + near(what, tuple(names)))
 
 
