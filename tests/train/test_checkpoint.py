@@ -300,7 +300,7 @@ def test_a_failure_that_the_storage_only_logs_ends_the_wait(
     record = logging.LogRecord(*place, "failed", (), (OSError, error, None))
     timer = threading.Timer(0.1, logging.getLogger("absl").handle, (record,))
     timer.start()
-    return SimpleNamespace(result=over.wait)
+    return SimpleNamespace(result=lambda: over.wait(30))
 
   with Checkpoints(tmp_path) as checkpoints:
     monkeypatch.setattr(
