@@ -59,5 +59,7 @@ def test_the_dtype_is_that_of_flax() -> None:
     assert jax.eval_shape(call, narrow, narrow, wide).dtype == jnp.float32
   with_dtype = functools.partial(call, dtype="bfloat16")
   assert jax.eval_shape(with_dtype, wide, wide, wide).dtype == jnp.bfloat16
-  with pytest.raises(NotImplementedError, match="with bias of shape .* it has no scores"):
+  with pytest.raises(
+    NotImplementedError, match="with bias of shape .* it has no scores"
+  ):
     call(wide, wide, wide, wide)
