@@ -146,7 +146,7 @@ def _table(found: dict[int, dict | None], best: int | None, name: str) -> Table:
   table.add_column("step", justify="right")
   for _, label in shown:
     table.add_column(label, justify="right")
-  table.add_column("state")
+  table.add_column("state", overflow="fold")
   for step, meta in found.items():
     held_out = {} if meta is None else meta.get("held_out", {})
     values = [f"{held_out[x]:.4f}" if x in held_out else "–" for x, _ in shown]
