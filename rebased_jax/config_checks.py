@@ -111,9 +111,10 @@ def check_one_of(config: object, name: str, *allowed: str | None) -> None:
     known = tuple(x for x in allowed if x is not None)
     near = difflib.get_close_matches(str(value), known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
+    unset = "None or " if None in allowed else ""
     raise ValueError(
-      f"{type(config).__name__}.{name}={value!r}: expected "
-      f"{'None or ' * (None in allowed)}one of {known}{hint}"
+      f"{type(config).__name__}.{name}={value!r}: expected {unset}one of "
+      f"{known}{hint}"
     )
 
 

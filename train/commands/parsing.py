@@ -226,7 +226,7 @@ def _wrong_choice(value: str, option: str, listed: str) -> str:
   choices = sorted(re.findall(r"'([^']*)'", listed))
   hint = near(value, choices)
   shown = ", ".join(repr(x) for x in choices if x != "None")
-  unset = "None or " * ("None" in choices)
+  unset = "None or " if "None" in choices else ""
   return f"{option}={value!r}: expected {unset}one of ({shown}){hint}"
 
 
