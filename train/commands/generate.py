@@ -12,6 +12,7 @@ from train.commands.arguments import (
   check_model_is_there,
 )
 from train.commands.parsing import parse
+from train.data.checks import require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,7 @@ def run(args: list[str]) -> int:
     CheckpointError: there is no such checkpoint, or it is unreadable.
   """
   parsed = parse(GenerateArgs, "rebased generate", args)
+  require(bool(parsed.prompt), "prompt", parsed.prompt, "some text")
   check_model_is_there(parsed.run_dir)
   # Imported when the options are right: jax takes seconds.
   from train import best_checkpoint, text_completion
