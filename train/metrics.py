@@ -370,9 +370,12 @@ def table_labels() -> dict[str, str]:
     for metric in METRICS
     if not isinstance(metric, UpdateMetric) and metric.label is not None
   }
+  # A metric that ranks nothing, as the share of AR targets, depends on the data
+  # alone and is the same for both weights.
   averaged = {
     of_average(name): f"{label}, averaged weights"
     for name, label in labels.items()
+    if better(name) is not None
   }
   return labels | averaged
 

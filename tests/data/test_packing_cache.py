@@ -33,6 +33,20 @@ def test_the_cache_makes_a_plan_once(tmp_path: Path, caplog) -> None:
   assert len(calls) == 2 and len(list(tmp_path.iterdir())) == 2
 
 
+def test_what_killed_makers_left_is_removed(tmp_path: Path) -> None:
+  """Another host's plan, of a minute ago, stays: it may still be written."""
+  names = "plan-old.1.tmp", "plan-new.2.tmp"
+  for name in names:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "a.npy").touch()
+  a_day = 24 * 3600
+  for name, age in zip(names, (a_day + 60, 60), strict=True):
+    os.utime(tmp_path / name, (time.time() - age,) * 2)
+  cached({"k": 1}, lambda: {"a": np.arange(5)}, tmp_path)
+  found = {path.name for path in tmp_path.iterdir()}
+  assert found & set(names) == {"plan-new.2.tmp"} and len(found) == 2
+
+
 def test_a_full_disk_names_the_file_of_a_plan(tmp_path, monkeypatch) -> None:
   """NumPy itself says only how many numbers it has written."""
 

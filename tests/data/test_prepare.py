@@ -106,6 +106,7 @@ def test_the_standard_library_is_a_corpus():
   found = input_files.find_sources((), "stdlib").sources
   names = [file.name for source in found for file in source.files]
   assert any(name.endswith("/asyncio/tasks.py") for name in names)
+  assert all(name.endswith(".py") for name in names)
   assert not [name for name in names if "site-packages" in name]
   assert sum(source.bytes for source in found) > 5e6
 

@@ -330,6 +330,9 @@ def test_list_counts_what_was_run(tmp_path, capsys, monkeypatch):
   assert code == 0
   assert "1 of 34 cells" in out and "0 of 30 cells" in out
   assert "0.5000 ± 0.0000" in out and "8 runs, 2/64" in out
+  assert "no records" not in out
+  _, out, _ = _command(capsys, "list", "--out", str(tmp_path / "none"))
+  assert "no records" in out and "benchmarks/results/experiments" in out
 
 
 @pytest.mark.parametrize(

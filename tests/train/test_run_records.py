@@ -48,7 +48,7 @@ class _FakeWandb(types.ModuleType):
   def __init__(self):
     super().__init__("wandb")
     self.inits, self.records, self.finished = [], [], 0
-    self.exit_codes, self.verified = [], []
+    self.exit_codes, self.verified, self.axes = [], [], []
 
   class Error(Exception):
     """As that of wandb, which is no RuntimeError."""
@@ -64,8 +64,11 @@ class _FakeWandb(types.ModuleType):
     self.inits.append(options)
     return self
 
-  def log(self, values, step):
-    self.records.append((step, values))
+  def define_metric(self, name, step_metric=None):
+    self.axes.append((name, step_metric))
+
+  def log(self, values):  # wandb's own step would drop repeated steps
+    self.records.append(values)
 
   def finish(self, exit_code=0):
     self.finished += 1
@@ -83,10 +86,11 @@ def test_wandb_gets_every_record(tmp_path: Path, monkeypatch) -> None:
   assert first["config"]["model"]["width"] == 16 and fake.finished == 2
   records = RunFolder(folder).read_metrics()
   assert len(fake.records) == len(records) > 4
-  for record, (step, values) in zip(records, fake.records, strict=True):
-    kind = record.pop("kind")
-    assert step == record.pop("step")
-    assert values == {f"{kind}/{name}": x for name, x in record.items()}
+  assert fake.axes == [("step", None), ("*", "step")] * 2
+  for record, values in zip(records, fake.records, strict=True):
+    kind, step = record.pop("kind"), record.pop("step")
+    named = {f"{kind}/{name}": x for name, x in record.items()}
+    assert values == {"step": step, **named}
 
 
 def test_wandb_learns_how_a_run_ended(tmp_path: Path, monkeypatch) -> None:

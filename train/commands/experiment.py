@@ -231,6 +231,12 @@ def _list(args: ListArgs, console: Console) -> int:
   from train.experiments import language, paper, results
 
   folder = Path(args.out) / "cells"
+  if not folder.is_dir():
+    lines.say(
+      console,
+      f"no records: {folder} is not there; a checkout of the project has its "
+      "records under benchmarks/results/experiments, and --out names a folder",
+    )
   # Without a frame the rows fit into 80 columns.
   table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
   for column in ("cell", "paper", "ours", "runs, epochs"):

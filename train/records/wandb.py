@@ -7,6 +7,8 @@ from train.config import RunConfig
 from train.records.run_folder import RunFolder
 from train.stored_config import to_dict
 
+_STEP = "step"
+
 
 class WandbError(RuntimeError):
   """The run cannot be recorded at Weights & Biases."""
@@ -72,11 +74,16 @@ class WandbRun:
       )
     except wandb.Error as error:
       raise WandbError(_refused(config, error)) from error
+    # wandb drops records whose own step is below one that it has seen, and a
+    # run resumed from an earlier checkpoint repeats steps. So the step is a
+    # value of the record, which is the x axis of the charts.
+    self._run.define_metric(_STEP)
+    self._run.define_metric("*", step_metric=_STEP)
 
   def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
     """Write one record; wandb shows its numbers as `kind/name`."""
     named = {f"{kind}/{name}": value for name, value in values.items()}
-    self._run.log(named, step=step)
+    self._run.log({_STEP: step, **named})
 
   def close(self, exit_code: int) -> None:
     """End the run at wandb, which records it as failed unless the code is 0."""

@@ -15,6 +15,7 @@ import logging
 import os
 from pathlib import Path
 import shutil
+import time
 import uuid
 
 import numpy as np
@@ -32,6 +33,7 @@ from train.data.text.open_files import (
 CACHE_DIR = cache_folder("plans")
 
 _VERSION = 2
+_ABANDONED = 24 * 3600  # seconds since the last change of a temporary folder
 _SMALL = 1 << 20  # bytes of an array that is read instead of mapped
 _log = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ def cached(
     with one_maker(folder.parent):
       arrays = _load(folder, text)  # another process may have made it
       if arrays is None:
+        _remove_abandoned(folder.parent)
         if folder.exists():
           _log.warning("%s is damaged and will be made again", folder)
         _save(folder, text, make())
@@ -118,6 +121,20 @@ def _load_array(path: Path) -> np.ndarray:
 def _seal(record: Mapping) -> str:
   """Return the SHA-256 of the record of a plan."""
   return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _remove_abandoned(cache_dir: Path) -> None:
+  """Remove what killed processes have left of plans that they were writing.
+
+  Another host may share the folder and not the lock, so only folders of the day
+  before and older are removed.
+  """
+  for path in cache_dir.glob("plan-*.tmp"):
+    try:
+      if time.time() - path.stat().st_mtime > _ABANDONED:
+        shutil.rmtree(path, ignore_errors=True)
+    except FileNotFoundError:  # its writer has removed it
+      continue
 
 
 def _save(folder: Path, text: str, arrays: Arrays) -> None:
