@@ -439,6 +439,13 @@ def test_a_cache_is_as_long_as_the_text_and_a_filter_is_not() -> None:
   )
   model = LM(attention, rngs=nnx.Rngs(0))
   assert generate(model, PROMPT_BT, steps=20).shape == (2, 20)
+  # The prompt needs most of the cache, and is longer than there are rows.
+  model.token_embedding[...] = model.token_embedding[...] * 20
+  prompt_1T = np.arange(40, dtype=np.int32)[None] % model.config.vocab_size
+  (new_S,) = generate(model, prompt_1T, steps=2)
+  row_1T = np.append(prompt_1T, new_S[:1])[None]
+  best_T = np.asarray(model(row_1T))[0].argmax(axis=-1)
+  np.testing.assert_array_equal(new_S, best_T[-2:])
   assert model.pairs.second.mixer.length is None  # the model is not changed
   hyena = dataclasses.replace(attention, second=HyenaConfig(length=8))
   with pytest.raises(ValueError, match="a row of 9 tokens.* at most 8"):
