@@ -119,6 +119,11 @@ def test_a_table_has_ours_beside_the_papers(tmp_path):
   assert "not run" in rows["based-L256-d64"]
   assert "1 of 34 cells" in page.read_text()
   assert picture.read_bytes().startswith(b"\x89PNG")
+  # One seed has no deviation, which is not 0.
+  alone = dataclasses.replace(cell, seeds=cell.seeds[:1])
+  assert results.ours(_record(alone, name, [0.5, 0.7, 0.8, 0.6])).startswith(
+    "0.8000 | 1 | "
+  )
 
 
 def test_a_config_with_a_new_field_keeps_its_records(tmp_path):
@@ -302,6 +307,8 @@ def test_a_record_of_another_cell_is_refused(tmp_path):
   ("content", "message"),
   [
     ("{", "no readable record"),
+    ("5", "version=None: expected"),
+    ('["kind"]', "version=None: expected"),
     ("[]", "version=None: expected 2"),
     (json.dumps({"version": 1}), "version=1: expected 2"),
     (json.dumps({"kind": "text, 1"}), "is of a language model of Table 2"),

@@ -160,3 +160,8 @@ def test_goodput_is_the_share_of_the_steps(monkeypatch) -> None:
   assert watch.goodput() == pytest.approx(6 / 20)
   clock[0] += 5  # the last phase goes on
   assert watch.goodput() == pytest.approx(11 / 25)
+  # The question leaves the answer of `doing` as it was.
+  watch.beat("evaluation", part="batch 3 of 9")
+  clock[0] += 2
+  watch.goodput()
+  assert watch.doing() == "evaluation, batch 3 of 9: 2 s so far"
