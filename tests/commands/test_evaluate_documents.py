@@ -178,6 +178,7 @@ def test_wrong_text_is_an_error(
     (finished, "long.txt", (), "long.txt: 102 tokens: expected at most 17"),
     (finished, "fine.txt", ("--rows", "0"), "rows=0: expected an integer"),
     (finished, "fine.txt", ("--mesh.data", "2"), "mesh=MeshConfig(data=2"),
+    (finished, "fine.txt", ("--weights", "ema"), "keeps no average"),
     (finished, "fine.txt", ("--data.path", "a"), "data=DataPlaces(path="),
     (finished, "fine.txt", ("--eos", "x"), "eos='x': expected 'auto'"),
   ):

@@ -117,6 +117,10 @@ def test_wrong_arguments_are_errors(
     ((finished, "--prompt", "x", "--tokenizer", "a.json"), "'a.json'"),
     ((finished, "--prompt", "x", "--eos", "x"), "eos='x'"),
     ((finished, "--prompt", "x", "--step", "77"), "77"),
+    (
+      (finished, "--prompt", "x", "--tokens", "3", "--weights", "ema"),
+      "keeps no average",
+    ),
   ):
     code, out, err = call("generate", *map(str, words))
     assert code == 2 and out == "" and "Traceback" not in err, (words, err)
