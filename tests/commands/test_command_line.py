@@ -300,7 +300,7 @@ def test_inspect_shows_presets_runs_and_checkpoints(
   assert re.search(r"│ data.length +│ +16 │", out)
   assert re.search(r"│ finished +│ +None │", out)
   code, out, _ = call("inspect", "mqar", "--mesh.fsdp", "4")
-  assert code == 0 and "mesh: fsdp 4" in out
+  assert code == 0 and "mesh: fsdp 4" in out and "model.second.heads" not in out
   assert re.search(r"token_embedding +│ \(256, 64\) +│ –, fsdp +│ +4,096", out)
   code, out, _ = call("inspect", str(finished), "--mesh.tensor", "5")
   assert code == 0 and re.search(

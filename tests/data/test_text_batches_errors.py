@@ -77,6 +77,7 @@ def test_wrong_data_sets_and_fields_are_named(paths, tmp_path: Path) -> None:
   }.items():
     with pytest.raises(ValueError, match=f"{field}="):
       make(paths, "prepared", **{field: value})
+  make(paths, "prepared", rows=1, seed=0, limit=1)  # the smallest ones
   for field, value in {
     "length": 0,
     "packing": "fit",

@@ -67,6 +67,23 @@ def test_float32_products_have_the_highest_precision(call):
       assert "precision = [HIGHEST, HIGHEST]" in product, product
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_products_of_a_loss_have_the_precision_asked_for(parts, gradient):
+  def loss(x, embedding):
+    targets = jnp.zeros((B, T), jnp.int32)
+    return pk.cross_entropy(
+      x, embedding, targets, parts=parts, precision="highest"
+    )[0]
+
+  run = jax.grad(loss, argnums=(0, 1)) if gradient else loss
+  text = jax.jit(run).lower(shape(B, T, F), shape(9, F)).as_text()
+  found = re.findall(r"stablehlo\.dot_general.*", text)
+  assert len(found) == (3 if gradient else 1)
+  for product in found:
+    assert "precision = [HIGHEST, HIGHEST]" in product, product
+
+
 @pytest.mark.parametrize("over", ["left", "right"])
 def test_exact_sums_of_a_tpu_keep_all_bits_of_float32(over):
   """One operand is split into three bfloat16 numbers of 8 bits each."""

@@ -215,6 +215,9 @@ def test_the_file_has_c_order(tmp_path: Path) -> None:
   assert found["s"].shape == ()
   with safe_open(tmp_path / "model.safetensors", "numpy") as file:
     assert file.metadata() == {"format": "flax"}
+  with pytest.raises(WeightsError, match="s has the dtype complex64: expected"):
+    tensor_files.write(tmp_path / "other", {"x": x, "s": x.astype("complex64")})
+  assert not (tmp_path / "other" / "model.safetensors").exists()
 
 
 def test_the_tokenizer_comes_along(tmp_path: Path) -> None:

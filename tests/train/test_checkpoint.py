@@ -20,12 +20,13 @@ from checkpoint_cases import (
   names,
 )
 from compilations import compilations
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.checkpoint import verify
+from train.checkpoint import orbax_storage, verify
 from train.checkpoint.checkpoints import (
   FORMAT_VERSION,
   CheckpointError,
@@ -210,6 +211,16 @@ def _readers(directory: Path, run: str | None):
     lambda: read_meta(directory, run=run),
     lambda: restore_params(directory, params, run=run),
   )
+
+
+def test_process_0_alone_renames_a_step(tmp_path: Path, monkeypatch) -> None:
+  monkeypatch.setattr(orbax_storage, "all_processes", lambda passed: passed)
+  (tmp_path / "1").mkdir()
+  for process, expected in ((1, "1"), (0, "1.corrupt")):
+    monkeypatch.setattr(jax, "process_index", lambda p=process: p)
+    root = epath.Path(tmp_path)
+    orbax_storage.rename(root / "1", root / "1.corrupt")
+    assert [path.name for path in tmp_path.iterdir()] == [expected]
 
 
 @pytest.mark.parametrize("how", ["renamed", "copied"])

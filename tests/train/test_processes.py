@@ -246,6 +246,17 @@ def test_something_else_listens_where_process_0_should(words: bytes) -> None:
       peers.Peers(place, {}, 5)
 
 
+def test_the_wait_for_process_0_is_told_once(monkeypatch, capfd) -> None:
+  monkeypatch.setattr(peers, "_NOTICE", 0.05)
+  monkeypatch.setattr(peers, "_RETRY", 0.02)
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    port = server.getsockname()[1]  # nobody listens there from now on
+  with pytest.raises(ValueError, match=rf"reach process 0 at .*{port} within"):
+    peers.Peers(Place("127.0.0.1", port, 2, 1), {}, 0.3)
+  told = "".join(capfd.readouterr())
+  assert told.count(f"waiting for process 0 at 127.0.0.1:{port} (") == 1
+
+
 def test_reasons_are_in_words() -> None:
   assert peers._reason(OSError(errno.ECONNREFUSED, "x")) == "Connection refused"
   assert peers._reason(socket.gaierror(8, "x")) == "no such host"

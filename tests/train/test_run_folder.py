@@ -81,6 +81,22 @@ def test_the_lock_is_exclusive_and_survives_an_update(tmp_path: Path) -> None:
     pass
 
 
+def test_a_durable_file_is_on_the_disk_before_it_has_its_name(
+  tmp_path: Path, monkeypatch
+) -> None:
+  path, synced = tmp_path / "x.json", []
+
+  def sync(temp: Path) -> None:
+    assert not path.exists()
+    synced.append(Path(temp).read_text())
+
+  monkeypatch.setattr(atomic, "sync", sync)
+  atomic.write_bytes(path, b"5", durable=True)
+  assert synced == ["5"] and path.read_text() == "5"
+  atomic.write_bytes(path, b"6")
+  assert synced == ["5"] and path.read_text() == "6"
+
+
 def test_a_lock_on_a_replaced_file_does_not_count(
   tmp_path: Path, monkeypatch
 ) -> None:

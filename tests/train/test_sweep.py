@@ -270,13 +270,15 @@ def test_runs_that_memory_does_not_hold_follow_each_other(
 
 def test_half_of_the_runs_continue_in_a_smaller_program(monkeypatch):
   monkeypatch.setattr(sweep_lib, "_EPOCHS_WORTH_COMPILING", 1)
-  cell = Cell(_run(stop_accuracy=0.99), rates=(1e-3, 1e-2), seeds=(0,))
+  cell = Cell(_run(stop_accuracy=0.99), rates=(1e-3, 1e-2, 3e-2), seeds=(0,))
   alone = [x.train_loss_R for x in Sweep(cell, runs=[1]).epochs()]
   sweep = Sweep(cell, devices=jax.devices()[:1])
   epochs = sweep.epochs()
   first = next(epochs)
   found = [first.train_loss_R[1]]
-  sweep._stop(first._replace(accuracy_R=np.array([0.995, 0.1])))
+  sweep._stop(first._replace(accuracy_R=np.array([0.995, 0.1, 0.1])))
+  assert sweep.runs == (0, 1, 2)  # more than half are left
+  sweep._stop(first._replace(accuracy_R=np.array([0.995, 0.1, 0.995])))
   assert sweep.runs == (1,)
   found += [epoch.train_loss_R[0] for epoch in epochs]
   np.testing.assert_allclose(found, np.ravel(alone), rtol=1e-5)
