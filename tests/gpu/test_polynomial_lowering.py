@@ -7,8 +7,13 @@ from jax import ShapeDtypeStruct
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import devices, polynomial_attention, zero_state
-from pallas_kernels.polynomial import arg_specs
+from pallas_kernels import (
+  ShardAxes,
+  devices,
+  polynomial_attention,
+  zero_state,
+)
+from pallas_kernels.polynomial import api, arg_specs
 from pallas_kernels.polynomial.operator import Kernel
 
 if not devices.has_mosaic_gpu():
@@ -133,3 +138,15 @@ def test_unsupported_calls_name_the_reason(change, word):
   kernel = Kernel(arg_specs.REBASED.scaled(0.25), call["eps"])
   with pytest.raises(NotImplementedError, match=f"{word}.*'xla' does"):
     passes.supports(q, v, kernel, states=call["states"])
+
+
+def test_time_over_devices_needs_states():
+  """Each device passes its state on to the next one."""
+  q = ShapeDtypeStruct((2, 64, 3, 8), jnp.bfloat16)
+  kernel = Kernel(arg_specs.REBASED.scaled(0.25), 1e-6)
+  choose = lambda axes: api._choose(
+    "gpu", q, q, kernel, states=False, axes=axes
+  )
+  assert choose(ShardAxes(batch="data")) == "gpu"
+  with pytest.raises(NotImplementedError, match=r"states with F=8.*'xla' does"):
+    choose(ShardAxes(time="context"))
