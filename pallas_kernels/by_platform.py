@@ -133,6 +133,50 @@ def forward_by_platform(
   )
 
 
+def backward_by_platform(
+  kernels: Kernels,
+  kernel: Callable[..., tuple[Any, ...]],
+  elsewhere: Callable[..., Any] | None,
+  arrays: tuple[Any, ...],
+  kept: Any,
+  cotangents: Any,
+  *,
+  is_split: bool = False,
+) -> tuple[Any, ...]:
+  """Return the gradients that belong to `forward_by_platform`.
+
+  On other platforms the forward pass is computed again, by `elsewhere`, because
+  it has kept nothing.
+
+  Args:
+    kernels: where `kernel` runs.
+    kernel: returns the gradients of all arrays but the last, from
+      (arrays, kept, cotangents).
+    elsewhere: returns the results of the forward pass. None: as in
+      `by_platform`.
+    arrays: the arguments of the forward pass. The last one has no gradient.
+    kept: what the forward pass kept.
+    cotangents: of its results.
+    is_split: as in `by_platform`.
+  """
+
+  def afresh(arrays, kept, cotangents):
+    del kept
+    *floats, last = arrays
+    run = lambda *floats: elsewhere(*floats, last)
+    return jax.vjp(run, *floats)[1](cotangents)
+
+  return by_platform(
+    kernels,
+    kernel,
+    None if elsewhere is None else afresh,
+    arrays,
+    kept,
+    cotangents,
+    is_split=is_split,
+  )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def differentiable_by_platform(
   kernels: Kernels,

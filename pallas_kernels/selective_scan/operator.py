@@ -20,7 +20,7 @@ from pallas_kernels.arguments import (
   integer_array,
   positive_integer,
 )
-from pallas_kernels.by_platform import by_platform, forward_by_platform
+from pallas_kernels.by_platform import backward_by_platform, forward_by_platform
 from pallas_kernels.compile_once import compile_once, compiled_backward
 from pallas_kernels.documents import document_runs
 from pallas_kernels.explicit_mesh import on_any_mesh
@@ -192,19 +192,9 @@ def _backward(elsewhere, by_xla, kept, cotangents):
     floats = zip(_NAMES[:-1], arrays[:-1], strict=True)
     return tuple(found[name].astype(x.dtype) for name, x in floats)
 
-  def afresh(arrays, before, cotangents):
-    del before
-    *floats, starts_BT = arrays
-    run = lambda *floats: elsewhere(*floats, starts_BT)
-    return jax.vjp(run, *floats)[1](cotangents)
-
-  grads = by_platform(
-    devices.kernels_of("gpu"),
-    kernel,
-    elsewhere and afresh,
-    *kept,
-    cotangents,
-    is_split=by_xla,
+  hopper = devices.kernels_of("gpu")
+  grads = backward_by_platform(
+    hopper, kernel, elsewhere, *kept, cotangents, is_split=by_xla
   )
   return *grads, None
 

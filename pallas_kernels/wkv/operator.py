@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import devices
 from pallas_kernels.arguments import float_array, integer_array
-from pallas_kernels.by_platform import by_platform, forward_by_platform
+from pallas_kernels.by_platform import backward_by_platform, forward_by_platform
 from pallas_kernels.compile_once import compile_once, compiled_backward
 from pallas_kernels.documents import document_runs
 from pallas_kernels.explicit_mesh import on_any_mesh
@@ -220,12 +220,13 @@ def _forward(elsewhere, by_xla, *arrays):
   results, before = forward_by_platform(
     hopper, kernel, elsewhere, *arrays, is_split=by_xla
   )
-  return results, (arrays, before, results[1].maximum)
+  return results, (arrays, (before, results[1].maximum))
 
 
 def _backward(elsewhere, by_xla, kept, cotangents):
-  def kernel(arrays, before, maximum_BD, cotangents):
+  def kernel(arrays, kept, cotangents):
     *floats, state, starts_BT = arrays
+    before, maximum_BD = kept
     dy_BTD, after = cotangents
     # The last state's cotangents are λ and μ after the last token.
     end = WKVState(after.numerator, -after.denominator, -maximum_BD)
@@ -234,19 +235,9 @@ def _backward(elsewhere, by_xla, kept, cotangents):
     )
     return *(grads[name] for name in "kvwu"), state_gradient(state, first)
 
-  def afresh(arrays, before, maximum_BD, cotangents):
-    del before, maximum_BD
-    *floats, starts_BT = arrays
-    run = lambda *floats: elsewhere(*floats, starts_BT)
-    return jax.vjp(run, *floats)[1](cotangents)
-
-  grads = by_platform(
-    devices.kernels_of("gpu"),
-    kernel,
-    elsewhere and afresh,
-    *kept,
-    cotangents,
-    is_split=by_xla,
+  hopper = devices.kernels_of("gpu")
+  grads = backward_by_platform(
+    hopper, kernel, elsewhere, *kept, cotangents, is_split=by_xla
   )
   return *grads, None
 
