@@ -100,6 +100,11 @@ def test_inspect_data_shows_counts_and_a_sample(
   code, out, _ = call("inspect", "data", str(path), "--length", "20")
   assert code == 0 and "tokens are numbers" in out
   assert re.search(r"│ shards +│ +2 │", out)
+  _, out, _ = call("inspect", "data", str(path), "--length", "2")
+  assert "sample: 2 tokens, documents " in out
+  one = write_megatron(tmp_path / "one", [DOCUMENTS[0][:1]], cuts=())
+  _, out, _ = call("inspect", "data", str(one))
+  assert "no sample: the data set has fewer than two tokens" in out
   code, _, err = call("inspect", "data", str(path), "--verify")
   assert code == 2 and "no checksums" in err
   code, _, err = call("inspect", "data", str(tmp_path))

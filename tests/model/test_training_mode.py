@@ -1,5 +1,6 @@
 """Tests of dropout by train() and eval(), beside the explicit key."""
 
+import dataclasses
 import functools
 
 from flax import nnx
@@ -57,6 +58,14 @@ def test_the_mode_decides_where_no_key_is_given() -> None:
   assert (second != first).any()  # the stream has moved on
   lm.eval()
   equal(logits(lm), plain)
+  for config, has in (
+    (CONFIG, True),
+    (dataclasses.replace(CONFIG, dropout=0.0), True),  # the mixer's alone
+    (dataclasses.replace(CONFIG, second=BaseConvConfig()), True),
+    (dataclasses.replace(CONFIG, second=BaseConvConfig(), dropout=0.0), False),
+  ):
+    abstract = nnx.eval_shape(lambda c=config: LM(c, rngs=nnx.Rngs(0)))
+    assert abstract.has_dropout == has
   view = nnx.view(lm, deterministic=False)
   assert (logits(view) != plain).any()
   assert lm.deterministic
