@@ -3,8 +3,8 @@
     python benchmarks/text/run.py --seconds 540
     python benchmarks/text/run.py --systems rebased --tokens 150_000_000
 
-The text comes from the Python installation, without a download. The
-script calls `rebased tokenizer train`, `rebased prepare` and `rebased train`.
+The text comes from the Python installation, without a download, and is made as
+`rebased experiment table-2` makes it. The script calls `rebased train`.
 All systems see the same rows in the same order. Hyperparameters are the
 paper's, except batch, length and number of steps. Loss curves and perplexities
 of held-out documents are saved to --out when a system has finished.
@@ -21,7 +21,6 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,12 +29,13 @@ import time
 from typing import Any
 
 import jax
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.environment import RESULTS, ROOT, describe_in_child, python_path  # noqa: E402
 from benchmarks.text import report  # noqa: E402
-from train.experiments import text_corpus  # noqa: E402
+from train.experiments import language, record as records  # noqa: E402
 
 PRESETS = {
   "attention": "pile-127m-attention",
@@ -101,50 +101,19 @@ def environment() -> dict[str, str]:
   return memory | os.environ | {"PYTHONPATH": python_path()}
 
 
-def call(*words: str) -> None:
-  """Run a command to its end; raise SystemExit if it fails."""
-  done = subprocess.run(words, env=environment(), check=False)
-  if done.returncode:
-    raise SystemExit(f"exit code {done.returncode}: {' '.join(words)}")
+def make_data(settings: Settings, folder: Path) -> dict[str, Any]:
+  """Make text, tokenizer and tokens as Table 2 does; return their record.
 
-
-def make_data(settings: Settings, work: Path) -> dict[str, Any]:
-  """Make text, tokenizer and tokens in `work`; return the corpus's record."""
-  record = work / "corpus.json"
+  Args:
+    settings: how much text.
+    folder: gets the files, unless they are there.
+  """
   names = ("packages", "corpus_mb", "sample_mb", "vocab_size")
-  made_by = {name: getattr(settings, name) for name in names}
-  if record.exists():
-    found = json.loads(record.read_text())
-    if found["made_by"] != made_by:
-      raise SystemExit(
-        f"{record} was made with {found['made_by']}; expected {made_by}. "
-        "Choose another --work"
-      )
-    return found
-  begin = time.perf_counter()
-  documents = text_corpus.gather(settings.packages, settings.corpus_mb << 20)
-  shutil.rmtree(work / "text", ignore_errors=True)
-  text_corpus.write(documents, work / "text", 2 * (os.cpu_count() or 1))
-  tokenizer = work / "tokenizer.json"
-  tokenizer.unlink(missing_ok=True)
-  sizes = ("--vocab-size", str(settings.vocab_size))
-  sample = ("--sample-mb", str(settings.sample_mb))
-  learn = ("tokenizer", "train", str(work / "text" / "train"))
-  call(*rebased(*learn, "--out", str(tokenizer), *sizes, *sample))
-  named = ("--tokenizer", str(tokenizer))
-  for part in ("train", "held-out"):
-    out = work / "tokens" / part
-    text = str(work / "text" / part)
-    call(*rebased("prepare", text, "--out", str(out), *named))
-  found = {"made_by": made_by, **text_corpus.describe(documents)}
-  for part in ("train", "held-out"):
-    made = json.loads((work / "tokens" / part / "dataset.json").read_text())
-    counts = ("documents", "tokens", "text_bytes")
-    found[part] = {name: made[name] for name in counts}
-  found["tokenizer_sha256"] = made["tokenizer"]["sha256"]
-  found["seconds"] = round(time.perf_counter() - begin, 1)
-  record.write_text(json.dumps(found, indent=1) + "\n")
-  return found
+  size = language.Size(**{name: getattr(settings, name) for name in names})
+  try:
+    return language.make_text(size, folder, Console())
+  except records.RecordError as error:
+    raise SystemExit(str(error)) from error
 
 
 def train_options(name: str, settings: Settings, work: Path) -> dict[str, Any]:
@@ -152,8 +121,8 @@ def train_options(name: str, settings: Settings, work: Path) -> dict[str, Any]:
   steps = settings.steps
   options = {
     "run-dir": work / "runs" / name,
-    "data.path": work / "tokens" / "train",
-    "data.eval-path": work / "tokens" / "held-out",
+    "data.path": work / "data" / "tokens" / "train",
+    "data.eval-path": work / "data" / "tokens" / "held-out",
     "data.validation": 0,
     "data.length": settings.length,
     "data.eval-rows": settings.eval_rows,
@@ -268,7 +237,7 @@ def main() -> None:
     **{name: value for name, value in given.items() if value is not None},
   )
   args.work.mkdir(parents=True, exist_ok=True)
-  corpus = make_data(settings, args.work)
+  corpus = make_data(settings, args.work / "data")
   result = {**where, "settings": dataclasses.asdict(settings), "corpus": corpus}
   result["systems"] = {}
   if args.out.exists():

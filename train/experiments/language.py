@@ -177,7 +177,7 @@ def make_text(size: Size, folder: Path, console: Console) -> dict[str, Any]:
     if found["made_by"] != made_by:
       raise RecordError(
         f"{path} was made with {found['made_by']}: expected {made_by}: use "
-        "another --out"
+        "another folder"
       )
     return found
   shutil.rmtree(folder, ignore_errors=True)  # left by a command that was killed
