@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 import subprocess
 import sys
+from types import SimpleNamespace
 
 from prepare_cases import jsonl, parquet_bytes, read, records
 import pyarrow as pa
@@ -131,6 +132,19 @@ def test_the_largest_page_is_found(tmp_path, version, compression, encoding):
   # All but the headers and, with a dictionary, its page of numbers.
   assert 0 < chunk.total_uncompressed_size - size < 300
   assert [x.text for x in read(path)] == texts
+
+
+def test_a_page_header_of_deep_lists_is_refused():
+  """Each byte 0x19 is a list that holds one list."""
+  chunk = SimpleNamespace(
+    num_values=1,
+    data_page_offset=0,
+    dictionary_page_offset=None,
+    total_compressed_size=5000,
+  )
+  with pytest.raises(PageError, match="damaged page header at byte 0") as error:
+    largest_page(io.BytesIO(b"\x19" * 5000), chunk)
+  assert str(error.value.__cause__) == "too deeply nested"
 
 
 def test_the_largest_of_many_pages_is_found(tmp_path):

@@ -38,6 +38,15 @@ def test_training_is_deterministic_and_compresses(learnt):
   assert all(x.dtype == np.dtype("<u2") for x in tokens)
 
 
+@pytest.mark.parametrize(
+  ("size", "dtype"), [(1, "<u2"), (1 << 16, "<u2"), ((1 << 16) + 1, "<u4")]
+)
+def test_tokens_are_stored_in_two_bytes_where_all_fit(size, dtype):
+  spec = tokenize.TokenizerSpec("bytes", "bytes", "", size, None)
+  assert spec.dtype == np.dtype(dtype)
+  assert np.array(size - 1).astype(spec.dtype) == size - 1
+
+
 def test_any_text_decodes_to_itself(learnt):
   tokenizer = tokenize.load(learnt)
   odd = ["", " ", "a\0b", "<|endoftext|>", "𝄞\r\n\u2028", " x ", "\ufffd"]

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 import contextlib
+import io
 import multiprocessing
 import os
 from pathlib import Path
@@ -134,6 +135,21 @@ def test_workers_without_progress_are_a_hang() -> None:
   assert "has read or finished anything for 0.3 s (--timeout)" in str(
     caught.value
   )
+
+
+def test_lines_of_progress_are_seconds_apart(monkeypatch) -> None:
+  now, text = [0.0], io.StringIO()
+  monkeypatch.setattr(worker_pool.time, "monotonic", lambda: now[0])
+  console = Console(file=text, width=200)
+  with worker_pool._display(4_000_000, 8, console) as show:
+    for second in range(1, 31):
+      now[0] = float(second)
+      show(second * 100_000, second // 4)
+  assert text.getvalue().splitlines() == [
+    "1.0/4.0 MB  0.10 MB/s  left 0:00:30  2/8 shards",
+    "2.0/4.0 MB  0.10 MB/s  left 0:00:20  5/8 shards",
+    "3.0/4.0 MB  0.10 MB/s  left 0:00:10  7/8 shards",
+  ]
 
 
 def test_progress_is_no_hang() -> None:

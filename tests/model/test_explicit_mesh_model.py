@@ -9,6 +9,7 @@ from mixer_registry import MIXERS, ONE_OF_EACH, WIDTH
 import numpy as np
 import pytest
 
+from pallas_kernels import ShardAxes
 from rebased_jax import (
   LM,
   BaseConvConfig,
@@ -146,6 +147,8 @@ def test_a_model_outside_jit(mesh, lm):
     )
     tokens_BS = generate(lm, prompts, steps=4, sharding=by_rows)
     found_BV, _ = lm.step(token, lm.init_state(B))
+    with pytest.raises(ValueError, match="rows"):  # given axes are taken
+      lm(rows, axes=ShardAxes(batch="rows"))
   for x in (*found, tokens_BS):
     assert x.sharding.spec[0] == "data"
   chex.assert_trees_all_close(

@@ -263,6 +263,9 @@ def test_tokens_of_another_kind_are_named(tokens, message) -> None:
       call()
   with pytest.raises(ValueError, match=message):
     model(tokens)
+  for token_B in (TOKENS_BT, TOKENS_BT[:0, 0], TOKENS_BT[0, 0]):
+    with pytest.raises(ValueError, match=r"tokens has shape .*expected \(B,\)"):
+      model.step(token_B, state)
 
 
 def test_dropout_of_a_mixer() -> None:

@@ -9,9 +9,11 @@ import re
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from rebased_jax import presets
 from train import cli
+from train.commands import run_cells
 from train.experiments import (
   claims,
   drawings,
@@ -340,6 +342,21 @@ def test_list_counts_what_was_run(tmp_path, capsys, monkeypatch):
   assert "no records" not in out
   _, out, _ = _command(capsys, "list", "--out", str(tmp_path / "none"))
   assert "no records" in out and "benchmarks/results/experiments" in out
+
+
+def test_a_cell_is_told_when_the_minutes_are_over(tmp_path, monkeypatch):
+  now, told = [0.0], []
+
+  def run_cell(name, cell, folder, *, stop, report):
+    for now[0] in (59.0, 61.0):
+      told.append(stop())
+
+  monkeypatch.setattr(run_cells, "run_cell", run_cell)
+  monkeypatch.setattr(run_cells.time, "monotonic", lambda: now[0])
+  cell = _EXPERIMENTS["figure-1"].cells["rebased-L128-d64"]
+  cells = dict.fromkeys(("first", "second"), cell)
+  code = run_cells.run_cells(cells, {}, tmp_path, 1.0, Console(quiet=True))
+  assert told == [False, True] and code == 0  # the second has not begun
 
 
 @pytest.mark.parametrize(

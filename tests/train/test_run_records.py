@@ -309,6 +309,13 @@ def test_device_usage_is_recorded_where_it_is_known(monkeypatch) -> None:
   assert found == dict(mfu=10 * 6 * 20 / (8 * 1e3), hbm_peak_bytes=77)
 
 
+def test_the_peak_of_memory_is_the_largest_of_the_devices(monkeypatch) -> None:
+  figures = [{"peak_bytes_in_use": 3}, None, {}, {"peak_bytes_in_use": 5}]
+  devices = [types.SimpleNamespace(memory_stats=lambda x=x: x) for x in figures]
+  monkeypatch.setattr(jax, "local_devices", lambda: devices)
+  assert device_usage.peak_bytes() == 5
+
+
 def test_affine_statistics_by_layer() -> None:
   rng = np.random.default_rng(0)
   blocks = {name: rng.normal(size=(2, 3, 8)) for name in ("first", "second")}

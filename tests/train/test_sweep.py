@@ -283,6 +283,8 @@ def test_half_of_the_runs_continue_in_a_smaller_program(monkeypatch):
   found += [epoch.train_loss_R[0] for epoch in epochs]
   np.testing.assert_allclose(found, np.ravel(alone), rtol=1e-5)
   assert len(sweep.compile_seconds) == 2
+  sweep.epoch, sweep.active_R = 0, np.zeros(1, bool)
+  assert list(sweep.epochs()) == []  # no epoch for runs that have stopped
 
 
 def test_a_run_that_is_not_finite_stops(tmp_path):
