@@ -85,13 +85,14 @@ def test_a_short_scan_equals_float64(interpreted, monkeypatch) -> None:
 
 
 def test_a_short_wkv_equals_float64(interpreted, monkeypatch) -> None:
-  """Two chunks of few tokens, as above."""
+  """Three slices of few tokens; a document starts in the second."""
+  interpreted(wkv_walk, 3, 1)
   for module in (wkv_walk, wkv_forward, wkv_backward):
     monkeypatch.setattr(module, "C", 2)
   for module in (wkv_walk, wkv_forward):
     monkeypatch.setattr(module, "BLOCK", 2)
-  inputs = wkv_inputs(1, 4, 128, "float32", 3.0)
-  ids = np.array([[0, 0, 0, 1]])
+  inputs = wkv_inputs(1, 6, 128, "float32", 3.0)
+  ids = np.array([[0, 0, 0, 1, 1, 1]])
   found = answer(WKV, inputs, ids, "gpu")
   assert_near(found, exact(WKV, inputs, ids), 3e-6)
 
