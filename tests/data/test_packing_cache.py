@@ -31,6 +31,8 @@ def test_the_cache_makes_a_plan_once(tmp_path: Path, caplog) -> None:
   assert len(calls) == 1
   cached({"lengths": "y"}, make, tmp_path)
   assert len(calls) == 2 and len(list(tmp_path.iterdir())) == 2
+  cached({"lengths": "x"}, make, tmp_path / "new" / "folder")
+  assert len(calls) == 3
 
 
 def test_what_killed_makers_left_is_removed(tmp_path: Path) -> None:

@@ -18,6 +18,16 @@ def make(width: int = 64, layers: int = 2, **fields):
   return MambaConfig(**fields).make(site, rngs=nnx.Rngs(0))
 
 
+def test_one_token_runs_without_the_kernels() -> None:
+  """The kernels walk chunks, and a CPU has none of them."""
+  x_BD = jax.random.normal(jax.random.key(1), (B, 64))
+  found, wanted = (
+    mixer.step(x_BD, mixer.init_state(B))[0]
+    for mixer in (make(implementation=name) for name in ("gpu", None))
+  )
+  np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.mark.parametrize("width", [8, 40, 64, 128])
 def test_the_parameter_count(width) -> None:
   rank = -(-width // 16)

@@ -345,6 +345,10 @@ _WRONG_FOLDERS = {
     _config(lambda data: data.update(tokenizer={"type": "bytes"})),
     "tokenizer=.*: expected null or",
   ),
+  "a number": (
+    lambda path: (path / "config.json").write_text("5"),
+    "config.json: .*expected",
+  ),
   "two exports": (
     lambda path: (path / tensor_files.INDEX).write_text("{}"),
     "expected one of them",

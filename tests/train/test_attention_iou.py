@@ -88,6 +88,9 @@ def test_perfect_attention_has_1_and_a_mass_m_has_m_over_2_minus_m():
 def test_the_fixed_layer_adds_the_token_before():
   mixer = PreviousTokenConfig().make(Site(3), rngs=nnx.Rngs(0))
   assert not jax.tree.leaves(nnx.state(mixer))
+  site = Site(3, dtype="bfloat16")
+  narrow = PreviousTokenConfig().make(site, rngs=nnx.Rngs())
+  assert narrow(np.ones((1, 2, 3), np.float32)).dtype == jnp.bfloat16
   x_BTD = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
   wanted = x_BTD.copy()
   wanted[:, 1:] += x_BTD[:, :-1]

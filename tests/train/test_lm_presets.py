@@ -107,6 +107,16 @@ def test_the_papers_numbers(name: str) -> None:
   assert model.second.heads == wanted
 
 
+def test_larger_models_compute_layers_again() -> None:
+  for name, wanted in (
+    ("pile-145m-rebased", "none"),
+    ("pile-145m-rebased-long", "dots"),
+    ("pile-360m-attention", "dots"),
+    ("pile-1.3b-rebased", "dots"),
+  ):
+    assert _PRESETS[name].model.remat == wanted, name
+
+
 def test_long_rows_have_no_positions_and_as_many_tokens_a_step() -> None:
   for name in ("157m-based", "157m-rebased", "145m-rebased"):
     short, long = _PRESETS[f"pile-{name}"], _PRESETS[f"pile-{name}-long"]

@@ -93,6 +93,7 @@ def test_paper_schedule_is_stepped_once_an_epoch(length: int) -> None:
 
 
 def test_a_run_that_ends_inside_an_epoch() -> None:
+  OptimizerConfig(epoch_steps=1)  # the least
   config = OptimizerConfig(learning_rate=1.0, epoch_steps=4)
   epochs = np.arange(10) // 4
   expected = (1 + np.cos(np.pi * epochs / 3)) / 2  # 10 steps: 3 epochs
