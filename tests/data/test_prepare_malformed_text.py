@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 import random
 
@@ -220,6 +221,11 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
   )
   with pytest.raises(PrepareError, match=r"x.jsonl: it has .* expected"):
     prepare_shard.write_shard(job, _BYTES, lambda _: None, lambda: False)
+  # Another text of the same size shows in the file's time alone.
+  path.write_bytes(_GOOD)
+  change = lambda _: os.utime(path, (1, 1))
+  with pytest.raises(PrepareError, match="x.jsonl: it changed while it was"):
+    prepare_shard.write_shard(job, _BYTES, change, lambda: False)
   assert not [x for x in (tmp_path / "out").rglob("*") if x.is_file()]
 
 

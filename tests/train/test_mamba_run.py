@@ -85,6 +85,7 @@ def test_a_run_without_an_attention_picture(tmp_path) -> None:
   names = {path.name for path in folder.path.iterdir()}
   assert "learning.png" in names and "attention.png" not in names
   assert "attention.png" not in text.getvalue()
+  assert "None" not in text.getvalue()  # it has no goal to speak of
   assert folder.read_config() == config
 
 
