@@ -77,6 +77,8 @@ class _Leave:
       number = received[0]
       if number in self._numbers:
         text = f"rebased: stopped by {signal.Signals(number).name}\n"
+        if os.isatty(2):  # the line may hold "^C" or a progress display
+          text = "\n" + text
         with contextlib.suppress(OSError):  # standard error may be lost
           os.write(2, text.encode())
         self._before(128 + number)

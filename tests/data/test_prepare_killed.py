@@ -134,7 +134,7 @@ def test_a_dead_worker_is_an_error_and_not_a_hang(tmp_path):
     time.sleep(0.01)
   (temporary,) = (out / "prepare").glob("*.arrayrecord.tmp-*")
   os.kill(int(temporary.name.rsplit("-", 2)[1]), signal.SIGKILL)
-  printed, _ = process.communicate(timeout=60)
+  printed, _ = process.communicate(timeout=120)
   assert process.returncode == 1
   assert "a worker process died" in printed
   assert "while it made shard-00000 of a.jsonl" in printed
@@ -247,6 +247,6 @@ def test_a_stop_says_so_and_nothing_else(tmp_path, number, group):
     assert process.poll() is None, process.stdout.read()
     time.sleep(0.001)
   (os.killpg if group else os.kill)(process.pid, number)
-  printed, _ = process.communicate(timeout=60)
+  printed, _ = process.communicate(timeout=120)
   assert printed == "rebased: stopped; repeat the same command to continue\n"
   assert process.returncode == 128 + number

@@ -157,7 +157,10 @@ def test_wrong_tokenizers_are_named(tmp_path):
     tokenize.train_bpe(["a"], 10**12)
 
 
-def test_ctrl_c_ends_a_training_that_is_merging(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_training_that_is_merging(
+  tmp_path: Path, number: signal.Signals
+) -> None:
   """Replace the training by one long call that Python cannot interrupt."""
   code = (
     "import hashlib, sys\n"
@@ -179,12 +182,12 @@ def test_ctrl_c_ends_a_training_that_is_merging(tmp_path):
   ) as process:
     try:
       assert any("merging" in line for line in process.stdout)
-      process.send_signal(signal.SIGINT)
-      _, printed = process.communicate(timeout=30)
+      process.send_signal(number)
+      _, printed = process.communicate(timeout=120)
     finally:
       process.kill()
-  assert printed == "rebased: stopped; there is no new tokenizer\n"
-  assert process.returncode == 130
+  assert printed == f"rebased: stopped by {number.name}\n"
+  assert process.returncode == 128 + number
 
 
 def test_the_command_trains_a_tokenizer(tmp_path, capsys):

@@ -92,7 +92,7 @@ def _run(code: str, *args: str, devices: int = 1) -> subprocess.Popen:
 def test_other_device_counts_in_new_processes(tmp_path: Path) -> None:
   for devices, mode, out in ((8, "save", ""), (4, "load", "4"), (1, "", "1")):
     process = _run(_PROCESS, str(tmp_path), mode, devices=devices)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=120)
     assert (process.returncode, stdout.strip(), stderr) == (0, out, "")
 
 
@@ -159,7 +159,7 @@ def test_kill_during_saves(tmp_path: Path) -> None:
     begun = int(process.stdout.readline())
     time.sleep(rng.uniform(0, 0.25))
     process.send_signal(signal.SIGKILL)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert err == ""
     begun = int((out.split() or [begun])[-1])
     try:
@@ -204,7 +204,7 @@ with Checkpoints(sys.argv[1]) as c:
 
 def test_a_failing_save_is_reported(tmp_path: Path) -> None:
   process = _run(_FULL_DISK, str(tmp_path))
-  out, err = process.communicate(timeout=60)
+  out, err = process.communicate(timeout=120)
   lines = out.splitlines()
   assert len(lines) == 5, out + err
   for line in lines[:3]:

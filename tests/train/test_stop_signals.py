@@ -38,7 +38,7 @@ def _ready(process: subprocess.Popen) -> None:
 
 
 def _finish(process: subprocess.Popen) -> tuple[int, str, str]:
-  out, err = process.communicate(timeout=30)
+  out, err = process.communicate(timeout=120)
   return process.returncode, out, err
 
 

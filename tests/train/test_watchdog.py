@@ -93,7 +93,7 @@ def test_time_in_which_the_process_is_stopped_does_not_count(
   process.send_signal(signal.SIGSTOP)
   time.sleep(2)
   process.send_signal(signal.SIGCONT)
-  out, err = process.communicate(timeout=30)
+  out, err = process.communicate(timeout=120)
   if returns:
     assert (process.returncode, out, err) == (0, "done\n", "")
   else:

@@ -1,13 +1,7 @@
 """`rebased tokenizer train INPUT …`: train a BPE tokenizer on text."""
 
-from collections.abc import Callable
-from concurrent.futures import Future
 import dataclasses
-import os
-import signal
-import sys
-import threading
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -17,6 +11,7 @@ from train.data.prepare.train_tokenizer import (
   TokenizerTraining,
   train_tokenizer,
 )
+from train.stop_signals import leaving_at_signals
 
 _USAGE = "usage: rebased tokenizer train INPUT … --out tokenizer.json"
 
@@ -43,7 +38,7 @@ def run(args: list[str]) -> int:
     PrepareError: the text is malformed, or there is none.
     OSError: a file cannot be read or written.
 
-  SIGINT ends the process.
+  A signal that stops a run ends the process, and leaves no tokenizer.
   """
   if not args or args[0] in ("-h", "--help"):
     print(_USAGE)
@@ -52,14 +47,10 @@ def run(args: list[str]) -> int:
     raise ValueError(f"there is no command tokenizer {args[0]!r}: only train")
   parsed = parse(TokenizerArgs, "rebased tokenizer train", args[1:])
   console = to_stdout()
-  try:
-    with console.status("reading, then merging"):
-      spec, sample = _in_thread(train_tokenizer, parsed.config, parsed.inputs)
-  except KeyboardInterrupt:
-    print("rebased: stopped; there is no new tokenizer", file=sys.stderr)
-    sys.stderr.flush()
-    # A normal exit would wait for the library, which cannot be interrupted.
-    os._exit(128 + signal.SIGINT)
+  # Merging is one call that takes minutes, and Python cannot interrupt it.
+  leaving = leaving_at_signals(lambda code: console.show_cursor(True))
+  with leaving, console.status("reading, then merging"):
+    spec, sample = train_tokenizer(parsed.config, parsed.inputs)
   say(
     console,
     f"{parsed.config.out}: {spec.vocab_size:,} tokens, from "
@@ -67,21 +58,3 @@ def run(args: list[str]) -> int:
     f"{sample.skipped:,} skipped",
   )
   return 0
-
-
-def _in_thread(function: Callable, *args: Any) -> Any:
-  """Call a function in a thread; only so can a signal end the wait for it.
-
-  Python handles signals between two steps of the main thread, and merging is
-  one step that takes minutes.
-  """
-  result: Future = Future()
-
-  def call() -> None:
-    try:
-      result.set_result(function(*args))
-    except BaseException as error:  # noqa: BLE001  # the main thread raises it
-      result.set_exception(error)
-
-  threading.Thread(target=call, daemon=True).start()
-  return result.result()
