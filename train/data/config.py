@@ -302,6 +302,10 @@ class MQARPaperData(MQARData):
   #: length ≥ 512.
   drop_last: bool = False
 
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    self.train_batches(1, 0)  # raises if there are no such examples
+
   def train_batches(self, rows: int, seed: int) -> Batches:
     """Return the batches of all epochs."""
     return mqar_paper.MQARPaper(

@@ -1,0 +1,361 @@
+"""Each number and choice of a config: the outermost right values, and beyond.
+
+A right value is kept as it is. A wrong one is refused by its name. The tables
+name every number and every choice of the classes.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import inspect
+import math
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from flax import nnx
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from train_cases import tiny
+
+from rebased_jax import (
+  AttentionConfig,
+  BaseConvConfig,
+  BasedConfig,
+  HyenaConfig,
+  MambaConfig,
+  ModelConfig,
+  ReBasedConfig,
+  RWKVConfig,
+  Site,
+)
+from train.config import MeshConfig, OptimizerConfig, ProfileConfig, RunConfig
+from train.data.batches import Batches
+from train.data.config import (
+  DataConfig,
+  MQARPaperData,
+  MQARStreamData,
+  Recall,
+)
+from train.data.mqar import MQARConfig
+from train.data.prepare.prepare_dataset import PrepareConfig
+from train.text_completion import Sampling
+
+_INF, _NAN = math.inf, math.nan
+_TINY = 5e-324  # the smallest number above 0
+_BELOW_1 = math.nextafter(1.0, 0.0)
+_LONGEST = 2**31 - 1
+
+#: The right and the wrong values of a field.
+Values = tuple[tuple[Any, ...], tuple[Any, ...]]
+
+_COUNT: Values = (1, 2, 7), (0, -1, 1.5, True)
+_AXIS: Values = (1, _LONGEST), (0, -1, 1.5, True, 2**31)
+_OPTIONAL_AXIS: Values = (None, *_AXIS[0]), _AXIS[1]
+_POSITIVE: Values = (_TINY, 1e300), (0.0, -_TINY, _INF, _NAN)
+_DECAY: Values = (0.0, _BELOW_1), (-_TINY, 1.0, _NAN)
+_DTYPE: Values = ("float32", "bfloat16", "float16"), ("int8", "float")
+_PRECISION: Values = (None, "default", "high", "highest"), ("tf32",)
+_IMPLEMENTATION: Values = (None, "gpu", "tpu", "xla", "reference"), ("cuda",)
+_RECURRENCE: Values = (None, "gpu", "xla"), ("tpu", "reference")
+
+
+def _model(**changes: Any) -> ModelConfig:
+  fields = dict(first=BaseConvConfig(), second=BaseConvConfig(), vocab_size=8)
+  return ModelConfig(**fields | dict(width=8) | changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OwnData(DataConfig):
+  """The data of a user, without batches."""
+
+  length: int = 16
+  vocab_size: int | None = 32
+  workers: int = 0
+  timeout: float | None = None
+  recall: Recall | None = None
+
+  def train_batches(self, rows: int, seed: int) -> Batches:
+    raise NotImplementedError
+
+  def eval_batches(self, rows: int, seed: int) -> Batches:
+    raise NotImplementedError
+
+
+_POLYNOMIAL: dict[str, Values] = {
+  "heads": _AXIS,
+  "features": _AXIS,
+  "value_features": _OPTIONAL_AXIS,
+  "eps": ((0.0, 1e300), (-_TINY, _INF, _NAN)),
+  "implementation": _IMPLEMENTATION,
+}
+
+_TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
+  "run": (
+    RunConfig,
+    tiny,
+    {
+      **dict.fromkeys(("steps", "batch"), ((4, 8), _COUNT[1])),
+      "accumulate": ((1, 2, 8), (*_COUNT[1], 3)),
+      "loss_chunks": ((1, 2), (*_COUNT[1], 3)),
+      "seed": ((0, _LONGEST), (-1, 2**31, 1.5, True)),
+      **dict.fromkeys(("eval_every", "save_every", "log_every"), _COUNT),
+      "keep": _COUNT,
+      "keep_every": ((None, 2, 4), (*_COUNT[1], 1, 3, 5)),
+      "stop_accuracy": ((None, _TINY, 1.0), (0.0, 1.0000001, _NAN)),
+      "init_weights": (("trained",), ("ema", "best")),
+      "nan": (("abort", "skip"), ("stop",)),
+      "z_loss": ((0.0, 1e300), (-_TINY, _INF, _NAN)),
+      "ema": ((None, _TINY, _BELOW_1), (0.0, 1.0, _NAN)),
+    },
+  ),
+  "profile": (
+    ProfileConfig,
+    ProfileConfig,
+    dict.fromkeys(("start", "steps"), ((0, 1), (-1, 1.5, True))),
+  ),
+  "mesh": (
+    MeshConfig,
+    MeshConfig,
+    {
+      "data": ((None, 1, 8), (0, -1, 1.5, True)),
+      **dict.fromkeys(
+        ("fsdp", "tensor", "context"), ((1, 8), (0, -1, 1.5, True, None))
+      ),
+    },
+  ),
+  "optimizer": (
+    OptimizerConfig,
+    OptimizerConfig,
+    {
+      "name": (("adamw", "lion", "muon", "sgd"), ("adam", None)),
+      "learning_rate": _POSITIVE,
+      "schedule": (("cosine", "linear", "constant", "wsd"), ("cos", None)),
+      "warmup_steps": ((0, 1), (-1, 1.5, True)),
+      "cooldown_steps": ((None,), (1,)),
+      "final_fraction": ((0.0, 1.0), (-_TINY, 1.0000001, _NAN)),
+      "epoch_steps": ((None, 1), (0, -1, 1.5, True)),
+      "beta1": _DECAY,
+      "beta2": _DECAY,
+      "momentum": ((None,), (0.9,)),
+      "eps": _POSITIVE,
+      "weight_decay": ((0.0, 1e300), (-_TINY, _INF, _NAN)),
+      "decay": (("all", "matrices"), ("none",)),
+      "clip_norm": ((None, *_POSITIVE[0]), _POSITIVE[1]),
+    },
+  ),
+  "wsd": (
+    OptimizerConfig,
+    lambda **x: OptimizerConfig(schedule="wsd", **x),
+    {"cooldown_steps": ((None, 1), (0, -1, 1.5, True))},
+  ),
+  "sgd": (
+    OptimizerConfig,
+    lambda **x: OptimizerConfig(name="sgd", **x),
+    {"momentum": ((None, *_DECAY[0]), _DECAY[1])},
+  ),
+  "MQAR rows": (
+    MQARConfig,
+    lambda **x: MQARConfig(**dict(vocab_size=64, length=16, pairs=2) | x),
+    {
+      "vocab_size": ((17, 18), (16, 0, -1, 32.0)),
+      "length": ((8, 62), (15, 64, 0, -2, 16.0)),
+      "pairs": ((1, 4), (5, 0, -1, 2.0)),
+      "power": _POSITIVE,
+    },
+  ),
+  "MQAR stream": (
+    MQARStreamData,
+    MQARStreamData,
+    {
+      "vocab_size": ((33,), (32, 0)),
+      "length": ((16,), (15, 0)),
+      "pairs": ((8,), (9, 0)),
+      "power": _POSITIVE,
+      "test_examples": ((1,), (0,)),
+    },
+  ),
+  "MQAR paper": (
+    MQARPaperData,
+    MQARPaperData,
+    {
+      "vocab_size": ((129,), (128, 0)),
+      "length": ((64,), (65, 0)),
+      "pairs": ((32,), (33, 0)),
+      "power": _POSITIVE,
+      "examples": ((1,), (0,)),
+      "epochs": ((1,), (0,)),
+    },
+  ),
+  "own data": (
+    _OwnData,
+    _OwnData,
+    {
+      "length": _COUNT,
+      "vocab_size": ((None, 1), _COUNT[1]),
+      "workers": ((0, 1), (-1, 1.5, True)),
+      "timeout": ((None, _TINY, _INF), (0.0, -1.0, _NAN)),
+      "recall": ((None, "unigram", "bigram", "trigram"), ("4-gram",)),
+    },
+  ),
+  "prepare": (
+    PrepareConfig,
+    lambda **x: PrepareConfig("out", **x),
+    {
+      "corpus": ((None, "stdlib"), ()),
+      "on_error": (("fail", "skip"), ("ignore",)),
+      "row_length": ((None, 1), (0, -1)),
+      "max_document_mb": ((1,), (0,)),
+      "part_mb": ((1,), (0,)),
+      "workers": ((0, 1), (-1,)),
+      "timeout": ((None, _TINY, _INF), (0.0, -1.0, _NAN)),
+      "runner": (("pool", "beam"), ("spark",)),
+    },
+  ),
+  "sampling": (
+    Sampling,
+    Sampling,
+    {
+      "tokens": ((1,), (0, -1)),
+      "temperature": ((0.0, 1e300), (-_TINY, _INF, _NAN)),
+      "top_k": ((None, 1), (0, -1)),
+      "top_p": ((None, _TINY, 1.0), (0.0, 1.0000001, _NAN)),
+      "seed": ((0, _LONGEST), (-1, 2**31)),
+    },
+  ),
+  "site": (
+    Site,
+    lambda **x: Site(**dict(width=8, layers=4) | x),
+    {
+      "width": _AXIS,
+      "layer": ((0, 3), (-1, 4)),
+      "layers": _AXIS,
+      "dtype": _DTYPE,
+      "length": _OPTIONAL_AXIS,
+      "precision": _PRECISION,
+      "param_dtype": _DTYPE,
+    },
+  ),
+  "model": (
+    ModelConfig,
+    _model,
+    {
+      "vocab_size": _AXIS,
+      "width": _AXIS,
+      "pairs": ((1, 10_000), (0, -1, 1.5, True, 10_001)),
+      "positions": _OPTIONAL_AXIS,
+      "mlp_width": _OPTIONAL_AXIS,
+      "dropout": _DECAY,
+      "dtype": _DTYPE,
+      "precision": _PRECISION,
+      "block": (("pre-norm", "mamba"), ("post-norm", None)),
+      "remat": (("none", "dots", "full"), ("all", None)),
+      "param_dtype": _DTYPE,
+    },
+  ),
+  "ReBased": (
+    ReBasedConfig,
+    ReBasedConfig,
+    {**_POLYNOMIAL, "norm_scope": (("joint", "head"), ("all", None))},
+  ),
+  "Based": (BasedConfig, BasedConfig, _POLYNOMIAL),
+  "BaseConv": (BaseConvConfig, BaseConvConfig, {"taps": _AXIS}),
+  "attention": (
+    AttentionConfig,
+    AttentionConfig,
+    {
+      "heads": _AXIS,
+      "length": _OPTIONAL_AXIS,
+      "implementation": ((None, "xla", "cudnn"), ("gpu",)),
+      "dropout": _DECAY,
+    },
+  ),
+  "Hyena": (
+    HyenaConfig,
+    HyenaConfig,
+    {"length": _OPTIONAL_AXIS, "taps": _AXIS, "filter_width": _AXIS},
+  ),
+  "Mamba": (
+    MambaConfig,
+    MambaConfig,
+    {
+      **dict.fromkeys(("state", "taps", "expand"), _AXIS),
+      "initialization": (("published", "intended"), ("paper", None)),
+      "implementation": _RECURRENCE,
+    },
+  ),
+  "RWKV": (
+    RWKVConfig,
+    RWKVConfig,
+    {
+      "initialization": (("published", "intended"), ("paper", None)),
+      "wkv_dtype": (("bfloat16", "float32"), ("float16", None)),
+      "implementation": _RECURRENCE,
+    },
+  ),
+}
+
+
+@pytest.mark.parametrize("table", _TABLES)
+def test_right_values_are_kept(table: str) -> None:
+  _, make, fields = _TABLES[table]
+  for field, (right, _) in fields.items():
+    for value in right:
+      assert getattr(make(**{field: value}), field) == value, (field, value)
+
+
+@pytest.mark.parametrize(
+  ("table", "field"),
+  [(table, field) for table, (_, _, f) in _TABLES.items() for field in f],
+)
+def test_wrong_values_are_refused_by_name(table: str, field: str) -> None:
+  _, make, fields = _TABLES[table]
+  for value in fields[field][1]:
+    with pytest.raises(ValueError) as error:
+      make(**{field: value})
+    message = str(error.value)
+    assert f"{field}={value!r}" in message and ": expected " in message
+
+
+@pytest.mark.parametrize(
+  "config_class", {x for x, _, _ in _TABLES.values()}, ids=lambda x: x.__name__
+)
+def test_the_tables_are_complete_and_no_config_changes(
+  config_class: type,
+) -> None:
+  tables = [x for x in _TABLES.values() if x[0] is config_class]
+  named = {field for _, _, fields in tables for field in fields}
+  hints = get_type_hints(config_class, localns={"nnx": nnx})
+  arguments = inspect.signature(config_class).parameters
+  assert {x for x in arguments if _has_bounds(hints[x])} <= named
+  config = tables[0][1]()
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    setattr(config, next(iter(named)), None)
+
+
+def _has_bounds(hint: Any) -> bool:
+  """Whether a field is a number or a choice, or one of these or None."""
+  parts = [x for x in get_args(hint) or (hint,) if x is not type(None)]
+  return get_origin(hint) is Literal or any(
+    x in (int, float) or get_origin(x) is Literal for x in parts
+  )
+
+
+@pytest.mark.parametrize(
+  ("make", "field", "value"),
+  [
+    (tiny, "steps", np.int64(4)),
+    (tiny, "ema", jnp.float32(0.5)),
+    (ProfileConfig, "steps", np.int32(2)),
+    (MeshConfig, "fsdp", np.uint8(2)),
+    (OptimizerConfig, "eps", np.float32(0.5)),
+    (MQARStreamData, "power", jnp.float32(0.5)),
+    (_TABLES["site"][1], "width", np.int16(4)),
+    (_model, "dropout", np.float32(0.5)),
+    (ReBasedConfig, "eps", jnp.float32(0.5)),
+    (HyenaConfig, "taps", np.int8(2)),
+  ],
+)
+def test_a_scalar_of_numpy_or_jax_is_a_plain_number(
+  make: Callable[..., Any], field: str, value: Any
+) -> None:
+  found = getattr(make(**{field: value}), field)
+  assert type(found) in (int, float) and found == value
