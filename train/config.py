@@ -178,8 +178,9 @@ class RunConfig:
     is_bool = isinstance(self.tensorboard, bool)
     require(is_bool, "tensorboard", self.tensorboard, "True or False")
     z_loss, ema = self.z_loss, self.ema
-    require(0 <= z_loss < math.inf, "z_loss", z_loss, "a finite number ≥ 0")
-    averages = ema is None or 0 < ema < 1
+    number = fits(z_loss, float) and 0 <= z_loss < math.inf
+    require(number, "z_loss", z_loss, "a finite number ≥ 0")
+    averages = ema is None or (fits(ema, float) and 0 < ema < 1)
     require(averages, "ema", ema, "None or a number above 0, below 1")
     # Each step moves the average by less than a 16-bit number can show.
     wide = self.model.param_dtype in ("float32", "float64")
@@ -194,7 +195,7 @@ class RunConfig:
     self.profile.check(self.steps)
     accuracy = self.stop_accuracy
     require(
-      accuracy is None or 0 < accuracy <= 1,
+      accuracy is None or (fits(accuracy, float) and 0 < accuracy <= 1),
       "stop_accuracy",
       accuracy,
       "None or a number above 0, at most 1",

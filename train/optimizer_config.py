@@ -96,11 +96,13 @@ class OptimizerConfig:
     for name in ("learning_rate", "eps", "clip_norm"):
       value = getattr(self, name)
       unset = name == "clip_norm" and value is None
-      check(unset or 0 < value < math.inf, name, "a number above 0")
+      number = fits(value, float) and 0 < value < math.inf
+      check(unset or number, name, "a number above 0")
     for name in ("beta1", "beta2", "momentum"):
       value = getattr(self, name)
       unset = name == "momentum" and value is None
-      check(unset or 0 <= value < 1, name, "a number in [0, 1)")
+      number = fits(value, float) and 0 <= value < 1
+      check(unset or number, name, "a number in [0, 1)")
     for name in ("momentum", "nesterov"):
       unused = self.name not in MOMENTUM and getattr(self, name) is not None
       check(not unused, name, f"None, its default: {self.name} does not use it")
@@ -109,7 +111,9 @@ class OptimizerConfig:
       "nesterov",
       "False without momentum",
     )
-    check(0 <= self.weight_decay < math.inf, "weight_decay", "finite, ≥ 0")
+    decay, fraction = self.weight_decay, self.final_fraction
+    number = fits(decay, float) and 0 <= decay < math.inf
+    check(number, "weight_decay", "a finite number ≥ 0")
     for name in ("warmup_steps", "epoch_steps", "cooldown_steps"):
       check(fits(getattr(self, name), int | None), name, "an integer")
     check(self.warmup_steps >= 0, "warmup_steps", "an integer ≥ 0")
@@ -121,7 +125,8 @@ class OptimizerConfig:
     for name in ("epoch_steps", "cooldown_steps"):
       value = getattr(self, name)
       check(value is None or value >= 1, name, "≥ 1")
-    check(0 <= self.final_fraction <= 1, "final_fraction", "0 to 1")
+    number = fits(fraction, float) and 0 <= fraction <= 1
+    check(number, "final_fraction", "a number, 0 to 1")
     decays = "all", "matrices"
     check(self.decay in decays, "decay", f"one of {decays}")
     patterns = fits(self.frozen, tuple[str, ...]) and all(self.frozen)

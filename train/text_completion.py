@@ -15,6 +15,8 @@ import jax
 import numpy as np
 
 from rebased_jax import LM, ModelConfig, generation, model_files
+from rebased_jax.config_checks import is_positive_integer
+from rebased_jax.field_types import fits
 from rebased_jax.which_weights import Weights
 from train.checkpoint.checkpoints import NoCheckpointError, read_meta
 from train.config import RunConfig, TextData
@@ -61,18 +63,20 @@ class Sampling:
   stop: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
-    require(self.tokens >= 1, "tokens", self.tokens, "1 or more")
+    some = is_positive_integer(self.tokens)
+    require(some, "tokens", self.tokens, "an integer ≥ 1")
     known = 0 <= self.temperature < float("inf")
     require(known, "temperature", self.temperature, "a number ≥ 0")
-    some = self.top_k is None or self.top_k >= 1
-    require(some, "top_k", self.top_k, "None or a number ≥ 1")
+    some = self.top_k is None or is_positive_integer(self.top_k)
+    require(some, "top_k", self.top_k, "None or an integer ≥ 1")
     most = self.top_p is None or 0 < self.top_p <= 1
     require(most, "top_p", self.top_p, "None or a probability in (0, 1]")
     for name, value in (("top_k", self.top_k), ("top_p", self.top_p)):
       samples = self.temperature > 0 or value is None
       require(samples, name, value, "None with temperature=0")
     require("" not in self.stop, "stop", self.stop, "strings that have text")
-    require(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2³¹ − 1")
+    seed = fits(self.seed, int) and 0 <= self.seed < 2**31
+    require(seed, "seed", self.seed, "an integer, 0 to 2³¹ − 1")
 
 
 @dataclasses.dataclass(frozen=True)

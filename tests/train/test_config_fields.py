@@ -34,9 +34,11 @@ from train.data.config import (
   MQARPaperData,
   MQARStreamData,
   Recall,
+  TextData,
 )
 from train.data.mqar import MQARConfig
 from train.data.prepare.prepare_dataset import PrepareConfig
+from train.experiments.sweep import Cell
 from train.text_completion import Sampling
 
 _INF, _NAN = math.inf, math.nan
@@ -50,8 +52,9 @@ Values = tuple[tuple[Any, ...], tuple[Any, ...]]
 _COUNT: Values = (1, 2, 7), (0, -1, 1.5, True)
 _AXIS: Values = (1, _LONGEST), (0, -1, 1.5, True, 2**31)
 _OPTIONAL_AXIS: Values = (None, *_AXIS[0]), _AXIS[1]
-_POSITIVE: Values = (_TINY, 1e300), (0.0, -_TINY, _INF, _NAN)
+_POSITIVE: Values = (_TINY, 1, 1e300), (0.0, -_TINY, _INF, _NAN)
 _DECAY: Values = (0.0, _BELOW_1), (-_TINY, 1.0, _NAN)
+_NO_NUMBER = None, "0.5", True
 _DTYPE: Values = ("float32", "bfloat16", "float16"), ("int8", "float")
 _PRECISION: Values = (None, "default", "high", "highest"), ("tf32",)
 _IMPLEMENTATION: Values = (None, "gpu", "tpu", "xla", "reference"), ("cuda",)
@@ -80,6 +83,9 @@ class _OwnData(DataConfig):
     raise NotImplementedError
 
 
+_LIMITED = dataclasses.replace(
+  tiny(steps=4), data=MQARPaperData(32, 16, 2, examples=12, epochs=2)
+)
 _POLYNOMIAL: dict[str, Values] = {
   "heads": _AXIS,
   "features": _AXIS,
@@ -100,12 +106,17 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
       **dict.fromkeys(("eval_every", "save_every", "log_every"), _COUNT),
       "keep": _COUNT,
       "keep_every": ((None, 2, 4), (*_COUNT[1], 1, 3, 5)),
-      "stop_accuracy": ((None, _TINY, 1.0), (0.0, 1.0000001, _NAN)),
+      "stop_accuracy": ((None, _TINY, 1.0), (0.0, 1.0000001, _NAN, "0.5")),
       "init_weights": (("trained",), ("ema", "best")),
       "nan": (("abort", "skip"), ("stop",)),
-      "z_loss": ((0.0, 1e300), (-_TINY, _INF, _NAN)),
-      "ema": ((None, _TINY, _BELOW_1), (0.0, 1.0, _NAN)),
+      "z_loss": ((0.0, 1e300), (-_TINY, _INF, _NAN, *_NO_NUMBER)),
+      "ema": ((None, _TINY, _BELOW_1), (0.0, 1.0, _NAN, "0.5")),
     },
+  ),
+  "run that saves each step": (
+    RunConfig,
+    lambda **x: tiny(save_every=1, **x),
+    {"keep_every": ((None, 1, 2), _COUNT[1])},
   ),
   "profile": (
     ProfileConfig,
@@ -127,19 +138,20 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
     OptimizerConfig,
     {
       "name": (("adamw", "lion", "muon", "sgd"), ("adam", None)),
-      "learning_rate": _POSITIVE,
+      "learning_rate": (_POSITIVE[0], (*_POSITIVE[1], *_NO_NUMBER)),
       "schedule": (("cosine", "linear", "constant", "wsd"), ("cos", None)),
       "warmup_steps": ((0, 1), (-1, 1.5, True)),
       "cooldown_steps": ((None,), (1,)),
-      "final_fraction": ((0.0, 1.0), (-_TINY, 1.0000001, _NAN)),
+      "final_fraction": ((0.0, 1.0), (-_TINY, 1.0000001, _NAN, *_NO_NUMBER)),
       "epoch_steps": ((None, 1), (0, -1, 1.5, True)),
-      "beta1": _DECAY,
-      "beta2": _DECAY,
+      "beta1": (_DECAY[0], (*_DECAY[1], *_NO_NUMBER)),
+      "beta2": (_DECAY[0], (*_DECAY[1], *_NO_NUMBER)),
       "momentum": ((None,), (0.9,)),
-      "eps": _POSITIVE,
-      "weight_decay": ((0.0, 1e300), (-_TINY, _INF, _NAN)),
+      "eps": (_POSITIVE[0], (*_POSITIVE[1], *_NO_NUMBER)),
+      "weight_decay": ((0.0, 1e300), (-_TINY, _INF, _NAN, *_NO_NUMBER)),
       "decay": (("all", "matrices"), ("none",)),
-      "clip_norm": ((None, *_POSITIVE[0]), _POSITIVE[1]),
+      "frozen": (((), ("pairs/*",)), (("",), ["pairs/*"], "pairs/*")),
+      "clip_norm": ((None, *_POSITIVE[0]), (*_POSITIVE[1], "1")),
     },
   ),
   "wsd": (
@@ -151,6 +163,15 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
     OptimizerConfig,
     lambda **x: OptimizerConfig(name="sgd", **x),
     {"momentum": ((None, *_DECAY[0]), _DECAY[1])},
+  ),
+  "sweep": (
+    Cell,
+    lambda **x: Cell(_LIMITED, **dict(rates=(0.1,), seeds=(0,)) | x),
+    {
+      "rates": (((_TINY, 1.0),), ((), (0.0,), (1.0, 1.0), (_INF,), (_NAN,))),
+      "seeds": (((0, _LONGEST),), ((), (-1,), (2**31,), (3, 3))),
+      "attention_examples": ((0, 250, 500), (1, 251)),
+    },
   ),
   "MQAR rows": (
     MQARConfig,
@@ -185,6 +206,32 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
       "epochs": ((1,), (0,)),
     },
   ),
+  "text": (
+    TextData,
+    lambda **x: TextData(("a-folder",), **x),
+    {
+      "length": _COUNT,
+      "packing": (("stream", "documents", "rows"), ("fit", None)),
+      "validation": ((_TINY, _BELOW_1), (0.0, -_TINY, 1.0, _NAN)),
+      "test": ((0.0, 0.98), (-_TINY, 0.99, 1.0, _NAN)),
+      "held_out": (("documents", "end"), ("start", None)),
+      "eval_rows": ((None, 1), (0, -1)),
+      "workers": ((0, 1), (-1, 1.5, True)),
+      "timeout": ((None, _TINY, _INF), (0.0, -1.0, _NAN)),
+      "recall": ((None, "unigram", "bigram", "trigram"), ("4-gram",)),
+      "recall_limit": ((None, 0, 1), (-1, 1.5, True)),
+    },
+  ),
+  "text of two folders": (
+    TextData,
+    lambda **x: TextData(("a-folder", "another"), **x),
+    {"weights": (((), (_TINY, 1.0)), ((1.0,), (0.0, 1.0), (1.0, _INF)))},
+  ),
+  "text with a held-out folder": (
+    TextData,
+    lambda **x: TextData(("a-folder",), eval_path=("b",), **x),
+    {"validation": ((0.0,), (_TINY, 0.01))},
+  ),
   "own data": (
     _OwnData,
     _OwnData,
@@ -202,10 +249,10 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
     {
       "corpus": ((None, "stdlib"), ()),
       "on_error": (("fail", "skip"), ("ignore",)),
-      "row_length": ((None, 1), (0, -1)),
-      "max_document_mb": ((1,), (0,)),
-      "part_mb": ((1,), (0,)),
-      "workers": ((0, 1), (-1,)),
+      "row_length": ((None, 1), _COUNT[1]),
+      "max_document_mb": _COUNT,
+      "part_mb": _COUNT,
+      "workers": ((0, 1), (-1, 1.5, True)),
       "timeout": ((None, _TINY, _INF), (0.0, -1.0, _NAN)),
       "runner": (("pool", "beam"), ("spark",)),
     },
@@ -214,11 +261,11 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
     Sampling,
     Sampling,
     {
-      "tokens": ((1,), (0, -1)),
+      "tokens": _COUNT,
       "temperature": ((0.0, 1e300), (-_TINY, _INF, _NAN)),
-      "top_k": ((None, 1), (0, -1)),
+      "top_k": ((None, 1), _COUNT[1]),
       "top_p": ((None, _TINY, 1.0), (0.0, 1.0000001, _NAN)),
-      "seed": ((0, _LONGEST), (-1, 2**31)),
+      "seed": ((0, _LONGEST), (-1, 2**31, 1.5, True)),
     },
   ),
   "site": (

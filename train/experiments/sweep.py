@@ -77,10 +77,11 @@ class Cell:
         "rows fit on a device: take a preset such as mqar or "
         "mqar-paper-rebased-128"
       )
-    if self.run.steps < 1 or self.run.steps % self.epoch_steps:
+    if self.run.steps % self.epoch_steps:
+      field = " (eval_every)" if self.is_stream else ""
       raise ValueError(
         f"steps={self.run.steps}: expected a multiple of the steps of an "
-        f"epoch, {self.epoch_steps}{' (eval_every)' * self.is_stream}"
+        f"epoch, {self.epoch_steps}{field}"
       )
     for field in dataclasses.fields(self.run):
       value = getattr(self.run, field.name)

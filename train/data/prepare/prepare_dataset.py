@@ -27,6 +27,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from rebased_jax.config_checks import is_positive_integer
+from rebased_jax.field_types import fits
 from train.console import say
 from train.data.checks import check_local, require
 from train.data.file_hashes import file_hash
@@ -90,20 +92,16 @@ class PrepareConfig:
     require(bool(self.out), "out", self.out, "a folder")
     check_local("out", self.out)
     check_local("tokenizer", self.tokenizer)
-    require(self.part_mb >= 1, "part_mb", self.part_mb, "at least 1")
-    require(self.workers >= 0, "workers", self.workers, "at least 0")
+    for name in ("part_mb", "max_document_mb", "row_length"):
+      value = getattr(self, name)
+      unset = name == "row_length" and value is None
+      some = unset or is_positive_integer(value)
+      require(some, name, value, "an integer ≥ 1")
+    some = fits(self.workers, int) and self.workers >= 0
+    require(some, "workers", self.workers, "an integer ≥ 0")
     some = self.timeout is None or self.timeout > 0
     expected = "None or a number of seconds above 0"
     require(some, "timeout", self.timeout, expected)
-    require(
-      self.max_document_mb >= 1, "max_document_mb", self.max_document_mb, ">= 1"
-    )
-    require(
-      self.row_length is None or self.row_length >= 1,
-      "row_length",
-      self.row_length,
-      "at least 1, or none",
-    )
     for name in ("text_field", "domain_field"):
       value = getattr(self, name)
       require(all(value.split(".")), name, value, "names joined by dots")
