@@ -159,6 +159,12 @@ def test_shards_of_machines_make_the_same_data_set(tmp_path):
   assert run([tmp_path / "in"], parts, shard="1/3") is None
   assert not (parts / "dataset.json").exists()
   assert run([tmp_path / "in"], parts, shard="0/3") is None
+  record = next((parts / "prepare").glob("shard-00000*.json"))
+  sound = record.read_bytes()
+  record.write_text("{}")
+  with pytest.raises(PrepareError, match=f"{record} is damaged: run the --sh"):
+    run([tmp_path / "in"], parts, shard="2/3")
+  record.write_bytes(sound)
   assert run([tmp_path / "in"], parts, shard="2/3") is not None
   assert tree(parts) == tree(whole)
 

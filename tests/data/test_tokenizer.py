@@ -139,6 +139,19 @@ def test_a_text_that_the_tokenizer_refuses_is_named(tmp_path):
   assert (dataset["documents"], dataset["skipped"]) == (2, 1)
 
 
+def test_a_text_without_tokens_counts_as_empty(tmp_path):
+  whole = tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, "</s>"))
+  whole.pre_tokenizer = pre_tokenizers.Whitespace()
+  whole.save(str(tmp_path / "t.json"))
+  texts = [dict(text=x) for x in ("  ", "a", "\n", "")]
+  (tmp_path / "x.jsonl").write_bytes(jsonl(texts))
+  dataset = run(
+    [tmp_path / "x.jsonl"], tmp_path / "out", tokenizer=str(tmp_path / "t.json")
+  )
+  assert (dataset["documents"], dataset["empty"]) == (1, 3)
+  assert dataset["tokens"] == 2
+
+
 def test_wrong_tokenizers_are_named(tmp_path):
   bad = tmp_path / "t.json"
   bad.write_text('{"a": 1}')

@@ -146,6 +146,20 @@ def test_handlers_are_restored() -> None:
     signal.signal(signal.SIGHUP, before)
 
 
+def test_a_wakeup_descriptor_that_a_library_took_is_taken_back() -> None:
+  """Without it no thread would count signals while the main one computes."""
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)
+  try:
+    with StopSignals() as stop:
+      own = signal.set_wakeup_fd(writer)
+      assert not stop.requested
+      assert signal.set_wakeup_fd(own) == own != writer
+  finally:
+    os.close(reader)
+    os.close(writer)
+
+
 def test_handlers_are_restored_after_an_error() -> None:
   old = signal.getsignal(signal.SIGTERM)
   with pytest.raises(KeyError), StopSignals():
