@@ -474,12 +474,7 @@ def _losses(
         )
       low = [run for run in record["runs"] if run["best_accuracy"] < 0.9]
       if low and best["mean"] > 0.98:
-        runs = ", ".join(
-          f"{run['best_accuracy']:.3f} at rate {run['learning_rate']:g} "
-          f"(seed {run['seed']}, {'cut after ' * records.is_cut(record, run)}"
-          f"{run['epochs']} epochs)"
-          for run in low
-        )
+        runs = ", ".join(_low_run(record, run) for run in low)
         items.append(f"- {cell}: {runs}.")
   lines += items or ["- none so far."]
   planned = {cell for x in experiments.values() for cell in x.cells}
@@ -491,3 +486,12 @@ def _losses(
     "",
   ]
   return "\n".join(lines)
+
+
+def _low_run(record: dict[str, Any], run: dict[str, Any]) -> str:
+  """Return what a run with a low accuracy reached, and how long it was."""
+  cut = "cut after " if records.is_cut(record, run) else ""
+  return (
+    f"{run['best_accuracy']:.3f} at rate {run['learning_rate']:g} "
+    f"(seed {run['seed']}, {cut}{run['epochs']} epochs)"
+  )
