@@ -65,6 +65,7 @@ def test_a_report_is_about_one_device(monkeypatch) -> None:
     assert dataclasses.replace(found, found=measured).fits == fits
     unknown = dataclasses.replace(found, found=measured, limit=None)
     assert unknown.fits
+  assert not dataclasses.replace(found, found=None, reason="too big").fits
 
 
 def test_a_tensor_axis_gathers_only_the_convolution() -> None:

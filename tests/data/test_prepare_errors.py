@@ -174,6 +174,20 @@ def test_an_url_is_refused(tmp_path, monkeypatch, url):
   assert [x.name for x in tmp_path.iterdir()] == ["x.jsonl"]
 
 
+def test_a_field_with_a_value_for_each_document_is_no_domain(tmp_path):
+  """Domains are numbered in int16: 32,768 of them fit."""
+  lines = [f'{{"text": "a", "id": "{i}"}}\n' for i in range(32_769)]
+  path, options = tmp_path / "x.jsonl", dict(domain_field="id")
+  path.write_text("".join(lines))
+  with pytest.raises(
+    PrepareError, match="x.jsonl, line 32769.*: id has more than 32,768 values"
+  ):
+    run([path], tmp_path / "out", **options)
+  path.write_text("".join(lines[:-1]))
+  dataset = run([path], tmp_path / "most", **options)
+  assert len(dataset["domain_names"]) == 32_768
+
+
 def test_two_processes_do_not_make_the_same_shard(tmp_path):
   write_formats(tmp_path / "in")
   hold = (

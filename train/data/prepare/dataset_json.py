@@ -126,9 +126,10 @@ def _write_dataset(
     names = []
     shards = [dict(shard, domains={}) for shard in shards]
   if length is None and names:
+    number = {name: i for i, name in enumerate(names)}
     for job, record in zip(jobs, records, strict=True):
       local = np.load(out / WORK / f"{job.name}.domains.npy")
-      own = [names.index(name) for name in record["domain_names"]]
+      own = [number[name] for name in record["domain_names"]]
       numbers = np.array(own, np.int16)[local]
       write_array(out / f"{job.name}.domains.npy", numbers, np.int16)
   spec = description.spec
