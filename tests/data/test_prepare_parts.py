@@ -162,7 +162,7 @@ def test_a_change_in_the_share_of_a_part_is_named(tmp_path):
   (tmp_path / "x.jsonl").write_bytes(data)
   with pytest.raises(ValueError, match="x.jsonl changed since shard-00001"):
     run(inputs, out, part_mb=1)
-  with pytest.raises(ValueError, match="part_mb=0: expected at least 1"):
+  with pytest.raises(ValueError, match="part_mb=0: expected an integer ≥ 1"):
     run(inputs, out, part_mb=0)
 
 

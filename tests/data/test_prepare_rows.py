@@ -90,7 +90,7 @@ def test_rows_are_read_as_rows(tmp_path) -> None:
 
 def test_a_data_set_of_rows_needs_packing_rows(tmp_path) -> None:
   write_formats(tmp_path / "in")
-  with pytest.raises(ValueError, match="row_length=0: expected at least 1"):
+  with pytest.raises(ValueError, match="row_length=0: expected an integer ≥ 1"):
     run([tmp_path / "in"], tmp_path / "out", row_length=0)
   with pytest.raises(Exception, match=r"no row of row_length . 1 = 10,?001"):
     run([tmp_path / "in"], tmp_path / "none", row_length=10_000)
