@@ -144,11 +144,12 @@ def dtype_name(dtype: DType) -> str:
     return repr(dtype)
 
 
-def compute_dtype(dtype: DType) -> jnp.dtype:
+def compute_dtype(dtype: DType, field: str = "dtype") -> jnp.dtype:
   """Return the dtype of a computation.
 
   Args:
     dtype: a name, a type such as jnp.bfloat16, or the dtype of an array.
+    field: what messages call it.
 
   Raises:
     ValueError: it is not one of `DTYPES`, or it is float64 and
@@ -158,10 +159,10 @@ def compute_dtype(dtype: DType) -> jnp.dtype:
   if name not in DTYPES:
     near = difflib.get_close_matches(name, DTYPES, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"dtype={name!r}: expected one of {DTYPES}{hint}")
+    raise ValueError(f"{field}={name!r}: expected one of {DTYPES}{hint}")
   import jax
   import jax.numpy as jnp
 
   if name == "float64" and not jax.config.jax_enable_x64:
-    raise ValueError("dtype='float64': expected jax_enable_x64 to be set")
+    raise ValueError(f"{field}='float64': expected jax_enable_x64 to be set")
   return jnp.dtype(name)

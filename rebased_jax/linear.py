@@ -64,7 +64,7 @@ def linear(
     use_bias=use_bias,
     kernel_init=kernel_init or nnx.initializers.normal(stddev),
     dtype=compute_dtype(dtype),
-    param_dtype=compute_dtype(param_dtype),
+    param_dtype=compute_dtype(param_dtype, "param_dtype"),
     precision=numerics.asked_precision(precision, dtype),
     rngs=rngs,
   )

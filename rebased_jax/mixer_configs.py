@@ -86,7 +86,7 @@ class Site:
         f"Site.layer={self.layer!r}: expected 0 to {self.layers - 1}"
       )
     compute_dtype(self.dtype)
-    compute_dtype(self.param_dtype)
+    compute_dtype(self.param_dtype, "param_dtype")
 
 
 @with_help

@@ -72,7 +72,7 @@ class LM(Decoder):
         has more heads than the width has channels.
     """
     compute_dtype(config.dtype)
-    param_dtype = compute_dtype(config.param_dtype)
+    param_dtype = compute_dtype(config.param_dtype, "param_dtype")
     keys = in_linear_time(rngs)
 
     def embedding(rows: int) -> nnx.Param:

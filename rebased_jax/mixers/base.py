@@ -143,7 +143,7 @@ class Mixer(DropsInTraining):
     if not is_positive_integer(width):
       raise ValueError(f"width={width!r}: expected an integer ≥ 1")
     self.width = width
-    self.param_dtype = compute_dtype(param_dtype)
+    self.param_dtype = compute_dtype(param_dtype, "param_dtype")
     self.dtype = compute_dtype(param_dtype if dtype is None else dtype)
 
   if not TYPE_CHECKING:

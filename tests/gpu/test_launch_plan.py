@@ -10,7 +10,7 @@ from pallas_kernels.polynomial.operator import Kernel
 if not devices.has_mosaic_gpu():
   pytest.skip("the GPU kernels need jax ≥ 0.11", allow_module_level=True)
 
-from pallas_kernels.polynomial.gpu import launch
+from pallas_kernels.polynomial.gpu import launch, pipeline
 
 
 def _plan(B, T, H, F, P, coefficients=REBASED, dtype=jnp.bfloat16):
@@ -70,3 +70,15 @@ def test_scales_keep_float16_in_range():
     2.0**-10,
     2.0**5,
   )
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4, 8])
+def test_a_number_names_each_half_of_each_pair_once(parts):
+  """Kernels count the pair, because they cannot look it up."""
+  whole = _plan(2, 100, 3, 16 * parts, 64).launches[1]
+  assert whole.pairs and whole.parts == parts
+  found = [pipeline._term(whole, jnp.int32(x)) for x in range(whole.terms)]
+  expected = [
+    (*pair, half) for pair in launch.pairs_of(parts) for half in (0, 1)
+  ]
+  assert [tuple(map(int, x)) for x in found] == expected

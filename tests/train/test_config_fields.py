@@ -11,6 +11,7 @@ import math
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from rebased_jax import (
   BasedConfig,
   HyenaConfig,
   MambaConfig,
+  MixerConfig,
   ModelConfig,
   ReBasedConfig,
   RWKVConfig,
@@ -211,6 +213,8 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
     lambda **x: TextData(("a-folder",), **x),
     {
       "length": _COUNT,
+      "eval_path": (((),), (["b"], "b")),
+      "verify": ((True, False), (1, "no")),
       "packing": (("stream", "documents", "rows"), ("fit", None)),
       "validation": ((_TINY, _BELOW_1), (0.0, -_TINY, 1.0, _NAN)),
       "test": ((0.0, 0.98), (-_TINY, 0.99, 1.0, _NAN)),
@@ -225,12 +229,22 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
   "text of two folders": (
     TextData,
     lambda **x: TextData(("a-folder", "another"), **x),
-    {"weights": (((), (_TINY, 1.0)), ((1.0,), (0.0, 1.0), (1.0, _INF)))},
+    {
+      "weights": (
+        ((), (_TINY, 1.0)),
+        ((1.0,), (0.0, 1.0), (1.0, _INF), [1.0, 1.0]),
+      )
+    },
   ),
   "text with a held-out folder": (
     TextData,
     lambda **x: TextData(("a-folder",), eval_path=("b",), **x),
     {"validation": ((0.0,), (_TINY, 0.01))},
+  ),
+  "text without associative recall": (
+    TextData,
+    lambda **x: TextData(("a-folder",), recall="unigram", **x),
+    {"recall_limit": ((None,), (0,))},
   ),
   "own data": (
     _OwnData,
@@ -275,10 +289,10 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
       "width": _AXIS,
       "layer": ((0, 3), (-1, 4)),
       "layers": _AXIS,
-      "dtype": _DTYPE,
+      "dtype": (_DTYPE[0], (*_DTYPE[1], "float64")),  # x64 is not set
       "length": _OPTIONAL_AXIS,
       "precision": _PRECISION,
-      "param_dtype": _DTYPE,
+      "param_dtype": (_DTYPE[0], (*_DTYPE[1], "float64")),
     },
   ),
   "model": (
@@ -386,23 +400,37 @@ def _has_bounds(hint: Any) -> bool:
   )
 
 
-@pytest.mark.parametrize(
-  ("make", "field", "value"),
-  [
-    (tiny, "steps", np.int64(4)),
-    (tiny, "ema", jnp.float32(0.5)),
-    (ProfileConfig, "steps", np.int32(2)),
-    (MeshConfig, "fsdp", np.uint8(2)),
-    (OptimizerConfig, "eps", np.float32(0.5)),
-    (MQARStreamData, "power", jnp.float32(0.5)),
-    (_TABLES["site"][1], "width", np.int16(4)),
-    (_model, "dropout", np.float32(0.5)),
-    (ReBasedConfig, "eps", jnp.float32(0.5)),
-    (HyenaConfig, "taps", np.int8(2)),
-  ],
+def _is_float32(x: Any) -> bool:
+  """Whether x is a float that float32 holds."""
+  return type(x) is float and float(np.float32(x)) == x
+
+
+_WITH_PLAIN_SCALARS = (
+  *(RunConfig, ProfileConfig, MeshConfig, OptimizerConfig, DataConfig),
+  *(Site, ModelConfig, MixerConfig),
 )
-def test_a_scalar_of_numpy_or_jax_is_a_plain_number(
-  make: Callable[..., Any], field: str, value: Any
-) -> None:
-  found = getattr(make(**{field: value}), field)
-  assert type(found) in (int, float) and found == value
+
+
+@pytest.mark.parametrize(
+  "table",
+  [x for x in _TABLES if issubclass(_TABLES[x][0], _WITH_PLAIN_SCALARS)],
+)
+def test_a_scalar_of_numpy_or_jax_becomes_a_plain_number(table: str) -> None:
+  _, make, fields = _TABLES[table]
+  kinds = {int: (np.int64, jnp.int32), float: (np.float64, jnp.float32)}
+  for field, (right, _) in fields.items():
+    exact = (x for x in right if type(x) is int or _is_float32(x))
+    value = next(exact, None)
+    for kind in kinds.get(type(value), ()):
+      given = kind(value)
+      found = getattr(make(**{field: given}), field)
+      assert type(found) is type(value) and found == given
+
+
+@pytest.mark.parametrize("table", ["site", "model"])
+def test_dtypes_and_precisions_become_names(table: str) -> None:
+  make = _TABLES[table][1]
+  for dtype in (jnp.bfloat16, np.dtype("float32"), np.float16):
+    found = make(dtype=dtype, param_dtype=dtype)
+    assert found.dtype == found.param_dtype == jnp.dtype(dtype).name
+  assert make(precision=jax.lax.Precision.HIGHEST).precision == "highest"
