@@ -206,7 +206,9 @@ class MambaBlock(Block):
     """Return x and RMSNorm(x)."""
     del axes
     x = stream.whole()
-    return x, self.norm1(x)
+    # Flax's norm mixes float32 and the compute dtype, which a user may forbid.
+    with jax.numpy_dtype_promotion("standard"):
+      return x, self.norm1(x)
 
   def _add(
     self, x: Array, y: Array, axes: ShardAxes | None, place: Place
