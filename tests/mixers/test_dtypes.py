@@ -1,5 +1,7 @@
 """Tests of the options of Flax's layers: dtypes, kernels, precision."""
 
+import dataclasses
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -100,6 +102,28 @@ def test_kernel_init_draws_every_kernel_of_a_linear_layer(name) -> None:
   assert layers
   for layer in layers:
     assert (layer.kernel[...] == 3).all()
+
+
+@each_mixer
+def test_the_mixer_of_a_site_has_all_of_its_options(name) -> None:
+  site = Site(
+    D,
+    dtype="float32",
+    param_dtype="bfloat16",
+    precision="high",
+    length=T,
+    kernel_init=nnx.initializers.constant(3),
+  )
+  mixer = MIXERS[name].config.make(site, rngs=nnx.Rngs(0))
+  assert (mixer.dtype, mixer.param_dtype) == (jnp.float32, jnp.bfloat16)
+  for layer in (x for _, x in nnx.iter_modules(mixer) if isinstance(x, Linear)):
+    assert layer.precision == jax.lax.Precision.HIGH
+    assert (layer.dtype, layer.param_dtype) == (jnp.float32, jnp.bfloat16)
+    assert layer.kernel[...].dtype == jnp.bfloat16
+    assert (layer.kernel[...] == 3).all()
+  narrow = dataclasses.replace(site, dtype="bfloat16", param_dtype="float32")
+  mixer = MIXERS[name].config.make(narrow, rngs=nnx.Rngs(0))
+  assert (mixer.dtype, mixer.param_dtype) == (jnp.bfloat16, jnp.float32)
 
 
 @each_mixer

@@ -38,8 +38,11 @@ from train.data.config import (
   Recall,
   TextData,
 )
-from train.data.mqar import MQARConfig
+from train.data.mqar import MQARConfig, MQARStream
+from train.data.mqar_paper import MQARPaper
 from train.data.prepare.prepare_dataset import PrepareConfig
+from train.data.text.lm_batches import LMBatches
+from train.data.text.rows import Layout
 from train.experiments.sweep import Cell
 from train.text_completion import Sampling
 
@@ -226,6 +229,53 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
       "recall_limit": ((None, 0, 1), (-1, 1.5, True)),
     },
   ),
+  "text batches": (
+    LMBatches,
+    lambda **x: LMBatches(("a-folder",), Layout(16), **dict(rows=8) | x),
+    {
+      "rows": ((1,), (0, -1)),
+      "seed": ((0, 2**63 - 1), (-1, 2**63)),
+      "limit": ((None, 1), (0, -1)),
+      "weights": (((), (_TINY,)), ((1.0, 2.0), (0.0,), (_INF,))),
+    },
+  ),
+  "text rows": (
+    Layout,
+    lambda **x: Layout(**dict(length=16) | x),
+    {
+      "length": ((1,), (0, -1, 1.5)),
+      "packing": (("stream", "documents", "rows"), ("fit", None)),
+      "validation": ((0.0, _BELOW_1), (-_TINY, 1.0, _NAN)),
+      "test": ((0.0, 0.98), (-_TINY, 0.99, 1.0, _NAN)),
+      "held_out": (("documents", "end"), ("start", None)),
+    },
+  ),
+  "packed text rows": (
+    Layout,
+    lambda **x: Layout(16, "documents", **x),
+    {"held_out": (("documents",), ("end",))},
+  ),
+  "batches of unlimited MQAR": (
+    MQARStream,
+    lambda **x: MQARStream(MQARConfig(32, 16, 2), **dict(seed=0, rows=8) | x),
+    {
+      "rows": ((1,), (0, -1)),
+      "seed": ((0, 2**63 - 1), (-1, 2**63)),
+      "split": (("train", "test"), ("dev",)),
+      "examples": ((None, 1), (0, -1)),
+    },
+  ),
+  "batches of the paper's MQAR": (
+    MQARPaper,
+    lambda **x: MQARPaper(MQARConfig(32, 16, 2), **x),
+    {
+      "rows": ((1,), (0, -1)),
+      "epochs": ((1,), (0, -1)),
+      "examples": ((1,), (0, -1)),
+      "seed": ((0, 2**63 - 1), (-1, 2**63)),
+      "data_seed": ((0, 2**32 - 1), (-1, 2**32)),
+    },
+  ),
   "text of two folders": (
     TextData,
     lambda **x: TextData(("a-folder", "another"), **x),
@@ -259,13 +309,14 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
   ),
   "prepare": (
     PrepareConfig,
-    lambda **x: PrepareConfig("out", **x),
+    lambda **x: PrepareConfig(**dict(out="out") | x),
     {
+      "out": (("out",), ("",)),
       "corpus": ((None, "stdlib"), ()),
       "on_error": (("fail", "skip"), ("ignore",)),
       "row_length": ((None, 1), _COUNT[1]),
-      "max_document_mb": _COUNT,
-      "part_mb": _COUNT,
+      "max_document_mb": (_COUNT[0], (*_COUNT[1], None)),
+      "part_mb": (_COUNT[0], (*_COUNT[1], None)),
       "workers": ((0, 1), (-1, 1.5, True)),
       "timeout": ((None, _TINY, _INF), (0.0, -1.0, _NAN)),
       "runner": (("pool", "beam"), ("spark",)),
@@ -280,6 +331,15 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
       "top_k": ((None, 1), _COUNT[1]),
       "top_p": ((None, _TINY, 1.0), (0.0, 1.0000001, _NAN)),
       "seed": ((0, _LONGEST), (-1, 2**31, 1.5, True)),
+    },
+  ),
+  "greedy sampling": (
+    Sampling,
+    lambda **x: Sampling(temperature=0.0, **x),
+    {
+      "top_k": ((None,), (1,)),
+      "top_p": ((None,), (0.5,)),
+      "stop": (((), ("a", "b")), (("a", ""),)),
     },
   ),
   "site": (
