@@ -34,7 +34,7 @@ from train import (
   start_run,
 )
 from train.checkpoint.checkpoints import Checkpoints, read_meta
-from train.config import MQARStreamData
+from train.config import MQARStreamData, RunConfig
 from train.data import prefetch
 from train.data.prefetch import DataTimeout
 from train.data.text.token_source import DataError
@@ -254,7 +254,37 @@ def test_a_run_that_dies_in_a_log_window_makes_the_same_records(
   undisturbed: Path, tmp_path: Path, monkeypatch
 ) -> None:
   """It saves step 2 and dies in step 6, after the record of step 4."""
-  folder = tmp_path / "run"
+  _run_that_dies(_STEPS, tmp_path / "run", monkeypatch)
+  assert _records(tmp_path / "run") == _records(undisturbed)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    # The average's own tests resume it too; here its records are compared.
+    pytest.param(dict(ema=0.9), id="average", marks=pytest.mark.slow),
+    pytest.param(
+      dict(model=dict(dtype="bfloat16", param_dtype="bfloat16")),
+      id="16-bit parameters",
+    ),
+  ],
+)
+def test_averages_and_16_bit_parameters_survive_a_death(
+  tmp_path: Path, monkeypatch, changes: dict
+) -> None:
+  config = tiny(steps=7, eval_every=3, save_every=100, log_every=4, **changes)
+  run(config, tmp_path / "undisturbed")
+  _run_that_dies(config, tmp_path / "run", monkeypatch)
+  assert _records(tmp_path / "run") == _records(tmp_path / "undisturbed")
+  step, found = saved_bits(tmp_path / "run", config)
+  assert step == 7
+  assert (step, found) == saved_bits(tmp_path / "undisturbed", config)
+  dtypes = {dtype for dtype, *_ in found.values()}
+  assert ("bfloat16" in dtypes) == ("model" in changes)
+
+
+def _run_that_dies(config: RunConfig, folder: Path, monkeypatch) -> None:
+  """Save step 2, die in step 6, and run again to the end."""
 
   class Killed(BaseException):
     pass
@@ -262,7 +292,7 @@ def test_a_run_that_dies_in_a_log_window_makes_the_same_records(
   def die() -> None:
     raise Killed
 
-  config = dataclasses.replace(_STEPS, save_every=2)
+  config = dataclasses.replace(config, save_every=2)
   with monkeypatch.context() as patch:
     _at_batch(patch, "train", 6, die)
     patch.setattr(Checkpoints, "save", _only_step_2(Checkpoints.save))
@@ -271,7 +301,6 @@ def test_a_run_that_dies_in_a_log_window_makes_the_same_records(
   assert _records(folder)[-1]["step"] > 2
   _, out = run(config, folder)
   assert "resuming at step 2" in out
-  assert _records(folder) == _records(undisturbed)
 
 
 def _only_step_2(save: Callable) -> Callable:
