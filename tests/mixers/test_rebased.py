@@ -1,6 +1,7 @@
 """Tests of ReBased: the switches of its kernel, norm, weights, errors."""
 
 import dataclasses
+from pathlib import Path
 
 from flax import nnx
 import jax
@@ -245,3 +246,11 @@ def test_a_named_implementation_takes_the_linear_operator(monkeypatch) -> None:
   assert jax.eval_shape(lambda: call("xla")).shape == (1, 2, D)
   with pytest.raises(AssertionError, match="alone"):
     jax.eval_shape(lambda: call(None))
+
+
+def test_the_page_computes_the_mixer_by_hand():
+  page = (Path(__file__).parents[2] / "docs" / "mixers.md").read_text()
+  _, _, section = page.partition("The same by hand, in NumPy:")
+  block = section.split("```python\n")[1].split("```")[0]
+  assert "assert_allclose(y_TD, mixer(" in block
+  exec(block, {})
