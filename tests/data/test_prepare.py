@@ -90,6 +90,7 @@ def test_a_folder_of_text_is_grouped_and_the_rest_is_named(tmp_path, capsys):
   printed = capsys.readouterr().out
   assert "left out: 1 files with .png" in printed
   assert "left out: 1 files with .json" in printed
+  assert "1 shard in " in printed and " 0.00 MB (" in printed
   (texts,) = shard_texts(tmp_path / "out")
   assert texts == [f"text {i}\n" for i in range(5)] + ["# title"]
 

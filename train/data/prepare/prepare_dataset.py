@@ -251,7 +251,8 @@ def _report(jobs: Sequence[Job], seconds: float, console: Console) -> None:
   total = totals([record["shard"] for record in records])
   say(
     console,
-    f"{len(jobs)} shards in {seconds:.1f} s: {size:,.1f} MB "
+    f"{len(jobs)} {'shard' if len(jobs) == 1 else 'shards'} "
+    f"in {seconds:.1f} s: {size:,.2f} MB "
     f"({size / seconds:.2f} MB/s), {total['documents']:,} documents, "
     f"{total['tokens']:,} tokens ({total['tokens'] / seconds / 1e3:,.0f}k/s), "
     f"{total['skipped']:,} skipped, {total['empty']:,} empty",
