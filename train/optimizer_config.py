@@ -111,8 +111,8 @@ class OptimizerConfig:
       "nesterov",
       "False without momentum",
     )
-    decay, fraction = self.weight_decay, self.final_fraction
-    number = fits(decay, float) and 0 <= decay < math.inf
+    weight_decay, final_fraction = self.weight_decay, self.final_fraction
+    number = fits(weight_decay, float) and 0 <= weight_decay < math.inf
     check(number, "weight_decay", "a finite number ≥ 0")
     for name in ("warmup_steps", "epoch_steps", "cooldown_steps"):
       check(fits(getattr(self, name), int | None), name, "an integer")
@@ -125,7 +125,7 @@ class OptimizerConfig:
     for name in ("epoch_steps", "cooldown_steps"):
       value = getattr(self, name)
       check(value is None or value >= 1, name, "≥ 1")
-    number = fits(fraction, float) and 0 <= fraction <= 1
+    number = fits(final_fraction, float) and 0 <= final_fraction <= 1
     check(number, "final_fraction", "a number, 0 to 1")
     decays = "all", "matrices"
     check(self.decay in decays, "decay", f"one of {decays}")

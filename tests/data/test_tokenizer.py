@@ -27,6 +27,13 @@ def learnt(tmp_path_factory) -> str:
   return str(path)
 
 
+def _save_words(path: Path, words: dict[str, int], *, unknown: str) -> None:
+  """Write a tokenizer of whole words; others become the word `unknown`."""
+  whole = tokenizers.Tokenizer(models.WordLevel(words, unk_token=unknown))
+  whole.pre_tokenizer = pre_tokenizers.Whitespace()
+  whole.save(str(path))
+
+
 def test_training_is_deterministic_and_compresses(learnt):
   assert tokenize.train_bpe(iter(_TEXTS), 400) == Path(learnt).read_text()
   tokenizer = tokenize.load(learnt)
@@ -74,10 +81,8 @@ def test_truncation_padding_templates_and_dropout_of_a_file_are_not_used(
 
 def test_a_vocabulary_above_16_bits_is_stored_in_32(tmp_path):
   words = {f"w{i}": i for i in range(70_000)} | {"</s>": 70_000}
-  whole = tokenizers.Tokenizer(models.WordLevel(words, unk_token="w0"))
-  whole.pre_tokenizer = pre_tokenizers.Whitespace()
   path = tmp_path / "big.json"
-  whole.save(str(path))
+  _save_words(path, words, unknown="w0")
   (tmp_path / "x.jsonl").write_bytes(jsonl([dict(text="w1 w69999 w5")]))
   inputs, out = [tmp_path / "x.jsonl"], tmp_path / "out"
   dataset = run(inputs, out, tokenizer=str(path))
@@ -124,9 +129,7 @@ def test_a_worker_refuses_another_tokenizer_than_the_planned_one(
 
 def test_a_text_that_the_tokenizer_refuses_is_named(tmp_path):
   words = {"a": 0, "b": 1, "</s>": 2}
-  whole = tokenizers.Tokenizer(models.WordLevel(words, unk_token="none"))
-  whole.pre_tokenizer = pre_tokenizers.Whitespace()
-  whole.save(str(tmp_path / "t.json"))
+  _save_words(tmp_path / "t.json", words, unknown="none")
   texts = [dict(text=x) for x in ("a b", "a c", "b")]
   (tmp_path / "x.jsonl").write_bytes(jsonl(texts))
   options = dict(tokenizer=str(tmp_path / "t.json"))
@@ -140,9 +143,7 @@ def test_a_text_that_the_tokenizer_refuses_is_named(tmp_path):
 
 
 def test_a_text_without_tokens_counts_as_empty(tmp_path):
-  whole = tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, "</s>"))
-  whole.pre_tokenizer = pre_tokenizers.Whitespace()
-  whole.save(str(tmp_path / "t.json"))
+  _save_words(tmp_path / "t.json", {"a": 0, "</s>": 1}, unknown="</s>")
   texts = [dict(text=x) for x in ("  ", "a", "\n", "")]
   (tmp_path / "x.jsonl").write_bytes(jsonl(texts))
   dataset = run(

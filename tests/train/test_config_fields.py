@@ -59,10 +59,21 @@ _AXIS: Values = (1, _LONGEST), (0, -1, 1.5, True, 2**31)
 _OPTIONAL_AXIS: Values = (None, *_AXIS[0]), _AXIS[1]
 _POSITIVE: Values = (_TINY, 1, 1e300), (0.0, -_TINY, _INF, _NAN)
 _DECAY: Values = (0.0, _BELOW_1), (-_TINY, 1.0, _NAN)
+_NOT_NEGATIVE: Values = (0.0, 1e300), (-_TINY, _INF, _NAN)
+_FRACTION: Values = (0.0, 1.0), (-_TINY, 1.0000001, _NAN)
+_SECONDS: Values = (None, _TINY, _INF), (0.0, -1.0, _NAN)
+_WHOLE: Values = (0, 1), (-1, 1.5, True)
+_SEED: Values = (0, _LONGEST), (-1, 2**31, 1.5, True)
+_WIDE_SEED: Values = (0, 2**63 - 1), (-1, 2**63)
+_AT_LEAST_1: Values = (1,), (0, -1)
 _NO_NUMBER = None, "0.5", True
 _DTYPE: Values = ("float32", "bfloat16", "float16"), ("int8", "float")
 _PRECISION: Values = (None, "default", "high", "highest"), ("tf32",)
 _IMPLEMENTATION: Values = (None, "gpu", "tpu", "xla", "reference"), ("cuda",)
+_RECALL: Values = (None, "unigram", "bigram", "trigram"), ("4-gram",)
+_PACKING: Values = ("stream", "documents", "rows"), ("fit", None)
+_HELD_OUT: Values = ("documents", "end"), ("start", None)
+_INITIALIZATION: Values = ("published", "intended"), ("paper", None)
 _RECURRENCE: Values = (None, "gpu", "xla"), ("tpu", "reference")
 
 
@@ -95,7 +106,7 @@ _POLYNOMIAL: dict[str, Values] = {
   "heads": _AXIS,
   "features": _AXIS,
   "value_features": _OPTIONAL_AXIS,
-  "eps": ((0.0, 1e300), (-_TINY, _INF, _NAN)),
+  "eps": _NOT_NEGATIVE,
   "implementation": _IMPLEMENTATION,
 }
 
@@ -107,14 +118,14 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
       **dict.fromkeys(("steps", "batch"), ((4, 8), _COUNT[1])),
       "accumulate": ((1, 2, 8), (*_COUNT[1], 3)),
       "loss_chunks": ((1, 2), (*_COUNT[1], 3)),
-      "seed": ((0, _LONGEST), (-1, 2**31, 1.5, True)),
+      "seed": _SEED,
       **dict.fromkeys(("eval_every", "save_every", "log_every"), _COUNT),
       "keep": _COUNT,
       "keep_every": ((None, 2, 4), (*_COUNT[1], 1, 3, 5)),
       "stop_accuracy": ((None, _TINY, 1.0), (0.0, 1.0000001, _NAN, "0.5")),
       "init_weights": (("trained",), ("ema", "best")),
       "nan": (("abort", "skip"), ("stop",)),
-      "z_loss": ((0.0, 1e300), (-_TINY, _INF, _NAN, *_NO_NUMBER)),
+      "z_loss": (_NOT_NEGATIVE[0], (*_NOT_NEGATIVE[1], *_NO_NUMBER)),
       "ema": ((None, _TINY, _BELOW_1), (0.0, 1.0, _NAN, "0.5")),
     },
   ),
@@ -126,7 +137,7 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
   "profile": (
     ProfileConfig,
     ProfileConfig,
-    dict.fromkeys(("start", "steps"), ((0, 1), (-1, 1.5, True))),
+    dict.fromkeys(("start", "steps"), _WHOLE),
   ),
   "mesh": (
     MeshConfig,
@@ -145,15 +156,15 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
       "name": (("adamw", "lion", "muon", "sgd"), ("adam", None)),
       "learning_rate": (_POSITIVE[0], (*_POSITIVE[1], *_NO_NUMBER)),
       "schedule": (("cosine", "linear", "constant", "wsd"), ("cos", None)),
-      "warmup_steps": ((0, 1), (-1, 1.5, True)),
+      "warmup_steps": _WHOLE,
       "cooldown_steps": ((None,), (1,)),
-      "final_fraction": ((0.0, 1.0), (-_TINY, 1.0000001, _NAN, *_NO_NUMBER)),
+      "final_fraction": (_FRACTION[0], (*_FRACTION[1], *_NO_NUMBER)),
       "epoch_steps": ((None, 1), (0, -1, 1.5, True)),
       "beta1": (_DECAY[0], (*_DECAY[1], *_NO_NUMBER)),
       "beta2": (_DECAY[0], (*_DECAY[1], *_NO_NUMBER)),
       "momentum": ((None,), (0.9,)),
       "eps": (_POSITIVE[0], (*_POSITIVE[1], *_NO_NUMBER)),
-      "weight_decay": ((0.0, 1e300), (-_TINY, _INF, _NAN, *_NO_NUMBER)),
+      "weight_decay": (_NOT_NEGATIVE[0], (*_NOT_NEGATIVE[1], *_NO_NUMBER)),
       "decay": (("all", "matrices"), ("none",)),
       "frozen": (((), ("pairs/*",)), (("",), ["pairs/*"], "pairs/*")),
       "clip_norm": ((None, *_POSITIVE[0]), (*_POSITIVE[1], "1")),
@@ -218,14 +229,14 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
       "length": _COUNT,
       "eval_path": (((),), (["b"], "b")),
       "verify": ((True, False), (1, "no")),
-      "packing": (("stream", "documents", "rows"), ("fit", None)),
+      "packing": _PACKING,
       "validation": ((_TINY, _BELOW_1), (0.0, -_TINY, 1.0, _NAN)),
       "test": ((0.0, 0.98), (-_TINY, 0.99, 1.0, _NAN)),
-      "held_out": (("documents", "end"), ("start", None)),
+      "held_out": _HELD_OUT,
       "eval_rows": ((None, 1), (0, -1)),
-      "workers": ((0, 1), (-1, 1.5, True)),
-      "timeout": ((None, _TINY, _INF), (0.0, -1.0, _NAN)),
-      "recall": ((None, "unigram", "bigram", "trigram"), ("4-gram",)),
+      "workers": _WHOLE,
+      "timeout": _SECONDS,
+      "recall": _RECALL,
       "recall_limit": ((None, 0, 1), (-1, 1.5, True)),
     },
   ),
@@ -233,8 +244,8 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
     LMBatches,
     lambda **x: LMBatches(("a-folder",), Layout(16), **dict(rows=8) | x),
     {
-      "rows": ((1,), (0, -1)),
-      "seed": ((0, 2**63 - 1), (-1, 2**63)),
+      "rows": _AT_LEAST_1,
+      "seed": _WIDE_SEED,
       "limit": ((None, 1), (0, -1)),
       "weights": (((), (_TINY,)), ((1.0, 2.0), (0.0,), (_INF,))),
     },
@@ -244,10 +255,10 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
     lambda **x: Layout(**dict(length=16) | x),
     {
       "length": ((1,), (0, -1, 1.5)),
-      "packing": (("stream", "documents", "rows"), ("fit", None)),
+      "packing": _PACKING,
       "validation": ((0.0, _BELOW_1), (-_TINY, 1.0, _NAN)),
       "test": ((0.0, 0.98), (-_TINY, 0.99, 1.0, _NAN)),
-      "held_out": (("documents", "end"), ("start", None)),
+      "held_out": _HELD_OUT,
     },
   ),
   "packed text rows": (
@@ -259,8 +270,8 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
     MQARStream,
     lambda **x: MQARStream(MQARConfig(32, 16, 2), **dict(seed=0, rows=8) | x),
     {
-      "rows": ((1,), (0, -1)),
-      "seed": ((0, 2**63 - 1), (-1, 2**63)),
+      "rows": _AT_LEAST_1,
+      "seed": _WIDE_SEED,
       "split": (("train", "test"), ("dev",)),
       "examples": ((None, 1), (0, -1)),
     },
@@ -269,10 +280,10 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
     MQARPaper,
     lambda **x: MQARPaper(MQARConfig(32, 16, 2), **x),
     {
-      "rows": ((1,), (0, -1)),
-      "epochs": ((1,), (0, -1)),
-      "examples": ((1,), (0, -1)),
-      "seed": ((0, 2**63 - 1), (-1, 2**63)),
+      "rows": _AT_LEAST_1,
+      "epochs": _AT_LEAST_1,
+      "examples": _AT_LEAST_1,
+      "seed": _WIDE_SEED,
       "data_seed": ((0, 2**32 - 1), (-1, 2**32)),
     },
   ),
@@ -302,9 +313,9 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
     {
       "length": _COUNT,
       "vocab_size": ((None, 1), _COUNT[1]),
-      "workers": ((0, 1), (-1, 1.5, True)),
-      "timeout": ((None, _TINY, _INF), (0.0, -1.0, _NAN)),
-      "recall": ((None, "unigram", "bigram", "trigram"), ("4-gram",)),
+      "workers": _WHOLE,
+      "timeout": _SECONDS,
+      "recall": _RECALL,
     },
   ),
   "prepare": (
@@ -317,8 +328,8 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
       "row_length": ((None, 1), _COUNT[1]),
       "max_document_mb": (_COUNT[0], (*_COUNT[1], None)),
       "part_mb": (_COUNT[0], (*_COUNT[1], None)),
-      "workers": ((0, 1), (-1, 1.5, True)),
-      "timeout": ((None, _TINY, _INF), (0.0, -1.0, _NAN)),
+      "workers": _WHOLE,
+      "timeout": _SECONDS,
       "runner": (("pool", "beam"), ("spark",)),
     },
   ),
@@ -327,10 +338,10 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
     Sampling,
     {
       "tokens": _COUNT,
-      "temperature": ((0.0, 1e300), (-_TINY, _INF, _NAN)),
+      "temperature": _NOT_NEGATIVE,
       "top_k": ((None, 1), _COUNT[1]),
       "top_p": ((None, _TINY, 1.0), (0.0, 1.0000001, _NAN)),
-      "seed": ((0, _LONGEST), (-1, 2**31, 1.5, True)),
+      "seed": _SEED,
     },
   ),
   "greedy sampling": (
@@ -399,7 +410,7 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
     MambaConfig,
     {
       **dict.fromkeys(("state", "taps", "expand"), _AXIS),
-      "initialization": (("published", "intended"), ("paper", None)),
+      "initialization": _INITIALIZATION,
       "implementation": _RECURRENCE,
     },
   ),
@@ -407,7 +418,7 @@ _TABLES: dict[str, tuple[type, Callable[..., Any], dict[str, Values]]] = {
     RWKVConfig,
     RWKVConfig,
     {
-      "initialization": (("published", "intended"), ("paper", None)),
+      "initialization": _INITIALIZATION,
       "wkv_dtype": (("bfloat16", "float32"), ("float16", None)),
       "implementation": _RECURRENCE,
     },
